@@ -1,0 +1,39 @@
+"""Plain autoregressive generation with transformers: how a teacher (or an unconverted checkpoint) answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@torch.inference_mode()
+def generate_greedy(
+    model: Any, prompts: Sequence[np.ndarray], max_new_tokens: int, eos_ids: Sequence[int], batch_size: int
+) -> list[np.ndarray]:
+    """Greedy responses `[R] int32`, up to and with the first end-of-sequence token, in the order of the prompts."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    responses: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = max(len(prompts[i]) for i in batch)
+        ids = np.zeros((len(batch), longest), dtype=np.int64)
+        attended = np.zeros_like(ids)
+        for row, i in enumerate(batch):  # left padding: generation continues at the right
+            ids[row, longest - len(prompts[i]) :] = prompts[i]
+            attended[row, longest - len(prompts[i]) :] = 1
+        output = model.generate(
+            input_ids=torch.from_numpy(ids).to(model.device),
+            attention_mask=torch.from_numpy(attended).to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(eos_ids),
+            pad_token_id=eos_ids[0],
+        )
+        for row, i in enumerate(batch):
+            new = output[row, longest:].cpu().numpy().astype(np.int32)
+            stops = np.flatnonzero(np.isin(new, eos_ids))
+            responses[i] = new[: stops[0] + 1] if stops.size else new
+    return responses

@@ -1,0 +1,128 @@
+"""The replay queue as a Ray actor: where the coordinator and the learner's ranks meet.
+
+It holds references and small records, never a tensor. Three mailboxes around `ReplayQueue`'s rules:
+samples (coordinator -> learner), weights (learner -> coordinator), events (learner -> coordinator: step metrics).
+Every method that waits wakes up on any change; callers bring their own time limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from actors.replay_queue import ReplayQueue
+from common.types import WeightHandle
+
+NAME = "replay-queue"
+
+
+class ReplayQueueActor:
+    """One a run. All methods are coroutines in one event loop, so none needs a lock."""
+
+    def __init__(self, prompts_per_round: int, max_staleness: int, total: int, first_round: int) -> None:
+        self._queue = ReplayQueue(prompts_per_round, max_staleness, total, first_round)
+        self._weights: WeightHandle | None = None
+        self._events: list[dict[str, Any]] = []
+        self._stop = False
+        self._changed = asyncio.Event()
+
+    # --- coordinator's side -------------------------------------------------------------------------------------
+
+    async def lease(self, most: int) -> list[int]:
+        """Waits for free slots; sample indices to decode. Empty: nothing is left to decode, or a stop was asked."""
+        await self._until(lambda: self._stop or self._queue.exhausted or self._queue.free_slots > 0)
+        return [] if self._stop else self._queue.lease(most)
+
+    async def put(self, indices: list[int], weight_version: int, samples: list[Any]) -> list[bool]:
+        """Accepts finished samples (references); which of them were accepted."""
+        accepted = [self._queue.put(i, weight_version, s) for i, s in zip(indices, samples, strict=True)]
+        self._wake()
+        return accepted
+
+    async def next_weights(self, after: int) -> WeightHandle | None:
+        """Waits for a version newer than `after`; None when the learner has ended."""
+        await self._until(lambda: self._ended or (self._weights is not None and self._weights.version > after))
+        newer = self._weights is not None and self._weights.version > after
+        return self._weights if newer else None
+
+    async def weights_taken(self, version: int) -> None:
+        """The rollout actors hold this version; frees slots."""
+        self._queue.weights_taken(version)
+        self._wake()
+
+    async def drain_events(self) -> list[dict[str, Any]]:
+        """Waits for events of the learner and hands them over; empty when the learner has ended and all is told."""
+        await self._until(lambda: bool(self._events) or self._ended)
+        events, self._events = self._events, []
+        return events
+
+    async def request_stop(self) -> None:
+        """The learner finishes the round it has begun, saves, and ends; nothing more is leased."""
+        self._stop = True
+        self._wake()
+
+    async def learner_ended(self) -> None:
+        """Releases everybody who waits for the learner."""
+        self._ended = True
+        self._wake()
+
+    async def state(self) -> dict[str, Any]:
+        """Counts for the view and the metrics."""
+        queue = self._queue
+        return {
+            "queue_depth": queue.depth,
+            "queue_leased": queue.leased,
+            "queue_free_slots": queue.free_slots,
+            "refused_duplicate": queue.refused["duplicate"],
+            "refused_stale": queue.refused["stale"],
+            "weight_version": queue.version,
+        }
+
+    # --- learner's side -----------------------------------------------------------------------------------------
+
+    async def take_round(self, round_: int) -> tuple[list[Any], list[int]] | None:
+        """Waits for a whole round: (references in index order, staleness of each). None: stop before this round.
+
+        What the first rank is told, every rank is told.
+        """
+        await self._until(lambda: self._queue.is_ready(round_) or self._stop)
+        if self._stop and round_ not in self._queue.handed_rounds:
+            return None
+        return self._queue.take_round(round_), self._queue.staleness(round_)
+
+    async def publish(self, handle: WeightHandle) -> None:
+        """New weights; a version that is not newer (a restarted learner repeating itself) is only remembered."""
+        self._queue.published(handle.version)
+        if self._weights is None or handle.version >= self._weights.version:
+            self._weights = handle
+        self._wake()
+
+    async def committed(self, rounds: int) -> None:
+        """A checkpoint covers this many rounds."""
+        self._queue.committed(rounds)
+
+    async def tell(self, event: dict[str, Any]) -> None:
+        """A record for the metrics."""
+        self._events.append(event)
+        self._wake()
+
+    # --- waiting ------------------------------------------------------------------------------------------------
+
+    _ended = False
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._changed.wait()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def start_queue(prompts_per_round: int, max_staleness: int, total: int, first_round: int) -> Any:
+    """Starts the actor under its name."""
+    actor = ray.remote(num_cpus=0, max_concurrency=64)(ReplayQueueActor)
+    return actor.options(name=NAME).remote(prompts_per_round, max_staleness, total, first_round)

@@ -1,0 +1,92 @@
+"""Teacher actor: the frozen AR teacher. Scores trajectories; answers prompts for the evaluation's first row."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+import torch
+
+from actors.ar_generate import generate_greedy
+from actors.teacher_scoring import score
+from common.config.schema import TeacherConfig
+from common.models import load_model, read_facts
+from common.types import ScoredTrajectory, TeacherTargets, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreStats:
+    """What one scoring call did."""
+
+    tokens: int
+    """Response tokens scored."""
+    seconds: float
+    nbytes: int
+    """Bytes of targets that travel to the learner."""
+
+
+class TeacherBackend(Protocol):
+    """What a teacher can do. To add one: implement this and choose it in `start_teacher_actor`."""
+
+    def score(self, trajectories: list[Trajectory]) -> list[TeacherTargets]:
+        """Targets of each trajectory, in order."""
+        ...
+
+    def generate(self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int) -> list[np.ndarray]:
+        """Greedy responses, `[R] int32` each."""
+        ...
+
+
+class TransformersTeacher:
+    """The teacher as a transformers model in this process."""
+
+    def __init__(self, folder: str, config: TeacherConfig) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = load_model(folder, config.dtype).to(device)
+        self._eos_ids = read_facts(folder).eos_ids
+        self._config = config
+
+    def score(self, trajectories: list[Trajectory]) -> list[TeacherTargets]:
+        """See `actors/teacher_scoring.py`."""
+        config = self._config
+        return score(self._model, trajectories, config.targets, config.top_k, config.batch_tokens)
+
+    def generate(self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int) -> list[np.ndarray]:
+        """See `actors/ar_generate.py`."""
+        return generate_greedy(self._model, prompts, max_new_tokens, self._eos_ids, batch_size)
+
+
+class TeacherActor:
+    """A backend behind Ray."""
+
+    def __init__(self, folder: str, config: TeacherConfig) -> None:
+        torch.set_num_threads(max(int(config.cpus_per_actor), 1))
+        self._backend: TeacherBackend = TransformersTeacher(folder, config)
+
+    def ready(self) -> None:
+        """Returns once the teacher is loaded."""
+
+    def score(self, *trajectories: Trajectory) -> tuple[ScoredTrajectory | ScoreStats, ...]:
+        """One return value a trajectory, then the statistics. Fails as a whole: a score is never made up."""
+        started = time.perf_counter()
+        targets = self._backend.score(list(trajectories))
+        scored = tuple(ScoredTrajectory(t, target) for t, target in zip(trajectories, targets, strict=True))
+        nbytes = sum(getattr(t, field).nbytes for t in targets for field in type(t).__slots__)
+        tokens = sum(t.response_length for t in trajectories)
+        return (*scored, ScoreStats(tokens, time.perf_counter() - started, nbytes))
+
+    def generate(self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int) -> tuple[list[np.ndarray], float]:
+        """Greedy responses and the seconds they took."""
+        started = time.perf_counter()
+        return self._backend.generate(prompts, max_new_tokens, batch_size), time.perf_counter() - started
+
+
+def start_teacher_actor(name: str, folder: str, config: TeacherConfig, restarts: int) -> Any:
+    """Starts one under its name."""
+    actor = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor, max_restarts=restarts)(
+        TeacherActor
+    )
+    return actor.options(name=name).remote(folder, config)

@@ -1,0 +1,123 @@
+"""Checkpoints that a crash at any byte cannot hurt: written aside, synced, checksummed, renamed.
+
+    RUN/checkpoints/round-000040/
+        weights.safetensors     float32 weights by parameter name
+        optimizer.safetensors   `exp_avg.NAME`, `exp_avg_sq.NAME`
+        state.json              round, step, weight version, cursor, ledger, curriculum, config digest
+        manifest.json           size and CRC-32 of each file
+
+Nothing in it is a pickle, and nothing depends on how many ranks wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import OpdlmError
+
+log = logging.getLogger("opdlm.checkpoint")
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that was found whole."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def rounds(self) -> int:
+        """Rounds trained when it was written."""
+        return int(self.state["rounds"])
+
+
+def save_checkpoint(root: Path, state: dict[str, Any], write_files: Callable[[Path], None], keep: int) -> Path:
+    """Writes one checkpoint and removes all but the newest `keep`.
+
+    Args:
+        root: folder of the checkpoints.
+        state: JSON-able; `rounds` names the checkpoint.
+        write_files: writes the tensors into the folder it is given.
+    """
+    final = root / f"round-{state['rounds']:06d}"
+    staging = root / f".{final.name}.{os.getpid()}"
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        write_files(staging)
+        (staging / "state.json").write_text(json.dumps(state, indent=1))
+        manifest = {file.name: _fingerprint(file) for file in sorted(staging.iterdir())}
+        (staging / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for file in [*staging.iterdir(), staging]:
+            _sync(file)
+        if final.exists():  # written by an earlier life of this round; the new one is at least as good
+            shutil.rmtree(final)
+        staging.rename(final)
+        _sync(root)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    for old in list_checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest_checkpoint(root: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; damaged ones are named in the log and passed over.
+
+    Raises:
+        OpdlmError: there are checkpoints, but none is whole (starting over in silence would lose the run).
+    """
+    folders = list_checkpoints(root)
+    for folder in reversed(folders):
+        problem = damage(folder)
+        if problem is None:
+            return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+        log.warning("checkpoint %s is damaged (%s); using the one before it", folder, problem)
+    if folders:
+        raise OpdlmError(f"no whole checkpoint among {len(folders)} in {root}; newest: {damage(folders[-1])}")
+    return None
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted(path for path in root.glob("round-*") if path.is_dir())
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        for name, expected in manifest.items():
+            found = _fingerprint(folder / name)
+            if found != expected:
+                return f"{name} has {found['bytes']} bytes, CRC {found['crc32']}; expected {expected}"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _fingerprint(file: Path) -> dict[str, int]:
+    crc, size = 0, 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 24):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return {"bytes": size, "crc32": crc}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,99 @@
+"""Checks that need two fields. Each says what, where, what was found, and what would be right; all are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from common.config.schema import OpdlmConfig, Schedule
+from common.errors import ConfigError
+
+
+def check_config(config: OpdlmConfig) -> None:
+    """Raises `ConfigError` with one line per contradiction between fields."""
+    problems = [*_data(config), *_rollout(config), *_targets(config), *_learner(config), *_curriculum(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _data(config: OpdlmConfig) -> Iterator[str]:
+    data = config.data
+    if (data.task is None) == (data.path is None):
+        found = "neither" if data.task is None else "both"
+        yield f"data: found {found} of `task` and `path`; give exactly one (e.g. `task: chain`)"
+    if data.task is not None and data.prompts is None:
+        yield "data.prompts: missing; a task needs to know how many prompts an epoch has (e.g. 20000)"
+    if data.task is None and config.evaluation.every_rounds is not None:
+        yield "evaluation.every_rounds: needs `data.task`, which knows the right answers; found `data.path` only"
+
+
+def _rollout(config: OpdlmConfig) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.denoising_steps is not None and rollout.denoising_steps > rollout.block_size:
+        yield (
+            f"rollout.denoising_steps: found {rollout.denoising_steps}, more than rollout.block_size "
+            f"{rollout.block_size}; a step reveals at least one token, so at most the block size"
+        )
+
+
+def _targets(config: OpdlmConfig) -> Iterator[str]:
+    objective, teacher = config.objective, config.teacher
+    if teacher.targets == "topk":
+        if objective.top_k == 0:
+            yield (
+                "teacher.targets: found `topk` with objective.top_k 0 (full vocabulary); set objective.top_k to "
+                f"{teacher.top_k} or teacher.targets to `hidden`"
+            )
+        elif objective.top_k > teacher.top_k:
+            yield (
+                f"objective.top_k: found {objective.top_k}, more than the {teacher.top_k} that the teacher sends "
+                "(teacher.top_k); at most that"
+            )
+    if objective.tail == "bucket" and objective.top_k == 0:
+        yield "objective.tail: `bucket` needs objective.top_k > 0; over the full vocabulary there is no tail"
+
+
+def _learner(config: OpdlmConfig) -> Iterator[str]:
+    learner, rollout = config.learner, config.rollout
+    if learner.batch_size > rollout.prompts_per_round:
+        yield (
+            f"learner.batch_size: found {learner.batch_size}, more than rollout.prompts_per_round "
+            f"{rollout.prompts_per_round}; a step trains trajectories of one round, so at most that"
+        )
+    if learner.batch_size < learner.workers:
+        yield (
+            f"learner.workers: found {learner.workers}, more than learner.batch_size {learner.batch_size}; "
+            "every rank needs a trajectory a step"
+        )
+    if learner.zero.offload_weights and learner.zero.stage != 3:
+        yield f"learner.zero.offload_weights: needs stage 3; found stage {learner.zero.stage}"
+    if 0 < learner.gpus_per_worker < 1:
+        yield f"learner.gpus_per_worker: found {learner.gpus_per_worker}; a rank needs a whole GPU, or 0 for the CPU"
+    if learner.gpus_per_worker == 0 and config.model.attention == "flex_attention":
+        yield "model.attention: flex_attention has no backward on the CPU; use `sdpa` or `auto`"
+
+
+def _curriculum(config: OpdlmConfig) -> Iterator[str]:
+    curriculum, rollout = config.curriculum, config.rollout
+    schedules: list[tuple[str, Schedule | None]] = [
+        ("curriculum.max_new_tokens", curriculum.max_new_tokens),
+        ("curriculum.threshold", curriculum.threshold),
+    ]
+    for where, schedule in schedules:
+        if schedule and schedule.kind != "constant" and (schedule.end is None or schedule.rounds is None):
+            yield f"{where}: `{schedule.kind}` needs `end` and `rounds`; found end {schedule.end}, rounds {schedule.rounds}"
+    if curriculum.max_new_tokens:
+        lengths = [curriculum.max_new_tokens.start, curriculum.max_new_tokens.end or 1]
+        if min(lengths) < 1 or max(lengths) > rollout.max_new_tokens:
+            yield (
+                f"curriculum.max_new_tokens: found {lengths[0]:g} to {lengths[1]:g} tokens; expected within 1 and "
+                f"rollout.max_new_tokens {rollout.max_new_tokens}"
+            )
+    if curriculum.threshold:
+        if rollout.strategy != "low_confidence_dynamic":
+            yield (
+                f"curriculum.threshold: found with rollout.strategy `{rollout.strategy}`, which has no threshold; "
+                "use `low_confidence_dynamic` or drop it"
+            )
+        ends = [curriculum.threshold.start, curriculum.threshold.end or 0.0]
+        if min(ends) < 0 or max(ends) > 1:
+            yield f"curriculum.threshold: found {ends[0]:g} to {ends[1]:g}; a probability, so within 0 and 1"

@@ -1,0 +1,130 @@
+"""What travels between the actors: frozen records of numpy arrays (zero-copy in Ray's object store).
+
+Shapes use P prompt tokens, R response tokens, R' >= R kept tokens (the response up to the end of its last block),
+K top tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+FinishReason = Literal["eos", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One prompt to decode."""
+
+    index: int
+    """Place in the run's order of prompts, from 0; identifies the sample from here on (the ledger counts by it)."""
+    prompt_id: str
+    """Name of the prompt in its data, for people."""
+    prompt_ids: np.ndarray  # [P] int32
+    max_new_tokens: int
+    """Most response tokens; never exceeded."""
+    seed: int
+    """Seed of this sequence alone: the result does not depend on what it is decoded beside."""
+    threshold: float | None = None
+    """Dynamic threshold of the moment (curriculum). None: the decoder's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """A decoded response and the order in which it was revealed (METHOD.md section 2).
+
+    The kept tokens run to the end of the last block: what was decoded behind the end-of-sequence token was visible
+    while the block was denoised, so training needs it to rebuild the state. The response itself is the first
+    `response_length` of them.
+
+    Example, S = 4, P = 4: `response_ids [7, 9, 8, EOS, 5, 3, 0, 2]` cannot be: the block of the EOS is the last.
+    `[7, 9, EOS, 5]` with `response_length 3` and `reveal_step [1, 2, 1, 3]`: step 1 revealed 7 and EOS.
+    """
+
+    index: int
+    prompt_id: str
+    prompt_ids: np.ndarray  # [P] int32
+    response_ids: np.ndarray  # [R'] int32
+    reveal_step: np.ndarray  # [R'] int16, from 1, rising over the whole response
+    response_length: int
+    weight_version: int
+    finish_reason: FinishReason
+    denoising_steps: int
+    """Student forwards that revealed tokens of this sequence."""
+
+    @property
+    def response(self) -> np.ndarray:
+        """The response's tokens, `[R] int32`: up to and with the first end-of-sequence token, or the limit."""
+        return self.response_ids[: self.response_length]
+
+
+@dataclass(frozen=True, slots=True)
+class TopKTargets:
+    """The teacher's K likeliest next tokens, log-softmax over the full vocabulary, not renormalised."""
+
+    token_ids: np.ndarray  # [R, K] int32
+    logprobs: np.ndarray  # [R, K] float32
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenTargets:
+    """The teacher's final hidden states; the learner applies the teacher's output matrix."""
+
+    hidden: np.ndarray  # [R, D] float32, or uint16 that holds the bits of bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsTargets:
+    """The teacher's logits over its full vocabulary (small vocabularies, tests)."""
+
+    logits: np.ndarray  # [R, V] float32
+
+
+TeacherTargets = TopKTargets | HiddenTargets | LogitsTargets
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTrajectory:
+    """A trajectory with the teacher's next-token distributions after each clean prefix."""
+
+    trajectory: Trajectory
+    targets: TeacherTargets
+
+
+@dataclass(frozen=True, slots=True)
+class WeightHandle:
+    """A published weight version: a reference to a `WeightPack`, not the weights."""
+
+    version: int
+    pack: list[Any]
+    """The one object reference, in a list, so that Ray does not fetch it on the way."""
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStats:
+    """What one call of the decoder did."""
+
+    weight_version: int
+    sequences: int
+    response_tokens: int
+    denoising_steps: int
+    """Denoising steps summed over sequences."""
+    forwards: int
+    """Batched denoising forwards (prefills not counted)."""
+    seconds: float
+
+
+def tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
+    """A CPU array of the tensor; bfloat16 as the uint16 of its bits, which `array_to_tensor` undoes."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
+
+
+def array_to_tensor(array: np.ndarray) -> torch.Tensor:
+    """A copy of the array as a tensor (the object store's memory is read-only); uint16 becomes bfloat16."""
+    tensor = torch.from_numpy(array.copy())
+    return tensor.view(torch.bfloat16) if tensor.dtype is torch.uint16 else tensor

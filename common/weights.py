@@ -1,0 +1,89 @@
+"""Weights on the wire: one flat buffer per dtype, a manifest, and a checksum that is checked after loading."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.types import array_to_tensor, tensor_to_array
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """Where one parameter lies in its dtype's buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # numpy name; uint16 holds the bits of bfloat16
+    start: int  # in elements
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPack:
+    """All parameters of a model under a version number."""
+
+    version: int
+    places: tuple[TensorPlace, ...]
+    buffers: dict[str, np.ndarray]  # dtype name -> [elements]
+    checksum: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a push moves."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+
+def pack_weights(version: int, named: Iterable[tuple[str, torch.Tensor]]) -> WeightPack:
+    """Packs parameters, in the order given, which may be a generator that gathers them one by one."""
+    places: list[TensorPlace] = []
+    pieces: dict[str, list[np.ndarray]] = {}
+    used: dict[str, int] = {}
+    checksum = 0
+    for name, tensor in named:
+        array = tensor_to_array(tensor)
+        kind = array.dtype.name
+        places.append(TensorPlace(name, tuple(array.shape), kind, used.get(kind, 0)))
+        used[kind] = used.get(kind, 0) + array.size
+        pieces.setdefault(kind, []).append(array.reshape(-1))
+        checksum = _checksum(array, checksum)
+    buffers = {kind: np.concatenate(parts) for kind, parts in pieces.items()}
+    return WeightPack(version, tuple(places), buffers, checksum)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, pack: WeightPack) -> None:
+    """Copies a pack into a model and checks what the model then holds.
+
+    Raises:
+        ValueError: names or shapes differ, or the checksum of the loaded parameters is not the pack's.
+    """
+    parameters = dict(model.named_parameters())
+    if missing := set(parameters) ^ {place.name for place in pack.places}:
+        raise ValueError(f"weights version {pack.version}: model and pack differ in {sorted(missing)[:3]}")
+    checksum = 0
+    for place, array in _unpack(pack):
+        parameter = parameters[place.name]
+        if tuple(parameter.shape) != place.shape:
+            raise ValueError(f"weights version {pack.version}: {place.name} is {place.shape}, not {parameter.shape}")
+        parameter.copy_(array_to_tensor(array))
+        checksum = _checksum(tensor_to_array(parameter), checksum)
+    if checksum != pack.checksum:
+        raise ValueError(
+            f"weights version {pack.version}: checksum {checksum:#010x} after loading, {pack.checksum:#010x} when "
+            "packed; the transfer was damaged or the model's number format differs from the learner's"
+        )
+
+
+def _unpack(pack: WeightPack) -> Iterator[tuple[TensorPlace, np.ndarray]]:
+    for place in pack.places:
+        size = int(np.prod(place.shape, dtype=np.int64))
+        yield place, pack.buffers[place.dtype][place.start : place.start + size].reshape(place.shape)
+
+
+def _checksum(array: np.ndarray, running: int) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), running)

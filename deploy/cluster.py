@@ -1,0 +1,108 @@
+"""Ray itself: joining or starting a cluster, checking that it is large enough, starting the roles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.pool import ActorPool, stop_actors
+from actors.queue_actor import NAME as QUEUE_NAME
+from actors.queue_actor import start_queue
+from actors.rollout_actor import start_rollout_actor
+from actors.teacher_actor import start_teacher_actor
+from common.config import OpdlmConfig
+from common.errors import ConfigError, OpdlmError
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The actors of a run."""
+
+    queue: Any
+    rollouts: ActorPool
+    teachers: ActorPool
+
+    def stop(self) -> None:
+        """Ends them all."""
+        stop_actors([self.queue, *self.rollouts.actors.values(), *self.teachers.actors.values()])
+
+
+def demands(config: OpdlmConfig) -> dict[str, list[tuple[str, int, float]]]:
+    """Who asks for what: `{"CPU": [(role, count, each), ...], "GPU": ...}`."""
+    rollout, teacher, learner = config.rollout, config.teacher, config.learner
+    return {
+        "CPU": [
+            ("rollout", rollout.actors, rollout.cpus_per_actor),
+            ("teacher", teacher.actors, teacher.cpus_per_actor),
+            ("learner", learner.workers, learner.cpus_per_worker),
+        ],
+        "GPU": [
+            ("rollout", rollout.actors, rollout.gpus_per_actor),
+            ("teacher", teacher.actors, teacher.gpus_per_actor),
+            ("learner", learner.workers, learner.gpus_per_worker),
+        ],
+    }
+
+
+def connect(config: OpdlmConfig) -> None:
+    """Joins the cluster of `resources.ray_address` (or RAY_ADDRESS), else starts a local one; checks its size."""
+    resources = config.resources
+    if ray.is_initialized():
+        check_resources(config, ray.cluster_resources())
+        return
+    logs = {"log_to_driver": resources.worker_logs, "logging_level": "warning", "namespace": "opdlm"}
+    needed = int(sum(count * each for _, count, each in demands(config)["CPU"])) + 1
+    try:
+        ray.init(address=resources.ray_address or "auto", **logs)
+    except ConnectionError as error:
+        if resources.ray_address is not None:
+            raise OpdlmError(f"resources.ray_address: {resources.ray_address}: {str(error).splitlines()[0]}") from None
+        ray.init(
+            address="local",
+            num_cpus=resources.local_cpus or needed,
+            include_dashboard=resources.local_dashboard,
+            dashboard_host="127.0.0.1",
+            **logs,
+        )
+    check_resources(config, ray.cluster_resources())
+
+
+def check_resources(config: OpdlmConfig, available: dict[str, float]) -> None:
+    """Raises `ConfigError` with the arithmetic where the roles ask for more than the cluster has."""
+    for kind, rows in demands(config).items():
+        asked = sum(count * each for _, count, each in rows)
+        there = available.get(kind, 0.0)
+        if asked > there:
+            terms = " + ".join(f"{role} {count} x {each:g}" for role, count, each in rows if count * each)
+            raise ConfigError(
+                f"resources: the run asks for {asked:g} {kind}s ({terms}), the cluster has {there:g}; "
+                "lower the actor counts or add nodes"
+            )
+
+
+def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int) -> Roles:
+    """Starts queue, rollout actors and teacher actors under the names that the dashboard shows."""
+    rollout, teacher, resources = config.rollout, config.teacher, config.resources
+    try:
+        queue = start_queue(rollout.prompts_per_round, config.queue.max_staleness, total, first_round)
+    except ValueError as error:
+        raise OpdlmError(f"the cluster already runs an opdlm job ({QUEUE_NAME} is taken): {error}") from None
+    rollouts = {
+        f"rollout-{i}": start_rollout_actor(
+            f"rollout-{i}",
+            student,
+            config.model.dtype,
+            rollout.cpus_per_actor,
+            rollout.gpus_per_actor,
+            resources.actor_restarts,
+        )
+        for i in range(rollout.actors)
+    }
+    teachers = {
+        f"teacher-{i}": start_teacher_actor(f"teacher-{i}", config.model.teacher, teacher, resources.actor_restarts)
+        for i in range(teacher.actors)
+    }
+    timeout, retries = resources.call_timeout_seconds, resources.actor_restarts
+    return Roles(queue, ActorPool(rollouts, timeout, retries), ActorPool(teachers, timeout, retries))

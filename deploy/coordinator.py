@@ -1,0 +1,109 @@
+"""The loops that keep the actors busy. References and counts move here; tensors never do.
+
+    loop       consumes                        produces                            waits for; is woken by
+    produce    free slots (queue.lease)        a task per chunk: decode, score,    a free slot; weights_taken
+                                               queue.put
+    push       weights (queue.next_weights)    load_weights on every rollout       a new version; the learner's publish
+                                               actor, queue.weights_taken
+    watch      events (queue.drain_events)     metrics, the live view              an event; the learner's tell
+    learner    rounds (queue.take_round)       publish, checkpoints, events        a whole round; queue.put
+               (Ray Train, in a thread)
+
+`produce` may run `max_staleness` rounds ahead of the learner: a slot is freed only by `push`, after the weights that
+its sample helped to make were taken. A stop (SIGINT, SIGTERM, an error in any loop) goes to the queue: nothing more
+is leased, the learner finishes its round, saves and ends, and that ends the other loops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from actors.decode_settings import DecodeSettings
+from common.config import OpdlmConfig
+from common.curriculum import dynamic_threshold, length_limit
+from common.prompts import PromptOrder
+from common.types import RolloutRequest, WeightHandle
+from deploy.cluster import Roles
+from deploy.telemetry import Telemetry
+
+Hook = Callable[[WeightHandle], Awaitable[None]]
+
+
+class Coordinator:
+    """Wires the roles of one run. `on_weights` is awaited after each push, before decoding goes on (evaluation)."""
+
+    def __init__(
+        self, config: OpdlmConfig, roles: Roles, order: PromptOrder, telemetry: Telemetry, on_weights: Hook
+    ) -> None:
+        self.config, self.roles, self.order = config, roles, order
+        self.telemetry, self.on_weights = telemetry, on_weights
+        self.settings = DecodeSettings.from_config(config.rollout)
+        self.weights: WeightHandle | None = None
+
+    async def run(self, fit: Callable[[], None]) -> None:
+        """Runs to the end of the learner; `fit` blocks in a thread meanwhile."""
+        loops = [asyncio.create_task(loop()) for loop in (self._push, self._produce, self._watch)]
+        learner = asyncio.create_task(asyncio.to_thread(fit))
+        learner.add_done_callback(lambda _: self.roles.queue.learner_ended.remote())
+        done, _ = await asyncio.wait([learner, *loops], return_when=asyncio.FIRST_EXCEPTION)
+        failed = [task for task in done if task.exception()]
+        if failed and learner not in done:
+            await self.stop()
+        await asyncio.wait([learner])
+        if failed or learner.exception():
+            for task in loops:
+                task.cancel()
+        results = await asyncio.gather(*failed, learner, *loops, return_exceptions=True)
+        for error in results:
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
+            if isinstance(error, Exception):
+                raise error
+
+    async def stop(self) -> None:
+        """Asks for an end with a checkpoint."""
+        await self.roles.queue.request_stop.remote()
+
+    async def _produce(self) -> None:
+        chunk = -(-self.config.rollout.prompts_per_round // len(self.roles.rollouts.actors))
+        async with asyncio.TaskGroup() as tasks:
+            while indices := await self.roles.queue.lease.remote(chunk):
+                tasks.create_task(self._sample(indices))
+
+    async def _sample(self, indices: list[int]) -> None:
+        batch, count = self.config.rollout.batch_size, len(indices)
+        requests = [self._request(index) for index in indices]
+        trajectories, decoded = await self.roles.rollouts.call(
+            "decode", requests, self.weights, self.settings, batch, outputs=count
+        )
+        scored, score = await self.roles.teachers.call("score", *trajectories, outputs=count)
+        await self.roles.queue.put.remote(indices, decoded.weight_version, scored)
+        self.telemetry.sampled(decoded, score)
+
+    def _request(self, index: int) -> RolloutRequest:
+        prompt, round_ = self.order[index], index // self.config.rollout.prompts_per_round
+        return RolloutRequest(
+            index=index,
+            prompt_id=prompt.prompt_id,
+            prompt_ids=prompt.ids,
+            max_new_tokens=length_limit(self.config, round_, prompt.domain),
+            seed=self.config.run.seed * 1_000_003 + index,
+            threshold=dynamic_threshold(self.config, round_),
+        )
+
+    async def _push(self) -> None:
+        queue: Any = self.roles.queue
+        while handle := await queue.next_weights.remote(self.weights.version if self.weights else -1):
+            started = time.perf_counter()
+            await self.roles.rollouts.broadcast("load_weights", handle)
+            self.weights = handle
+            self.telemetry.pushed(handle, time.perf_counter() - started)
+            await self.on_weights(handle)
+            await queue.weights_taken.remote(handle.version)
+
+    async def _watch(self) -> None:
+        while events := await self.roles.queue.drain_events.remote():
+            self.telemetry.learned(events, await self.roles.queue.state.remote())

@@ -1,0 +1,124 @@
+"""The run in the terminal: a table that stays in place, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+_PLAIN_EVERY_SECONDS = 5.0
+
+
+class LiveView:
+    """Rich table of the newest figures, redrawn at most four times a second."""
+
+    def __init__(self, console: Console, rounds: int, first_round: int) -> None:
+        self._latest: dict[str, dict[str, Any]] = {}
+        self._progress = Progress(
+            TextColumn("round"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False, compact=True),
+        )
+        self._task = self._progress.add_task("rounds", total=rounds, completed=first_round)
+        self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Takes the newest record of its kind."""
+        key = f"evaluation {record['row']}" if record["kind"] == "evaluation" else record["kind"]
+        self._latest[key] = record
+        if record["kind"] == "round":
+            self._progress.update(self._task, completed=record["round"])
+
+    def _render(self) -> Group:
+        step, round_ = self._latest.get("step", {}), self._latest.get("round", {})
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for left, right in zip(_training_figures(step, round_), _flow_figures(round_), strict=True):
+            table.add_row(*left, "   ", *right)
+        for name, record in self._latest.items():
+            if record["kind"] == "evaluation":
+                table.add_row(name, f"{record['exact_match']:.1%}", "", "tokens/step", f"{record['tokens_per_step']:.2f}")
+        return Group(self._progress, table)
+
+
+class PlainView:
+    """One line a round (at most every few seconds) and one an evaluation."""
+
+    def __init__(self, console: Console, rounds: int) -> None:
+        self._console, self._rounds = console, rounds
+        self._loss = float("nan")
+        self._last = self._started = time.monotonic()
+        self._first: int | None = None
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Prints what is worth a line."""
+        if record["kind"] == "step":
+            self._loss = record["loss"]
+        elif record["kind"] == "evaluation":
+            self._print(
+                f"evaluation {record['row']}: exact match {record['exact_match']:.1%}, "
+                f"{record['tokens_per_step']:.2f} tokens/step, {record['tokens_per_second']:.0f} tokens/s"
+            )
+        elif record["kind"] == "round":
+            self._first = record["round"] - 1 if self._first is None else self._first
+            last = record["round"] == self._rounds
+            if last or time.monotonic() - self._last > _PLAIN_EVERY_SECONDS:
+                self._last = time.monotonic()
+                pace = (self._last - self._started) / (record["round"] - self._first)
+                self._print(
+                    f"round {record['round']}/{self._rounds} step {record['step']} loss {self._loss:.4f} "
+                    f"tokens/step {record.get('tokens_per_step', 0):.2f} | tokens/s rollout "
+                    f"{record.get('rollout_tokens_per_second', 0):.0f} teacher "
+                    f"{record.get('teacher_tokens_per_second', 0):.0f} learner {record['learner_tokens_per_second']:.0f} "
+                    f"run {record['run_tokens_per_second']:.0f} | queue {record['queue_depth']} "
+                    f"staleness {record['staleness_mean']:.1f} version {record['weight_version']} | "
+                    f"left {pace * (self._rounds - record['round']):.0f} s"
+                )
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def open_view(console: Console, rounds: int, first_round: int) -> Iterator[LiveView | PlainView]:
+    """The view that suits the console."""
+    if not console.is_terminal:
+        yield PlainView(console, rounds)
+        return
+    view = LiveView(console, rounds, first_round)
+    with view.live:
+        yield view
+
+
+def _training_figures(step: dict[str, Any], round_: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("optimizer step", _number(step, "step", "{:,d}")),
+        ("loss", _number(step, "loss", "{:.4f}")),
+        ("gradient norm", _number(step, "grad_norm", "{:.3f}")),
+        ("learning rate", _number(step, "learning_rate", "{:.2e}")),
+        ("tokens per step", _number(round_, "tokens_per_step", "{:.2f}")),
+        ("rollout tokens", _number(round_, "rollout_tokens", "{:,d}")),
+    ]
+
+
+def _flow_figures(round_: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("rollout tokens/s", _number(round_, "rollout_tokens_per_second", "{:,.0f}")),
+        ("teacher tokens/s", _number(round_, "teacher_tokens_per_second", "{:,.0f}")),
+        ("learner tokens/s", _number(round_, "learner_tokens_per_second", "{:,.0f}")),
+        ("queue depth", _number(round_, "queue_depth", "{:,d}")),
+        ("staleness", _number(round_, "staleness_mean", "{:.1f}")),
+        ("weight version", _number(round_, "weight_version", "{:,d}")),
+    ]
+
+
+def _number(record: dict[str, Any], name: str, form: str) -> str:
+    return form.format(record[name]) if name in record else "-"

@@ -1,0 +1,88 @@
+"""Everything that can be known before an actor starts: models, tokenizer, prompts, plan. Raises clear errors only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from common.config import OpdlmConfig
+from common.convert import convert
+from common.errors import ConfigError
+from common.grid import BlockGrid
+from common.models import ModelFacts, check_vocabularies, load_tokenizer, read_facts, require_mask
+from common.prompts import PromptOrder, PromptSet, load_prompts
+from common.tasks import get_task
+from learner.plan import TrainingPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What the checks found."""
+
+    teacher: ModelFacts
+    student: ModelFacts
+    """The given student, or the teacher where one will be converted."""
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSet
+    order: PromptOrder
+    plan: TrainingPlan
+
+
+def preflight(config: OpdlmConfig) -> Preflight:
+    """Checks a config against the files that it names; writes nothing."""
+    teacher = read_facts(config.model.teacher)
+    student = read_facts(config.model.student) if config.model.student else teacher
+    tokenizer = load_tokenizer(config.model.student or config.model.teacher)
+    if config.model.student:
+        require_mask(student)
+        check_vocabularies(teacher, student)
+        _check_grid(config, student)
+    if config.teacher.targets == "topk" and config.teacher.top_k > teacher.vocab_size:
+        raise ConfigError(
+            f"teacher.top_k: found {config.teacher.top_k}, more than the teacher's vocabulary of {teacher.vocab_size}"
+        )
+    if config.data.task:
+        get_task(config.data.task)
+    prompts = load_prompts(config.data, tokenizer, _longest_prompt(config, student), config.run.seed)
+    per_round = config.rollout.prompts_per_round
+    total = config.data.epochs * len(prompts.prompts) if config.run.rounds is None else config.run.rounds * per_round
+    epochs = -(-total // len(prompts.prompts))
+    plan = TrainingPlan(total, per_round, config.learner.batch_size, config.run.seed)
+    return Preflight(teacher, student, tokenizer, prompts, PromptOrder(prompts.prompts, config.run.seed, epochs), plan)
+
+
+def prepare_student(config: OpdlmConfig) -> str:
+    """The folder of the student's start weights; converts the teacher into the run directory where none is given."""
+    if config.model.student:
+        return str(Path(config.model.student).resolve())
+    folder = Path(config.run.dir).resolve() / "student_init"
+    if not folder.exists():
+        convert(config.model.teacher, folder, config.rollout.block_size, config.rollout.block_grid, "qwen3")
+    return str(folder)
+
+
+def _longest_prompt(config: OpdlmConfig, student: ModelFacts) -> int:
+    """Longest prompt that leaves room for a whole response, to the end of its last block."""
+    room = config.rollout.max_new_tokens
+    if config.data.task and (config.evaluation.every_rounds or config.evaluation.final_problems):
+        room = max(room, config.evaluation.max_new_tokens)
+    longest = student.context - room - (config.rollout.block_size - 1)
+    if longest < 1:
+        raise ConfigError(
+            f"rollout.max_new_tokens: found {room} (with evaluation.max_new_tokens); the model's context of "
+            f"{student.context} tokens leaves no room for a prompt"
+        )
+    return longest
+
+
+def _check_grid(config: OpdlmConfig, student: ModelFacts) -> None:
+    ours = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
+    for field, theirs in (("block_size", student.block_size), ("block_grid", student.block_grid)):
+        found = ours.block_size if field == "block_size" else ours.kind
+        if theirs is not None and theirs != found:
+            raise ConfigError(
+                f"rollout.{field}: found {found!r}, but the student {student.folder} was made for {theirs!r}; "
+                f"set rollout.{field} to that, or convert the teacher anew"
+            )

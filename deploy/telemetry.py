@@ -1,0 +1,128 @@
+"""What a run says about itself: one record stream to metrics.jsonl, TensorBoard and the live view.
+
+Records have a `kind`: `step` (one optimizer step), `round`, `publish`, `checkpoint`, `evaluation`. Every number is
+computed where it arises (the decoder, the train step, ...) and only collected here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+
+from actors.teacher_actor import ScoreStats
+from common.types import DecodeStats, WeightHandle
+from deploy.evaluation import EvaluationResult
+
+
+class View(Protocol):
+    """Something that shows records as they come."""
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Takes one record."""
+        ...
+
+
+class Telemetry:
+    """Collects records of one run.
+
+    Args:
+        run_dir: gets `metrics.jsonl` (appended) and `tensorboard/`.
+        view: shown every record.
+        first_round: round that the run (re)starts from.
+    """
+
+    def __init__(self, run_dir: Path, view: View, first_round: int = 0) -> None:
+        self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_round or None)
+        self._view = view
+        self._started = time.perf_counter() - _last_wall_seconds(run_dir / "metrics.jsonl")
+        self._round, self._step = first_round, 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._decoded: list[DecodeStats] = []
+        self._scored: list[ScoreStats] = []
+        self._push_seconds = 0.0
+        self._round_started = time.perf_counter()
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds of this run so far, earlier lives included."""
+        return time.perf_counter() - self._started
+
+    def sampled(self, decoded: DecodeStats, scored: ScoreStats) -> None:
+        """A chunk of prompts was decoded and scored."""
+        self._decoded.append(decoded)
+        self._scored.append(scored)
+
+    def pushed(self, handle: WeightHandle, seconds: float) -> None:
+        """A weight version reached every rollout actor."""
+        self._push_seconds = seconds
+
+    def learned(self, events: list[dict[str, Any]], queue_state: dict[str, Any]) -> None:
+        """Events of the learner, with the queue's state at the time."""
+        for event in events:
+            self._round, self._step = event["round"], event["step"]
+            if event["kind"] == "round":
+                event = event | self._round_figures(event) | queue_state
+                self._reset()
+            self._write(event)
+
+    def evaluated(self, row: str, version: int, result: EvaluationResult) -> None:
+        """An evaluation was done with a weight version."""
+        self._write({"kind": "evaluation", "row": row, "round": version, "step": self._step, **asdict(result)})
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        self._board.close()
+
+    def _round_figures(self, event: dict[str, Any]) -> dict[str, Any]:
+        seconds = time.perf_counter() - self._round_started
+        decode_seconds = sum(s.seconds for s in self._decoded)
+        score_seconds = sum(s.seconds for s in self._scored)
+        tokens = sum(s.response_tokens for s in self._decoded)
+        sequences = sum(s.sequences for s in self._decoded)
+        figures: dict[str, Any] = {
+            "round_seconds": seconds,
+            "weight_push_seconds": self._push_seconds,
+            "rollout_busy_seconds": decode_seconds,
+            "teacher_busy_seconds": score_seconds,
+            "learner_tokens_per_second": event["round_tokens"] / event["train_seconds"],
+            "run_tokens_per_second": event["round_tokens"] / seconds,
+        }
+        if self._decoded:
+            figures |= {
+                "rollout_tokens_per_second": tokens / decode_seconds,
+                "tokens_per_step": tokens / sum(s.denoising_steps for s in self._decoded),
+                "response_tokens_mean": tokens / sequences,
+                "teacher_tokens_per_second": sum(s.tokens for s in self._scored) / score_seconds,
+                "target_bytes_per_token": sum(s.nbytes for s in self._scored) / tokens,
+            }
+        return figures
+
+    def _write(self, record: dict[str, Any]) -> None:
+        record = {"wall_seconds": round(self.wall_seconds, 3), **record}
+        self._file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if isinstance(value, int | float) and name not in ("round", "step"):
+                place = record["step"] if record["kind"] == "step" else record["round"]
+                tag = f"{record['kind']}/{record['row']}/{name}" if "row" in record else f"{record['kind']}/{name}"
+                self._board.add_scalar(tag, value, place)
+        self._view.show(record)
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """All records of a run so far."""
+    file = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _last_wall_seconds(file: Path) -> float:
+    records = file.read_text().splitlines() if file.exists() else []
+    return float(json.loads(records[-1])["wall_seconds"]) if records else 0.0

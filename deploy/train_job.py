@@ -1,0 +1,132 @@
+"""`opdlm train`, in order: check, open the run directory, start the roles, evaluate, run the loops, evaluate, report."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+from rich.console import Console
+
+from actors.decode_settings import DecodeSettings
+from actors.queue_actor import NAME as QUEUE_NAME
+from common.config import OpdlmConfig
+from common.tasks import get_task
+from common.types import WeightHandle
+from deploy import report
+from deploy.cluster import Roles, connect, start_roles
+from deploy.coordinator import Coordinator
+from deploy.evaluation import Exam, evaluate_student, evaluate_teacher
+from deploy.live_view import open_view
+from deploy.preflight import Preflight, preflight, prepare_student
+from deploy.run_dir import config_digest, open_run
+from deploy.telemetry import Telemetry, read_records
+from learner.worker import LearnerSetup, fit
+
+
+def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
+    """Runs a job to its end; returns the exit code (0 done, 128 + signal after a stop with a checkpoint)."""
+    config = _absolute(config)
+    checked = preflight(config)
+    for line in checked.prompts.refused[:10]:
+        console.print(f"refused prompt {line}", highlight=False)
+    if checked.prompts.refused:
+        console.print(f"prompts refused: {len(checked.prompts.refused)}, kept: {len(checked.prompts.prompts)}")
+    connect(config)
+    checkpoint = open_run(config, resume)
+    first_round = checkpoint.rounds if checkpoint else 0
+    student = prepare_student(config)
+    if checkpoint:
+        console.print(f"resuming from {checkpoint.folder} (round {first_round} of {checked.plan.rounds})")
+    roles = start_roles(config, student, checked.plan.total, first_round)
+    try:
+        with open_view(console, checked.plan.rounds, first_round) as view:
+            telemetry = Telemetry(Path(config.run.dir), view, first_round)
+            job = _Job(config, checked, roles, telemetry, student)
+            try:
+                code = asyncio.run(job.run())
+            finally:
+                telemetry.close()
+    finally:
+        roles.stop()
+    console.print(report.write_report(Path(config.run.dir)))
+    where = f"{config.run.dir}/report.json, report.png, metrics.jsonl, tensorboard/"
+    console.print(f"written: {where}{'' if code else ', student/'}", highlight=False, soft_wrap=True)
+    if code:
+        console.print("stopped with a checkpoint; go on with --resume")
+    return code
+
+
+class _Job:
+    """One run of the loops with its evaluations and signals."""
+
+    def __init__(
+        self, config: OpdlmConfig, checked: Preflight, roles: Roles, telemetry: Telemetry, student: str
+    ) -> None:
+        self.config, self.checked, self.roles, self.telemetry = config, checked, roles, telemetry
+        self.setup = LearnerSetup(
+            config=config.model_dump(mode="json"),
+            student=student,
+            total_samples=checked.plan.total,
+            config_digest=config_digest(config),
+            queue_name=QUEUE_NAME,
+        )
+        self.settings = DecodeSettings.from_config(config.rollout)
+        self.coordinator = Coordinator(config, roles, checked.order, telemetry, self._on_weights)
+        self.stopped_by = 0
+        evaluation, task = config.evaluation, config.data.task
+        most = max(evaluation.final_problems, evaluation.problems if evaluation.every_rounds else 0)
+        self._final = Exam(get_task(task), checked.tokenizer, evaluation.final_problems) if task and most else None
+        self._periodic = Exam(get_task(task), checked.tokenizer, evaluation.problems) if task and most else None
+
+    async def run(self) -> int:
+        """Trains; then the final evaluation, unless the run was stopped."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        name = f"{Path(self.config.run.dir).name}"
+        await self.coordinator.run(lambda: fit(self.setup, name))
+        if self.stopped_by:
+            return 128 + self.stopped_by
+        if self._final is not None and self.config.evaluation.final_problems and self.coordinator.weights:
+            await self._evaluate(report.STATIC, self._final, self.coordinator.weights)
+            await self._evaluate(report.DYNAMIC, self._final, self.coordinator.weights)
+        return 0
+
+    def _on_signal(self, number: int) -> None:
+        if self.stopped_by:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.stopped_by = int(number)
+        self._stop = asyncio.ensure_future(self.coordinator.stop())
+
+    async def _on_weights(self, handle: WeightHandle) -> None:
+        """Evaluations that belong to a version: the table's first rows before training, the curve's points later."""
+        evaluation = self.config.evaluation
+        if handle.version == 0 and self._final is not None and evaluation.final_problems:
+            done = {r["row"] for r in read_records(Path(self.config.run.dir)) if r["kind"] == "evaluation"}
+            if report.TEACHER not in done:
+                result = await evaluate_teacher(self.roles.teachers, self._final, evaluation)
+                self.telemetry.evaluated(report.TEACHER, 0, result)
+            if report.BEFORE not in done:
+                await self._evaluate(report.BEFORE, self._final, handle)
+        every = evaluation.every_rounds
+        if every and self._periodic is not None and handle.version % every == 0:
+            await self._evaluate(report.PERIODIC, self._periodic, handle)
+
+    async def _evaluate(self, row: str, exam: Exam, handle: WeightHandle) -> None:
+        strategy = "low_confidence_dynamic" if row in (report.DYNAMIC, report.PERIODIC) else "low_confidence_static"
+        settings = self.settings.greedy(strategy)
+        result = await evaluate_student(self.roles.rollouts, exam, handle, settings, self.config.evaluation)
+        self.telemetry.evaluated(row, handle.version, result)
+
+
+def _absolute(config: OpdlmConfig) -> OpdlmConfig:
+    """Paths as the actors, which have other working directories, must see them."""
+    model = config.model.model_copy(
+        update={
+            "teacher": str(Path(config.model.teacher).resolve()),
+            "student": str(Path(config.model.student).resolve()) if config.model.student else None,
+        }
+    )
+    run = config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
+    return config.model_copy(update={"model": model, "run": run})

@@ -1,0 +1,69 @@
+"""Divergences between teacher and student at single positions (METHOD.md section 5).
+
+All functions take log-probabilities over the same C outcomes, `[N, C]` float32, and return `[N]` nats. A teacher
+probability of exactly 0 contributes 0 to the forward KL and never makes a NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from common.config.schema import ObjectiveConfig
+
+_LOG_TINY = -87.3
+"""log of the smallest normal float32. Stands in for log 0 of the teacher where the student's mass multiplies it."""
+
+
+def forward_kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student)."""
+    p = teacher.exp()
+    return torch.where(p > 0, p * (teacher.masked_fill(p == 0, 0.0) - student), 0.0).sum(-1)
+
+
+def reverse_kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """KL(student || teacher); the teacher's log-probabilities are cut off at log 1e-38, so it is finite."""
+    return (student.exp() * (student - teacher.clamp(min=_LOG_TINY))).sum(-1)
+
+
+def jensen_shannon(teacher: torch.Tensor, student: torch.Tensor, alpha: float) -> torch.Tensor:
+    """`alpha KL(teacher || m) + (1 - alpha) KL(student || m)` with `m = alpha teacher + (1 - alpha) student`."""
+    log_alpha = torch.tensor(alpha, dtype=teacher.dtype, device=teacher.device).log()
+    log_rest = torch.tensor(1 - alpha, dtype=teacher.dtype, device=teacher.device).log()
+    mixture = torch.logaddexp(teacher.clamp(min=_LOG_TINY) + log_alpha, student + log_rest)
+    return alpha * forward_kl(teacher, mixture) + (1 - alpha) * (student.exp() * (student - mixture)).sum(-1)
+
+
+def divergence(teacher: torch.Tensor, student: torch.Tensor, objective: ObjectiveConfig) -> torch.Tensor:
+    """The configured divergence."""
+    if objective.divergence == "jsd":
+        return jensen_shannon(teacher, student, objective.jsd_alpha)
+    weight = objective.reverse_weight
+    if weight == 0.0:
+        return forward_kl(teacher, student)
+    if weight == 1.0:
+        return reverse_kl(teacher, student)
+    return (1 - weight) * forward_kl(teacher, student) + weight * reverse_kl(teacher, student)
+
+
+def restrict_to_top_k(
+    teacher_ids: torch.Tensor, teacher_top: torch.Tensor, student: torch.Tensor, tail: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both models over the teacher's top tokens.
+
+    Args:
+        teacher_ids: `[N, K]` int64; teacher_top: `[N, K]` their log-probabilities, full-vocabulary softmax.
+        student: `[N, V]` log-probabilities.
+        tail: `drop` leaves the remaining mass out (the sum may then be negative); `bucket` appends it as one more
+            outcome for both, `[N, K + 1]`.
+    """
+    student_top = student.gather(-1, teacher_ids)
+    if tail == "drop":
+        return teacher_top, student_top
+    return _with_bucket(teacher_top, keep_zero=True), _with_bucket(student_top, keep_zero=False)
+
+
+def _with_bucket(top: torch.Tensor, keep_zero: bool) -> torch.Tensor:
+    mass = top.logsumexp(dim=-1, keepdim=True)
+    # 1 - exp(mass) loses its digits near 0, so the student's tail is held just above it and its gradient finite.
+    rest = torch.log(-torch.expm1(mass.clamp(max=-1e-7)))
+    return torch.cat([top, rest.masked_fill(mass >= -1e-7, float("-inf")) if keep_zero else rest], dim=-1)

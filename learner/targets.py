@@ -1,0 +1,81 @@
+"""The teacher's side of the loss: targets of many trajectories, gathered at the loss positions of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common.config.schema import ObjectiveConfig
+from common.types import LogitsTargets, TeacherTargets, TopKTargets, array_to_tensor
+from learner.losses import divergence, restrict_to_top_k
+from learner.rows import Row
+
+
+@dataclass(frozen=True, slots=True)
+class PositionTargets:
+    """Targets at N positions, of one kind.
+
+    `topk`: `values [N, K]` log-probabilities and `token_ids [N, K]`; `logits`: `values [N, V]`; `hidden`: `values
+    [N, D]` and `head [V, D]`, the teacher's output matrix.
+    """
+
+    values: torch.Tensor
+    token_ids: torch.Tensor | None = None
+    head: torch.Tensor | None = None
+
+    def __getitem__(self, part: slice) -> PositionTargets:
+        ids = None if self.token_ids is None else self.token_ids[part]
+        return PositionTargets(self.values[part], ids, self.head)
+
+    def to(self, device: torch.device) -> PositionTargets:
+        """The same targets on another device (the head is already there)."""
+        ids = None if self.token_ids is None else self.token_ids.to(device)
+        return PositionTargets(self.values.to(device), ids, self.head)
+
+    def losses(self, student_logits: torch.Tensor, objective: ObjectiveConfig) -> torch.Tensor:
+        """Divergence at each position, `[N]` float32. `student_logits`: `[N, V']`, V' >= the teacher's V.
+
+        Where the student has a row more than the teacher (its added mask token), that row is no outcome.
+        """
+        student_logits = student_logits.float()
+        if self.token_ids is not None:
+            student = student_logits.log_softmax(-1)
+            return divergence(*restrict_to_top_k(self.token_ids, self.values, student, objective.tail), objective)
+        with torch.no_grad():
+            logits = self.values if self.head is None else self.values.to(self.head.dtype) @ self.head.T
+            teacher = logits.float().log_softmax(-1)
+        student = student_logits[:, : teacher.shape[-1]].log_softmax(-1)
+        if objective.top_k == 0:
+            return divergence(teacher, student, objective)
+        top, ids = teacher.topk(min(objective.top_k, teacher.shape[-1]), dim=-1)
+        return divergence(*restrict_to_top_k(ids, top, student, objective.tail), objective)
+
+
+def gather_targets(
+    rows: Sequence[Row], teacher_head: torch.Tensor | None, objective: ObjectiveConfig
+) -> PositionTargets:
+    """Targets at the loss positions of the rows, in their order.
+
+    Raises:
+        ValueError: hidden targets without the teacher's output matrix.
+    """
+    parts = [(row.scored.targets, row.loss_positions) for row in rows]
+    first = parts[0][0]
+    if isinstance(first, TopKTargets):
+        keep = slice(0, objective.top_k or None)
+        ids = _stack(parts, "token_ids").to(torch.int64)[:, keep]
+        return PositionTargets(_stack(parts, "logprobs")[:, keep], ids)
+    if isinstance(first, LogitsTargets):
+        return PositionTargets(_stack(parts, "logits"))
+    if teacher_head is None:
+        raise ValueError("hidden targets need the teacher's output matrix on the learner")
+    return PositionTargets(_stack(parts, "hidden"), head=teacher_head)
+
+
+def _stack(parts: Sequence[tuple[TeacherTargets, np.ndarray]], field: str) -> torch.Tensor:
+    return array_to_tensor(np.concatenate([getattr(targets, field)[positions] for targets, positions in parts]))
+
+

@@ -1,0 +1,255 @@
+"""What one ZeRO rank does: take a round, train it, publish the weights, save. Runs inside Ray Train's worker group.
+
+    restore ─► publish start weights ─► for each round: take_round ─► steps ─► publish version r+1 ─► checkpoint when due
+                                                          ▲ None: a stop was asked; save and end
+
+A rank that dies takes the group down; Ray Train starts it again, and it goes on here from the last checkpoint, with
+the same samples (the queue keeps them until a checkpoint covers them).
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray import train
+
+from common.checkpoint import latest_checkpoint, save_checkpoint
+from common.config import OpdlmConfig, config_from_dict
+from common.convert import save_student
+from common.errors import OpdlmError
+from common.grid import BlockGrid
+from common.models import load_model, load_output_matrix, load_tokenizer, read_facts, require_mask
+from common.types import ScoredTrajectory, WeightHandle
+from common.weights import WeightPack, load_weights, pack_weights
+from learner import zero
+from learner.distill import DistillModule
+from learner.plan import TrainingPlan
+from learner.schedule import learning_rate
+from learner.train_step import StepResult, TrainStep
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerSetup:
+    """What the worker group is started with; plain data, so that a restart gets the same."""
+
+    config: dict[str, Any]
+    """The resolved run file."""
+    student: str
+    """Folder of the student's start weights."""
+    total_samples: int
+    config_digest: str
+    queue_name: str
+    """Ray's name of the replay queue."""
+
+
+def train_loop(arguments: dict[str, LearnerSetup]) -> None:
+    """Entry point of every rank."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    Learner(arguments["setup"]).run()
+
+
+class Learner:
+    """One rank: engine, plan, counters."""
+
+    def __init__(self, setup: LearnerSetup) -> None:
+        self.setup = setup
+        self.config: OpdlmConfig = config_from_dict(setup.config)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.run_dir = Path(self.config.run.dir)
+        self.queue = ray.get_actor(setup.queue_name)
+        config = self.config
+        torch.set_num_threads(max(int(config.learner.cpus_per_worker), 1))
+        torch.manual_seed(config.run.seed)
+        torch.use_deterministic_algorithms(config.run.deterministic)
+        self.plan = TrainingPlan(
+            setup.total_samples, config.rollout.prompts_per_round, config.learner.batch_size, config.run.seed
+        )
+        attention = _attention(config)
+        student = load_model(setup.student, config.model.dtype, attention)
+        if config.learner.gradient_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        module = DistillModule(student, config.objective, config.learner.logits_chunk, attention)
+        self.engine = zero.initialise(module, config.learner, config.model.dtype)
+        self.step = TrainStep(
+            self.engine,
+            config.learner,
+            config.objective,
+            BlockGrid(config.rollout.block_size, config.rollout.block_grid),
+            require_mask(read_facts(setup.student)),
+            self._teacher_head(),
+            config.run.seed,
+        )
+        self.rounds = self.optimizer_steps = self.rollout_tokens = 0
+
+    def run(self) -> None:
+        """Trains to the end of the run, or to a stop."""
+        self._restore()
+        pack = self._publish()
+        saved = self.rounds
+        while self.rounds < self.plan.rounds:
+            taken = self._ask(self.queue.take_round.remote(self.rounds), f"round {self.rounds}")
+            if taken is None:
+                break
+            references, staleness = taken
+            self._train_round(references, staleness)
+            pack = self._publish()
+            if self.rounds % self.config.checkpoint.every_rounds == 0:
+                self._save()
+                saved = self.rounds
+        if saved != self.rounds:
+            self._save()
+        if self.rank == 0 and pack is not None and self.rounds == self.plan.rounds:
+            self._export(pack)
+        dist.barrier()
+
+    def _train_round(self, references: list[Any], staleness: list[int]) -> None:
+        started = time.perf_counter()
+        tokens = 0
+        for places in self.plan.batches(self.rounds, len(references)):
+            share: list[ScoredTrajectory] = self._ask(
+                [references[place] for place in places[self.rank :: self.world]], "scored trajectories"
+            )
+            rate = learning_rate(
+                self.optimizer_steps, self.plan.steps_before(self.plan.rounds), self.config.learner.optimizer
+            )
+            result = self.step(share, rate)
+            if result.loss != result.loss or abs(result.loss) == float("inf"):
+                raise OpdlmError(f"optimizer step {self.optimizer_steps}: the loss is {result.loss}; nothing was saved")
+            self.optimizer_steps += 1
+            tokens += sum(s.trajectory.response_length for s in share)
+            self._tell_step(result, rate)
+        total = torch.tensor([tokens], dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(total)
+        self.rounds += 1
+        self.rollout_tokens += int(total)
+        self._tell(
+            kind="round",
+            rollout_tokens=self.rollout_tokens,
+            round_tokens=int(total),
+            staleness_mean=sum(staleness) / len(staleness),
+            staleness_max=max(staleness),
+            train_seconds=time.perf_counter() - started,
+        )
+
+    def _publish(self) -> WeightPack | None:
+        """Gathers the weights (all ranks) and publishes them as version `rounds` (rank 0)."""
+        started = time.perf_counter()
+        named = zero.full_parameters(self.engine)
+        if self.rank != 0:
+            for _ in named:  # ZeRO-3 gathers collectively
+                continue
+            return None
+        pack = pack_weights(self.rounds, named)
+        handle = WeightHandle(self.rounds, [ray.put(pack)], pack.nbytes)
+        self._ask(self.queue.publish.remote(handle), "publishing weights")
+        self._tell(
+            kind="publish", weight_version=self.rounds, publish_seconds=time.perf_counter() - started, nbytes=pack.nbytes
+        )
+        return pack
+
+    def _restore(self) -> None:
+        checkpoint = latest_checkpoint(self.run_dir / "checkpoints")
+        if checkpoint is None:
+            return
+        zero.load_state(self.engine, checkpoint.folder)
+        self.rounds = checkpoint.rounds
+        self.optimizer_steps = int(checkpoint.state["optimizer_steps"])
+        self.rollout_tokens = int(checkpoint.state["rollout_tokens"])
+
+    def _save(self) -> None:
+        """Writes a checkpoint; a collective call. The queue then lets go of what it covers."""
+        started = time.perf_counter()
+        if self.rank == 0:
+            save_checkpoint(
+                self.run_dir / "checkpoints",
+                self._state(),
+                lambda folder: zero.save_state(self.engine, folder),
+                self.config.checkpoint.keep,
+            )
+            self._ask(self.queue.committed.remote(self.rounds), "committing a checkpoint")
+            self._tell(kind="checkpoint", checkpoint_seconds=time.perf_counter() - started)
+        else:
+            zero.save_state(self.engine, None)
+        dist.barrier()
+
+    def _state(self) -> dict[str, Any]:
+        # Data order, decoding and state selection are functions of (seed, index): the cursor is their random state.
+        return {
+            "rounds": self.rounds,
+            "optimizer_steps": self.optimizer_steps,
+            "rollout_tokens": self.rollout_tokens,
+            "weight_version": self.rounds,
+            "next_sample": min(self.rounds * self.plan.prompts_per_round, self.plan.total),
+            "total_samples": self.plan.total,
+            "seed": self.config.run.seed,
+            "torch_random_state": torch.get_rng_state().numpy().tobytes().hex(),
+            "config_digest": self.setup.config_digest,
+        }
+
+    def _export(self, pack: WeightPack) -> None:
+        """The finished student as a Hugging Face folder, `RUN/student`."""
+        destination = self.run_dir / "student"
+        if destination.exists():
+            return
+        model = load_model(self.setup.student, self.config.model.dtype)
+        load_weights(model, pack)
+        save_student(model, load_tokenizer(self.setup.student), destination)
+
+    def _teacher_head(self) -> torch.Tensor | None:
+        if self.config.teacher.targets != "hidden":
+            return None
+        return load_output_matrix(self.config.model.teacher, self.config.teacher.dtype).to(self.engine.device)
+
+    def _tell_step(self, result: StepResult, rate: float) -> None:
+        self._tell(kind="step", learning_rate=rate, **asdict(result))
+
+    def _tell(self, **event: Any) -> None:
+        if self.rank == 0:
+            self.queue.tell.remote({"round": self.rounds, "step": self.optimizer_steps, **event})
+
+    def _ask(self, reference: Any, what: str) -> Any:
+        limit = self.config.resources.call_timeout_seconds
+        try:
+            return ray.get(reference, timeout=limit)
+        except ray.exceptions.GetTimeoutError:
+            raise OpdlmError(
+                f"learner rank {self.rank} waited {limit:g} s for {what} (resources.call_timeout_seconds)"
+            ) from None
+
+
+def _attention(config: OpdlmConfig) -> str:
+    if config.model.attention != "auto":
+        return config.model.attention
+    return "flex_attention" if config.learner.gpus_per_worker > 0 else "sdpa"
+
+
+def fit(setup: LearnerSetup, experiment: str) -> None:
+    """Runs the worker group to its end; blocks. Restarts it up to `learner.max_failures` times."""
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    learner = OpdlmConfig.model_validate(setup.config).learner
+    on_gpu = learner.gpus_per_worker > 0
+    resources: dict[str, float] = {"CPU": learner.cpus_per_worker}
+    if on_gpu:
+        resources["GPU"] = learner.gpus_per_worker
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"setup": setup},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=train.ScalingConfig(
+            num_workers=learner.workers, use_gpu=on_gpu, resources_per_worker=resources
+        ),
+        run_config=train.RunConfig(
+            name=experiment,
+            storage_path=str(Path(setup.config["run"]["dir"]).resolve() / "ray_train"),
+            failure_config=train.FailureConfig(max_failures=learner.max_failures),
+        ),
+    )
+    trainer.fit()

@@ -1,0 +1,189 @@
+"""DeepSpeed ZeRO around a `DistillModule`: engine, full weights, and optimizer state that fits any number of ranks.
+
+The only file that imports deepspeed. Call `initialise` in every rank of a running torch.distributed group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from common.config.schema import LearnerConfig
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def initialise(module: nn.Module, config: LearnerConfig, dtype: str) -> Any:
+    """Wraps a module whose parameters have the training dtype; returns the DeepSpeed engine.
+
+    Accumulation is by the caller: `backward` as often as it likes, then `step` once (see `learner/train_step.py`).
+    """
+    on_gpu = config.gpus_per_worker > 0
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    import deepspeed.ops
+
+    if not on_gpu:
+        # An op of the inference path; compiling it takes 40 s, and fails where there is no C++ compiler.
+        compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
+        compatible["deepspeed_shm_comm"] = False
+    backend = "nccl" if on_gpu else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+    optimizer = torch.optim.AdamW(
+        module.parameters(),
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+        fused=on_gpu,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=_engine_config(config, dtype), dist_init_required=False
+    )
+    _create_moments(engine, step=0.0)
+    return engine
+
+
+def _engine_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero.stage, "overlap_comm": config.gpus_per_worker > 0}
+    if config.gpus_per_worker > 0 and config.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if config.gpus_per_worker > 0 and config.zero.offload_weights:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_rows,
+        "gradient_accumulation_steps": 1,  # the caller sets the boundary
+        "gradient_clipping": config.optimizer.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def full_parameters(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in the student, whole parameter) one by one; a collective call, at most one gathered at a time."""
+    for name, parameter in engine.module.student.named_parameters():
+        with _gathered(parameter):
+            yield name, parameter.detach()
+
+
+@contextlib.contextmanager
+def _gathered(parameter: nn.Parameter) -> Iterator[None]:
+    if not hasattr(parameter, "ds_id"):  # stages 1 and 2 keep whole weights on every rank
+        yield
+    else:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield
+
+
+def save_state(engine: Any, folder: Path | None) -> None:
+    """Writes float32 weights and AdamW moments, whole, under the parameters' names. A collective call.
+
+    Args:
+        folder: where the writing rank writes; None on the others.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    weights: dict[str, torch.Tensor] = {}
+    moments: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.student.named_parameters():
+        whole = safe_get_full_fp32_param(parameter)
+        states = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
+        if folder is not None:
+            weights[name] = whole.detach().cpu().clone()
+            moments |= {f"{key}.{name}": value.detach().cpu().clone() for key, value in states.items()}
+    if folder is not None:
+        save_file(weights, folder / "weights.safetensors")
+        save_file(moments, folder / "optimizer.safetensors", metadata={"step": str(_adam_step(engine))})
+
+
+def load_state(engine: Any, folder: Path) -> None:
+    """Puts a saved state back, on any number of ranks and any stage. A collective call."""
+    with (
+        safe_open(folder / "weights.safetensors", "pt") as weights,
+        safe_open(folder / "optimizer.safetensors", "pt") as moments,
+    ):
+        _create_moments(engine, float(moments.metadata()["step"]))
+        for name, parameter in engine.module.student.named_parameters():
+            value = weights.get_tensor(name)
+            _set_partition(engine, parameter, value, None)
+            for key in _MOMENTS:
+                _set_partition(engine, parameter, moments.get_tensor(f"{key}.{name}"), key)
+            _set_working_copy(parameter, value)
+
+
+@torch.no_grad()
+def _set_partition(engine: Any, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
+    """Writes this rank's part of a float32 weight (key None) or moment.
+
+    DeepSpeed's own `safe_set_full_*` fails on ZeRO-3 where a parameter does not divide evenly by the ranks.
+    """
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    flat = value.flatten()
+    if hasattr(parameter, "ds_id"):
+        part = safe_get_local_optimizer_state(parameter, key) if key else safe_get_local_fp32_param(parameter)
+        start = part.numel() * torch.distributed.get_rank()
+        mine = flat[start : start + part.numel()]
+        part[: mine.numel()].copy_(mine)
+    elif parameter._hp_mapping is not None:  # None: this rank's partition holds nothing of the parameter
+        address = parameter._hp_mapping.lp_fragment_address
+        part = parameter._hp_mapping.get_hp_fragment(key)
+        part.copy_(flat[address.start : address.start + address.numel])
+
+
+@torch.no_grad()
+def _set_working_copy(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """The weights that the forward uses, in the training dtype."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                parameter.copy_(value)
+    else:
+        parameter.copy_(value)
+
+
+def _inner(engine: Any) -> torch.optim.Optimizer:
+    """The AdamW that holds the flat partitions."""
+    return engine.optimizer.optimizer
+
+
+def _adam_step(engine: Any) -> float:
+    return max(float(state["step"]) for state in _inner(engine).state.values())
+
+
+def _create_moments(engine: Any, step: float) -> None:
+    """AdamW makes its state at its first step; saving and loading need it before.
+
+    A state of zeros at step 0 is what AdamW itself would begin with.
+    """
+    optimizer = engine.optimizer
+    partitions = (
+        optimizer.fp32_partitioned_groups_flat  # stage 3
+        if hasattr(optimizer, "fp32_partitioned_groups_flat")
+        else optimizer.single_partition_of_fp32_groups  # stages 1 and 2
+    )
+    fused = bool(_inner(engine).defaults.get("fused"))
+    for partition in partitions:
+        state = _inner(engine).state[partition]
+        state["step"] = torch.tensor(step, device=partition.device if fused else "cpu")
+        for key in _MOMENTS:
+            state.setdefault(key, torch.zeros_like(partition))
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 map parameters to it
+        optimizer._lazy_init_hp_params_optimizer_state()

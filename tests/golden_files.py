@@ -1,0 +1,54 @@
+"""Reads reference files: `train/*.json` + `.safetensors`, `decode/*.json`, `models/`. See tests/golden/README.md."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.config.schema import ObjectiveConfig
+from common.types import HiddenTargets, ScoredTrajectory, Trajectory
+
+ROOT = Path(os.environ.get("OPDLM_GOLDEN") or Path(__file__).parent / "golden")
+
+
+def cases(kind: str) -> list[Path]:
+    """All reference files of `train` or `decode`; an empty folder is an error, not a green test."""
+    found = sorted((ROOT / kind).glob("*.json"))
+    assert found, f"no reference files in {ROOT / kind}"
+    return found
+
+
+def load(path: Path) -> dict[str, Any]:
+    """One reference file."""
+    return json.loads(path.read_text())
+
+
+def objective_of(case: dict[str, Any]) -> ObjectiveConfig:
+    """The case's objective in our schema."""
+    return ObjectiveConfig(**case["objective"])
+
+
+def trajectory_of(row: dict[str, Any], case: dict[str, Any], index: int = 0) -> Trajectory:
+    """The trajectory a reference row was made from; what follows the first end-of-sequence token is no response."""
+    response = np.array(row["response_ids"], dtype=np.int32)
+    stops = np.flatnonzero(response == case["eos_id"])
+    return Trajectory(
+        index=index,
+        prompt_id=str(row["sample"]),
+        prompt_ids=np.array(row["prompt_ids"], dtype=np.int32),
+        response_ids=response,
+        reveal_step=np.array(row["reveal_step"], dtype=np.int16),
+        response_length=int(stops[0]) + 1 if stops.size else len(response),
+        weight_version=0,
+        finish_reason="eos" if stops.size else "length",
+        denoising_steps=max(row["reveal_step"]),
+    )
+
+
+def unscored(trajectory: Trajectory) -> ScoredTrajectory:
+    """A trajectory whose targets do not matter to the test."""
+    return ScoredTrajectory(trajectory, HiddenTargets(np.zeros((trajectory.response_length, 1), np.float32)))

@@ -1,0 +1,59 @@
+"""Short, slow, obviously right versions of the fast code: what the tests hold it to."""
+
+from __future__ import annotations
+
+import torch
+
+from actors.decode_settings import DecodeSettings
+from actors.remasking import STRATEGIES, Step
+from actors.sampling import draw_candidates, hashed_uniform
+from common.grid import BlockGrid
+from common.types import RolloutRequest
+
+
+@torch.no_grad()
+def uncached_decode(
+    model, settings: DecodeSettings, mask_id: int, eos_ids: set[int], request: RolloutRequest
+) -> tuple[list[int], list[int]]:
+    """One sequence, no cache, no batch: (kept response tokens, reveal steps)."""
+    grid, size = BlockGrid(settings.block_size, settings.block_grid), settings.block_size
+    prompt = request.prompt_ids.tolist()
+    tokens, steps, step = list(prompt), [0] * len(prompt), 0
+    start = grid.first_block_start(len(prompt))
+    while True:
+        tokens += [mask_id] * (start + size - len(tokens))
+        steps += [0] * (start + size - len(steps))
+        block_step = 0
+        while any(s == 0 for s in steps[max(start, len(prompt)) :]):
+            logits = full_forward(model, tokens, grid, len(prompt))[start:]
+            logits[:, mask_id] = float("-inf")
+            positions = torch.arange(start, start + size)
+            masked = torch.tensor([p >= len(prompt) and steps[p] == 0 for p in positions])
+            seed = torch.tensor(request.seed)
+            uniform = hashed_uniform(seed, positions, step, 0)
+            candidates = draw_candidates(logits, uniform, settings.temperature, settings.top_k, settings.top_p)
+            left = max(settings.steps_per_block - block_step, 1)
+            view = Step(
+                masked=masked[None],
+                confidence=logits.softmax(-1).gather(1, candidates[:, None]).T,
+                static_count=torch.tensor([-(-int(masked.sum()) // left)]),
+                threshold=torch.tensor([settings.threshold]),
+                entropy_budget=settings.entropy_budget,
+                logits=logits[None],
+                noise=lambda seed=seed, positions=positions, step=step: hashed_uniform(seed, positions, step, 1)[None],
+            )
+            step, block_step = step + 1, block_step + 1
+            for column in STRATEGIES[settings.strategy](view)[0].nonzero()[:, 0].tolist():
+                tokens[start + column], steps[start + column] = int(candidates[column]), step
+        start += size
+        response = tokens[len(prompt) :]
+        if any(t in eos_ids for t in response) or len(response) >= request.max_new_tokens:
+            return response, steps[len(prompt) :]
+
+
+@torch.no_grad()
+def full_forward(model, tokens: list[int], grid: BlockGrid, prompt_length: int) -> torch.Tensor:
+    """Logits `[T, V]` of one whole sequence under the block-causal mask, written out."""
+    blocks = [(i + grid.offset(prompt_length)) // grid.block_size for i in range(len(tokens))]
+    mask = torch.tensor([[k <= q for k in blocks] for q in blocks])[None, None]
+    return model(input_ids=torch.tensor([tokens]), attention_mask=mask, use_cache=False).logits[0].float()
