@@ -23,7 +23,7 @@ def hashed_uniform(seed: torch.Tensor, *counters: torch.Tensor | int) -> torch.T
     """
     state = _mix(seed + _GOLDEN)
     for counter in counters:
-        state = _mix(state + (counter + 1) * _GOLDEN)
+        state = _mix(state + (torch.as_tensor(counter, device=seed.device) + 1) * _GOLDEN)
     return _shift_right(state, 11).to(torch.float64) * 2.0**-53
 
 

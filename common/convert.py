@@ -40,7 +40,7 @@ def convert(source: str | Path, destination: str | Path, block_size: int, block_
     model = load_model(source, dtype="auto")
     mask_id = add_mask_token(model, tokenizer)
     model.config.update({"mask_token_id": mask_id, "block_size": block_size, "block_grid": block_grid})
-    save_student(model, tokenizer, destination, layout)
+    save_model(model, tokenizer, destination, layout)
     return mask_id
 
 
@@ -63,7 +63,7 @@ def add_mask_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     return mask_id
 
 
-def save_student(
+def save_model(
     model: Any, tokenizer: PreTrainedTokenizerBase | None, destination: Path, layout: Layout = "qwen3"
 ) -> None:
     """Saves in Hugging Face layout through a temporary folder and one rename."""

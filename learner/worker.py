@@ -22,7 +22,7 @@ from ray import train
 
 from common.checkpoint import latest_checkpoint, save_checkpoint
 from common.config import OpdlmConfig, config_from_dict
-from common.convert import save_student
+from common.convert import save_model
 from common.errors import OpdlmError
 from common.grid import BlockGrid
 from common.models import load_model, load_output_matrix, load_tokenizer, read_facts, require_mask
@@ -200,7 +200,7 @@ class Learner:
             return
         model = load_model(self.setup.student, self.config.model.dtype)
         load_weights(model, pack)
-        save_student(model, load_tokenizer(self.setup.student), destination)
+        save_model(model, load_tokenizer(self.setup.student), destination)
 
     def _teacher_head(self) -> torch.Tensor | None:
         if self.config.teacher.targets != "hidden":

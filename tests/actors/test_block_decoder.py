@@ -1,0 +1,134 @@
+"""The cached, batched decoder against the uncached oracle, and its promises. `pytest tests/actors/test_block_decoder.py`"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.block_decoder import BlockDecoder
+from actors.decode_settings import DecodeSettings
+from actors.remasking import STRATEGIES
+from tests.oracles import uncached_decode
+from tests.tiny import EOS, MASK, request, tiny_model
+
+MODELS = [tiny_model(seed) for seed in range(3)]
+
+
+@given(
+    model=st.sampled_from(MODELS),
+    block_size=st.integers(1, 6),
+    grid=st.sampled_from(["absolute", "response"]),
+    strategy=st.sampled_from(sorted(STRATEGIES)),
+    steps=st.integers(1, 6),
+    temperature=st.sampled_from([0.0, 0.7, 1.5]),
+    top_k=st.sampled_from([0, 5]),
+    top_p=st.sampled_from([1.0, 0.8]),
+    lengths=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 13)), min_size=1, max_size=7),
+    batch_size=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=60, deadline=None)
+def test_equals_uncached_oracle(
+    model, block_size, grid, strategy, steps, temperature, top_k, top_p, lengths, batch_size, seed
+) -> None:
+    """Slots, refills, cache and ride-along commits change nothing: same tokens, same reveal steps."""
+    how = DecodeSettings(
+        block_size=block_size,
+        block_grid=grid,
+        strategy=strategy,
+        denoising_steps=min(steps, block_size),
+        threshold=0.4,
+        entropy_budget=1.0,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    requests = [request(p, i, limit, seed) for i, (p, limit) in enumerate(lengths)]
+    trajectories, stats = BlockDecoder(model, how, MASK, [EOS], batch_size).decode(requests)
+    for ours, asked in zip(trajectories, requests, strict=True):
+        tokens, reveal = uncached_decode(model, how, MASK, {EOS}, asked)
+        assert ours.response_ids.tolist() == tokens
+        assert ours.reveal_step.tolist() == reveal
+        assert MASK not in tokens
+        assert 1 <= ours.response_length <= asked.max_new_tokens
+        assert ours.denoising_steps == max(reveal)
+    assert stats.response_tokens == sum(t.response_length for t in trajectories)
+
+
+def test_block_size_one_is_autoregressive_decoding() -> None:
+    """With blocks of one token: append a mask, run the plain causal model, take the last position's best token."""
+    model, limit = MODELS[0], 10
+    asked = request(5, limit=limit)
+    ids = asked.prompt_ids.tolist()
+    for _ in range(limit):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*ids, MASK]])).logits[0, -1]
+        logits[MASK] = float("-inf")
+        ids.append(int(logits.argmax()))
+        if ids[-1] == EOS:
+            break
+    (ours,), _ = BlockDecoder(model, DecodeSettings(block_size=1), MASK, [EOS], 1).decode([asked])
+    assert ours.response.tolist() == ids[5:]
+
+
+def test_forwards_equal_denoising_steps() -> None:
+    """The commit of a block rides along: one sequence alone needs exactly one forward a denoising step."""
+    how = DecodeSettings(strategy="low_confidence_static", ignore_eos=True)
+    _, stats = BlockDecoder(MODELS[0], how, MASK, [EOS], 1).decode([request(6, limit=14)])
+    assert stats.forwards == stats.denoising_steps == 14
+
+
+def test_result_does_not_depend_on_company() -> None:
+    """Sampling is seeded by the sequence: alone or in any batch, a request decodes to the same tokens."""
+    how = DecodeSettings(strategy="random", temperature=1.0, top_p=0.9)
+    requests = [request(3 + i % 5, i) for i in range(9)]
+    together, _ = BlockDecoder(MODELS[1], how, MASK, [EOS], 4).decode(requests)
+    for asked, ours in zip(requests, together, strict=True):
+        (alone,), _ = BlockDecoder(MODELS[1], how, MASK, [EOS], 1).decode([asked])
+        assert alone.response_ids.tolist() == ours.response_ids.tolist()
+        assert alone.reveal_step.tolist() == ours.reveal_step.tolist()
+
+
+def test_limit_is_never_exceeded_and_last_block_is_kept_whole() -> None:
+    how = DecodeSettings(ignore_eos=True)
+    for limit in range(1, 9):
+        (ours,), _ = BlockDecoder(MODELS[0], how, MASK, [EOS], 1).decode([request(6, limit=limit)])
+        assert ours.response_length == limit
+        assert ours.finish_reason == "length"
+        assert (6 + len(ours.response_ids)) % 4 == 0
+
+
+def test_threshold_of_the_request_wins() -> None:
+    """The curriculum's threshold travels with the request."""
+    how = DecodeSettings(threshold=1.0, ignore_eos=True)
+    asked = request(4, limit=16)
+    loose = asked.__class__(0, "loose", asked.prompt_ids, 16, 0, threshold=0.0)
+    (strict,), _ = BlockDecoder(MODELS[0], how, MASK, [EOS], 1).decode([asked])
+    (quick,), _ = BlockDecoder(MODELS[0], how, MASK, [EOS], 1).decode([loose])
+    assert strict.denoising_steps == 16
+    assert quick.denoising_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "message"), [(0, 4, "is empty"), (3, 0, "at least 1"), (120, 8, "the model's context is 128")]
+)
+def test_impossible_requests_are_refused_by_name(length, limit, message) -> None:
+    asked = request(length, limit=limit)
+    if length == 120:
+        asked = request(121, limit=8)
+    with pytest.raises(ValueError, match=message) as caught:
+        BlockDecoder(MODELS[0], DecodeSettings(), MASK, [EOS], 1).decode([asked])
+    assert "test/0" in str(caught.value)
+
+
+def test_several_end_tokens() -> None:
+    """Any of the end tokens ends a response (Qwen3 has two)."""
+    (plain,), _ = BlockDecoder(MODELS[0], DecodeSettings(ignore_eos=True), MASK, [EOS], 1).decode([request(4)])
+    stop = int(plain.response[3])
+    (ours,), _ = BlockDecoder(MODELS[0], DecodeSettings(), MASK, [EOS, stop], 1).decode([request(4)])
+    first = np.flatnonzero(np.isin(plain.response, [EOS, stop]))[0]
+    assert ours.response_length == first + 1
+    assert ours.finish_reason == "eos"
