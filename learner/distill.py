@@ -54,7 +54,9 @@ class DistillModule(nn.Module):
         return (losses * weights).sum(), losses.detach()
 
     def _losses(self, hidden: torch.Tensor, targets: PositionTargets) -> torch.Tensor:
-        return targets.losses(self.student.lm_head(hidden), self.objective)
+        # The matrix, not the module: ranks differ in their number of chunks, and ZeRO-3 gathers at each module call.
+        logits = torch.nn.functional.linear(hidden, self.student.lm_head.weight)
+        return targets.losses(logits, self.objective)
 
     def _mask(self, batch: MicroBatch) -> Any:
         if self.attention != "flex_attention":

@@ -59,11 +59,11 @@ def restrict_to_top_k(
     student_top = student.gather(-1, teacher_ids)
     if tail == "drop":
         return teacher_top, student_top
-    return _with_bucket(teacher_top, keep_zero=True), _with_bucket(student_top, keep_zero=False)
+    return _with_bucket(teacher_top), _with_bucket(student_top)
 
 
-def _with_bucket(top: torch.Tensor, keep_zero: bool) -> torch.Tensor:
-    mass = top.logsumexp(dim=-1, keepdim=True)
-    # 1 - exp(mass) loses its digits near 0, so the student's tail is held just above it and its gradient finite.
-    rest = torch.log(-torch.expm1(mass.clamp(max=-1e-7)))
-    return torch.cat([top, rest.masked_fill(mass >= -1e-7, float("-inf")) if keep_zero else rest], dim=-1)
+def _with_bucket(top: torch.Tensor) -> torch.Tensor:
+    # 1 - mass has no digits left where the mass is 1 in float32, so a tail is never below 1e-7: for both models
+    # alike, which keeps the divergence of equals at zero and the student's gradient finite.
+    mass = top.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([top, torch.log(-torch.expm1(mass))], dim=-1)

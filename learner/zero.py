@@ -21,8 +21,8 @@ from common.config.schema import LearnerConfig
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def initialise(module: nn.Module, config: LearnerConfig, dtype: str) -> Any:
-    """Wraps a module whose parameters have the training dtype; returns the DeepSpeed engine.
+def initialise(module: Any, config: LearnerConfig, dtype: str) -> Any:
+    """Wraps a `DistillModule` whose parameters have the training dtype; returns the DeepSpeed engine.
 
     Accumulation is by the caller: `backward` as often as it likes, then `step` once (see `learner/train_step.py`).
     """
@@ -36,6 +36,9 @@ def initialise(module: nn.Module, config: LearnerConfig, dtype: str) -> Any:
         # An op of the inference path; compiling it takes 40 s, and fails where there is no C++ compiler.
         compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
         compatible["deepspeed_shm_comm"] = False
+    if config.zero.stage == 3:
+        # `DistillModule` uses the output matrix itself: gathered once for its whole forward and backward.
+        deepspeed.zero.register_external_parameter(module, module.student.lm_head.weight)
     backend = "nccl" if on_gpu else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     optimizer = torch.optim.AdamW(

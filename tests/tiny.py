@@ -15,12 +15,14 @@ MASK, EOS = 31, 2
 VOCABULARY = 32
 
 
-def tiny_model(seed: int = 0, vocab_size: int = VOCABULARY, tied: bool = False, context: int = 128) -> Qwen3ForCausalLM:
+def tiny_model(
+    seed: int = 0, vocab_size: int = VOCABULARY, tied: bool = False, context: int = 128, hidden_size: int = 16
+) -> Qwen3ForCausalLM:
     """A Qwen3 of two layers, float32, eval mode."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=vocab_size,
-        hidden_size=16,
+        hidden_size=hidden_size,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -1,0 +1,193 @@
+"""Queue invariants under random schedules, without Ray. `pytest tests/actors/test_replay_queue.py`
+
+The machine plays coordinator, actors and learner in any order that the interface allows, with duplicates, late
+samples, learner restarts and checkpoints, and checks after each move that nothing is lost, doubled or too stale.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from actors.queue_actor import ReplayQueueActor
+from actors.replay_queue import ReplayQueue
+from common.types import WeightHandle
+
+
+class QueueMachine(RuleBasedStateMachine):
+    @initialize(n=st.integers(1, 5), staleness=st.integers(0, 3), total=st.integers(1, 23), first=st.integers(0, 2))
+    def start(self, n: int, staleness: int, total: int, first: int) -> None:
+        first = min(first, -(-total // n))
+        self.queue = ReplayQueue(n, staleness, total, first)
+        self.first = first
+        self.decoding: dict[int, int] = {}  # index -> version it is decoded with
+        self.accepted: dict[int, int] = {}
+        self.learner_round = first
+        self.checkpointed = first
+        self.published = first
+        self.trained: dict[int, int] = {}  # index -> times in the surviving weights
+        self.leased: list[int] = []
+
+    @rule(most=st.integers(1, 7))
+    def lease(self, most: int) -> None:
+        indices = self.queue.lease(most)
+        assert len(indices) <= most
+        self.leased += indices
+        for index in indices:
+            self.decoding[index] = self.queue.version
+
+    @precondition(lambda self: self.decoding)
+    @rule(data=st.data())
+    def finish(self, data) -> None:
+        index = data.draw(st.sampled_from(sorted(self.decoding)))
+        version = self.decoding.pop(index)
+        assert self.queue.put(index, version, f"sample {index}")
+        self.accepted[index] = version
+
+    @precondition(lambda self: self.accepted)
+    @rule(data=st.data())
+    def finish_twice(self, data) -> None:
+        index = data.draw(st.sampled_from(sorted(self.accepted)))
+        refused = self.queue.refused["duplicate"]
+        assert not self.queue.put(index, self.accepted[index], "again")
+        assert self.queue.refused["duplicate"] == refused + 1
+
+    @precondition(lambda self: self.learner_round < self.queue.rounds and self.queue.is_ready(self.learner_round))
+    @rule()
+    def train_round(self) -> None:
+        round_ = self.learner_round
+        samples = self.queue.take_round(round_)
+        assert samples == [f"sample {i}" for i in self.queue.indices_of(round_)]
+        assert all(0 <= s <= self.queue.max_staleness for s in self.queue.staleness(round_))
+        for index in self.queue.indices_of(round_):
+            self.trained[index] = self.trained.get(index, 0) + 1
+        self.learner_round += 1
+        self.published = max(self.published, self.learner_round)
+        self.queue.published(self.learner_round)
+
+    @rule()
+    def push_weights(self) -> None:
+        before = self.queue.version
+        self.queue.weights_taken(self.published)
+        assert before is None or self.queue.version >= before
+
+    @rule()
+    def checkpoint(self) -> None:
+        self.checkpointed = self.learner_round
+        self.queue.committed(self.checkpointed)
+
+    @rule()
+    def learner_dies(self) -> None:
+        """It goes back to the last checkpoint; what it trained since does not survive."""
+        for round_ in range(self.checkpointed, self.learner_round):
+            for index in self.queue.indices_of(round_):
+                self.trained[index] -= 1
+        self.learner_round = self.checkpointed
+
+    @invariant()
+    def nothing_is_lost_or_doubled(self) -> None:
+        if not hasattr(self, "queue"):
+            return
+        queue = self.queue
+        assert self.leased == list(range(self.first * queue.prompts_per_round, self.first * queue.prompts_per_round + len(self.leased)))
+        assert all(times in (0, 1) for times in self.trained.values())
+        done = {i for i, times in self.trained.items() if times}
+        assert done == {i for r in range(self.first, self.learner_round) for i in queue.indices_of(r)}
+        slots = (queue.max_staleness + 1) * queue.prompts_per_round
+        begun = queue.version if queue.version is not None else self.first
+        in_use = [i for i in self.leased if queue.round_of(i) >= begun]
+        assert len(in_use) <= slots, "more samples on the way than there are slots"
+        for round_ in range(self.checkpointed, queue.rounds):
+            if all(i in self.accepted for i in queue.indices_of(round_)):
+                assert queue.is_ready(round_), "a sample that no checkpoint covers was forgotten"
+
+    def teardown(self) -> None:
+        """From any state, an orderly end trains every sample exactly once."""
+        if not hasattr(self, "queue"):
+            return
+        for _ in range(10 * self.queue.rounds + 10):
+            self.push_weights()
+            self.lease(100)
+            for index in sorted(self.decoding):
+                assert self.queue.put(index, self.decoding[index], f"sample {index}")
+                self.accepted[index] = self.decoding[index]
+            self.decoding = {}
+            while self.learner_round < self.queue.rounds and self.queue.is_ready(self.learner_round):
+                self.train_round()
+        assert self.learner_round == self.queue.rounds, "the loop stopped before the run's end"
+        expected = set(range(min(self.first * self.queue.prompts_per_round, self.queue.total), self.queue.total))
+        assert {i for i, times in self.trained.items() if times == 1} == expected
+
+
+TestQueue = QueueMachine.TestCase
+TestQueue.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_stale_samples_are_refused_and_counted() -> None:
+    queue = ReplayQueue(prompts_per_round=1, max_staleness=1, total=5)
+    queue.weights_taken(0)
+    assert queue.lease(5) == [0, 1]
+    queue.put(0, 0, "a")
+    queue.take_round(0)
+    queue.published(1)
+    queue.weights_taken(1)
+    assert queue.lease(5) == [2]
+    assert not queue.put(2, 0, "decoded with weights two rounds old")
+    assert queue.refused["stale"] == 1
+    assert queue.put(2, 1, "decoded again")
+
+
+def test_misuse_is_named() -> None:
+    queue = ReplayQueue(2, 0, 4)
+    with pytest.raises(ValueError, match="version 1 was taken but only 0 was published"):
+        queue.weights_taken(1)
+    with pytest.raises(ValueError, match="round 0 is not ready"):
+        queue.take_round(0)
+
+
+def test_full_queue_holds_the_producer_until_weights_are_taken() -> None:
+    """Back-pressure, through the actor's waiting methods."""
+
+    async def scenario() -> None:
+        actor = ReplayQueueActor(prompts_per_round=2, max_staleness=0, total=4, first_round=0)
+        waiting = asyncio.create_task(actor.lease(9))
+        await asyncio.sleep(0)
+        assert not waiting.done(), "nothing may be decoded before the first weights"
+        await actor.publish(WeightHandle(0, [], 0))
+        await actor.weights_taken(0)
+        assert await waiting == [0, 1]
+        blocked = asyncio.create_task(actor.lease(9))
+        assert await actor.put([0, 1], 0, ["a", "b"]) == [True, True]
+        samples, staleness = await actor.take_round(0)
+        assert (samples, staleness) == (["a", "b"], [0, 0])
+        await actor.publish(WeightHandle(1, [], 0))
+        await asyncio.sleep(0)
+        assert not blocked.done(), "the slots are free only once the new weights were taken"
+        await actor.weights_taken(1)
+        assert await blocked == [2, 3]
+        assert await actor.lease(9) == []
+
+    asyncio.run(scenario())
+
+
+def test_stop_lets_a_begun_round_finish_on_every_rank() -> None:
+    async def scenario() -> None:
+        actor = ReplayQueueActor(prompts_per_round=1, max_staleness=1, total=4, first_round=0)
+        await actor.publish(WeightHandle(0, [], 0))
+        await actor.weights_taken(0)
+        await actor.lease(2)
+        await actor.put([0, 1], 0, ["a", "b"])
+        assert (await actor.take_round(0))[0] == ["a"]
+        await actor.request_stop()
+        assert (await actor.take_round(0))[0] == ["a"], "the second rank must get what the first was given"
+        assert await actor.take_round(1) is None, "no rank has begun this round, though it is ready"
+        assert await actor.lease(1) == []
+        await actor.learner_ended()
+        assert await actor.next_weights(after=0) is None
+        assert await actor.drain_events() == []
+
+    asyncio.run(scenario())

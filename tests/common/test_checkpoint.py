@@ -1,0 +1,112 @@
+"""Checkpoints survive a crash at any byte. `pytest tests/common/test_checkpoint.py`"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from common.checkpoint import damage, latest_checkpoint, list_checkpoints, save_checkpoint
+from common.errors import OpdlmError
+
+
+def _write(value: float):
+    return lambda folder: save_file({"w": torch.full((64,), value)}, folder / "weights.safetensors")
+
+
+def _save(root: Path, rounds: int, keep: int = 5) -> Path:
+    return save_checkpoint(root, {"rounds": rounds, "note": "state"}, _write(float(rounds)), keep)
+
+
+def test_newest_is_found_and_old_ones_go(tmp_path) -> None:
+    for rounds in (1, 2, 10):
+        _save(tmp_path, rounds, keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["round-000002", "round-000010"]
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.rounds, found.state["note"]) == (10, "state")
+    assert latest_checkpoint(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("kind", ["cut", "flipped", "gone"])
+def test_damage_is_named_and_the_previous_one_used(tmp_path, file, kind, caplog) -> None:
+    _save(tmp_path, 1)
+    newest = _save(tmp_path, 2) / file
+    content = newest.read_bytes()
+    if kind == "gone":
+        newest.unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        newest.write_bytes(content[:middle] if kind == "cut" else flipped)
+    with caplog.at_level(logging.WARNING):
+        found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.rounds == 1
+    assert "round-000002 is damaged" in caplog.text
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path) -> None:
+    (_save(tmp_path, 1) / "state.json").unlink()
+    with pytest.raises(OpdlmError, match="no whole checkpoint among 1"):
+        latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("calls_before_crash", range(12))
+def test_crash_at_any_operation_leaves_the_last_good_one(tmp_path, monkeypatch, calls_before_crash) -> None:
+    """The process dies at the n-th file-system call of a save; what is there afterwards is whole."""
+    import os
+
+    _save(tmp_path, 1)
+    calls = 0
+
+    class Crash(BaseException):
+        pass
+
+    def counted(original):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls > calls_before_crash:
+                raise Crash
+            return original(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((os, "fsync"), (os, "rename"), (os, "open"), (Path, "write_text"), (Path, "mkdir")):
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        try:
+            _save(tmp_path, 2)
+        except Crash:
+            survived = False
+        else:
+            survived = True
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert damage(found.folder) is None
+    assert found.rounds == 2 if survived else found.rounds in (1, 2)
+    _save(tmp_path, 2)
+    assert latest_checkpoint(tmp_path).rounds == 2
+
+
+def test_a_pickle_in_a_checkpoint_is_not_executed(tmp_path) -> None:
+    """A file swapped for a malicious pickle is damage, and nothing in the loading path unpickles."""
+
+    class Bomb:
+        def __reduce__(self):
+            return (Path(tmp_path / "executed").touch, ())
+
+    _save(tmp_path, 1)
+    newest = _save(tmp_path, 2)
+    (newest / "weights.safetensors").write_bytes(pickle.dumps(Bomb()))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    assert latest_checkpoint(tmp_path).rounds == 1
+    assert not (tmp_path / "executed").exists()
+    assert set(manifest) == {"state.json", "weights.safetensors"}

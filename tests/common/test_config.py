@@ -1,0 +1,128 @@
+"""The config refuses what cannot be right, in one line that says what would be. `pytest tests/common/test_config.py`"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pydantic import BaseModel
+
+from actors.remasking import STRATEGIES
+from common.config import OpdlmConfig, config_from_dict, dump_config, load_config
+from common.config.schema import ObjectiveConfig, Strategy
+from common.errors import ConfigError
+from learner.states import SELECTIONS
+
+DEMO = Path(__file__).parents[2] / "deploy" / "demo.yaml"
+BASE = {"model": {"teacher": "t"}, "data": {"path": "prompts.jsonl"}}
+
+
+def config_with(**sections) -> OpdlmConfig:
+    return config_from_dict(BASE | sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rollout": {"block_sise": 4}}, "rollout.block_sise: unknown key; did you mean `block_size`?"),
+        ({"learner": {"optimizer": {"learning_rat": 1}}}, "learner.optimizer.learning_rat: unknown key; known here"),
+        ({"rolout": {}}, "rolout: unknown key; did you mean `rollout`?"),
+        ({"rollout": {"block_size": 0}}, "rollout.block_size: input should be greater than or equal to 1; found 0"),
+        ({"rollout": {"block_size": "four"}}, "rollout.block_size: input should be a valid integer"),
+        ({"model": {}}, "model.teacher: missing; it has no default"),
+        ({"data": {}}, "data: found neither of `task` and `path`; give exactly one"),
+        ({"data": {"task": "chain"}}, "data.prompts: missing; a task needs to know"),
+        ({"rollout": {"denoising_steps": 9}}, "rollout.denoising_steps: found 9, more than rollout.block_size 4"),
+        ({"teacher": {"targets": "topk"}}, "teacher.targets: found `topk` with objective.top_k 0"),
+        (
+            {"teacher": {"targets": "topk", "top_k": 8}, "objective": {"top_k": 16}},
+            "objective.top_k: found 16, more than the 8",
+        ),
+        ({"objective": {"tail": "bucket"}}, "objective.tail: `bucket` needs objective.top_k > 0"),
+        ({"learner": {"batch_size": 256}}, "learner.batch_size: found 256, more than rollout.prompts_per_round 128"),
+        ({"learner": {"workers": 16}}, "learner.workers: found 16, more than learner.batch_size 8"),
+        ({"learner": {"zero": {"offload_weights": True}}}, "learner.zero.offload_weights: needs stage 3; found stage 2"),
+        ({"learner": {"gpus_per_worker": 0.5}}, "learner.gpus_per_worker: found 0.5; a rank needs a whole GPU"),
+        ({"model": {"teacher": "t", "attention": "flex_attention"}}, "flex_attention has no backward on the CPU"),
+        (
+            {"curriculum": {"max_new_tokens": {"kind": "linear", "start": 100}}},
+            "curriculum.max_new_tokens: `linear` needs `end` and `rounds`",
+        ),
+        (
+            {"curriculum": {"max_new_tokens": {"kind": "linear", "start": 100, "end": 9000, "rounds": 10}}},
+            "found 100 to 9000 tokens; expected within 1 and rollout.max_new_tokens 4096",
+        ),
+        (
+            {"curriculum": {"threshold": {"start": 0.9}}, "rollout": {"strategy": "sequential"}},
+            "curriculum.threshold: found with rollout.strategy `sequential`",
+        ),
+    ],
+)
+def test_bad_settings_are_named(sections, message) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_with(**sections)
+    assert message in str(caught.value)
+
+
+def test_every_mistake_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_with(rollout={"block_size": 0, "batch_sise": 3}, learner={"workers": -1})
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_demo_loads_and_survives_a_round_trip(tmp_path) -> None:
+    config = load_config(DEMO)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+
+
+def test_overrides(tmp_path) -> None:
+    config = load_config(DEMO, ["learner.optimizer.lr=0.5", "run.dir=elsewhere", "curriculum.threshold={start: 0.8}"])
+    assert config.learner.optimizer.lr == 0.5
+    assert config.run.dir == "elsewhere"
+    assert config.curriculum.threshold is not None
+    assert config.curriculum.threshold.start == 0.8
+    for wrong, message in [("run.dir", "expected section.field=value"), ("run.dir.x=1", "dir is a value, not a section")]:
+        with pytest.raises(ConfigError, match=message):
+            load_config(DEMO, [wrong])
+
+
+def test_files_that_are_no_run_file(tmp_path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run: [unclosed")
+    a_list = tmp_path / "list.yaml"
+    a_list.write_text("- 1")
+    for file, message in [(tmp_path / "no.yaml", "does not exist"), (broken, "is not YAML"), (a_list, "holds a list")]:
+        with pytest.raises(ConfigError, match=message):
+            load_config(file)
+
+
+def test_every_field_is_documented() -> None:
+    def undocumented(model: type[BaseModel]) -> list[str]:
+        found = []
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                found += undocumented(field.annotation)
+            elif not field.description:
+                found.append(f"{model.__name__}.{name}")
+        return found
+
+    assert undocumented(OpdlmConfig) == []
+
+
+def test_names_in_the_schema_are_the_names_in_the_code() -> None:
+    assert set(get_args(Strategy)) == set(STRATEGIES)
+    assert set(get_args(ObjectiveConfig.model_fields["selection"].annotation)) == set(SELECTIONS)
+
+
+def test_loads_without_torch_and_ray() -> None:
+    """A mistake in a YAML costs a fraction of a second, on a laptop without either."""
+    code = (
+        "import sys; from common.config import load_config; load_config(sys.argv[1]);"
+        "assert not {'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(DEMO)], check=True, cwd=DEMO.parents[1])

@@ -1,0 +1,95 @@
+"""Blocks and who sees whom. `pytest tests/common/test_grid_and_masks.py`"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
+
+from common.config.schema import ObjectiveConfig
+from common.grid import BlockGrid, block_index
+from common.masks import training_mask, training_mask_mod
+from common.models import hidden_states
+from learner.rows import Row, build_rows, collate
+from tests.golden_files import unscored
+from tests.tiny import MASK, tiny_model, trajectory
+
+
+@given(st.integers(1, 9), st.sampled_from(["absolute", "response"]), st.integers(1, 40), st.integers(1, 40))
+def test_grid_arithmetic_follows_from_the_definition(size, kind, prompt, response) -> None:
+    """`first_block_start` and `kept_length` are what `floor((i + offset) / S)` says, position by position."""
+    grid = BlockGrid(size, kind)
+    offset = grid.offset(prompt)
+    block = [(i + offset) // size for i in range(prompt + response + size)]
+    assert grid.first_block_start(prompt) == block.index(block[prompt])
+    last = block[prompt + response - 1]
+    assert prompt + grid.kept_length(prompt, response) == max(i for i, b in enumerate(block) if b == last) + 1
+    assert block_index(torch.arange(len(block)), offset, size).tolist() == block
+    if kind == "response":
+        assert grid.tail(prompt) == 0
+        assert (prompt + offset) % size == 0
+
+
+def _rows(grid: BlockGrid, prompt: int, response: int, count: int = 1) -> list[Row]:
+    kept = grid.kept_length(prompt, response)
+    rng = np.random.default_rng([prompt, response])
+    steps = rng.integers(1, 4, kept)
+    one = trajectory(list(rng.integers(3, 30, prompt)), list(rng.integers(3, 30, kept)), list(steps), response)
+    return [
+        row
+        for i in range(count)
+        for row in build_rows(unscored(one), grid, ObjectiveConfig(), MASK, np.random.default_rng(i))
+    ]
+
+
+@given(st.integers(1, 6), st.sampled_from(["absolute", "response"]), st.integers(1, 9), st.integers(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_training_mask_is_the_rule_spelled_out(size, kind, prompt, response) -> None:
+    """Dense mask and flex mask both equal METHOD.md section 4, token by token, padding included."""
+    grid = BlockGrid(size, kind)
+    batch = collate(_rows(grid, prompt, response) + _rows(grid, prompt + 2, response + 1))
+    ours = training_mask(batch.blocks, batch.noisy)[:, 0]
+    length = batch.blocks.shape[1]
+    flex = create_mask(training_mask_mod(batch.blocks, batch.noisy), 2, None, length, length, device="cpu")[:, 0]
+    assert torch.equal(ours, flex)
+    for row in range(2):
+        real = len(batch.rows[row].input_ids)
+        blocks, noisy = batch.blocks[row].tolist(), batch.noisy[row].tolist()
+        for q in range(length):
+            for k in range(length):
+                if q >= real or k >= real:
+                    expected = q == k
+                elif noisy[q]:
+                    expected = blocks[k] == blocks[q] if noisy[k] else blocks[k] < blocks[q]
+                else:
+                    expected = not noisy[k] and blocks[k] <= blocks[q]
+                assert bool(ours[row, q, k]) == expected, (row, q, k)
+
+
+@pytest.mark.parametrize("kind", ["absolute", "response"])
+@pytest.mark.parametrize("prompt", [4, 5, 7])
+def test_masked_position_never_depends_on_its_own_token_or_on_later_blocks(kind, prompt) -> None:
+    """Changing any clean token at or after a noisy block, or another block's noise, leaves its logits alone."""
+    model, grid = tiny_model(5), BlockGrid(4, kind)
+    (row,) = _rows(grid, prompt, 11)
+    batch = collate([row])
+    clean = int((~batch.noisy[0]).sum())
+    mask = training_mask(batch.blocks, batch.noisy)
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model.lm_head(hidden_states(model, ids, batch.position_ids, mask))[0]
+
+    before = logits(batch.input_ids)
+    for column in range(clean, batch.input_ids.shape[1]):
+        block = int(batch.blocks[0, column])
+        for other in range(batch.input_ids.shape[1]):
+            changed = batch.input_ids.clone()
+            changed[0, other] = (changed[0, other] + 7) % 30
+            same = torch.equal(logits(changed)[column], before[column])
+            other_block, other_noisy = int(batch.blocks[0, other]), bool(batch.noisy[0, other])
+            visible = other_block == block if other_noisy else other_block < block
+            assert same == (not visible), (column, other)

@@ -1,0 +1,153 @@
+"""Divergences, tails and targets. `pytest tests/learner/test_losses.py`"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.teacher_scoring import score
+from common.config.schema import ObjectiveConfig
+from common.grid import BlockGrid
+from common.types import ScoredTrajectory
+from learner.distill import DistillModule
+from learner.losses import divergence, forward_kl, jensen_shannon, restrict_to_top_k, reverse_kl
+from learner.rows import build_rows, collate
+from learner.targets import gather_targets
+from tests.tiny import EOS, MASK, tiny_model, trajectory
+
+OBJECTIVES = [
+    ObjectiveConfig(),
+    ObjectiveConfig(reverse_weight=1.0),
+    ObjectiveConfig(reverse_weight=0.3),
+    ObjectiveConfig(divergence="jsd", jsd_alpha=0.3),
+]
+
+
+def _pair(seed: int, spread: float, outcomes: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 5, outcomes, generator=generator) * spread
+    return logits[0].log_softmax(-1), logits[1].log_softmax(-1)
+
+
+def test_against_torch_distributions() -> None:
+    teacher, student = _pair(0, 2.0)
+    t, s = (torch.distributions.Categorical(logits=x) for x in (teacher, student))
+    m = torch.distributions.Categorical(probs=0.3 * t.probs + 0.7 * s.probs)
+    kl = torch.distributions.kl_divergence
+    torch.testing.assert_close(forward_kl(teacher, student), kl(t, s))
+    torch.testing.assert_close(reverse_kl(teacher, student), kl(s, t))
+    torch.testing.assert_close(jensen_shannon(teacher, student, 0.3), 0.3 * kl(t, m) + 0.7 * kl(s, m))
+    mixed = divergence(teacher, student, ObjectiveConfig(reverse_weight=0.3))
+    torch.testing.assert_close(mixed, 0.7 * kl(t, s) + 0.3 * kl(s, t))
+
+
+@given(seed=st.integers(0, 10**6), spread=st.floats(0.1, 30), k=st.integers(1, 12), objective=st.sampled_from(OBJECTIVES))
+@settings(deadline=None)
+def test_bucket_tail_is_a_true_divergence(seed, spread, k, objective) -> None:
+    """Never negative, zero between equals, at most the full one (merging outcomes loses information)."""
+    teacher, student = _pair(seed, spread)
+    top, ids = teacher.topk(k, dim=-1)
+    bucketed = divergence(*restrict_to_top_k(ids, top, student, "bucket"), objective)
+    full = divergence(teacher, student, objective)
+    assert (bucketed >= -1e-5).all()
+    assert (bucketed <= full + 1e-4 * (1 + full)).all()
+    same = divergence(*restrict_to_top_k(ids, top, teacher, "bucket"), objective)
+    torch.testing.assert_close(same, torch.zeros_like(same), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tail", ["drop", "bucket"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(tail, objective) -> None:
+    teacher, student = _pair(3, 2.0)
+    top, ids = teacher.topk(teacher.shape[-1], dim=-1)
+    ours = divergence(*restrict_to_top_k(ids, top, student, tail), objective)
+    torch.testing.assert_close(ours, divergence(teacher, student, objective), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("top_k", [0, 3, 12])
+@pytest.mark.parametrize("tail", ["drop", "bucket"])
+def test_zero_teacher_probabilities_give_no_nan(objective, top_k, tail) -> None:
+    teacher, _ = _pair(4, 2.0)
+    teacher[:, 2:] = float("-inf")
+    teacher = teacher.log_softmax(-1)
+    student = torch.randn(5, 12, requires_grad=True)
+    log_s = student.log_softmax(-1)
+    if top_k:
+        top, ids = teacher.topk(top_k, dim=-1)
+        losses = divergence(*restrict_to_top_k(ids, top, log_s, tail), objective)
+    else:
+        losses = divergence(teacher, log_s, objective)
+    losses.sum().backward()
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(student.grad).all()
+    assert student.grad.abs().sum() > 0
+
+
+def _batch(kind: str, objective: ObjectiveConfig, teacher, top_k: int = 32):
+    trajectories = [
+        trajectory([5, 6, 7], [8, 9, 10, 11, EOS, 13, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 7, 9], 5),
+        trajectory([5, 6, 7, 8], [9, 3, 3, 3], [1, 1, 2, 2]),
+    ]
+    scored = [ScoredTrajectory(t, s) for t, s in zip(trajectories, score(teacher, trajectories, kind, top_k, 64), strict=True)]
+    rows = [r for s in scored for r in build_rows(s, BlockGrid(4), objective, MASK, np.random.default_rng(1))]
+    return collate(rows), gather_targets(rows, teacher.lm_head.weight.detach(), objective)
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, ObjectiveConfig(top_k=4), ObjectiveConfig(top_k=4, tail="bucket")])
+def test_target_kinds_agree(objective) -> None:
+    """Hidden states, logits and (where the loss is over the top K) top-K targets give the same losses."""
+    teacher, student = tiny_model(1), tiny_model(2)
+    kinds = ["hidden", "logits"] + (["topk"] if objective.top_k else [])
+    results = []
+    for kind in kinds:
+        batch, targets = _batch(kind, objective, teacher)
+        module = DistillModule(student, objective, logits_chunk=5)
+        results.append(module(batch, targets, torch.ones(len(batch.loss_row)))[1])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_do_not_depend_on_chunks_or_checkpointing(chunk, checkpointing) -> None:
+    """Recomputing layers and logit chunks gives the gradient of the direct formulation, written out here."""
+    objective, teacher = ObjectiveConfig(exclude_eos=False), tiny_model(1)
+    student = tiny_model(2)
+    batch, targets = _batch("logits", objective, teacher)
+    weights = torch.rand(len(batch.loss_row))
+
+    from common.masks import training_mask
+    from common.models import hidden_states
+
+    mask = training_mask(batch.blocks, batch.noisy)
+    logits = student.lm_head(hidden_states(student, batch.input_ids, batch.position_ids, mask))
+    at_loss = logits[batch.loss_row, batch.loss_column].log_softmax(-1)
+    direct = (torch.nn.functional.kl_div(at_loss, targets.values.log_softmax(-1), log_target=True, reduction="none").sum(-1) * weights).sum()
+    direct.backward()
+    expected = {n: p.grad.clone() for n, p in student.named_parameters()}
+
+    student.zero_grad()
+    student.train()
+    if checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    loss, _ = DistillModule(student, objective, chunk)(batch, targets, weights)
+    loss.backward()
+    torch.testing.assert_close(loss, direct, rtol=1e-5, atol=1e-6)
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_added_mask_row_is_no_outcome() -> None:
+    """A student with one row more than its teacher (the mask token): its logit changes no loss."""
+    objective = ObjectiveConfig(reverse_weight=0.5)
+    teacher = tiny_model(1, vocab_size=31)
+    batch, targets = _batch("logits", objective, teacher, top_k=31)
+    student = torch.randn(len(batch.loss_row), 32)
+    before = targets.losses(student, objective)
+    student[:, 31] += 50.0
+    torch.testing.assert_close(targets.losses(student, objective), before)
+    assert torch.isfinite(before).all()

@@ -1,0 +1,104 @@
+"""What each rank of `test_zero.py` runs: train, save, load in another stage, train on."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from actors.teacher_scoring import score
+from common.config.schema import LearnerConfig, ObjectiveConfig
+from common.grid import BlockGrid
+from common.types import ScoredTrajectory
+from learner.distill import DistillModule
+from learner.train_step import TrainStep
+from tests.tiny import EOS, MASK, tiny_model, trajectory
+
+RATE, STEPS, SAVED_AFTER = 1e-2, 4, 2
+OBJECTIVE = ObjectiveConfig(exclude_eos=False, selection="all_states")
+
+
+def student(dtype: str = "float32"):
+    """Odd sizes, so that no parameter divides evenly by two ranks."""
+    return tiny_model(2, hidden_size=15).to(getattr(torch, dtype))
+
+
+def learner_config(stage: int, workers: int, micro_batch_rows: int) -> LearnerConfig:
+    """Clipping that bites, no warm-up."""
+    return LearnerConfig.model_validate(
+        {
+            "workers": workers,
+            "batch_size": 5,
+            "micro_batch_rows": micro_batch_rows,
+            "optimizer": {"lr": RATE, "grad_clip": 0.5},
+            "zero": {"stage": stage},
+        }
+    )
+
+
+def batches() -> list[list[ScoredTrajectory]]:
+    """STEPS batches of five trajectories of different lengths; the last of each has no loss position at all."""
+    rng, teacher, result = np.random.default_rng(0), tiny_model(1), []
+    for step in range(STEPS):
+        batch = []
+        for i in range(5):
+            kept = 4 * int(rng.integers(1, 4))
+            one = trajectory(list(rng.integers(3, 30, 4)), list(rng.integers(3, 30, kept)), list(rng.integers(1, 5, kept)))
+            batch.append(one.__class__(**{n: getattr(one, n) for n in one.__slots__} | {"index": 5 * step + i}))
+        batch[-1] = batch[-1].__class__(
+            **{n: getattr(batch[-1], n) for n in batch[-1].__slots__}
+            | {"response_length": 1, "reveal_step": np.array([1] + [2] * (len(batch[-1].response_ids) - 1), np.int16)}
+        )
+        result.append([ScoredTrajectory(t, s) for t, s in zip(batch, score(teacher, batch, "hidden", 1, 64), strict=True)])
+    assert EOS not in result[0][0].trajectory.response_ids[-1:]
+    return result
+
+
+def make_step(engine, config: LearnerConfig) -> TrainStep:
+    """The step under test, with the teacher's output matrix."""
+    head = tiny_model(1).lm_head.weight.detach()
+    return TrainStep(engine, config, OBJECTIVE, BlockGrid(4), MASK, head, seed=0)
+
+
+def run_rank(rank: int, world: int, port: int, folder: str) -> None:
+    """All stages in one process group; rank 0 leaves the results in `folder`."""
+    warnings.filterwarnings("ignore")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    from learner import zero
+
+    results: dict[str, dict] = {}
+    data, root = batches(), Path(folder)
+
+    def train(name: str, stage: int, dtype: str, first: int, restore: Path | None, save: Path | None) -> None:
+        config = learner_config(stage, world, micro_batch_rows=2)
+        engine = zero.initialise(DistillModule(student(dtype), OBJECTIVE, 3), config, dtype)
+        if restore is not None:
+            zero.load_state(engine, restore)
+        step, figures = make_step(engine, config), []
+        for i in range(first, STEPS):
+            if i == SAVED_AFTER and save is not None:
+                if rank == 0:
+                    save.mkdir()
+                zero.save_state(engine, save if rank == 0 else None)
+                dist.barrier()
+            outcome = step(data[i][rank::world], RATE)
+            figures.append((outcome.loss, outcome.grad_norm, outcome.rows, outcome.rows_without_loss))
+        weights = {n: p.clone() for n, p in zero.full_parameters(engine)}
+        results[name] = {"figures": figures, "weights": weights}
+
+    for stage, other in ((1, 3), (2, 1), (3, 2)):
+        train(f"zero-{stage}", stage, "float32", 0, None, root / f"from-{stage}")
+        train(f"zero-{stage}-resumed", stage, "float32", SAVED_AFTER, root / f"from-{stage}", None)
+        train(f"zero-{stage}-resumed-as-{other}", other, "float32", SAVED_AFTER, root / f"from-{stage}", None)
+    train("bf16", 2, "bfloat16", 0, None, root / "from-bf16")
+    train("bf16-resumed", 2, "bfloat16", SAVED_AFTER, root / "from-bf16", None)
+    if rank == 0:
+        torch.save(results, root / "results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
