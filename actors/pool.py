@@ -66,7 +66,8 @@ class ActorPool:
     async def broadcast(self, method: str, *args: Any) -> list[Any]:
         """Runs a method on every actor, behind what each is doing; waits for all."""
         calls = [
-            self._answer(getattr(actor, method).remote(*args), f"{name}.{method}") for name, actor in self.actors.items()
+            self._answer(getattr(actor, method).remote(*args), f"{name}.{method}")
+            for name, actor in self.actors.items()
         ]
         return await asyncio.gather(*calls)
 

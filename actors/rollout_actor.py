@@ -54,9 +54,7 @@ class RolloutActor:
         return (*trajectories, stats)
 
 
-def start_rollout_actor(
-    name: str, student: str, dtype: str, cpus: float, gpus: float, restarts: int
-) -> Any:
+def start_rollout_actor(name: str, student: str, dtype: str, cpus: float, gpus: float, restarts: int) -> Any:
     """Starts one under its name; it may die `restarts` times, and calls that died with it are retried by the pool."""
     actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=restarts)(RolloutActor)
     return actor.options(name=name).remote(student, dtype, int(cpus))

@@ -78,7 +78,9 @@ class TeacherActor:
         tokens = sum(t.response_length for t in trajectories)
         return (*scored, ScoreStats(tokens, time.perf_counter() - started, nbytes))
 
-    def generate(self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int) -> tuple[list[np.ndarray], float]:
+    def generate(
+        self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int
+    ) -> tuple[list[np.ndarray], float]:
         """Greedy responses and the seconds they took."""
         started = time.perf_counter()
         return self._backend.generate(prompts, max_new_tokens, batch_size), time.perf_counter() - started

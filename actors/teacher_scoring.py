@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from common.models import hidden_states
-from common.types import HiddenTargets, LogitsTargets, TeacherTargets, TopKTargets, Trajectory, tensor_to_array
+from common.tensors import tensor_to_array
+from common.types import HiddenTargets, LogitsTargets, TeacherTargets, TopKTargets, Trajectory
 
 _CHUNK = 1024  # positions whose full-vocabulary logits exist at one time
 

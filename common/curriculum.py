@@ -8,7 +8,7 @@ from common.config.schema import OpdlmConfig, Schedule
 
 
 def scheduled(schedule: Schedule, round_: int) -> float:
-    """Value in a round (from 0). Example, the release: 100 to 4,000 over 100 rounds, `100 + 3900 (1 - cos(pi/2 r/100))`."""
+    """Value in a round (from 0). The release: 100 to 4,000 over 100 rounds, `100 + 3900 (1 - cos(pi/2 r/100))`."""
     if schedule.kind == "constant" or schedule.end is None or schedule.rounds is None:
         return schedule.start
     progress = min(round_ / schedule.rounds, 1.0)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from common.errors import OpdlmError
+from common.grid import GridKind
 
 A2D_PREFIX = "a2d-"
 SUPPORTED_TYPES = ("qwen3",)
@@ -37,7 +38,7 @@ class ModelFacts:
     mask_id: int | None
     """None for an autoregressive model that has none."""
     block_size: int | None
-    block_grid: str | None
+    block_grid: GridKind | None
     is_student: bool
 
 

@@ -1,7 +1,7 @@
 """What travels between the actors: frozen records of numpy arrays (zero-copy in Ray's object store).
 
 Shapes use P prompt tokens, R response tokens, R' >= R kept tokens (the response up to the end of its last block),
-K top tokens, D hidden size, V vocabulary.
+K top tokens, D hidden size, V vocabulary. Imports no torch: the queue's process and the driver stay light.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 FinishReason = Literal["eos", "length"]
 
@@ -116,15 +115,3 @@ class DecodeStats:
     forwards: int
     """Batched denoising forwards (prefills not counted)."""
     seconds: float
-
-
-def tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
-    """A CPU array of the tensor; bfloat16 as the uint16 of its bits, which `array_to_tensor` undoes."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
-
-
-def array_to_tensor(array: np.ndarray) -> torch.Tensor:
-    """A copy of the array as a tensor (the object store's memory is read-only); uint16 becomes bfloat16."""
-    tensor = torch.from_numpy(array.copy())
-    return tensor.view(torch.bfloat16) if tensor.dtype is torch.uint16 else tensor

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.types import array_to_tensor, tensor_to_array
+from common.tensors import array_to_tensor, tensor_to_array
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,4 +86,4 @@ def _unpack(pack: WeightPack) -> Iterator[tuple[TensorPlace, np.ndarray]]:
 
 
 def _checksum(array: np.ndarray, running: int) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), running)
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, running)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +37,9 @@ class CheckpointDecoder:
         self.tokenizer = load_tokenizer(folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = load_model(folder, "auto").to(device)
-        self.base = DecodeSettings(block_size=block_size or self.facts.block_size or 4)
-        if self.facts.block_grid in ("absolute", "response"):
-            self.base = replace(self.base, block_grid=self.facts.block_grid)
+        self.base = DecodeSettings(
+            block_size=block_size or self.facts.block_size or 4, block_grid=self.facts.block_grid or "absolute"
+        )
 
     @property
     def is_student(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from common.config.schema import Strategy
 from common.errors import OpdlmError
 
 app = typer.Typer(
@@ -22,7 +23,6 @@ app = typer.Typer(
 )
 out = Console()
 
-StrategyName = Literal["low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "sequential", "random"]
 CheckpointFolder = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder in Hugging Face layout.")]
 
 
@@ -44,8 +44,12 @@ def train(
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting; repeatable.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run directory from its last checkpoint.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run directory from its last checkpoint.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
+    ] = False,
 ) -> None:
     """Run on-policy distillation: decode, score, train, push, until the run's prompts are used.
 
@@ -83,7 +87,7 @@ def pretrain(
     layers: Annotated[int, typer.Option(help="Depth of the model.")] = 3,
     heads: Annotated[int, typer.Option(help="Attention heads; half as many key/value heads.")] = 4,
     context: Annotated[int, typer.Option(help="Longest sequence, in tokens.")] = 128,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 800,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 700,
     batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
@@ -125,7 +129,9 @@ def convert(
         from common.convert import convert as run_convert
 
         mask_id = run_convert(source, destination, block_size, block_grid, layout)
-        out.print(f"{destination}: mask token id {mask_id}, block size {block_size}, {block_grid} grid", highlight=False)
+        out.print(
+            f"{destination}: mask token id {mask_id}, block size {block_size}, {block_grid} grid", highlight=False
+        )
 
 
 @app.command()
@@ -133,14 +139,16 @@ def generate(
     checkpoint: CheckpointFolder,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Prompt text; repeatable.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 64,
-    strategy: Annotated[StrategyName, typer.Option(help="Remasking strategy.")] = "low_confidence_dynamic",
+    strategy: Annotated[Strategy, typer.Option(help="Remasking strategy.")] = "low_confidence_dynamic",
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of low_confidence_dynamic.")] = 0.9,
     block_size: Annotated[int | None, typer.Option(min=1, help="Default: what the checkpoint says, else 4.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 is all.")] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="1 is all.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    trace: Annotated[bool, typer.Option("--trace", help="Show each block being unmasked, confidence as colour.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Show each block being unmasked, confidence as colour.")
+    ] = False,
 ) -> None:
     """Decode prompts with a student (block decoding) or an AR checkpoint (greedy), and show the text.
 
@@ -165,7 +173,7 @@ def evaluate(
     task: Annotated[str, typer.Option(help="Built-in task: chain.")],
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 1000,
     strategy: Annotated[
-        list[StrategyName] | None, typer.Option(help="Strategies to try; repeatable. Default: static and dynamic.")
+        list[str] | None, typer.Option(help="Strategies to try; repeatable. Default: static and dynamic.")
     ] = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of low_confidence_dynamic.")] = 0.9,
     block_size: Annotated[int | None, typer.Option(min=1, help="Default: what the checkpoint says, else 4.")] = None,
@@ -181,10 +189,16 @@ def evaluate(
         opdlm eval runs/demo/student --task chain --threshold 0.8
     """
     with _clear_errors():
-        from deploy.eval_job import EvalOptions, run_eval
+        from deploy.eval_job import EvalOptions, run_eval, strategies
 
-        chosen = tuple(strategy or ("low_confidence_static", "low_confidence_dynamic"))
-        options = EvalOptions(problems, chosen, threshold, block_size, max_new_tokens, batch_size)
+        options = EvalOptions(
+            problems,
+            strategies(strategy or ["low_confidence_static", "low_confidence_dynamic"]),
+            threshold,
+            block_size,
+            max_new_tokens,
+            batch_size,
+        )
         run_eval(checkpoint, task, options, out)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import ray
 
 from actors.pool import ActorPool, stop_actors
-from actors.queue_actor import NAME as QUEUE_NAME
 from actors.queue_actor import start_queue
 from actors.rollout_actor import start_rollout_actor
 from actors.teacher_actor import start_teacher_actor
@@ -52,7 +51,7 @@ def connect(config: OpdlmConfig) -> None:
     if ray.is_initialized():
         check_resources(config, ray.cluster_resources())
         return
-    logs = {"log_to_driver": resources.worker_logs, "logging_level": "warning", "namespace": "opdlm"}
+    logs = {"log_to_driver": resources.worker_logs, "logging_level": "warning"}
     needed = int(sum(count * each for _, count, each in demands(config)["CPU"])) + 1
     try:
         ray.init(address=resources.ray_address or "auto", **logs)
@@ -85,10 +84,7 @@ def check_resources(config: OpdlmConfig, available: dict[str, float]) -> None:
 def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int) -> Roles:
     """Starts queue, rollout actors and teacher actors under the names that the dashboard shows."""
     rollout, teacher, resources = config.rollout, config.teacher, config.resources
-    try:
-        queue = start_queue(rollout.prompts_per_round, config.queue.max_staleness, total, first_round)
-    except ValueError as error:
-        raise OpdlmError(f"the cluster already runs an opdlm job ({QUEUE_NAME} is taken): {error}") from None
+    queue = start_queue(rollout.prompts_per_round, config.queue.max_staleness, total, first_round)
     rollouts = {
         f"rollout-{i}": start_rollout_actor(
             f"rollout-{i}",

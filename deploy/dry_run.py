@@ -26,7 +26,10 @@ def show_plan(config: OpdlmConfig, console: Console) -> None:
         ("prompts", f"{len(checked.prompts.prompts):,} kept, {len(checked.prompts.refused)} refused"),
         ("samples", f"{plan.total:,} in {plan.rounds:,} rounds of {rollout.prompts_per_round}"),
         ("optimizer steps", f"{plan.steps_before(plan.rounds):,} of {learner.batch_size} trajectories"),
-        ("rollout length", f"{length_limit(config, 0)} tokens in round 0, {length_limit(config, last)} in round {last}"),
+        (
+            "rollout length",
+            f"{length_limit(config, 0)} tokens in round 0, {length_limit(config, last)} in round {last}",
+        ),
         ("decoding", f"block {rollout.block_size}, {rollout.block_grid} grid, {rollout.strategy}"),
         ("staleness", f"at most {config.queue.max_staleness} rounds"),
     ):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from common.config.schema import Strategy
+from common.errors import OpdlmError
 from common.tasks import get_task
 from deploy.checkpoint_decoder import Answers, CheckpointDecoder
 from deploy.evaluation import Exam
@@ -24,6 +27,15 @@ class EvalOptions:
     block_size: int | None
     max_new_tokens: int
     batch_size: int
+
+
+def strategies(names: Sequence[str]) -> tuple[Strategy, ...]:
+    """Checks names from the command line."""
+    known = get_args(Strategy)
+    for name in names:
+        if name not in known:
+            raise OpdlmError(f"--strategy: found {name!r}; known: {', '.join(known)}")
+    return tuple(name for name in known if name in names)
 
 
 def run_eval(folder: Path, task_name: str, options: EvalOptions, console: Console) -> None:

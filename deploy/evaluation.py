@@ -83,8 +83,6 @@ async def evaluate_student(
 
 async def evaluate_teacher(pool: ActorPool, exam: Exam, config: EvaluationConfig) -> EvaluationResult:
     """Greedy autoregressive answers of the teacher."""
-    _, (responses, seconds) = await pool.call(
-        "generate", exam.prompt_ids, config.max_new_tokens, config.batch_size
-    )
+    _, (responses, seconds) = await pool.call("generate", exam.prompt_ids, config.max_new_tokens, config.batch_size)
     tokens = sum(len(r) for r in responses)
     return EvaluationResult(len(responses), exam.exact_match(responses), 1.0, tokens / seconds)

@@ -45,7 +45,9 @@ def run_generate(folder: Path, prompts: list[str], options: GenerateOptions, con
             )
     if not checkpoint.is_student:
         if options.trace:
-            raise OpdlmError(f"--trace: {folder} is autoregressive; there are no blocks to show (opdlm convert makes a student)")
+            raise OpdlmError(
+                f"--trace: {folder} is autoregressive; there are no blocks to show (opdlm convert makes a student)"
+            )
         answers = checkpoint.generate(encoded, options.max_new_tokens, batch_size=len(encoded))
     else:
         settings = replace(

@@ -45,7 +45,9 @@ class LiveView:
             table.add_row(*left, "   ", *right)
         for name, record in self._latest.items():
             if record["kind"] == "evaluation":
-                table.add_row(name, f"{record['exact_match']:.1%}", "", "tokens/step", f"{record['tokens_per_step']:.2f}")
+                table.add_row(
+                    name, f"{record['exact_match']:.1%}", "", "tokens/step", f"{record['tokens_per_step']:.2f}"
+                )
         return Group(self._progress, table)
 
 
@@ -73,14 +75,15 @@ class PlainView:
             if last or time.monotonic() - self._last > _PLAIN_EVERY_SECONDS:
                 self._last = time.monotonic()
                 pace = (self._last - self._started) / (record["round"] - self._first)
+                speeds = " ".join(
+                    f"{role} {_number(record, f'{role}_tokens_per_second', '{:.0f}')}"
+                    for role in ("rollout", "teacher", "learner", "run")
+                )
                 self._print(
                     f"round {record['round']}/{self._rounds} step {record['step']} loss {self._loss:.4f} "
-                    f"tokens/step {record.get('tokens_per_step', 0):.2f} | tokens/s rollout "
-                    f"{record.get('rollout_tokens_per_second', 0):.0f} teacher "
-                    f"{record.get('teacher_tokens_per_second', 0):.0f} learner {record['learner_tokens_per_second']:.0f} "
-                    f"run {record['run_tokens_per_second']:.0f} | queue {record['queue_depth']} "
-                    f"staleness {record['staleness_mean']:.1f} version {record['weight_version']} | "
-                    f"left {pace * (self._rounds - record['round']):.0f} s"
+                    f"tokens/step {_number(record, 'tokens_per_step', '{:.2f}')} | tokens/s {speeds} | "
+                    f"queue {record['queue_depth']} staleness {record['staleness_mean']:.1f} "
+                    f"version {record['weight_version']} | left {pace * (self._rounds - record['round']):.0f} s"
                 )
 
     def _print(self, line: str) -> None:

@@ -27,7 +27,9 @@ def run_pretrain(
     if destination.exists():
         raise OpdlmError(f"pretrain: {destination} exists; give a new folder (nothing was written)")
     if settings.hidden_size % settings.heads:
-        raise OpdlmError(f"pretrain: --hidden-size {settings.hidden_size} is not a multiple of --heads {settings.heads}")
+        raise OpdlmError(
+            f"pretrain: --hidden-size {settings.hidden_size} is not a multiple of --heads {settings.heads}"
+        )
     task = get_task(task_name) if task_name else None
     if text is not None and not text.is_file():
         raise OpdlmError(f"pretrain: --text {text} does not exist")
@@ -36,7 +38,9 @@ def run_pretrain(
     model = build_model(settings, tokenizer)
     batches = task_batches(task, tokenizer, settings) if task else text_batches(Path(str(text)), tokenizer, settings)
     parameters = sum(p.numel() for p in model.parameters())
-    console.print(f"training {parameters:,} parameters, vocabulary {len(tokenizer)}, {settings.steps} steps", highlight=False)
+    console.print(
+        f"training {parameters:,} parameters, vocabulary {len(tokenizer)}, {settings.steps} steps", highlight=False
+    )
     every = max(settings.steps // 10, 1)
     with Progress(
         TextColumn("step"),
@@ -60,7 +64,8 @@ def run_pretrain(
     if task is not None:
         exam = Exam(task, tokenizer, _EXAM_PROBLEMS)
         responses = generate_greedy(model, exam.prompt_ids, settings.context // 2, [tokenizer.eos_token_id], 128)
-        console.print(f"exact match on {_EXAM_PROBLEMS} held-out problems: {exam.exact_match(responses):.1%}", highlight=False)
+        console.print(
+            f"exact match on {_EXAM_PROBLEMS} held-out problems: {exam.exact_match(responses):.1%}", highlight=False
+        )
     save_model(model, tokenizer, destination)
     console.print(f"written: {destination}", highlight=False)
-

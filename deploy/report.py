@@ -86,7 +86,9 @@ def _draw(records: list[dict[str, Any]], file: Path) -> None:
     if measured:
         bottom.plot(*zip(*measured, strict=True), color="C1", alpha=0.6, linewidth=1, label="training rollouts")
     top.set(ylabel="exact match", ylim=(-0.03, 1.03), title="Exact match on held-out problems")
-    bottom.set(ylabel="tokens per denoising step", xlabel="rollout tokens", title="Decoding parallelism", ylim=(0, None))
+    bottom.set(
+        ylabel="tokens per denoising step", xlabel="rollout tokens", title="Decoding parallelism", ylim=(0, None)
+    )
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:

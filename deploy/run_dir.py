@@ -1,6 +1,6 @@
 """The run directory: what a run leaves behind, and whether it may be started or continued there.
 
-    RUN/config.yaml  metrics.jsonl  tensorboard/  checkpoints/  student_init/  student/  report.json  report.png
+RUN/config.yaml  metrics.jsonl  tensorboard/  checkpoints/  student_init/  student/  report.json  report.png
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def truncate_metrics(file: Path, rounds: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             break  # only the last line can be cut short
-        if record["round"] <= rounds:
+        # A step says which round it is part of; everything else how many rounds were trained by then.
+        if record["round"] < rounds + (record["kind"] != "step"):
             kept.append(line + "\n")
     file.write_text("".join(kept))

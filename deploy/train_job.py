@@ -1,4 +1,4 @@
-"""`opdlm train`, in order: check, open the run directory, start the roles, evaluate, run the loops, evaluate, report."""
+"""`opdlm train`, in order: check, open the run directory, start the roles, run the loops, evaluate, report."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from actors.decode_settings import DecodeSettings
-from actors.queue_actor import NAME as QUEUE_NAME
 from common.config import OpdlmConfig
+from common.config.schema import Strategy
 from common.tasks import get_task
 from common.types import WeightHandle
 from deploy import report
@@ -21,7 +21,7 @@ from deploy.live_view import open_view
 from deploy.preflight import Preflight, preflight, prepare_student
 from deploy.run_dir import config_digest, open_run
 from deploy.telemetry import Telemetry, read_records
-from learner.worker import LearnerSetup, fit
+from learner.group import LearnerSetup, fit
 
 
 def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
@@ -69,7 +69,7 @@ class _Job:
             student=student,
             total_samples=checked.plan.total,
             config_digest=config_digest(config),
-            queue_name=QUEUE_NAME,
+            queue=roles.queue,
         )
         self.settings = DecodeSettings.from_config(config.rollout)
         self.coordinator = Coordinator(config, roles, checked.order, telemetry, self._on_weights)
@@ -114,7 +114,9 @@ class _Job:
             await self._evaluate(report.PERIODIC, self._periodic, handle)
 
     async def _evaluate(self, row: str, exam: Exam, handle: WeightHandle) -> None:
-        strategy = "low_confidence_dynamic" if row in (report.DYNAMIC, report.PERIODIC) else "low_confidence_static"
+        strategy: Strategy = (
+            "low_confidence_dynamic" if row in (report.DYNAMIC, report.PERIODIC) else "low_confidence_static"
+        )
         settings = self.settings.greedy(strategy)
         result = await evaluate_student(self.roles.rollouts, exam, handle, settings, self.config.evaluation)
         self.telemetry.evaluated(row, handle.version, result)

@@ -26,8 +26,8 @@ class PretrainSettings:
     heads: int = 4
     context: int = 128
     """Longest sequence in tokens."""
-    steps: int = 1500
-    batch_size: int = 128
+    steps: int = 700
+    batch_size: int = 64
     """Sequences a step."""
     lr: float = 3e-3
     """Peak learning rate; 5 % warm-up, then cosine to a tenth."""

@@ -43,9 +43,7 @@ def build_rows(
     return [build_row(scored, masked, grid, mask_id, objective.exclude_eos) for masked in selected]
 
 
-def build_row(
-    scored: ScoredTrajectory, masked: np.ndarray, grid: BlockGrid, mask_id: int, exclude_eos: bool
-) -> Row:
+def build_row(scored: ScoredTrajectory, masked: np.ndarray, grid: BlockGrid, mask_id: int, exclude_eos: bool) -> Row:
     """One row from one state. `masked`: `[R']` bool over the kept response."""
     trajectory = scored.trajectory
     prompt_length = len(trajectory.prompt_ids)
@@ -97,9 +95,7 @@ def collate(rows: Sequence[Row]) -> MicroBatch:
 
     def padded(name: str, fill: int) -> torch.Tensor:
         arrays = [getattr(row, name) for row in rows]
-        return torch.from_numpy(
-            np.stack([np.pad(a, (0, longest - len(a)), constant_values=fill) for a in arrays])
-        )
+        return torch.from_numpy(np.stack([np.pad(a, (0, longest - len(a)), constant_values=fill) for a in arrays]))
 
     counts = [len(row.loss_columns) for row in rows]
     return MicroBatch(

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from common.config.schema import ObjectiveConfig
-from common.types import LogitsTargets, TeacherTargets, TopKTargets, array_to_tensor
+from common.tensors import array_to_tensor
+from common.types import LogitsTargets, TeacherTargets, TopKTargets
 from learner.losses import divergence, restrict_to_top_k
 from learner.rows import Row
 
@@ -77,5 +78,3 @@ def gather_targets(
 
 def _stack(parts: Sequence[tuple[TeacherTargets, np.ndarray]], field: str) -> torch.Tensor:
     return array_to_tensor(np.concatenate([getattr(targets, field)[positions] for targets, positions in parts]))
-
-

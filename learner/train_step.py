@@ -1,8 +1,8 @@
 """One optimizer step over one batch of trajectories, the same on any number of ranks and micro-batches.
 
 Each rank makes rows of its share, and every loss position gets the weight that it has in the *global* batch:
-`1 / (positions of its row x rows)` for `reduction: row`, `1 / positions` for `reduction: token`. The gradient is then a plain sum over
-ranks and micro-batches, and how the batch was split cannot matter.
+`1 / (positions of its row x rows)` for `reduction: row`, `1 / positions` for `reduction: token`. The gradient is then
+a plain sum over ranks and micro-batches, and how the batch was split cannot matter.
 """
 
 from __future__ import annotations

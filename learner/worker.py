@@ -1,7 +1,7 @@
-"""What one ZeRO rank does: take a round, train it, publish the weights, save. Runs inside Ray Train's worker group.
+"""What one ZeRO rank does: take a round, train it, publish the weights, save. Runs in Ray Train's worker group.
 
-    restore ─► publish start weights ─► for each round: take_round ─► steps ─► publish version r+1 ─► checkpoint when due
-                                                          ▲ None: a stop was asked; save and end
+    restore ─► publish start weights ─► each round: take_round ─► steps ─► publish version r+1 ─► checkpoint if due
+                                                       ▲ None: a stop was asked; save and end
 
 A rank that dies takes the group down; Ray Train starts it again, and it goes on here from the last checkpoint, with
 the same samples (the queue keeps them until a checkpoint covers them).
@@ -10,15 +10,13 @@ the same samples (the queue keeps them until a checkpoint covers them).
 from __future__ import annotations
 
 import time
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
-from ray import train
 
 from common.checkpoint import latest_checkpoint, save_checkpoint
 from common.config import OpdlmConfig, config_from_dict
@@ -30,29 +28,10 @@ from common.types import ScoredTrajectory, WeightHandle
 from common.weights import WeightPack, load_weights, pack_weights
 from learner import zero
 from learner.distill import DistillModule
+from learner.group import LearnerSetup
 from learner.plan import TrainingPlan
 from learner.schedule import learning_rate
 from learner.train_step import StepResult, TrainStep
-
-
-@dataclass(frozen=True, slots=True)
-class LearnerSetup:
-    """What the worker group is started with; plain data, so that a restart gets the same."""
-
-    config: dict[str, Any]
-    """The resolved run file."""
-    student: str
-    """Folder of the student's start weights."""
-    total_samples: int
-    config_digest: str
-    queue_name: str
-    """Ray's name of the replay queue."""
-
-
-def train_loop(arguments: dict[str, LearnerSetup]) -> None:
-    """Entry point of every rank."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    Learner(arguments["setup"]).run()
 
 
 class Learner:
@@ -63,7 +42,7 @@ class Learner:
         self.config: OpdlmConfig = config_from_dict(setup.config)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.run_dir = Path(self.config.run.dir)
-        self.queue = ray.get_actor(setup.queue_name)
+        self.queue = setup.queue
         config = self.config
         torch.set_num_threads(max(int(config.learner.cpus_per_worker), 1))
         torch.manual_seed(config.run.seed)
@@ -150,7 +129,10 @@ class Learner:
         handle = WeightHandle(self.rounds, [ray.put(pack)], pack.nbytes)
         self._ask(self.queue.publish.remote(handle), "publishing weights")
         self._tell(
-            kind="publish", weight_version=self.rounds, publish_seconds=time.perf_counter() - started, nbytes=pack.nbytes
+            kind="publish",
+            weight_version=self.rounds,
+            publish_seconds=time.perf_counter() - started,
+            nbytes=pack.nbytes,
         )
         return pack
 
@@ -228,28 +210,3 @@ def _attention(config: OpdlmConfig) -> str:
     if config.model.attention != "auto":
         return config.model.attention
     return "flex_attention" if config.learner.gpus_per_worker > 0 else "sdpa"
-
-
-def fit(setup: LearnerSetup, experiment: str) -> None:
-    """Runs the worker group to its end; blocks. Restarts it up to `learner.max_failures` times."""
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    learner = OpdlmConfig.model_validate(setup.config).learner
-    on_gpu = learner.gpus_per_worker > 0
-    resources: dict[str, float] = {"CPU": learner.cpus_per_worker}
-    if on_gpu:
-        resources["GPU"] = learner.gpus_per_worker
-    trainer = TorchTrainer(
-        train_loop,
-        train_loop_config={"setup": setup},
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        scaling_config=train.ScalingConfig(
-            num_workers=learner.workers, use_gpu=on_gpu, resources_per_worker=resources
-        ),
-        run_config=train.RunConfig(
-            name=experiment,
-            storage_path=str(Path(setup.config["run"]["dir"]).resolve() / "ray_train"),
-            failure_config=train.FailureConfig(max_failures=learner.max_failures),
-        ),
-    )
-    trainer.fit()

@@ -123,14 +123,14 @@ def load_state(engine: Any, folder: Path) -> None:
         _create_moments(engine, float(moments.metadata()["step"]))
         for name, parameter in engine.module.student.named_parameters():
             value = weights.get_tensor(name)
-            _set_partition(engine, parameter, value, None)
+            _set_partition(parameter, value, None)
             for key in _MOMENTS:
-                _set_partition(engine, parameter, moments.get_tensor(f"{key}.{name}"), key)
+                _set_partition(parameter, moments.get_tensor(f"{key}.{name}"), key)
             _set_working_copy(parameter, value)
 
 
 @torch.no_grad()
-def _set_partition(engine: Any, parameter: nn.Parameter, value: torch.Tensor, key: str | None) -> None:
+def _set_partition(parameter: Any, value: torch.Tensor, key: str | None) -> None:
     """Writes this rank's part of a float32 weight (key None) or moment.
 
     DeepSpeed's own `safe_set_full_*` fails on ZeRO-3 where a parameter does not divide evenly by the ranks.

@@ -101,9 +101,7 @@ def test_visited_states_contain_the_reference_rows(path) -> None:
     for sample, row in first_of_sample.items():
         trajectory = golden_files.trajectory_of(row, case)
         kept = grid.kept_length(len(row["prompt_ids"]), trajectory.response_length)
-        ours = build_rows(
-            golden_files.unscored(trajectory), grid, objective, case["mask_id"], np.random.default_rng(0)
-        )
+        ours = build_rows(golden_files.unscored(trajectory), grid, objective, case["mask_id"], np.random.default_rng(0))
         visited = [r.input_ids[-len(row["response_ids"]) :][:kept].tolist() for r in ours]
         theirs = [r["noisy_response_ids"][:kept] for r in case["rows"] if r["sample"] == sample]
         if "all_states" in path.stem:

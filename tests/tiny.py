@@ -38,7 +38,9 @@ def tiny_model(
     return Qwen3ForCausalLM(config).eval()
 
 
-def request(prompt_length: int, index: int = 0, limit: int = 12, seed: int = 0, vocab: int = VOCABULARY) -> RolloutRequest:
+def request(
+    prompt_length: int, index: int = 0, limit: int = 12, seed: int = 0, vocab: int = VOCABULARY
+) -> RolloutRequest:
     """A random prompt (pad, end-of-sequence and mask ids among its tokens: they are ordinary there)."""
     ids = np.random.default_rng([seed, index]).integers(0, vocab, prompt_length).astype(np.int32)
     return RolloutRequest(index, f"test/{index}", ids, limit, seed=seed * 1000 + index)

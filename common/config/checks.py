@@ -80,7 +80,8 @@ def _curriculum(config: OpdlmConfig) -> Iterator[str]:
     ]
     for where, schedule in schedules:
         if schedule and schedule.kind != "constant" and (schedule.end is None or schedule.rounds is None):
-            yield f"{where}: `{schedule.kind}` needs `end` and `rounds`; found end {schedule.end}, rounds {schedule.rounds}"
+            found = f"end {schedule.end}, rounds {schedule.rounds}"
+            yield f"{where}: `{schedule.kind}` needs `end` and `rounds`; found {found}"
     if curriculum.max_new_tokens:
         lengths = [curriculum.max_new_tokens.start, curriculum.max_new_tokens.end or 1]
         if min(lengths) < 1 or max(lengths) > rollout.max_new_tokens:

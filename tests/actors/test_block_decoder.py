@@ -1,4 +1,4 @@
-"""The cached, batched decoder against the uncached oracle, and its promises. `pytest tests/actors/test_block_decoder.py`"""
+"""The cached, batched decoder against the uncached oracle. `pytest tests/actors/test_block_decoder.py`"""
 
 from __future__ import annotations
 

@@ -93,7 +93,9 @@ class QueueMachine(RuleBasedStateMachine):
         if not hasattr(self, "queue"):
             return
         queue = self.queue
-        assert self.leased == list(range(self.first * queue.prompts_per_round, self.first * queue.prompts_per_round + len(self.leased)))
+        assert self.leased == list(
+            range(self.first * queue.prompts_per_round, self.first * queue.prompts_per_round + len(self.leased))
+        )
         assert all(times in (0, 1) for times in self.trained.values())
         done = {i for i, times in self.trained.items() if times}
         assert done == {i for r in range(self.first, self.learner_round) for i in queue.indices_of(r)}

@@ -44,7 +44,10 @@ def config_with(**sections) -> OpdlmConfig:
         ({"objective": {"tail": "bucket"}}, "objective.tail: `bucket` needs objective.top_k > 0"),
         ({"learner": {"batch_size": 256}}, "learner.batch_size: found 256, more than rollout.prompts_per_round 128"),
         ({"learner": {"workers": 16}}, "learner.workers: found 16, more than learner.batch_size 8"),
-        ({"learner": {"zero": {"offload_weights": True}}}, "learner.zero.offload_weights: needs stage 3; found stage 2"),
+        (
+            {"learner": {"zero": {"offload_weights": True}}},
+            "learner.zero.offload_weights: needs stage 3; found stage 2",
+        ),
         ({"learner": {"gpus_per_worker": 0.5}}, "learner.gpus_per_worker: found 0.5; a rank needs a whole GPU"),
         ({"model": {"teacher": "t", "attention": "flex_attention"}}, "flex_attention has no backward on the CPU"),
         (
@@ -81,12 +84,17 @@ def test_demo_loads_and_survives_a_round_trip(tmp_path) -> None:
 
 
 def test_overrides(tmp_path) -> None:
-    config = load_config(DEMO, ["learner.optimizer.lr=0.5", "run.dir=elsewhere", "curriculum.threshold={start: 0.8}"])
+    config = load_config(
+        DEMO, ["learner.optimizer.lr=0.5", "run.dir=elsewhere", "curriculum.max_new_tokens={start: 9}"]
+    )
     assert config.learner.optimizer.lr == 0.5
     assert config.run.dir == "elsewhere"
-    assert config.curriculum.threshold is not None
-    assert config.curriculum.threshold.start == 0.8
-    for wrong, message in [("run.dir", "expected section.field=value"), ("run.dir.x=1", "dir is a value, not a section")]:
+    assert config.curriculum.max_new_tokens is not None
+    assert config.curriculum.max_new_tokens.start == 9
+    for wrong, message in [
+        ("run.dir", "expected section.field=value"),
+        ("run.dir.x=1", "dir is a value, not a section"),
+    ]:
         with pytest.raises(ConfigError, match=message):
             load_config(DEMO, [wrong])
 

@@ -44,7 +44,7 @@ def test_splits_are_disjoint_and_streams_repeat(name) -> None:
 
 
 def test_unknown_task_is_named() -> None:
-    with pytest.raises(ConfigError, match="data.task: found 'chian'; known tasks: chain"):
+    with pytest.raises(ConfigError, match="found 'chian'; known tasks: chain"):
         get_task("chian")
 
 

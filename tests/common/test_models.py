@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.convert import convert
 from common.errors import OpdlmError
 from common.models import check_vocabularies, load_model, load_output_matrix, load_tokenizer, read_facts, require_mask
-from common.types import array_to_tensor, tensor_to_array
+from common.tensors import array_to_tensor, tensor_to_array
 from common.weights import WeightPack, load_weights, pack_weights
 from tests import golden_files
 from tests.tiny import save_teacher, tiny_model

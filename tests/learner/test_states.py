@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -90,5 +92,5 @@ def test_learning_rate() -> None:
     assert rates[5] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.55)
     assert rates[105] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[5:]))
     assert learning_rate(99, 105, OptimizerConfig(lr=1.0, schedule="constant")) == 1.0

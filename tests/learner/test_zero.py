@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO on two ranks against one plain process on the same global batches. `pytest tests/learner/test_zero.py`"""
+"""DeepSpeed ZeRO on two ranks against one plain process, same batches. `pytest tests/learner/test_zero.py`"""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def plain():
             rng = np.random.default_rng([0, scored.trajectory.index])
             rows += build_rows(scored, BlockGrid(4), zero_ranks.OBJECTIVE, MASK, rng)
         useful = [r for r in rows if len(r.loss_positions)]
-        weights = torch.cat([torch.full((len(r.loss_positions),), 1 / len(r.loss_positions) / len(useful)) for r in useful])
+        weights = torch.cat(
+            [torch.full((len(r.loss_positions),), 1 / len(r.loss_positions) / len(useful)) for r in useful]
+        )
         loss, _ = module(collate(useful), gather_targets(useful, head, zero_ranks.OBJECTIVE), weights)
         optimizer.zero_grad()
         loss.backward()

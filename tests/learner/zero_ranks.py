@@ -47,13 +47,17 @@ def batches() -> list[list[ScoredTrajectory]]:
         batch = []
         for i in range(5):
             kept = 4 * int(rng.integers(1, 4))
-            one = trajectory(list(rng.integers(3, 30, 4)), list(rng.integers(3, 30, kept)), list(rng.integers(1, 5, kept)))
+            one = trajectory(
+                list(rng.integers(3, 30, 4)), list(rng.integers(3, 30, kept)), list(rng.integers(1, 5, kept))
+            )
             batch.append(one.__class__(**{n: getattr(one, n) for n in one.__slots__} | {"index": 5 * step + i}))
         batch[-1] = batch[-1].__class__(
             **{n: getattr(batch[-1], n) for n in batch[-1].__slots__}
             | {"response_length": 1, "reveal_step": np.array([1] + [2] * (len(batch[-1].response_ids) - 1), np.int16)}
         )
-        result.append([ScoredTrajectory(t, s) for t, s in zip(batch, score(teacher, batch, "hidden", 1, 64), strict=True)])
+        result.append(
+            [ScoredTrajectory(t, s) for t, s in zip(batch, score(teacher, batch, "hidden", 1, 64), strict=True)]
+        )
     assert EOS not in result[0][0].trajectory.response_ids[-1:]
     return result
 
@@ -67,7 +71,9 @@ def make_step(engine, config: LearnerConfig) -> TrainStep:
 def run_rank(rank: int, world: int, port: int, folder: str) -> None:
     """All stages in one process group; rank 0 leaves the results in `folder`."""
     warnings.filterwarnings("ignore")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
+    )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     from learner import zero

@@ -1,0 +1,56 @@
+"""Starting the learner's worker group with Ray Train. Light to import: Ray Train's own actors load this file too."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import OpdlmConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerSetup:
+    """What the worker group is started with; plain data, so that a restart gets the same."""
+
+    config: dict[str, Any]
+    """The resolved run file."""
+    student: str
+    """Folder of the student's start weights."""
+    total_samples: int
+    config_digest: str
+    queue: Any
+    """Handle of the replay queue actor."""
+
+
+def train_loop(arguments: dict[str, LearnerSetup]) -> None:
+    """Entry point of every rank."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    from learner.worker import Learner  # torch, transformers, deepspeed: only in the ranks
+
+    Learner(arguments["setup"]).run()
+
+
+def fit(setup: LearnerSetup, experiment: str) -> None:
+    """Runs the worker group to its end; blocks. Restarts it up to `learner.max_failures` times."""
+    from ray import train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    learner = OpdlmConfig.model_validate(setup.config).learner
+    on_gpu = learner.gpus_per_worker > 0
+    resources: dict[str, float] = {"CPU": learner.cpus_per_worker}
+    if on_gpu:
+        resources["GPU"] = learner.gpus_per_worker
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"setup": setup},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=train.ScalingConfig(num_workers=learner.workers, use_gpu=on_gpu, resources_per_worker=resources),
+        run_config=train.RunConfig(
+            name=experiment,
+            storage_path=str(Path(setup.config["run"]["dir"]).resolve() / "ray_train"),
+            failure_config=train.FailureConfig(max_failures=learner.max_failures),
+        ),
+    )
+    trainer.fit()

@@ -1,0 +1,156 @@
+"""The command line as a user meets it: what works, and the one line that says what does not.
+
+`pytest tests/deploy/test_cli.py`
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from common.models import load_tokenizer, read_facts
+from deploy.cli import app
+from tests.tiny import tiny_model
+
+runner = CliRunner()
+
+
+def opdlm(*arguments: object, code: int = 0) -> str:
+    """Runs the command line; its output with line breaks folded."""
+    result = runner.invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    text = " ".join(result.output.split())
+    assert result.exit_code == code, f"exit code {result.exit_code}: {text} {result.exception!r}"
+    return text
+
+
+@pytest.fixture
+def run_file(chain_teacher, tmp_path) -> Path:
+    file = tmp_path / "run.yaml"
+    config = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"teacher": str(chain_teacher), "dtype": "float32"},
+        "data": {"task": "chain", "prompts": 100},
+        "rollout": {"max_new_tokens": 20},
+    }
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+@pytest.mark.parametrize("command", ["train", "pretrain", "convert", "generate", "eval"])
+def test_every_command_has_help_with_an_example(command) -> None:
+    text = opdlm(command, "--help")
+    assert f"opdlm {command} " in text
+    assert "Example" in text
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(run_file, tmp_path) -> None:
+    text = opdlm("train", run_file, "--dry-run", "--set", "data.epochs=2", "--set", "queue.max_staleness=2")
+    assert "200 in 2 rounds of 128" in text
+    assert "25 of 8 trajectories" in text
+    assert "at most 2 rounds" in text
+    assert "3 = rollout 1 x 1 + teacher 1 x 1 + learner 1 x 1" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["rollout.block_sise=4"], "rollout.block_sise: unknown key; did you mean `block_size`?"),
+        (["rollout.block_size=0"], "rollout.block_size: input should be greater than or equal to 1; found 0"),
+        (["rollout.batch_size=many"], "rollout.batch_size: input should be a valid integer"),
+        (["model.teacher=/no/such/folder"], "model folder /no/such/folder does not exist"),
+        (["rollout.max_new_tokens=500"], "rollout.max_new_tokens: found 500"),
+        (["rollout.max_new_tokens=500"], "the model's context of 128 tokens leaves no room for a prompt"),
+        (["data.task=chian"], "data.task: found 'chian'; known tasks: chain"),
+        (["data.task=null", "data.path=/no/prompts.jsonl"], "data.path: /no/prompts.jsonl does not exist"),
+        (["data.max_prompt_tokens=2"], "no prompt to train on in chain; first refusal: chain/0:"),
+        (["teacher.targets=topk", "teacher.top_k=99", "objective.top_k=9"], "teacher.top_k: found 99, more than"),
+        (["rollout.block_size"], "--set rollout.block_size: expected section.field=value"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(run_file, tmp_path, settings, message) -> None:
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    assert message in opdlm("train", run_file, *overrides, code=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_run_file_and_empty_data(run_file, tmp_path) -> None:
+    assert "does not exist; give a YAML such as deploy/demo.yaml" in opdlm("train", tmp_path / "no.yaml", code=2)
+    (tmp_path / "empty.jsonl").touch()
+    text = opdlm("train", run_file, "--set", "data.task=null", "--set", f"data.path={tmp_path}/empty.jsonl", code=2)
+    assert "data: no prompt to train on in" in text
+
+
+def test_given_students_are_checked(run_file, chain_teacher, tmp_path) -> None:
+    unconverted = f"model.student={chain_teacher}"
+    assert "has no mask token; convert it first" in opdlm("train", run_file, "--set", unconverted, code=2)
+    opdlm("convert", chain_teacher, tmp_path / "eight", "--block-size", 8)
+    text = opdlm("train", run_file, "--set", f"model.student={tmp_path}/eight", code=2)
+    assert "rollout.block_size: found 4, but the student" in text
+    shutil.copytree(tmp_path / "eight", tmp_path / "other")
+    other = tiny_model(0, vocab_size=40)
+    other.config.update({"mask_token_id": 17})
+    other.save_pretrained(tmp_path / "other")
+    assert "vocabulary mismatch" in opdlm("train", run_file, "--set", f"model.student={tmp_path}/other", code=2)
+
+
+def test_teacher_without_tokenizer(run_file, chain_teacher, tmp_path) -> None:
+    shutil.copytree(chain_teacher, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    text = opdlm("train", run_file, "--set", f"model.teacher={tmp_path}/bare", code=2)
+    assert "has no tokenizer.json; text needs a tokenizer beside the weights" in text
+
+
+def test_pretrain_convert_generate_eval(tmp_path) -> None:
+    """The life of a small model, from scratch to text."""
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    size = ("--hidden-size", 16, "--layers", 1, "--heads", 2, "--steps", 3, "--batch-size", 4)
+    assert "exact match on 500 held-out problems: 0.0%" in opdlm("pretrain", teacher, "--task", "chain", *size)
+    assert "exists; give a new folder" in opdlm("pretrain", teacher, "--task", "chain", code=2)
+    assert "mask token id 17, block size 4, absolute grid" in opdlm("convert", teacher, student)
+    assert read_facts(student).is_student
+
+    assert "autoregressive, greedy" in opdlm("eval", teacher, "--task", "chain", "--problems", 10)
+    text = opdlm("eval", student, "--task", "chain", "--problems", 10, "--strategy", "sequential")
+    assert "sequential" in text
+    assert "known: low_confidence_static" in opdlm("eval", student, "--task", "chain", "--strategy", "best", code=2)
+
+    assert "1+2=" in opdlm("generate", teacher, "--prompt", "1+2=", "--max-new-tokens", 8)
+    traced = opdlm("generate", student, "-p", "1+2=", "-p", "30-4=", "--max-new-tokens", 8, "--trace")
+    assert "positions 4 to 7" in traced
+    assert traced.count("%") > 8
+    assert "there are no blocks to show" in opdlm("generate", teacher, "-p", "1+2=", "--trace", code=2)
+    assert "expected 1 to" in opdlm("generate", student, "-p", "1" * 200, code=2)
+
+
+def test_pretrain_on_a_text_file(tmp_path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("to be, or not to be\n" * 20)
+    size = ("--hidden-size", 16, "--layers", 1, "--heads", 2, "--steps", 3, "--batch-size", 2, "--context", 32)
+    opdlm("pretrain", tmp_path / "poet", "--text", text, *size)
+    assert load_tokenizer(tmp_path / "poet").decode(load_tokenizer(tmp_path / "poet")("be,\n")["input_ids"]) == "be,\n"
+    for arguments, message in [
+        ((), "give exactly one of --task"),
+        (("--task", "chain", "--text", text), "give exactly one of --task"),
+        (("--text", tmp_path / "no.txt"), "does not exist"),
+        (("--text", text, "--context", 4000), "has 400 characters; more than --context 4000 are needed"),
+        (("--task", "chain", "--hidden-size", 10), "--hidden-size 10 is not a multiple of --heads 4"),
+    ]:
+        assert message in opdlm("pretrain", tmp_path / "new", *arguments, code=2)
+    assert not (tmp_path / "new").exists()
+
+
+def test_convert_refuses_to_overwrite(chain_teacher, tmp_path) -> None:
+    (tmp_path / "there").mkdir()
+    assert "exists; give a new folder" in opdlm("convert", chain_teacher, tmp_path / "there", code=2)
+    assert "does not exist; expected a checkpoint" in opdlm("convert", tmp_path / "no", tmp_path / "dst", code=2)
+    broken = tmp_path / "broken"
+    shutil.copytree(chain_teacher, broken)
+    (broken / "config.json").write_text("{")
+    assert "is not JSON" in opdlm("convert", broken, tmp_path / "dst", code=2)
+    assert not (tmp_path / "dst").exists()
+    assert json.loads((chain_teacher / "config.json").read_text())["model_type"] == "qwen3"

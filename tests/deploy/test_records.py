@@ -1,0 +1,140 @@
+"""Metrics, views, report, run directory. `pytest tests/deploy/test_records.py`"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from actors.pool import ActorPool
+from actors.teacher_actor import ScoreStats
+from common.char_tokenizer import build_char_tokenizer
+from common.errors import OpdlmError
+from common.tasks import get_task
+from common.types import DecodeStats, WeightHandle
+from deploy.evaluation import EvaluationResult, Exam
+from deploy.live_view import LiveView, PlainView
+from deploy.report import DYNAMIC, PERIODIC, STATIC, TEACHER, write_report
+from deploy.run_dir import truncate_metrics
+from deploy.telemetry import Telemetry, read_records
+
+QUEUE = {"queue_depth": 3, "queue_leased": 0, "queue_free_slots": 5, "weight_version": 1}
+STEP = {"kind": "step", "loss": 1.5, "grad_norm": 2.0, "learning_rate": 1e-3}
+ROUND = {"kind": "round", "rollout_tokens": 100, "round_tokens": 100, "staleness_mean": 0.0, "train_seconds": 2.0}
+
+
+def _run(folder, view) -> None:
+    telemetry = Telemetry(folder, view)
+    telemetry.evaluated(TEACHER, 0, EvaluationResult(10, 0.9, 1.0, 50.0))
+    telemetry.pushed(WeightHandle(0, [], 8), 0.5)
+    for round_ in (1, 2):
+        telemetry.sampled(DecodeStats(0, 4, 80, 40, 12, 2.0), ScoreStats(80, 0.5, 160))
+        telemetry.sampled(DecodeStats(0, 1, 20, 10, 10, 2.0), ScoreStats(20, 0.5, 40))
+        telemetry.learned([STEP | {"round": round_ - 1, "step": round_}], QUEUE)
+        telemetry.learned([ROUND | {"round": round_, "step": round_, "rollout_tokens": 100 * round_}], QUEUE)
+        telemetry.evaluated(PERIODIC, round_, EvaluationResult(10, 0.1 * round_, 2.0, 60.0))
+    for row in (STATIC, DYNAMIC):
+        telemetry.evaluated(row, 2, EvaluationResult(10, 0.8, 3.0, 70.0))
+    telemetry.close()
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.records: list[dict] = []
+
+    def show(self, record: dict) -> None:
+        self.records.append(record)
+
+
+def test_figures_of_a_round(tmp_path) -> None:
+    listener = Listener()
+    _run(tmp_path, listener)
+    records = read_records(tmp_path)
+    assert records == listener.records
+    first = next(r for r in records if r["kind"] == "round")
+    assert first["tokens_per_step"] == pytest.approx(100 / 50)
+    assert first["rollout_tokens_per_second"] == pytest.approx(100 / 4.0)
+    assert first["teacher_tokens_per_second"] == pytest.approx(100 / 1.0)
+    assert first["learner_tokens_per_second"] == pytest.approx(100 / 2.0)
+    assert first["target_bytes_per_token"] == pytest.approx(2.0)
+    assert first["response_tokens_mean"] == pytest.approx(20.0)
+    assert first["weight_push_seconds"] == 0.5
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_report(tmp_path) -> None:
+    _run(tmp_path, Listener())
+    table = write_report(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["teacher_exact_match"] == 0.9
+    assert report["student_exact_match_before"] is None
+    assert report["student_exact_match_dynamic"] == 0.8
+    assert report["tokens_per_step_dynamic"] == 3.0
+    assert (report["rollout_tokens"], report["optimizer_steps"], report["weight_version"]) == (200, 2, 2)
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert table.row_count == 3
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_views_show_what_one_wants_to_know(tmp_path, terminal) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=140)
+    view = LiveView(console, 2, 0) if terminal else PlainView(console, 2)
+    _run(tmp_path, view)
+    if terminal:
+        console.print(view._render())
+    text = out.getvalue()
+    assert "1.5000" in text
+    assert "80.0%" in text
+    words = (
+        ["queue depth", "staleness", "weight version"] if terminal else ["round 2/2", "queue 3", "version 1", "left"]
+    )
+    assert [w for w in words if w not in text] == []
+
+
+def test_resume_drops_the_records_of_rounds_that_come_again(tmp_path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    rows = [
+        {"kind": "step", "round": 0},
+        {"kind": "round", "round": 1},
+        {"kind": "step", "round": 1},
+        {"kind": "round", "round": 2},
+    ]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"kind": "st')
+    truncate_metrics(file, 1)
+    assert read_records(tmp_path) == rows[:2]
+
+
+def test_exam_marks_whole_finished_answers() -> None:
+    task = get_task("chain")
+    tokenizer = build_char_tokenizer(task.alphabet)
+    exam = Exam(task, tokenizer, 4)
+    right = [np.array([*tokenizer(p.solution)["input_ids"], tokenizer.eos_token_id]) for p in exam.problems]
+    assert exam.exact_match(right) == 1.0
+    unfinished = [right[0][:-1], right[1], right[2][1:], np.array([], dtype=np.int32)]
+    assert exam.exact_match(unfinished) == 0.25
+
+
+class _Silent:
+    """Stands in for an actor handle whose answer never comes."""
+
+    class wait:
+        @staticmethod
+        def options(num_returns: int):
+            return _Silent.wait
+
+        @staticmethod
+        def remote():
+            return asyncio.get_running_loop().create_future()
+
+
+def test_a_wait_that_takes_too_long_names_the_role() -> None:
+    async def scenario() -> None:
+        await ActorPool({"teacher-0": _Silent()}, timeout_seconds=0.01, retries=2).call("wait")
+
+    with pytest.raises(OpdlmError, match=r"teacher-0\.wait: no answer in 0\.01 s .resources\.call_timeout_seconds."):
+        asyncio.run(scenario())
