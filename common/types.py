@@ -39,8 +39,8 @@ class Trajectory:
     while the block was denoised, so training needs it to rebuild the state. The response itself is the first
     `response_length` of them.
 
-    Example, S = 4, P = 4: `response_ids [7, 9, 8, EOS, 5, 3, 0, 2]` cannot be: the block of the EOS is the last.
-    `[7, 9, EOS, 5]` with `response_length 3` and `reveal_step [1, 2, 1, 3]`: step 1 revealed 7 and EOS.
+    Example, S = 4, P = 4: `response_ids [7, 9, EOS, 5]`, `response_length 3`, `reveal_step [1, 2, 1, 3]`: step 1
+    revealed 7 and EOS, step 2 revealed 9, and the 5 behind the end came last.
     """
 
     index: int

@@ -45,7 +45,8 @@ class Coordinator:
 
     async def run(self, fit: Callable[[], None]) -> None:
         """Runs to the end of the learner; `fit` blocks in a thread meanwhile."""
-        loops = [asyncio.create_task(loop()) for loop in (self._push, self._produce, self._watch)]
+        produce = asyncio.create_task(self._produce())
+        loops = [produce, *(asyncio.create_task(loop()) for loop in (self._push, self._watch))]
         learner = asyncio.create_task(asyncio.to_thread(fit))
         learner.add_done_callback(lambda _: self.roles.queue.learner_ended.remote())
         done, _ = await asyncio.wait([learner, *loops], return_when=asyncio.FIRST_EXCEPTION)
@@ -53,9 +54,10 @@ class Coordinator:
         if failed and learner not in done:
             await self.stop()
         await asyncio.wait([learner])
-        if failed or learner.exception():
-            for task in loops:
-                task.cancel()
+        # What is still being decoded after the learner's end belongs to rounds that a stop left for later; the other
+        # two loops end by themselves, unless something failed.
+        for task in loops if failed or learner.exception() else [produce]:
+            task.cancel()
         results = await asyncio.gather(*failed, learner, *loops, return_exceptions=True)
         for error in results:
             while isinstance(error, ExceptionGroup):

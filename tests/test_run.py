@@ -56,7 +56,9 @@ def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
 
 def test_two_rounds_with_staleness(ray_cluster, chain_teacher, tmp_path) -> None:
     """The smoke test: decode, score, train, push, twice, with decoding a round ahead."""
-    config = run_config(chain_teacher, tmp_path / "run", run={"rounds": 2}, queue={"max_staleness": 1})
+    config = run_config(
+        chain_teacher, tmp_path / "run", run={"rounds": 2}, queue={"max_staleness": 1}, learner={"workers": 1}
+    )
     started = time.monotonic()
     assert train(config, resume=False, console=Console(quiet=True)) == 0
     print(f"two rounds took {time.monotonic() - started:.0f} s")
