@@ -49,17 +49,17 @@ class Coordinator:
         loops = [produce, *(asyncio.create_task(loop()) for loop in (self._push, self._watch))]
         learner = asyncio.create_task(asyncio.to_thread(fit))
         learner.add_done_callback(lambda _: self.roles.queue.learner_ended.remote())
-        done, _ = await asyncio.wait([learner, *loops], return_when=asyncio.FIRST_EXCEPTION)
-        failed = [task for task in done if task.exception()]
-        if failed and learner not in done:
+        together: asyncio.Future[Any] = asyncio.gather(*loops)  # before the learner has ended, it ends only by failing
+        ends: list[asyncio.Future[Any]] = [learner, together]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if not learner.done():
             await self.stop()
-        await asyncio.wait([learner])
-        # What is still being decoded after the learner's end belongs to rounds that a stop left for later; the other
-        # two loops end by themselves, unless something failed.
-        for task in loops if failed or learner.exception() else [produce]:
+            await asyncio.wait([learner])
+        # What is still being decoded belongs to rounds that a stop left for later. The other two loops end by
+        # themselves, unless something failed.
+        for task in loops if learner.exception() or together.done() else [produce]:
             task.cancel()
-        results = await asyncio.gather(*failed, learner, *loops, return_exceptions=True)
-        for error in results:
+        for error in await asyncio.gather(together, *loops, learner, return_exceptions=True):
             while isinstance(error, ExceptionGroup):
                 error = error.exceptions[0]
             if isinstance(error, Exception):

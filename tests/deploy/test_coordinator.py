@@ -1,0 +1,180 @@
+"""The coordinator's loops with fakes instead of Ray. `pytest tests/deploy/test_coordinator.py`
+
+The queue is the real one; actors and learner are coroutines that take as long as a test wants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.pool import ActorPool
+from actors.queue_actor import ReplayQueueActor
+from actors.teacher_actor import ScoreStats
+from common.config import config_from_dict
+from common.prompts import Prompt, PromptOrder
+from common.types import DecodeStats, WeightHandle
+from deploy.cluster import Roles
+from deploy.coordinator import Coordinator
+from deploy.telemetry import Telemetry
+
+N, ROUNDS = 4, 5
+
+
+class Remote:
+    """An actor handle over an object: `handle.method.remote(...)` gives an awaitable, or several for `num_returns`."""
+
+    def __init__(self, target: object, loop: asyncio.AbstractEventLoop) -> None:
+        self._target, self._loop = target, loop
+
+    def __getattr__(self, name: str):
+        return _Method(getattr(self._target, name), self._loop)
+
+
+class _Method:
+    def __init__(self, function, loop: asyncio.AbstractEventLoop, outputs: int = 1) -> None:
+        self._function, self._loop, self._outputs = function, loop, outputs
+
+    def options(self, num_returns: int) -> _Method:
+        return _Method(self._function, self._loop, num_returns)
+
+    def remote(self, *arguments):
+        call = asyncio.ensure_future(self._function(*arguments), loop=self._loop)
+        if self._outputs == 1:
+            return call
+        return [asyncio.ensure_future(_part(call, i), loop=self._loop) for i in range(self._outputs)]
+
+
+async def _part(call, i: int):
+    return (await call)[i]
+
+
+class Rollout:
+    """Decodes nothing; records versions and indices."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.version, self.decoded, self.seconds = -1, [], seconds
+
+    async def load_weights(self, handle: WeightHandle) -> float:
+        assert handle.version >= self.version, "a version went backwards"
+        self.version = handle.version
+        return 0.0
+
+    async def decode(self, requests, handle, settings, batch_size):
+        await asyncio.sleep(self.seconds)
+        self.decoded += [(r.index, self.version) for r in requests]
+        return (*[r.index for r in requests], DecodeStats(self.version, len(requests), 1, 1, 1, 0.1))
+
+
+class Teacher:
+    """Scores nothing, or fails."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.fail_at = fail_at
+
+    async def score(self, *samples):
+        indices = [await s for s in samples]
+        if self.fail_at in indices:
+            raise RuntimeError("the teacher is broken")
+        return (*indices, ScoreStats(1, 0.1, 1))
+
+
+class Setup:
+    """One run's parts, wired as `train_job` wires them."""
+
+    def __init__(self, folder: Path, staleness: int, rollout: Rollout, teacher: Teacher) -> None:
+        loop = asyncio.get_running_loop()
+        self.loop = loop
+        self.queue = ReplayQueueActor(N, staleness, N * ROUNDS, 0)
+        self.trained: list[list[int]] = []
+        pools = [ActorPool({n: Remote(a, loop)}, 30, 0) for n, a in (("rollout-0", rollout), ("teacher-0", teacher))]
+        config = config_from_dict(
+            {
+                "model": {"teacher": "t"},
+                "data": {"path": "p"},
+                "rollout": {"prompts_per_round": N},
+                "learner": {"batch_size": N},
+                "queue": {"max_staleness": staleness},
+            }
+        )
+        order = PromptOrder([Prompt(str(i), np.array([1])) for i in range(N * ROUNDS)], 0, 1)
+        view = type("View", (), {"show": lambda self, record: None})()
+        self.hooked: list[int] = []
+        self.coordinator = Coordinator(
+            config, Roles(Remote(self.queue, loop), *pools), order, Telemetry(folder, view), self._hook
+        )
+
+    async def _hook(self, handle: WeightHandle) -> None:
+        self.hooked.append(handle.version)
+
+    def learn(self) -> None:
+        """A learner in its thread: take, train, publish."""
+
+        def ask(coroutine):
+            return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=30)
+
+        ask(self.queue.publish(WeightHandle(0, [], 0)))
+        for round_ in range(ROUNDS):
+            taken = ask(self.queue.take_round(round_))
+            if taken is None:
+                return
+            self.trained.append([ask(_value(s)) for s in taken[0]])
+            ask(self.queue.publish(WeightHandle(round_ + 1, [], 0)))
+
+
+async def _value(sample):
+    return await sample
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_every_sample_once_in_order_and_fresh_enough(tmp_path, staleness) -> None:
+    async def scenario() -> None:
+        rollout = Rollout()
+        setup = Setup(tmp_path, staleness, rollout, Teacher())
+        await asyncio.wait_for(setup.coordinator.run(setup.learn), timeout=30)
+        assert [i for indices in setup.trained for i in indices] == list(range(N * ROUNDS))
+        assert all(0 <= i // N - version <= staleness for i, version in rollout.decoded)
+        assert setup.hooked[0] == 0
+        assert setup.hooked == sorted(set(setup.hooked))
+        assert rollout.version == ROUNDS, "the last weights must reach the rollout actors too"
+
+    asyncio.run(scenario())
+
+
+def test_a_failing_role_ends_the_run_with_its_error(tmp_path) -> None:
+    async def scenario() -> Setup:
+        setup = Setup(tmp_path, 1, Rollout(), Teacher(fail_at=2 * N))
+        with pytest.raises(RuntimeError, match="the teacher is broken"):
+            await asyncio.wait_for(setup.coordinator.run(setup.learn), timeout=30)
+        return setup
+
+    assert len(asyncio.run(scenario()).trained) <= 2
+
+
+def test_a_failing_learner_ends_the_run_with_its_error(tmp_path) -> None:
+    async def scenario() -> None:
+        setup = Setup(tmp_path, 0, Rollout(), Teacher())
+
+        def broken() -> None:
+            raise RuntimeError("the worker group is broken")
+
+        with pytest.raises(RuntimeError, match="the worker group is broken"):
+            await asyncio.wait_for(setup.coordinator.run(broken), timeout=30)
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_does_not_wait_for_what_is_being_decoded(tmp_path) -> None:
+    async def scenario() -> None:
+        setup = Setup(tmp_path, 0, Rollout(seconds=3600), Teacher())
+        running = asyncio.create_task(setup.coordinator.run(setup.learn))
+        while not setup.hooked:
+            await asyncio.sleep(0.01)
+        await setup.coordinator.stop()
+        await asyncio.wait_for(running, timeout=30)
+        assert setup.trained == []
+
+    asyncio.run(scenario())
