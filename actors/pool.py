@@ -1,8 +1,13 @@
-"""A pool of equal actors: a call goes to a free one, and again to another if that one dies under it."""
+"""A pool of equal actors: a call goes to a free one.
+
+Ray itself restarts an actor that dies and repeats the call that died with it (`max_restarts`, `max_task_retries` of the
+actors; their methods may be repeated). What reaches the pool is an actor that used up its restarts.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Any
 
@@ -11,6 +16,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RaySystemError
 
 from common.errors import OpdlmError
 
+log = logging.getLogger("opdlm.pool")
+
 
 class ActorPool:
     """Calls to actors that do one thing at a time.
@@ -18,17 +25,15 @@ class ActorPool:
     Args:
         actors: handles by name.
         timeout_seconds: longest wait for one answer; then the error names the actor and the call.
-        retries: how often a call may be repeated because its actor died.
+        restarts: how often each of them may die and come back; for the error.
     """
 
-    def __init__(self, actors: dict[str, Any], timeout_seconds: float, retries: int) -> None:
+    def __init__(self, actors: dict[str, Any], timeout_seconds: float, restarts: int) -> None:
         self.actors = actors
         self.timeout_seconds = timeout_seconds
-        self.retries = retries
+        self.restarts = restarts
         self.busy_seconds = 0.0
         """Seconds of finished calls, summed over actors."""
-        self.deaths = 0
-        """Calls repeated because their actor died."""
         self._free: asyncio.Queue[str] = asyncio.Queue()
         for name in actors:
             self._free.put_nowait(name)
@@ -42,34 +47,50 @@ class ActorPool:
         Returns: (references to the outputs, the small value).
 
         Raises:
-            OpdlmError: no answer in time, or the actors died more often than `retries`.
+            OpdlmError: no answer in time, or no actor is left.
         """
-        for attempt in range(self.retries + 1):
-            chosen = await self._free.get()
+        while True:
+            name = await self._take()
             started = time.perf_counter()
             try:
-                refs = getattr(self.actors[chosen], method).options(num_returns=outputs + 1).remote(*args)
+                refs = getattr(self.actors[name], method).options(num_returns=outputs + 1).remote(*args)
                 *kept, small = refs if outputs else [refs]
-                return kept, await self._answer(small, f"{chosen}.{method}")
+                answer = await self._answer(small, f"{name}.{method}")
             except RayActorError as error:
-                self.deaths += 1
-                if attempt == self.retries:
-                    raise OpdlmError(
-                        f"{chosen}.{method}: the actor died {attempt + 1} times under this call "
-                        f"(resources.actor_restarts {self.retries}): {_first_line(error)}"
-                    ) from error
+                self._bury(name, error)
+                continue
             finally:
                 self.busy_seconds += time.perf_counter() - started
-                self._free.put_nowait(chosen)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+                if name in self.actors:
+                    self._free.put_nowait(name)
+            return kept, answer
 
-    async def broadcast(self, method: str, *args: Any) -> list[Any]:
+    async def broadcast(self, method: str, *args: Any) -> None:
         """Runs a method on every actor, behind what each is doing; waits for all."""
-        calls = [
-            self._answer(getattr(actor, method).remote(*args), f"{name}.{method}")
-            for name, actor in self.actors.items()
-        ]
-        return await asyncio.gather(*calls)
+
+        async def on(name: str, actor: Any) -> None:
+            try:
+                await self._answer(getattr(actor, method).remote(*args), f"{name}.{method}")
+            except RayActorError as error:
+                self._bury(name, error)
+
+        await asyncio.gather(*(on(name, actor) for name, actor in list(self.actors.items())))
+
+    async def _take(self) -> str:
+        while True:
+            name = await self._free.get()
+            if name in self.actors:
+                return name
+
+    def _bury(self, name: str, error: Exception) -> None:
+        """An actor that used up its restarts leaves the pool; the others do its work."""
+        self.actors.pop(name, None)
+        log.warning("%s is gone for good: %s; %d of its kind are left", name, _first_line(error), len(self.actors))
+        if not self.actors:
+            raise OpdlmError(
+                f"{name}: died more often than resources.actor_restarts {self.restarts} allows, and was the last of "
+                f"its kind: {_first_line(error)}"
+            ) from error
 
     async def _answer(self, ref: Any, what: str) -> Any:
         try:

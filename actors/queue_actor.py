@@ -1,8 +1,8 @@
 """The replay queue as a Ray actor: where the coordinator and the learner's ranks meet.
 
-It holds references and small records, never a tensor. Three mailboxes around `ReplayQueue`'s rules:
-samples (coordinator -> learner), weights (learner -> coordinator), events (learner -> coordinator: step metrics).
-Every method that waits wakes up on any change; callers bring their own time limits.
+It holds references and small records; of weights it touches the newest pack once, to own it. Three mailboxes around
+`ReplayQueue`'s rules: samples (coordinator -> learner), weights (learner -> coordinator), events (learner ->
+coordinator: step metrics). Every method that waits wakes up on any change; callers bring their own time limits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from actors.replay_queue import ReplayQueue
-from common.types import WeightHandle
+from common.types import WeightHandle, WeightPack
 
 NAME = "replay-queue"
 
@@ -93,11 +93,15 @@ class ReplayQueueActor:
             return None
         return self._queue.take_round(round_), self._queue.staleness(round_)
 
-    async def publish(self, handle: WeightHandle) -> None:
-        """New weights; a version that is not newer (a restarted learner repeating itself) is only remembered."""
-        self._queue.published(handle.version)
-        if self._weights is None or handle.version >= self._weights.version:
-            self._weights = handle
+    async def publish(self, version: int, pack: WeightPack) -> None:
+        """New weights; an older version (a restarted learner repeating itself) changes nothing.
+
+        The pack is put again from here: an object dies with the process that put it, and a learner rank may end, or
+        die, before every rollout actor has loaded it.
+        """
+        self._queue.published(version)
+        if self._weights is None or version >= self._weights.version:
+            self._weights = WeightHandle(version, [ray.put(pack)], pack.nbytes)
         self._wake()
 
     async def committed(self, rounds: int) -> None:

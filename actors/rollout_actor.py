@@ -55,6 +55,6 @@ class RolloutActor:
 
 
 def start_rollout_actor(name: str, student: str, dtype: str, cpus: float, gpus: float, restarts: int) -> Any:
-    """Starts one under its name; it may die `restarts` times, and calls that died with it are retried by the pool."""
-    actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=restarts)(RolloutActor)
+    """Starts one under its name; it may die `restarts` times, and Ray repeats the call that died with it."""
+    actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=restarts, max_task_retries=restarts)(RolloutActor)
     return actor.options(name=name).remote(student, dtype, int(cpus))

@@ -39,7 +39,9 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
         ordered, order = logits.sort(dim=-1, descending=True)
         mass_before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
         mass_before[..., 0] = 0.0
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
+        beyond = mass_before >= top_p
+        beyond[..., 0] = False
+        dropped = torch.zeros_like(beyond).scatter(-1, order, beyond)
         logits = logits.masked_fill(dropped, float("-inf"))
     return logits
 

@@ -74,7 +74,8 @@ class TeacherActor:
         started = time.perf_counter()
         targets = self._backend.score(list(trajectories))
         scored = tuple(ScoredTrajectory(t, target) for t, target in zip(trajectories, targets, strict=True))
-        nbytes = sum(getattr(t, field).nbytes for t in targets for field in type(t).__slots__)
+        arrays = [getattr(target, field) for target in targets for field in type(target).__slots__]
+        nbytes = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
         tokens = sum(t.response_length for t in trajectories)
         return (*scored, ScoreStats(tokens, time.perf_counter() - started, nbytes))
 
@@ -88,7 +89,7 @@ class TeacherActor:
 
 def start_teacher_actor(name: str, folder: str, config: TeacherConfig, restarts: int) -> Any:
     """Starts one under its name."""
-    actor = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor, max_restarts=restarts)(
-        TeacherActor
-    )
+    actor = ray.remote(
+        num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor, max_restarts=restarts, max_task_retries=restarts
+    )(TeacherActor)
     return actor.options(name=name).remote(folder, config)

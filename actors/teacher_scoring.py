@@ -78,4 +78,5 @@ def _make_targets(model: Any, hidden: torch.Tensor, kind: str, top_k: int) -> Te
     return TopKTargets(
         token_ids=tensor_to_array(torch.cat([top.indices for top in tops]).to(torch.int32)),
         logprobs=tensor_to_array(torch.cat([top.values for top in tops])),
+        vocab_size=model.lm_head.out_features,
     )

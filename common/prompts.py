@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -67,6 +68,8 @@ class PromptOrder:
         self._seed = seed
         self.total = len(prompts) * epochs
         """Samples in the run."""
+        self.digest = _digest(prompts)
+        """Fingerprint of the prompts' ids, in order."""
         self._epoch = -1
         self._permutation = np.empty(0, dtype=np.int64)
 
@@ -76,6 +79,13 @@ class PromptOrder:
             self._permutation = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
             self._epoch = epoch
         return self._prompts[self._permutation[place]]
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    running = hashlib.sha256()
+    for prompt in prompts:
+        running.update(len(prompt.ids).to_bytes(4, "little") + prompt.ids.tobytes())
+    return running.hexdigest()[:16]
 
 
 def _rows(data: DataConfig, seed: int) -> Iterator[tuple[str, str | list[int], str | None]]:

@@ -66,6 +66,8 @@ class TopKTargets:
 
     token_ids: np.ndarray  # [R, K] int32
     logprobs: np.ndarray  # [R, K] float32
+    vocab_size: int
+    """The teacher's V: what the student's softmax is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,31 @@ class ScoredTrajectory:
 
     trajectory: Trajectory
     targets: TeacherTargets
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """Where one parameter lies in its dtype's buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # numpy name; uint16 holds the bits of bfloat16
+    start: int  # in elements
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPack:
+    """All parameters of a model under a version number."""
+
+    version: int
+    places: tuple[TensorPlace, ...]
+    buffers: dict[str, np.ndarray]  # dtype name -> [elements]
+    checksum: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a push moves."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,38 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
 from common.tensors import array_to_tensor, tensor_to_array
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlace:
-    """Where one parameter lies in its dtype's buffer."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str  # numpy name; uint16 holds the bits of bfloat16
-    start: int  # in elements
-
-
-@dataclass(frozen=True, slots=True)
-class WeightPack:
-    """All parameters of a model under a version number."""
-
-    version: int
-    places: tuple[TensorPlace, ...]
-    buffers: dict[str, np.ndarray]  # dtype name -> [elements]
-    checksum: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a push moves."""
-        return sum(buffer.nbytes for buffer in self.buffers.values())
+from common.types import TensorPlace, WeightPack
 
 
 def pack_weights(version: int, named: Iterable[tuple[str, torch.Tensor]]) -> WeightPack:

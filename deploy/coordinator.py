@@ -21,13 +21,17 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from ray.exceptions import RayError
+
 from actors.decode_settings import DecodeSettings
 from common.config import OpdlmConfig
 from common.curriculum import dynamic_threshold, length_limit
+from common.errors import OpdlmError
 from common.prompts import PromptOrder
 from common.types import RolloutRequest, WeightHandle
 from deploy.cluster import Roles
 from deploy.telemetry import Telemetry
+from deploy.threads import in_daemon_thread
 
 Hook = Callable[[WeightHandle], Awaitable[None]]
 
@@ -42,12 +46,13 @@ class Coordinator:
         self.telemetry, self.on_weights = telemetry, on_weights
         self.settings = DecodeSettings.from_config(config.rollout)
         self.weights: WeightHandle | None = None
+        self._stopping = False
 
     async def run(self, fit: Callable[[], None]) -> None:
         """Runs to the end of the learner; `fit` blocks in a thread meanwhile."""
-        produce = asyncio.create_task(self._produce())
-        loops = [produce, *(asyncio.create_task(loop()) for loop in (self._push, self._watch))]
-        learner = asyncio.create_task(asyncio.to_thread(fit))
+        producing = [asyncio.create_task(loop()) for loop in (self._produce, self._push)]
+        loops = [*producing, asyncio.create_task(self._watch())]
+        learner = in_daemon_thread(fit)
         learner.add_done_callback(lambda _: self.roles.queue.learner_ended.remote())
         together: asyncio.Future[Any] = asyncio.gather(*loops)  # before the learner has ended, it ends only by failing
         ends: list[asyncio.Future[Any]] = [learner, together]
@@ -55,9 +60,8 @@ class Coordinator:
         if not learner.done():
             await self.stop()
             await asyncio.wait([learner])
-        # What is still being decoded belongs to rounds that a stop left for later. The other two loops end by
-        # themselves, unless something failed.
-        for task in loops if learner.exception() or together.done() else [produce]:
+        # After a stop, what is being decoded or pushed is of no use. Else these loops end by themselves.
+        for task in loops if learner.exception() or together.done() else producing if self._stopping else []:
             task.cancel()
         for error in await asyncio.gather(together, *loops, learner, return_exceptions=True):
             while isinstance(error, ExceptionGroup):
@@ -67,6 +71,7 @@ class Coordinator:
 
     async def stop(self) -> None:
         """Asks for an end with a checkpoint."""
+        self._stopping = True
         await self.roles.queue.request_stop.remote()
 
     async def _produce(self) -> None:
@@ -76,6 +81,20 @@ class Coordinator:
                 tasks.create_task(self._sample(indices))
 
     async def _sample(self, indices: list[int]) -> None:
+        for attempt in range(1, self.config.resources.sample_attempts + 1):
+            try:
+                return await self._decode_then_score(indices)
+            except RayError as error:  # a failed score is an error and a retry, never zeros (METHOD.md section 3)
+                reason = str(error).strip().splitlines()[-1]
+                self.telemetry.failed(indices, attempt, reason)
+                if attempt == self.config.resources.sample_attempts:
+                    prompt = self.order[indices[0]].prompt_id
+                    raise OpdlmError(
+                        f"samples {indices[0]} to {indices[-1]} (the first is prompt {prompt}) failed {attempt} times "
+                        f"(resources.sample_attempts): {reason}"
+                    ) from error
+
+    async def _decode_then_score(self, indices: list[int]) -> None:
         batch, count = self.config.rollout.batch_size, len(indices)
         requests = [self._request(index) for index in indices]
         trajectories, decoded = await self.roles.rollouts.call(

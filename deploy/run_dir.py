@@ -36,8 +36,10 @@ _MAY_CHANGE = (
 """Settings that a resumed run may have otherwise: they move work around, not results."""
 
 
-def open_run(config: OpdlmConfig, resume: bool) -> Checkpoint | None:
+def open_run(config: OpdlmConfig, resume: bool, data_digest: str) -> Checkpoint | None:
     """Makes or reopens the run directory; returns the checkpoint to go on from.
+
+    `data_digest`: fingerprint of the prompts; a run is not resumed on other ones.
 
     Raises:
         ConfigError: the directory holds a run and `resume` is off, or the run in it has another config, or there is
@@ -58,6 +60,11 @@ def open_run(config: OpdlmConfig, resume: bool) -> Checkpoint | None:
         raise ConfigError(f"run.dir: --resume, but {root} holds no run; start it without --resume")
     check_same_config(yaml.safe_load(file.read_text()), config.model_dump(mode="json"), root)
     checkpoint = latest_checkpoint(root / "checkpoints")
+    if checkpoint and checkpoint.state["data_digest"] != data_digest:
+        raise ConfigError(
+            f"data: the prompts are not those that {root} was started with (fingerprint {data_digest}, was "
+            f"{checkpoint.state['data_digest']}); restore the data, or start in another run.dir"
+        )
     truncate_metrics(root / "metrics.jsonl", checkpoint.rounds if checkpoint else 0)
     return checkpoint
 

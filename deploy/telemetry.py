@@ -1,7 +1,7 @@
 """What a run says about itself: one record stream to metrics.jsonl, TensorBoard and the live view.
 
-Records have a `kind`: `step` (one optimizer step), `round`, `publish`, `checkpoint`, `evaluation`. Every number is
-computed where it arises (the decoder, the train step, ...) and only collected here.
+Records have a `kind`: `data`, `step` (one optimizer step), `round`, `publish`, `checkpoint`, `evaluation`, `failure`.
+Every number is computed where it arises (the decoder, the train step, ...) and only collected here.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Telemetry:
     Args:
         run_dir: gets `metrics.jsonl` (appended) and `tensorboard/`.
         view: shown every record.
-        first_round: round that the run (re)starts from.
+        first_round: round that the run (re)starts from; first_step: optimizer steps before it.
     """
 
-    def __init__(self, run_dir: Path, view: View, first_round: int = 0) -> None:
+    def __init__(self, run_dir: Path, view: View, first_round: int = 0, first_step: int = 0) -> None:
         self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_round or None)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self._view = view
         self._started = time.perf_counter() - _last_wall_seconds(run_dir / "metrics.jsonl")
-        self._round, self._step = first_round, 0
+        self._round, self._step = first_round, first_step
         self._reset()
 
     def _reset(self) -> None:
@@ -59,6 +59,16 @@ class Telemetry:
         """A chunk of prompts was decoded and scored."""
         self._decoded.append(decoded)
         self._scored.append(scored)
+
+    def failed(self, indices: list[int], attempt: int, reason: str) -> None:
+        """Decoding or scoring a chunk failed and may be tried again."""
+        figures = {"samples": len(indices), "attempt": attempt, "reason": reason}
+        self._write({"kind": "failure", "round": self._round, "step": self._step, **figures})
+
+    def data(self, kept: int, refused: list[str], digest: str) -> None:
+        """What the prompts are, and by name those that were refused."""
+        figures = {"prompts_kept": kept, "prompts_refused": len(refused), "data_digest": digest, "refused": refused}
+        self._write({"kind": "data", "round": self._round, "step": self._step, **figures})
 
     def pushed(self, handle: WeightHandle, seconds: float) -> None:
         """A weight version reached every rollout actor."""
@@ -111,9 +121,8 @@ class Telemetry:
         self._file.write(json.dumps(record) + "\n")
         for name, value in record.items():
             if isinstance(value, int | float) and name not in ("round", "step"):
-                place = record["step"] if record["kind"] == "step" else record["round"]
                 tag = f"{record['kind']}/{record['row']}/{name}" if "row" in record else f"{record['kind']}/{name}"
-                self._board.add_scalar(tag, value, place)
+                self._board.add_scalar(tag, value, record["step"])
         self._view.show(record)
 
 

@@ -33,15 +33,17 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
     if checked.prompts.refused:
         console.print(f"prompts refused: {len(checked.prompts.refused)}, kept: {len(checked.prompts.prompts)}")
     connect(config)
-    checkpoint = open_run(config, resume)
+    checkpoint = open_run(config, resume, checked.order.digest)
     first_round = checkpoint.rounds if checkpoint else 0
+    first_step = int(checkpoint.state["optimizer_steps"]) if checkpoint else 0
     student = prepare_student(config)
     if checkpoint:
         console.print(f"resuming from {checkpoint.folder} (round {first_round} of {checked.plan.rounds})")
     roles = start_roles(config, student, checked.plan.total, first_round)
     try:
         with open_view(console, checked.plan.rounds, first_round) as view:
-            telemetry = Telemetry(Path(config.run.dir), view, first_round)
+            telemetry = Telemetry(Path(config.run.dir), view, first_round, first_step)
+            telemetry.data(len(checked.prompts.prompts), checked.prompts.refused, checked.order.digest)
             job = _Job(config, checked, roles, telemetry, student)
             try:
                 code = asyncio.run(job.run())
@@ -69,6 +71,7 @@ class _Job:
             student=student,
             total_samples=checked.plan.total,
             config_digest=config_digest(config),
+            data_digest=checked.order.digest,
             queue=roles.queue,
         )
         self.settings = DecodeSettings.from_config(config.rollout)

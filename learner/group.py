@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ class LearnerSetup:
     """Folder of the student's start weights."""
     total_samples: int
     config_digest: str
+    data_digest: str
+    """Fingerprint of the prompts, in every checkpoint: a run is not resumed on other data."""
     queue: Any
     """Handle of the replay queue actor."""
 
 
 def train_loop(arguments: dict[str, LearnerSetup]) -> None:
     """Entry point of every rank."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what run.deterministic needs on a GPU
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     from learner.worker import Learner  # torch, transformers, deepspeed: only in the ranks
 

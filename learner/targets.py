@@ -24,31 +24,31 @@ class PositionTargets:
     """
 
     values: torch.Tensor
+    vocab_size: int
+    """The teacher's V."""
     token_ids: torch.Tensor | None = None
     head: torch.Tensor | None = None
 
     def __getitem__(self, part: slice) -> PositionTargets:
         ids = None if self.token_ids is None else self.token_ids[part]
-        return PositionTargets(self.values[part], ids, self.head)
+        return PositionTargets(self.values[part], self.vocab_size, ids, self.head)
 
     def to(self, device: torch.device) -> PositionTargets:
         """The same targets on another device (the head is already there)."""
         ids = None if self.token_ids is None else self.token_ids.to(device)
-        return PositionTargets(self.values.to(device), ids, self.head)
+        return PositionTargets(self.values.to(device), self.vocab_size, ids, self.head)
 
     def losses(self, student_logits: torch.Tensor, objective: ObjectiveConfig) -> torch.Tensor:
         """Divergence at each position, `[N]` float32. `student_logits`: `[N, V']`, V' >= the teacher's V.
 
         Where the student has a row more than the teacher (its added mask token), that row is no outcome.
         """
-        student_logits = student_logits.float()
+        student = student_logits[:, : self.vocab_size].float().log_softmax(-1)
         if self.token_ids is not None:
-            student = student_logits.log_softmax(-1)
             return divergence(*restrict_to_top_k(self.token_ids, self.values, student, objective.tail), objective)
         with torch.no_grad():
             logits = self.values if self.head is None else self.values.to(self.head.dtype) @ self.head.T
             teacher = logits.float().log_softmax(-1)
-        student = student_logits[:, : teacher.shape[-1]].log_softmax(-1)
         if objective.top_k == 0:
             return divergence(teacher, student, objective)
         top, ids = teacher.topk(min(objective.top_k, teacher.shape[-1]), dim=-1)
@@ -68,12 +68,12 @@ def gather_targets(
     if isinstance(first, TopKTargets):
         keep = slice(0, objective.top_k or None)
         ids = _stack(parts, "token_ids").to(torch.int64)[:, keep]
-        return PositionTargets(_stack(parts, "logprobs")[:, keep], ids)
+        return PositionTargets(_stack(parts, "logprobs")[:, keep], first.vocab_size, ids)
     if isinstance(first, LogitsTargets):
-        return PositionTargets(_stack(parts, "logits"))
+        return PositionTargets(_stack(parts, "logits"), first.logits.shape[-1])
     if teacher_head is None:
         raise ValueError("hidden targets need the teacher's output matrix on the learner")
-    return PositionTargets(_stack(parts, "hidden"), head=teacher_head)
+    return PositionTargets(_stack(parts, "hidden"), teacher_head.shape[0], head=teacher_head)
 
 
 def _stack(parts: Sequence[tuple[TeacherTargets, np.ndarray]], field: str) -> torch.Tensor:

@@ -69,8 +69,11 @@ class TrainStep:
         self.teacher_head = teacher_head
         self.seed = seed
 
-    def __call__(self, share: Sequence[ScoredTrajectory], learning_rate: float) -> StepResult:
-        """Trains on this rank's share of the batch. A collective call."""
+    def __call__(self, share: Sequence[ScoredTrajectory], spare: ScoredTrajectory, learning_rate: float) -> StepResult:
+        """Trains on this rank's share of the batch, which may be empty. A collective call.
+
+        `spare` is any trajectory: ranks with fewer micro-batches than others run it with weight 0 to keep step.
+        """
         started = time.perf_counter()
         rows = [row for scored in share for row in self._rows(scored)]
         useful = sorted((r for r in rows if len(r.loss_positions)), key=lambda r: -len(r.input_ids))
@@ -79,7 +82,7 @@ class TrainStep:
         positions = sum(len(r.loss_positions) for r in useful)
         counts = self._sum([len(useful), len(rows) - len(useful), positions])
         total_rows, without_loss, total_positions = (int(c) for c in counts)
-        # Ranks must run equally many forwards (ZeRO-3 gathers in them): the others repeat one with weight 0.
+        # Ranks must run equally many forwards: ZeRO-3 gathers in them.
         forwards = int(self._reduce([len(micro)], dist.ReduceOp.MAX)[0])
         if not total_rows:
             return StepResult(0.0, 0.0, 0, without_loss, 0, 0, 0, time.perf_counter() - started)
@@ -87,9 +90,9 @@ class TrainStep:
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss, spare = 0.0, micro[0] if micro else collate(rows[:1])
+        loss, idle = 0.0, collate(self._rows(spare)[:1])
         for i in range(forwards):
-            batch = micro[i] if i < len(micro) else spare
+            batch = micro[i] if i < len(micro) else idle
             weights = self._weights(batch, total_rows, total_positions) * (i < len(micro))
             self.engine.set_gradient_accumulation_boundary(i == forwards - 1)
             loss += self._backward(batch, weights)

@@ -9,6 +9,7 @@ the same samples (the queue keeps them until a checkpoint covers them).
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +25,8 @@ from common.convert import save_model
 from common.errors import OpdlmError
 from common.grid import BlockGrid
 from common.models import load_model, load_output_matrix, load_tokenizer, read_facts, require_mask
-from common.types import ScoredTrajectory, WeightHandle
-from common.weights import WeightPack, load_weights, pack_weights
+from common.types import ScoredTrajectory, WeightPack
+from common.weights import load_weights, pack_weights
 from learner import zero
 from learner.distill import DistillModule
 from learner.group import LearnerSetup
@@ -69,9 +70,8 @@ class Learner:
 
     def run(self) -> None:
         """Trains to the end of the run, or to a stop."""
-        self._restore()
+        saved = self._restore()
         pack = self._publish()
-        saved = self.rounds
         while self.rounds < self.plan.rounds:
             taken = self._ask(self.queue.take_round.remote(self.rounds), f"round {self.rounds}")
             if taken is None:
@@ -92,15 +92,18 @@ class Learner:
         started = time.perf_counter()
         tokens = 0
         for places in self.plan.batches(self.rounds, len(references)):
-            share: list[ScoredTrajectory] = self._ask(
-                [references[place] for place in places[self.rank :: self.world]], "scored trajectories"
-            )
+            mine = places[self.rank :: self.world]
+            share: list[ScoredTrajectory] = self._ask([references[i] for i in mine], "scored trajectories")
+            spare = share[0] if share else self._ask(references[places[0]], "a scored trajectory")
             rate = learning_rate(
                 self.optimizer_steps, self.plan.steps_before(self.plan.rounds), self.config.learner.optimizer
             )
-            result = self.step(share, rate)
-            if result.loss != result.loss or abs(result.loss) == float("inf"):
-                raise OpdlmError(f"optimizer step {self.optimizer_steps}: the loss is {result.loss}; nothing was saved")
+            result = self.step(share, spare, rate)
+            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+                raise OpdlmError(
+                    f"optimizer step {self.optimizer_steps}: loss {result.loss}, gradient norm {result.grad_norm}; "
+                    f"the last checkpoint in {self.run_dir} is from before it"
+                )
             self.optimizer_steps += 1
             tokens += sum(s.trajectory.response_length for s in share)
             self._tell_step(result, rate)
@@ -126,8 +129,7 @@ class Learner:
                 continue
             return None
         pack = pack_weights(self.rounds, named)
-        handle = WeightHandle(self.rounds, [ray.put(pack)], pack.nbytes)
-        self._ask(self.queue.publish.remote(handle), "publishing weights")
+        self._ask(self.queue.publish.remote(self.rounds, pack), "publishing weights")
         self._tell(
             kind="publish",
             weight_version=self.rounds,
@@ -136,14 +138,16 @@ class Learner:
         )
         return pack
 
-    def _restore(self) -> None:
+    def _restore(self) -> int | None:
+        """Loads the last checkpoint, if there is one; returns its round."""
         checkpoint = latest_checkpoint(self.run_dir / "checkpoints")
         if checkpoint is None:
-            return
+            return None
         zero.load_state(self.engine, checkpoint.folder)
         self.rounds = checkpoint.rounds
         self.optimizer_steps = int(checkpoint.state["optimizer_steps"])
         self.rollout_tokens = int(checkpoint.state["rollout_tokens"])
+        return self.rounds
 
     def _save(self) -> None:
         """Writes a checkpoint; a collective call. The queue then lets go of what it covers."""
@@ -173,6 +177,7 @@ class Learner:
             "seed": self.config.run.seed,
             "torch_random_state": torch.get_rng_state().numpy().tobytes().hex(),
             "config_digest": self.setup.config_digest,
+            "data_digest": self.setup.data_digest,
         }
 
     def _export(self, pack: WeightPack) -> None:

@@ -70,6 +70,8 @@ def _engine_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == "bfloat16"},
+        # Micro-batches are summed in float32 where DeepSpeed can (stage 1 would switch to another optimizer class).
+        "data_types": {"grad_accum_dtype": "fp32" if config.zero.stage > 1 else None},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

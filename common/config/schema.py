@@ -37,7 +37,7 @@ class RunConfig(Section):
     rounds: PositiveInt | None = None
     """Rounds to train. Empty: as many as `data.epochs` gives."""
     deterministic: bool = False
-    """Ask torch for deterministic kernels (some are slower; an operation without one is an error)."""
+    """Ask torch for deterministic kernels in the learner (some are slower; an operation without one is an error)."""
 
 
 class ModelConfig(Section):
@@ -274,6 +274,8 @@ class ResourcesConfig(Section):
     """Repeat the actors' own log lines on this terminal; they are in Ray's session folder in any case."""
     actor_restarts: NonNegativeInt = 3
     """Times that each rollout or teacher actor may die and come back."""
+    sample_attempts: PositiveInt = 3
+    """Times that decoding and scoring a chunk of prompts is tried before the run ends with a checkpoint."""
     call_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
     """Longest wait for one answer of an actor; then the error names who was waited for."""
 

@@ -6,20 +6,22 @@ import random
 
 from common.tasks.base import Problem
 
+LARGEST = 59
+
 
 class ChainTask:
-    """Sums and differences of one number in 0-99 with two or three digits, every intermediate result in 0-99."""
+    """Two or three digits added to or taken from a number; it and every result lie within 0 and 59."""
 
     name = "chain"
     alphabet = "0123456789+-=;"
 
     def draw(self, rng: random.Random) -> Problem:
-        """One problem: the start and each operand uniform, the sign uniform among those that stay in 0-99."""
-        value = rng.randint(0, 99)
+        """One problem: the start and each operand uniform, the sign uniform among those that stay in range."""
+        value = rng.randint(0, LARGEST)
         prompt, steps = str(value), []
         for _ in range(rng.randint(2, 3)):
             operand = rng.randint(1, 9)
-            sign = rng.choice([s for s in (1, -1) if 0 <= value + s * operand <= 99])
+            sign = rng.choice([s for s in (1, -1) if 0 <= value + s * operand <= LARGEST])
             result = value + sign * operand
             term = f"{'+' if sign > 0 else '-'}{operand}"
             prompt += term

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from actors.queue_actor import ReplayQueueActor
 from actors.replay_queue import ReplayQueue
-from common.types import WeightHandle
+from common.types import WeightPack
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -151,7 +151,18 @@ def test_misuse_is_named() -> None:
         queue.take_round(0)
 
 
-def test_full_queue_holds_the_producer_until_weights_are_taken() -> None:
+def pack(version: int) -> WeightPack:
+    """Weights of nothing."""
+    return WeightPack(version, (), {}, 0)
+
+
+@pytest.fixture
+def no_object_store(monkeypatch) -> None:
+    """The actor's one use of Ray: owning the pack."""
+    monkeypatch.setattr("actors.queue_actor.ray.put", lambda pack: pack)
+
+
+def test_full_queue_holds_the_producer_until_weights_are_taken(no_object_store) -> None:
     """Back-pressure, through the actor's waiting methods."""
 
     async def scenario() -> None:
@@ -159,14 +170,14 @@ def test_full_queue_holds_the_producer_until_weights_are_taken() -> None:
         waiting = asyncio.create_task(actor.lease(9))
         await asyncio.sleep(0)
         assert not waiting.done(), "nothing may be decoded before the first weights"
-        await actor.publish(WeightHandle(0, [], 0))
+        await actor.publish(0, pack(0))
         await actor.weights_taken(0)
         assert await waiting == [0, 1]
         blocked = asyncio.create_task(actor.lease(9))
         assert await actor.put([0, 1], 0, ["a", "b"]) == [True, True]
         samples, staleness = await actor.take_round(0)
         assert (samples, staleness) == (["a", "b"], [0, 0])
-        await actor.publish(WeightHandle(1, [], 0))
+        await actor.publish(1, pack(1))
         await asyncio.sleep(0)
         assert not blocked.done(), "the slots are free only once the new weights were taken"
         await actor.weights_taken(1)
@@ -176,10 +187,10 @@ def test_full_queue_holds_the_producer_until_weights_are_taken() -> None:
     asyncio.run(scenario())
 
 
-def test_stop_lets_a_begun_round_finish_on_every_rank() -> None:
+def test_stop_lets_a_begun_round_finish_on_every_rank(no_object_store) -> None:
     async def scenario() -> None:
         actor = ReplayQueueActor(prompts_per_round=1, max_staleness=1, total=4, first_round=0)
-        await actor.publish(WeightHandle(0, [], 0))
+        await actor.publish(0, pack(0))
         await actor.weights_taken(0)
         await actor.lease(2)
         await actor.put([0, 1], 0, ["a", "b"])

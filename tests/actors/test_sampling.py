@@ -50,6 +50,7 @@ def test_filters() -> None:
     assert kept(filter_logits(logits, 2, 1.0)) == [True, True, False, False, False]
     assert kept(filter_logits(logits, 0, 0.6)) == [True, True, False, False, False]
     assert kept(filter_logits(logits, 0, 0.01)) == [True, False, False, False, False]
+    assert kept(filter_logits(logits, 0, 0.0)) == [True, False, False, False, False]
     assert kept(filter_logits(logits, 0, 1.0)) == [True] * 5
     assert kept(filter_logits(logits, 3, 0.8)) == [True, True, False, False, False] or kept(
         filter_logits(logits, 3, 0.8)

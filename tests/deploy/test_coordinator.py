@@ -10,16 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ray.exceptions import RayError
 
 from actors.pool import ActorPool
 from actors.queue_actor import ReplayQueueActor
 from actors.teacher_actor import ScoreStats
 from common.config import config_from_dict
+from common.errors import OpdlmError
 from common.prompts import Prompt, PromptOrder
-from common.types import DecodeStats, WeightHandle
+from common.types import DecodeStats, WeightHandle, WeightPack
 from deploy.cluster import Roles
 from deploy.coordinator import Coordinator
-from deploy.telemetry import Telemetry
+from deploy.telemetry import Telemetry, read_records
 
 N, ROUNDS = 4, 5
 
@@ -70,15 +72,16 @@ class Rollout:
 
 
 class Teacher:
-    """Scores nothing, or fails."""
+    """Scores nothing; fails `times` times at one sample."""
 
-    def __init__(self, fail_at: int | None = None) -> None:
-        self.fail_at = fail_at
+    def __init__(self, fail_at: int | None = None, times: int = 0) -> None:
+        self.fail_at, self.times = fail_at, times
 
     async def score(self, *samples):
         indices = [await s for s in samples]
-        if self.fail_at in indices:
-            raise RuntimeError("the teacher is broken")
+        if self.fail_at in indices and self.times > 0:
+            self.times -= 1
+            raise RayError("out of memory")
         return (*indices, ScoreStats(1, 0.1, 1))
 
 
@@ -116,17 +119,23 @@ class Setup:
         def ask(coroutine):
             return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=30)
 
-        ask(self.queue.publish(WeightHandle(0, [], 0)))
+        ask(self.queue.publish(0, WeightPack(0, (), {}, 0)))
         for round_ in range(ROUNDS):
             taken = ask(self.queue.take_round(round_))
             if taken is None:
                 return
             self.trained.append([ask(_value(s)) for s in taken[0]])
-            ask(self.queue.publish(WeightHandle(round_ + 1, [], 0)))
+            ask(self.queue.publish(round_ + 1, WeightPack(round_ + 1, (), {}, 0)))
 
 
 async def _value(sample):
     return await sample
+
+
+@pytest.fixture(autouse=True)
+def no_object_store(monkeypatch) -> None:
+    """The queue actor's one use of Ray: owning the pack."""
+    monkeypatch.setattr("actors.queue_actor.ray.put", lambda pack: pack)
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])
@@ -146,12 +155,26 @@ def test_every_sample_once_in_order_and_fresh_enough(tmp_path, staleness) -> Non
 
 def test_a_failing_role_ends_the_run_with_its_error(tmp_path) -> None:
     async def scenario() -> Setup:
-        setup = Setup(tmp_path, 1, Rollout(), Teacher(fail_at=2 * N))
-        with pytest.raises(RuntimeError, match="the teacher is broken"):
+        setup = Setup(tmp_path, 1, Rollout(), Teacher(fail_at=2 * N, times=99))
+        message = f"samples {2 * N} to {3 * N - 1} .* failed 3 times .resources.sample_attempts.: out of memory"
+        with pytest.raises(OpdlmError, match=message):
             await asyncio.wait_for(setup.coordinator.run(setup.learn), timeout=30)
         return setup
 
     assert len(asyncio.run(scenario()).trained) <= 2
+
+
+def test_a_score_that_fails_is_tried_again_and_told(tmp_path) -> None:
+    async def scenario() -> None:
+        setup = Setup(tmp_path, 0, Rollout(), Teacher(fail_at=N, times=2))
+        await asyncio.wait_for(setup.coordinator.run(setup.learn), timeout=30)
+        assert [i for indices in setup.trained for i in indices] == list(range(N * ROUNDS))
+        failures = [r for r in read_records(tmp_path) if r["kind"] == "failure"]
+        assert [(f["samples"], f["attempt"], f["reason"]) for f in failures] == [
+            (N, a, "out of memory") for a in (1, 2)
+        ]
+
+    asyncio.run(scenario())
 
 
 def test_a_failing_learner_ends_the_run_with_its_error(tmp_path) -> None:

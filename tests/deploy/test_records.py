@@ -134,7 +134,7 @@ class _Silent:
 
 def test_a_wait_that_takes_too_long_names_the_role() -> None:
     async def scenario() -> None:
-        await ActorPool({"teacher-0": _Silent()}, timeout_seconds=0.01, retries=2).call("wait")
+        await ActorPool({"teacher-0": _Silent()}, timeout_seconds=0.01, restarts=2).call("wait")
 
     with pytest.raises(OpdlmError, match=r"teacher-0\.wait: no answer in 0\.01 s .resources\.call_timeout_seconds."):
         asyncio.run(scenario())

@@ -91,7 +91,7 @@ def test_zero_teacher_probabilities_give_no_nan(objective, top_k, tail) -> None:
     assert student.grad.abs().sum() > 0
 
 
-def _batch(kind: str, objective: ObjectiveConfig, teacher, top_k: int = 32):
+def _batch(kind: str, objective: ObjectiveConfig, teacher, top_k: int = 31):
     trajectories = [
         trajectory([5, 6, 7], [8, 9, 10, 11, EOS, 13, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 7, 9], 5),
         trajectory([5, 6, 7, 8], [9, 3, 3, 3], [1, 1, 2, 2]),
@@ -106,7 +106,7 @@ def _batch(kind: str, objective: ObjectiveConfig, teacher, top_k: int = 32):
 @pytest.mark.parametrize("objective", [*OBJECTIVES, ObjectiveConfig(top_k=4), ObjectiveConfig(top_k=4, tail="bucket")])
 def test_target_kinds_agree(objective) -> None:
     """Hidden states, logits and (where the loss is over the top K) top-K targets give the same losses."""
-    teacher, student = tiny_model(1), tiny_model(2)
+    teacher, student = tiny_model(1, vocab_size=31), tiny_model(2)  # the student has an added mask row
     kinds = ["hidden", "logits"] + (["topk"] if objective.top_k else [])
     results = []
     for kind in kinds:
@@ -154,7 +154,7 @@ def test_added_mask_row_is_no_outcome() -> None:
     """A student with one row more than its teacher (the mask token): its logit changes no loss."""
     objective = ObjectiveConfig(reverse_weight=0.5)
     teacher = tiny_model(1, vocab_size=31)
-    batch, targets = _batch("logits", objective, teacher, top_k=31)
+    batch, targets = _batch("logits", objective, teacher)
     student = torch.randn(len(batch.loss_row), 32)
     before = targets.losses(student, objective)
     student[:, 31] += 50.0

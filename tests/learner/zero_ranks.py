@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from common.grid import BlockGrid
 from common.types import ScoredTrajectory
 from learner.distill import DistillModule
 from learner.train_step import TrainStep
-from tests.tiny import EOS, MASK, tiny_model, trajectory
+from tests.tiny import MASK, tiny_model, trajectory
 
 RATE, STEPS, SAVED_AFTER = 1e-2, 4, 2
 OBJECTIVE = ObjectiveConfig(exclude_eos=False, selection="all_states")
@@ -41,7 +42,7 @@ def learner_config(stage: int, workers: int, micro_batch_rows: int) -> LearnerCo
 
 
 def batches() -> list[list[ScoredTrajectory]]:
-    """STEPS batches of five trajectories of different lengths; the last of each has no loss position at all."""
+    """STEPS batches of trajectories of different lengths: five each, and one in the last."""
     rng, teacher, result = np.random.default_rng(0), tiny_model(1), []
     for step in range(STEPS):
         batch = []
@@ -50,15 +51,13 @@ def batches() -> list[list[ScoredTrajectory]]:
             one = trajectory(
                 list(rng.integers(3, 30, 4)), list(rng.integers(3, 30, kept)), list(rng.integers(1, 5, kept))
             )
-            batch.append(one.__class__(**{n: getattr(one, n) for n in one.__slots__} | {"index": 5 * step + i}))
-        batch[-1] = batch[-1].__class__(
-            **{n: getattr(batch[-1], n) for n in batch[-1].__slots__}
-            | {"response_length": 1, "reveal_step": np.array([1] + [2] * (len(batch[-1].response_ids) - 1), np.int16)}
-        )
+            batch.append(replace(one, index=5 * step + i))
+        late = np.array([1] + [2] * (len(batch[-1].response_ids) - 1), np.int16)
+        batch[-1] = replace(batch[-1], response_length=1, reveal_step=late)  # its second state has no loss position
         result.append(
             [ScoredTrajectory(t, s) for t, s in zip(batch, score(teacher, batch, "hidden", 1, 64), strict=True)]
         )
-    assert EOS not in result[0][0].trajectory.response_ids[-1:]
+    result[-1] = result[-1][:1]  # fewer trajectories than ranks
     return result
 
 
@@ -93,7 +92,7 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
                     save.mkdir()
                 zero.save_state(engine, save if rank == 0 else None)
                 dist.barrier()
-            outcome = step(data[i][rank::world], RATE)
+            outcome = step(data[i][rank::world], data[i][0], RATE)
             figures.append((outcome.loss, outcome.grad_norm, outcome.rows, outcome.rows_without_loss))
         weights = {n: p.clone() for n, p in zero.full_parameters(engine)}
         results[name] = {"figures": figures, "weights": weights}
