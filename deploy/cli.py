@@ -87,7 +87,7 @@ def pretrain(
     layers: Annotated[int, typer.Option(help="Depth of the model.")] = 3,
     heads: Annotated[int, typer.Option(help="Attention heads; half as many key/value heads.")] = 4,
     context: Annotated[int, typer.Option(help="Longest sequence, in tokens.")] = 128,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 700,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 600,
     batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,

@@ -26,7 +26,7 @@ class PretrainSettings:
     heads: int = 4
     context: int = 128
     """Longest sequence in tokens."""
-    steps: int = 700
+    steps: int = 600
     batch_size: int = 64
     """Sequences a step."""
     lr: float = 3e-3
