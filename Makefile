@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# --no-compile: byte-compiling everything that torch and ray ship takes longer than the rest of the installation;
-# Python compiles what it imports.
+# --no-compile: pip byte-compiles everything on one core, which takes longer than the rest of the installation. What
+# Ray's many processes would else all compile at once at the first start is compiled here, on all cores.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 ray torch deepspeed
 
 .PHONY: demo test lint bench format clean
 
@@ -39,8 +40,10 @@ $(VENV)/bin/python:
 # torch is pinned on the command line as well: an open requirement would pull the newest CUDA build.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) torch==2.13.0 -e .
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) torch==2.13.0 -e '.[dev]'
+	$(COMPILE)
 	touch $@ $(VENV)/.installed

@@ -38,7 +38,8 @@ class Exam:
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
         self.task = task
         self.tokenizer = tokenizer
-        self.problems: list[Problem] = list(itertools.islice(problems(task, "test", _TEST_SEED), count))
+        distinct = {p.prompt: p for p in itertools.islice(problems(task, "test", _TEST_SEED), 4 * count)}
+        self.problems: list[Problem] = list(distinct.values())[:count]
         self.prompt_ids = [
             np.array(tokenizer(p.prompt, add_special_tokens=False)["input_ids"], dtype=np.int32) for p in self.problems
         ]
