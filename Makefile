@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # --no-compile: pip byte-compiles everything on one core, which takes longer than the rest of the installation. What
 # Ray's many processes would else all compile at once at the first start is compiled here, on all cores.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
-COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 ray torch deepspeed
+COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 -x /testing/ ray torch deepspeed
 
 .PHONY: demo test lint bench format clean
 
