@@ -102,26 +102,20 @@ def test_stop_kill_and_resume_give_the_losses_of_an_unbroken_run(ray_cluster, ch
     assert (state["rounds"], state["next_sample"]) == (ROUNDS, ROUNDS * 8)
 
 
-def test_every_role_may_die_once(ray_cluster, chain_teacher, tmp_path) -> None:
-    """SIGKILL of a rollout actor, a teacher actor and a learner rank: the run goes on and trains everything."""
+def test_learner_rank_killed_restarts_from_its_checkpoint(ray_cluster, chain_teacher, tmp_path) -> None:
+    """SIGKILL of one rank: Ray Train restarts the group, the queue hands out the same rounds again."""
     run_dir = tmp_path / "run"
-    process = start(
-        run_config(chain_teacher, run_dir, checkpoint={"every_rounds": 2}, run={"rounds": 12}), resume=False
-    )
+    process = start(run_config(chain_teacher, run_dir, checkpoint={"every_rounds": 2}), resume=False)
     try:
-        wait_for_rounds(run_dir, 2, process)
-        kill_one("RolloutActor", "rollout-0")
-        wait_for_rounds(run_dir, 4, process)
-        kill_one("TeacherActor", "teacher-0")
-        wait_for_rounds(run_dir, 6, process)
+        wait_for_rounds(run_dir, 3, process)
         kill_one("RayTrainWorker")
-        assert process.wait(timeout=240) == 0
+        assert process.wait(timeout=400) == 0
     finally:
         process.kill()
         process.wait()
     steps = [r["step"] for r in read_records(run_dir) if r["kind"] == "step"]
-    assert set(steps) == set(range(1, 25))
-    assert json.loads((run_dir / "report.json").read_text())["weight_version"] == 12
+    assert set(steps) == set(range(1, 2 * ROUNDS + 1))
+    assert json.loads((run_dir / "report.json").read_text())["weight_version"] == ROUNDS
 
 
 def test_resume_refuses_another_config_and_a_run_refuses_to_be_overwritten(
@@ -169,7 +163,7 @@ def run_until(config: OpdlmConfig, resume: bool, rounds: int, send: signal.Signa
     try:
         wait_for_rounds(Path(config.run.dir), rounds, process)
         process.send_signal(send)
-        return process.wait(timeout=120)
+        return process.wait(timeout=300)
     finally:
         process.kill()
         process.wait()
@@ -177,7 +171,7 @@ def run_until(config: OpdlmConfig, resume: bool, rounds: int, send: signal.Signa
 
 def wait_for_rounds(run_dir: Path, rounds: int, process: subprocess.Popen) -> None:
     """Waits until that many rounds were trained and, where checkpoints are each round, saved."""
-    limit = time.monotonic() + 180
+    limit = time.monotonic() + 400
     while time.monotonic() < limit:
         assert process.poll() is None, f"the run ended with {process.returncode} before round {rounds}"
         file = run_dir / "metrics.jsonl"
@@ -187,7 +181,7 @@ def wait_for_rounds(run_dir: Path, rounds: int, process: subprocess.Popen) -> No
         ):
             return
         time.sleep(0.05)
-    raise AssertionError(f"no round {rounds} in 180 s")
+    raise AssertionError(f"no round {rounds} in 400 s")
 
 
 def kill_one(*titles: str) -> None:
