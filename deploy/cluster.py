@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +54,15 @@ def connect(config: OpdlmConfig) -> None:
         return
     logs = {"log_to_driver": resources.worker_logs, "logging_level": "warning"}
     needed = int(sum(count * each for _, count, each in demands(config)["CPU"])) + 1
-    try:
-        ray.init(address=resources.ray_address or "auto", **logs)
-    except ConnectionError as error:
-        if resources.ray_address is not None:
-            raise OpdlmError(f"resources.ray_address: {resources.ray_address}: {str(error).splitlines()[0]}") from None
+    # Not `auto`: it would find, and wait for, a cluster of this machine that died.
+    address = resources.ray_address or os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, **logs)
+        except ConnectionError as error:
+            reason = str(error).splitlines()[0]
+            raise OpdlmError(f"resources.ray_address: no cluster answers at {address}: {reason}") from None
+    else:
         ray.init(
             address="local",
             num_cpus=resources.local_cpus or needed,

@@ -10,7 +10,7 @@ LARGEST = 59
 
 
 class ChainTask:
-    """Two digits, one after the other, added to or taken from a number; it and every result lie within 0 and 59."""
+    """Two or three digits added to or taken from a number; it and every result lie within 0 and 59."""
 
     name = "chain"
     alphabet = "0123456789+-=;"
@@ -19,7 +19,7 @@ class ChainTask:
         """One problem: the start and each operand uniform, the sign uniform among those that stay in range."""
         value = rng.randint(0, LARGEST)
         prompt, steps = str(value), []
-        for _ in range(2):
+        for _ in range(rng.randint(2, 3)):
             operand = rng.randint(1, 9)
             sign = rng.choice([s for s in (1, -1) if 0 <= value + s * operand <= LARGEST])
             result = value + sign * operand
