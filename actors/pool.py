@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from typing import Any
 
 import ray
@@ -32,8 +31,6 @@ class ActorPool:
         self.actors = actors
         self.timeout_seconds = timeout_seconds
         self.restarts = restarts
-        self.busy_seconds = 0.0
-        """Seconds of finished calls, summed over actors."""
         self._free: asyncio.Queue[str] = asyncio.Queue()
         for name in actors:
             self._free.put_nowait(name)
@@ -51,7 +48,6 @@ class ActorPool:
         """
         while True:
             name = await self._take()
-            started = time.perf_counter()
             try:
                 refs = getattr(self.actors[name], method).options(num_returns=outputs + 1).remote(*args)
                 *kept, small = refs if outputs else [refs]
@@ -60,7 +56,6 @@ class ActorPool:
                 self._bury(name, error)
                 continue
             finally:
-                self.busy_seconds += time.perf_counter() - started
                 if name in self.actors:
                     self._free.put_nowait(name)
             return kept, answer
