@@ -10,10 +10,26 @@ import torch
 
 
 @torch.inference_mode()
-def generate_greedy(
-    model: Any, prompts: Sequence[np.ndarray], max_new_tokens: int, eos_ids: Sequence[int], batch_size: int
+def generate(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    batch_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[np.ndarray]:
-    """Greedy responses `[R] int32`, up to and with the first end-of-sequence token, in the order of the prompts."""
+    """Responses `[R] int32`, up to and with the first end-of-sequence token, in the order of the prompts.
+
+    Args:
+        temperature: 0 is greedy; else samples from the whole vocabulary at that temperature.
+        seed: of sampling; what a prompt is answered depends on the prompts that it is batched with, too.
+    """
+    if temperature > 0:
+        torch.manual_seed(seed)  # transformers draws from the global generator
+        how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    else:
+        how = {"do_sample": False}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -28,7 +44,7 @@ def generate_greedy(
             input_ids=torch.from_numpy(ids).to(model.device),
             attention_mask=torch.from_numpy(attended).to(model.device),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            **how,
             eos_token_id=list(eos_ids),
             pad_token_id=eos_ids[0],
         )

@@ -10,7 +10,7 @@ import numpy as np
 import ray
 import torch
 
-from actors.ar_generate import generate_greedy
+from actors.ar_generate import generate
 from actors.teacher_scoring import score
 from common.config.schema import TeacherConfig
 from common.models import load_model, read_facts
@@ -35,8 +35,10 @@ class TeacherBackend(Protocol):
         """Targets of each trajectory, in order."""
         ...
 
-    def generate(self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int) -> list[np.ndarray]:
-        """Greedy responses, `[R] int32` each."""
+    def generate(
+        self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int, temperature: float, seed: int
+    ) -> list[np.ndarray]:
+        """Responses, `[R] int32` each; greedy at temperature 0."""
         ...
 
 
@@ -54,9 +56,11 @@ class TransformersTeacher:
         config = self._config
         return score(self._model, trajectories, config.targets, config.top_k, config.batch_tokens)
 
-    def generate(self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int) -> list[np.ndarray]:
+    def generate(
+        self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int, temperature: float, seed: int
+    ) -> list[np.ndarray]:
         """See `actors/ar_generate.py`."""
-        return generate_greedy(self._model, prompts, max_new_tokens, self._eos_ids, batch_size)
+        return generate(self._model, prompts, max_new_tokens, self._eos_ids, batch_size, temperature, seed)
 
 
 class TeacherActor:
@@ -80,11 +84,17 @@ class TeacherActor:
         return (*scored, ScoreStats(tokens, time.perf_counter() - started, nbytes))
 
     def generate(
-        self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int
+        self,
+        prompts: list[np.ndarray],
+        max_new_tokens: int,
+        batch_size: int,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> tuple[list[np.ndarray], float]:
-        """Greedy responses and the seconds they took."""
+        """Responses (greedy at temperature 0) and the seconds they took."""
         started = time.perf_counter()
-        return self._backend.generate(prompts, max_new_tokens, batch_size), time.perf_counter() - started
+        responses = self._backend.generate(prompts, max_new_tokens, batch_size, temperature, seed)
+        return responses, time.perf_counter() - started
 
 
 def start_teacher_actor(name: str, folder: str, config: TeacherConfig, restarts: int) -> Any:

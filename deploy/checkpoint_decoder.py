@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.ar_generate import generate_greedy
+from actors.ar_generate import generate
 from actors.block_decoder import BlockDecoder, StepView
 from actors.decode_settings import DecodeSettings
 from common.models import load_model, load_tokenizer, read_facts, require_mask
@@ -66,5 +66,5 @@ class CheckpointDecoder:
     def generate(self, prompts: Sequence[np.ndarray], max_new_tokens: int, batch_size: int) -> Answers:
         """Greedy autoregressive decoding."""
         started = time.perf_counter()
-        responses = generate_greedy(self.model, prompts, max_new_tokens, self.facts.eos_ids, batch_size)
+        responses = generate(self.model, prompts, max_new_tokens, self.facts.eos_ids, batch_size)
         return Answers(responses, 1.0, time.perf_counter() - started)

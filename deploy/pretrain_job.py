@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from actors.ar_generate import generate_greedy
+from actors.ar_generate import generate
 from common.char_tokenizer import build_char_tokenizer
 from common.convert import save_model
 from common.errors import OpdlmError
@@ -63,7 +63,7 @@ def run_pretrain(
         pretrain(model, batches, settings, progress)
     if task is not None:
         exam = Exam(task, tokenizer, _EXAM_PROBLEMS)
-        responses = generate_greedy(model, exam.prompt_ids, settings.context // 2, [tokenizer.eos_token_id], 128)
+        responses = generate(model, exam.prompt_ids, settings.context // 2, [tokenizer.eos_token_id], 128)
         console.print(
             f"exact match on {_EXAM_PROBLEMS} held-out problems: {exam.exact_match(responses):.1%}", highlight=False
         )

@@ -1,111 +1,14 @@
-"""`opdlm`: the command line. Each command's work is in a module of its own; heavy imports wait until it is called."""
+"""`opdlm convert`, `generate`, `eval`: commands about one checkpoint folder."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from common.config.schema import Strategy
-from common.errors import OpdlmError
-
-app = typer.Typer(
-    help="Turn an autoregressive language model into a diffusion language model, on a Ray cluster.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_show_locals=False,
-)
-out = Console()
-
-CheckpointFolder = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder in Hugging Face layout.")]
-
-
-@contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
-    """A user's mistake is printed as it is, without a traceback, and exits with 2."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        yield
-    except OpdlmError as error:
-        for line in str(error).splitlines():
-            print(f"opdlm: {line}", file=sys.stderr)
-        raise typer.Exit(2) from None
-
-
-@app.command()
-def train(
-    run: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file; see deploy/*.yaml.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting; repeatable.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run directory from its last checkpoint.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
-    ] = False,
-) -> None:
-    """Run on-policy distillation: decode, score, train, push, until the run's prompts are used.
-
-    Ctrl-C (or SIGTERM) ends the round, writes a checkpoint and exits; `--resume` goes on from there.
-
-    Examples:
-
-        opdlm train deploy/demo.yaml
-
-        opdlm train deploy/demo.yaml --set run.dir=runs/mine --set learner.optimizer.lr=1e-3
-
-        opdlm train deploy/demo.yaml --resume
-    """
-    with _clear_errors():
-        from common.config import load_config
-
-        config = load_config(run, override or [])
-        if dry_run:
-            from deploy.dry_run import show_plan
-
-            show_plan(config, out)
-            return
-        from deploy.train_job import train as run_job
-
-        code = run_job(config, resume, out)
-    raise typer.Exit(code)
-
-
-@app.command()
-def pretrain(
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="New checkpoint folder.")],
-    task: Annotated[str | None, typer.Option(help="Built-in task: chain.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text file to learn instead, character by character.")] = None,
-    hidden_size: Annotated[int, typer.Option(help="Width of the model.")] = 96,
-    layers: Annotated[int, typer.Option(help="Depth of the model.")] = 3,
-    heads: Annotated[int, typer.Option(help="Attention heads; half as many key/value heads.")] = 4,
-    context: Annotated[int, typer.Option(help="Longest sequence, in tokens.")] = 128,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 600,
-    batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 64,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
-) -> None:
-    """Train a small autoregressive teacher from scratch: a Qwen3, plain next-token cross-entropy.
-
-    Examples:
-
-        opdlm pretrain models/chain-teacher --task chain
-
-        opdlm pretrain models/poet --text poems.txt --context 256 --steps 3000
-    """
-    with _clear_errors():
-        from deploy.pretrain_job import run_pretrain
-        from learner.pretrain import PretrainSettings
-
-        settings = PretrainSettings(hidden_size, layers, heads, context, steps, batch_size, lr, seed)
-        run_pretrain(destination, task, text, settings, out)
+from deploy.cli.app import CheckpointFolder, app, clear_errors, out
 
 
 @app.command()
@@ -125,7 +28,7 @@ def convert(
 
         opdlm convert models/chain-teacher models/chain-student --block-size 4
     """
-    with _clear_errors():
+    with clear_errors():
         from common.convert import convert as run_convert
 
         mask_id = run_convert(source, destination, block_size, block_grid, layout)
@@ -158,7 +61,7 @@ def generate(
 
         opdlm generate runs/demo/student --prompt '47+8-3=' --trace
     """
-    with _clear_errors():
+    with clear_errors():
         from deploy.generate_job import GenerateOptions, run_generate
 
         options = GenerateOptions(
@@ -188,7 +91,7 @@ def evaluate(
 
         opdlm eval runs/demo/student --task chain --threshold 0.8
     """
-    with _clear_errors():
+    with clear_errors():
         from deploy.eval_job import EvalOptions, run_eval, strategies
 
         options = EvalOptions(
@@ -200,7 +103,3 @@ def evaluate(
             batch_size,
         )
         run_eval(checkpoint, task, options, out)
-
-
-if __name__ == "__main__":
-    app()

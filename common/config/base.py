@@ -1,0 +1,22 @@
+"""What all sections of the configuration share: strictness, documented fields, named value ranges."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "sequential", "random"]
+Grid = Literal["absolute", "response"]
+Dtype = Literal["float32", "bfloat16"]
+Attention = Literal["auto", "sdpa", "flex_attention"]
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: strict about keys, documented by docstrings, immutable once loaded."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=())

@@ -1,0 +1,146 @@
+"""The roles of a run and what each of them gets: rollout, teacher, queue, learner, and the cluster."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from common.config.base import Dtype, Grid, NonNegativeInt, PositiveInt, Probability, Section, Strategy
+
+
+class RolloutConfig(Section):
+    """The student's decoding (METHOD.md section 2) and the pool of actors that does it."""
+
+    actors: PositiveInt = 1
+    """Rollout actors."""
+    cpus_per_actor: Annotated[float, Field(ge=0)] = 1
+    """Logical CPUs that Ray reserves for one actor."""
+    gpus_per_actor: Annotated[float, Field(ge=0)] = 0
+    """GPUs that Ray reserves for one actor; 1 dedicates a GPU."""
+    prompts_per_round: PositiveInt = 128
+    """Prompts decoded with one weight version (the paper: 128)."""
+    batch_size: PositiveInt = 64
+    """Sequences decoded side by side in one actor (slots); a slot is refilled as its sequence ends."""
+    block_size: PositiveInt = 4
+    """Tokens in a block (paper: 4)."""
+    block_grid: Grid = "absolute"
+    """`absolute`: blocks counted from the prompt's first token; `response`: the response starts a fresh block."""
+    denoising_steps: PositiveInt | None = None
+    """Denoising steps a block is planned for. Empty: `block_size`, so one token a step when static."""
+    strategy: Strategy = "low_confidence_dynamic"
+    """Remasking strategy: which positions a step reveals."""
+    threshold: Probability = 0.9
+    """`low_confidence_dynamic`: positions of higher confidence are revealed (unless the curriculum schedules it)."""
+    entropy_budget: Annotated[float, Field(ge=0)] = 0.1
+    """`entropy_bounded`: nats of entropy that a step may reveal."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Sampling temperature of candidates; 0 is greedy. Confidence is always taken without it."""
+    top_k: NonNegativeInt = 0
+    """Candidates come from the k likeliest tokens; 0 is all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Candidates come from the smallest set of tokens with this mass; 1 is all."""
+    max_new_tokens: PositiveInt = 4096
+    """Longest response in tokens, whatever the curriculum says; never exceeded."""
+
+
+class TeacherConfig(Section):
+    """Scoring by the frozen teacher (METHOD.md section 3)."""
+
+    actors: PositiveInt = 1
+    """Teacher actors."""
+    cpus_per_actor: Annotated[float, Field(ge=0)] = 1
+    """Logical CPUs that Ray reserves for one actor."""
+    gpus_per_actor: Annotated[float, Field(ge=0)] = 0
+    """GPUs that Ray reserves for one actor."""
+    dtype: Dtype = "bfloat16"
+    """Number format of the teacher's forward."""
+    targets: Literal["hidden", "topk", "logits"] = "hidden"
+    """What travels to the learner: final hidden states (exact full vocabulary), top-K, or all logits."""
+    top_k: PositiveInt = 16
+    """K of `targets: topk` (paper: 16 at 4B and 8B)."""
+    batch_tokens: PositiveInt = 16384
+    """Most tokens in one forward, padding included; a longer single trajectory goes alone."""
+
+
+class QueueConfig(Section):
+    """The replay queue between decoding and training."""
+
+    max_staleness: NonNegativeInt = 0
+    """Rounds that decoding may run ahead of training. 0: decode, score, train, push, strictly on-policy."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate (paper: 1e-5 to 1e-6)."""
+    min_lr_ratio: Probability = 0.1
+    """Learning rate at the end, as a share of the peak (paper: 0.1)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: NonNegativeInt = 5
+    """Optimizer steps of linear warm-up (paper: 5)."""
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """AdamW's betas."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay (paper: none)."""
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO."""
+
+    stage: Literal[1, 2, 3] = 2
+    """What is sharded over the workers: 1 optimizer, 2 and gradients, 3 and weights."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory (GPU learners; ignored by a learner that is on the CPU)."""
+    offload_weights: bool = False
+    """Keep ZeRO-3 weights in host memory (GPU learners; needs stage 3)."""
+
+
+class LearnerConfig(Section):
+    """The worker group that trains."""
+
+    workers: PositiveInt = 1
+    """ZeRO ranks."""
+    cpus_per_worker: Annotated[float, Field(ge=0)] = 1
+    """Logical CPUs that Ray reserves for one rank."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    """GPUs that Ray reserves for one rank."""
+    batch_size: PositiveInt = 8
+    """Trajectories in one optimizer step, over all ranks (paper: 8)."""
+    micro_batch_rows: PositiveInt = 8
+    """Training rows in one forward of one rank; the rest of its share is accumulated."""
+    logits_chunk: PositiveInt = 1024
+    """Loss positions whose full-vocabulary logits exist at one time; memory, not result, depends on it."""
+    gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass; same gradients, less memory."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW, schedule, clipping."""
+    zero: ZeroConfig = ZeroConfig()
+    """Sharding."""
+    max_failures: NonNegativeInt = 3
+    """Restarts of the worker group from its last checkpoint before the run ends."""
+
+
+class ResourcesConfig(Section):
+    """The Ray cluster and the patience with it."""
+
+    ray_address: str | None = None
+    """Cluster to join (`auto` inside `ray job submit`). Empty: the one in RAY_ADDRESS, else a local Ray is started."""
+    local_cpus: PositiveInt | None = None
+    """Logical CPUs of a Ray started here; may exceed the real ones. Empty: what the run asks for."""
+    local_dashboard: bool = True
+    """Serve the Ray dashboard (on 127.0.0.1) of a Ray started here."""
+    worker_logs: bool = False
+    """Repeat the actors' own log lines on this terminal; they are in Ray's session folder in any case."""
+    actor_restarts: NonNegativeInt = 3
+    """Times that each rollout or teacher actor may die and come back."""
+    sample_attempts: PositiveInt = 3
+    """Times that decoding and scoring a chunk of prompts is tried before the run ends with a checkpoint."""
+    call_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """Longest wait for one answer of an actor; then the error names who was waited for."""

@@ -1,0 +1,41 @@
+"""What all commands share: the app, the terminal, and how a user's mistake ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from common.errors import OpdlmError
+
+app = typer.Typer(
+    help="Turn an autoregressive language model into a diffusion language model, on a Ray cluster.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+)
+out = Console()
+
+CheckpointFolder = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder in Hugging Face layout.")]
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file; see deploy/*.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting; repeatable.")
+]
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """A user's mistake is printed as it is, without a traceback, and exits with 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        yield
+    except OpdlmError as error:
+        for line in str(error).splitlines():
+            print(f"opdlm: {line}", file=sys.stderr)
+        raise typer.Exit(2) from None

@@ -1,0 +1,78 @@
+"""`opdlm train`, `pretrain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy.cli.app import Overrides, RunFile, app, clear_errors, out
+
+
+@app.command()
+def train(
+    run: RunFile,
+    override: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run directory from its last checkpoint.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
+    ] = False,
+) -> None:
+    """Run on-policy distillation: decode, score, train, push, until the run's prompts are used.
+
+    Ctrl-C (or SIGTERM) ends the round, writes a checkpoint and exits; `--resume` goes on from there.
+
+    Examples:
+
+        opdlm train deploy/demo.yaml
+
+        opdlm train deploy/demo.yaml --set run.dir=runs/mine --set learner.optimizer.lr=1e-3
+
+        opdlm train deploy/demo.yaml --resume
+    """
+    with clear_errors():
+        from common.config import load_config
+
+        config = load_config(run, override or [])
+        if dry_run:
+            from deploy.dry_run import show_plan
+
+            show_plan(config, out)
+            return
+        from deploy.train_job import train as run_job
+
+        code = run_job(config, resume, out)
+    raise typer.Exit(code)
+
+
+@app.command()
+def pretrain(
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New checkpoint folder.")],
+    task: Annotated[str | None, typer.Option(help="Built-in task: chain.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file to learn instead, character by character.")] = None,
+    hidden_size: Annotated[int, typer.Option(help="Width of the model.")] = 96,
+    layers: Annotated[int, typer.Option(help="Depth of the model.")] = 3,
+    heads: Annotated[int, typer.Option(help="Attention heads; half as many key/value heads.")] = 4,
+    context: Annotated[int, typer.Option(help="Longest sequence, in tokens.")] = 128,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 600,
+    batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+) -> None:
+    """Train a small autoregressive teacher from scratch: a Qwen3, plain next-token cross-entropy.
+
+    Examples:
+
+        opdlm pretrain models/chain-teacher --task chain
+
+        opdlm pretrain models/poet --text poems.txt --context 256 --steps 3000
+    """
+    with clear_errors():
+        from deploy.pretrain_job import run_pretrain
+        from learner.pretrain import PretrainSettings
+
+        settings = PretrainSettings(hidden_size, layers, heads, context, steps, batch_size, lr, seed)
+        run_pretrain(destination, task, text, settings, out)
