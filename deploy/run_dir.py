@@ -32,6 +32,7 @@ _MAY_CHANGE = (
     "learner.zero",
     "learner.max_failures",
     "run.dir",
+    "offline.cache",
 )
 """Settings that a resumed run may have otherwise: they move work around, not results."""
 

@@ -90,7 +90,7 @@ class Learner:
 
     def _train_round(self, references: list[Any], staleness: list[int]) -> None:
         started = time.perf_counter()
-        tokens = 0
+        tokens = forward_tokens = 0
         for places in self.plan.batches(self.rounds, len(references)):
             mine = places[self.rank :: self.world]
             share: list[ScoredTrajectory] = self._ask([references[i] for i in mine], "scored trajectories")
@@ -105,6 +105,7 @@ class Learner:
                     f"the last checkpoint in {self.run_dir} is from before it"
                 )
             self.optimizer_steps += 1
+            forward_tokens += result.tokens - result.padding_tokens
             tokens += sum(s.trajectory.response_length for s in share)
             self._tell_step(result, rate)
         total = torch.tensor([tokens], dtype=torch.float64, device=self.engine.device)
@@ -115,6 +116,7 @@ class Learner:
             kind="round",
             rollout_tokens=self.rollout_tokens,
             round_tokens=int(total),
+            train_forward_tokens=forward_tokens,
             staleness_mean=sum(staleness) / len(staleness),
             staleness_max=max(staleness),
             train_seconds=time.perf_counter() - started,
@@ -190,7 +192,7 @@ class Learner:
         save_model(model, load_tokenizer(self.setup.student), destination)
 
     def _teacher_head(self) -> torch.Tensor | None:
-        if self.config.teacher.targets != "hidden":
+        if self.config.teacher.targets != "hidden" or self.config.objective.kind == "cft":
             return None
         return load_output_matrix(self.config.model.teacher, self.config.teacher.dtype).to(self.engine.device)
 
