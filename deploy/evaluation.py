@@ -31,7 +31,8 @@ class EvaluationResult:
     tokens_per_second: float
     """Response tokens per second of one actor."""
     by_task: dict[str, dict[str, float]]
-    """`exact_match` and `tokens_per_step` of each task."""
+    """`exact_match`, `token_match` (share of the solution's tokens that stand right in their places: what is left of a
+    skill that no answer shows whole) and `tokens_per_step` of each task."""
 
 
 class Exam:
@@ -65,11 +66,13 @@ class Exam:
     def result(self, responses: Sequence[np.ndarray], steps: Sequence[int], seconds: float) -> EvaluationResult:
         """Marks the answers. `steps`: denoising steps of each response; `seconds`: that decoding took."""
         right, lengths = self._right(responses), np.array([len(r) for r in responses])
+        tokens = np.array([_token_match(s, r) for s, r in zip(self._solution_ids(), responses, strict=True)])
         by_task = {}
         for name in dict.fromkeys(task.name for task, _ in self.problems):
             of = np.array([task.name == name for task, _ in self.problems])
             by_task[name] = {
                 "exact_match": float(right[of].mean()),
+                "token_match": float(tokens[of].mean()),
                 "tokens_per_step": float(lengths[of].sum() / np.array(steps)[of].sum()),
             }
         return EvaluationResult(
@@ -80,6 +83,9 @@ class Exam:
             by_task=by_task,
         )
 
+    def _solution_ids(self) -> list[np.ndarray]:
+        return [np.array(self.tokenizer(p.solution, add_special_tokens=False)["input_ids"]) for _, p in self.problems]
+
     def _right(self, responses: Sequence[np.ndarray]) -> np.ndarray:
         eos = self.tokenizer.eos_token_id
         marks = [
@@ -87,6 +93,11 @@ class Exam:
             for (task, problem), ids in zip(self.problems, responses, strict=True)
         ]
         return np.array(marks, dtype=bool)
+
+
+def _token_match(solution: np.ndarray, response: np.ndarray) -> float:
+    shared = min(len(solution), len(response))
+    return float((solution[:shared] == response[:shared]).sum() / len(solution))
 
 
 def _distinct_problems(task: Task, count: int) -> list[Problem]:

@@ -30,6 +30,7 @@ from common.weights import load_weights, pack_weights
 from learner import zero
 from learner.distill import DistillModule
 from learner.group import LearnerSetup
+from learner.lora import add_adapters, save_adapter
 from learner.plan import TrainingPlan
 from learner.schedule import learning_rate
 from learner.train_step import StepResult, TrainStep
@@ -53,6 +54,8 @@ class Learner:
         )
         attention = _attention(config)
         student = load_model(setup.student, config.model.dtype, attention)
+        if config.model.lora is not None:
+            add_adapters(student, config.model.lora, config.run.seed)
         if config.learner.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         module = DistillModule(student, config.objective, config.learner.logits_chunk, attention)
@@ -84,7 +87,7 @@ class Learner:
                 saved = self.rounds
         if saved != self.rounds:
             self._save()
-        if self.rank == 0 and pack is not None and self.rounds == self.plan.rounds:
+        if self.rounds == self.plan.rounds:
             self._export(pack)
         dist.barrier()
 
@@ -182,10 +185,15 @@ class Learner:
             "data_digest": self.setup.data_digest,
         }
 
-    def _export(self, pack: WeightPack) -> None:
-        """The finished student as a Hugging Face folder, `RUN/student`."""
+    def _export(self, pack: WeightPack | None) -> None:
+        """The finished student as a Hugging Face folder, `RUN/student`; its adapter in `RUN/adapter`. Collective."""
+        lora, adapter = self.config.model.lora, self.run_dir / "adapter"
+        if lora is not None and not adapter.exists():
+            student = self.engine.module.student
+            dist.barrier()  # nobody makes the folder before everybody has looked
+            save_adapter(student, lora, self.setup.student, adapter if self.rank == 0 else None, zero.gathered)
         destination = self.run_dir / "student"
-        if destination.exists():
+        if pack is None or destination.exists():
             return
         model = load_model(self.setup.student, self.config.model.dtype)
         load_weights(model, pack)

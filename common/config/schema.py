@@ -8,6 +8,8 @@ live in `checks.py`, loading and overrides in `load.py`. Sections of the roles a
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from common.config.base import Attention, Dtype, Grid, NonNegativeInt, PositiveInt, Section, Strategy
@@ -32,6 +34,7 @@ __all__ = [
     "Grid",
     "Kind",
     "LearnerConfig",
+    "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OfflineConfig",
@@ -62,6 +65,19 @@ class RunConfig(Section):
     """Ask torch for deterministic kernels in the learner (some are slower; an operation without one is an error)."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters instead of all weights (peft; extra `lora`)."""
+
+    rank: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Scaling: an adapter counts `alpha / rank`."""
+    target_modules: list[str] = Field(
+        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
+    )
+    """Linear layers that get one. Embedding and output matrix stay as they are."""
+
+
 class ModelConfig(Section):
     """The frozen teacher and the student that starts from it."""
 
@@ -71,6 +87,9 @@ class ModelConfig(Section):
     """Folder of the student's start. Empty: the teacher is converted (mask token added where missing)."""
     dtype: Dtype = "bfloat16"
     """Number format of the student in decoding and training; DeepSpeed keeps float32 masters beside bfloat16."""
+    lora: LoraConfig | None = None
+    """Train adapters only; rollout actors and exports get merged weights, `RUN/adapter` the adapter. Empty: train
+    everything. The mask token's embedding then stays at its start, as all embeddings do."""
     attention: Attention = "auto"
     """Attention of the training forward. `auto`: flex_attention on GPU, dense boolean sdpa on CPU."""
 
