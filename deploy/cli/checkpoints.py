@@ -17,10 +17,6 @@ def convert(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New student folder.")],
     block_size: Annotated[int, typer.Option(min=1, help="Tokens in a block, written to config.json.")] = 4,
     block_grid: Annotated[Literal["absolute", "response"], typer.Option(help="Block grid, likewise.")] = "absolute",
-    layout: Annotated[
-        Literal["qwen3", "a2d-qwen3"],
-        typer.Option(help="`qwen3` loads in plain transformers; `a2d-qwen3` is the public OPDLM checkpoints' name."),
-    ] = "qwen3",
 ) -> None:
     """Make a student of an AR checkpoint: the same weights, and a mask token where there is none.
 
@@ -31,7 +27,7 @@ def convert(
     with clear_errors():
         from common.convert import convert as run_convert
 
-        mask_id = run_convert(source, destination, block_size, block_grid, layout)
+        mask_id = run_convert(source, destination, block_size, block_grid)
         out.print(
             f"{destination}: mask token id {mask_id}, block size {block_size}, {block_grid} grid", highlight=False
         )
