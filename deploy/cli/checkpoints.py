@@ -1,7 +1,8 @@
-"""`opdlm convert`, `generate`, `eval`: commands about one checkpoint folder."""
+"""`opdlm convert`, `export`, `generate`, `eval`: commands about one checkpoint folder."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,6 +32,37 @@ def convert(
         out.print(
             f"{destination}: mask token id {mask_id}, block size {block_size}, {block_grid} grid", highlight=False
         )
+
+
+@app.command()
+def export(
+    checkpoint: CheckpointFolder,
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder.")],
+    layout: Annotated[
+        Literal["a2d-qwen3", "a2d-qwen2", "a2d-llama", "sdar", "qwen3", "qwen2", "llama"],
+        typer.Option(
+            help="`a2d-*`: the public OPDLM checkpoints', for AutoModelForMaskedLM. `sdar`: what SGLang and LMDeploy "
+            "serve. The others: the plain network."
+        ),
+    ],
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base model, for the card. Default: the run's teacher, by name.")
+    ] = None,
+) -> None:
+    """Write a student in a layout that other programs load, with a model card (README.md) beside the weights.
+
+    Examples:
+
+        opdlm export runs/demo/student exported/a2d --layout a2d-qwen3
+
+        opdlm export runs/mine/student exported/sdar --layout sdar --base-model Qwen/Qwen3-0.6B
+    """
+    with clear_errors():
+        from common.export import export as run_export
+
+        for warning in run_export(checkpoint, destination, layout, base_model):
+            print(f"opdlm: warning: {warning}", file=sys.stderr)
+        out.print(f"{destination}: {layout} layout", highlight=False)
 
 
 @app.command()
