@@ -1,8 +1,9 @@
 """AR checkpoint -> student checkpoint: the same weights, a mask token, and the block layout in config.json.
 
 Where the tokenizer has no mask token, `<|MASK|>` is added. If the embedding matrix has spare rows (Qwen3 has), its id
-is one of them; else one row is appended. Either way no logit of an existing token changes. Layouts: `qwen3` is what
-plain transformers loads; `a2d-qwen3` is the name under which public OPDLM checkpoints come.
+is one of them; else one row is appended. Either way no logit of an existing token changes. Weight files are copied as
+bytes; only the ones with a matrix that grows are written anew, so a model of any size converts in the memory of one
+matrix. What other programs read is written by `common.export`.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common.errors import OpdlmError
-from common.models import load_model, load_tokenizer, read_config
+from common.models import EMBEDDING, OUTPUT, load_tokenizer, read_config
+from common.shards import Shards, copy_shards, read_shards
 
 MASK_TOKEN = "<|MASK|>"
-Layout = Literal["qwen3", "a2d-qwen3"]
 
 
-def convert(source: str | Path, destination: str | Path, block_size: int, block_grid: str, layout: Layout) -> int:
+def convert(source: str | Path, destination: str | Path, block_size: int, block_grid: str) -> int:
     """Writes a student checkpoint; returns its mask token id.
 
     The destination appears whole or not at all.
@@ -32,58 +36,116 @@ def convert(source: str | Path, destination: str | Path, block_size: int, block_
         OpdlmError: unusable source, or a destination that exists.
     """
     destination = Path(destination)
-    if destination.exists():
-        raise OpdlmError(f"convert: {destination} exists; give a new folder (nothing was written)")
-    read_config(source)
-    tokenizer = load_tokenizer(source)
-    # Weights keep the format they are stored in.
-    model = load_model(source, dtype="auto")
-    mask_id = add_mask_token(model, tokenizer)
-    model.config.update({"mask_token_id": mask_id, "block_size": block_size, "block_grid": block_grid})
-    save_model(model, tokenizer, destination, layout)
-    return mask_id
-
-
-def add_mask_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Makes sure that tokenizer and embedding have a mask token; returns its id."""
+    refuse_existing("convert", destination)
+    config, tokenizer, shards = read_config(source), load_tokenizer(source), read_shards(source)
+    check_tensors(config, shards)
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
     mask_id = int(tokenizer.mask_token_id)
-    rows = model.get_input_embeddings().num_embeddings
-    if mask_id >= rows:
-        if mask_id > rows:
-            raise OpdlmError(
-                f"convert: the tokenizer gives the mask token id {mask_id}, but the embedding has {rows} rows; "
-                "a tokenizer with more tokens than the model has rows is not one this model was trained with"
-            )
-        model.resize_token_embeddings(rows + 1, mean_resizing=False)
-        with torch.no_grad():
-            for matrix in {id(m): m for m in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
-                matrix.weight[mask_id] = matrix.weight[:rows].float().mean(0).to(matrix.weight.dtype)
+    rows = mask_rows(shards, mask_id)
+    config.vocab_size += bool(rows)
+    config.update({"mask_token_id": mask_id, "block_size": block_size, "block_grid": block_grid})
+    with staged(destination) as folder:
+        copy_shards(shards, folder, rows, tied_copies(config, shards) if rows else frozenset())
+        write_config(config, shards, folder)
+        write_generation_config(Path(source), config, folder)
+        tokenizer.save_pretrained(folder)
     return mask_id
 
 
-def save_model(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, destination: Path, layout: Layout = "qwen3"
-) -> None:
-    """Saves in Hugging Face layout through a temporary folder and one rename."""
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase | None, destination: Path) -> None:
+    """Saves a model that is in memory, in Hugging Face layout, through a temporary folder and one rename."""
+    with staged(destination) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        finish_config(folder / "config.json")
+
+
+def mask_rows(shards: Shards, mask_id: int) -> dict[str, torch.Tensor]:
+    """The row `[D]` that each of embedding and output matrix needs for the mask token: the mean of the others.
+
+    Empty where the mask token has a row already.
+    """
+    have = shards.shape(EMBEDDING)[0]
+    if mask_id < have:
+        return {}
+    if mask_id > have:
+        raise OpdlmError(
+            f"convert: the tokenizer gives the mask token id {mask_id}, but the embedding has {have} rows; "
+            "a tokenizer with more tokens than the model has rows is not one this model was trained with"
+        )
+    rows = {}
+    for name in (EMBEDDING, OUTPUT):
+        if name in shards.file_of:
+            matrix = shards.load(name)
+            rows[name] = matrix.float().mean(0).to(matrix.dtype)
+    return rows
+
+
+def tied_copies(config: Any, shards: Shards) -> frozenset[str]:
+    """A tied model's output matrix where it is stored a second time, as the public Qwen3-0.6B does."""
+    return frozenset({OUTPUT} & shards.file_of.keys() if config.tie_word_embeddings else ())
+
+
+def check_tensors(config: Any, shards: Shards) -> None:
+    """Every parameter that the config asks for must be stored, in its shape.
+
+    Raises:
+        OpdlmError: names the first that is not.
+    """
+    with torch.device("meta"):  # names and shapes, no memory
+        model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():  # a tied output matrix is not named twice
+        if name not in shards.file_of:
+            raise OpdlmError(f"model folder {shards.folder}: no tensor {name} in its safetensors files")
+        if shards.shape(name) != tuple(parameter.shape):
+            raise OpdlmError(
+                f"model folder {shards.folder}: {name} is {list(shards.shape(name))}, but config.json makes it "
+                f"{list(parameter.shape)}"
+            )
+
+
+@contextmanager
+def staged(destination: Path) -> Iterator[Path]:
+    """A folder beside `destination` that becomes it when the block ends well, and is removed when it does not."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     staging = destination.with_name(f".{destination.name}.{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
     try:
-        model.save_pretrained(staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        _finish_config(staging / "config.json", layout)
+        yield staging
         staging.rename(destination)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _finish_config(file: Path, layout: Layout) -> None:
+def refuse_existing(command: str, destination: Path) -> None:
+    """Raises `OpdlmError` where the destination exists."""
+    if destination.exists():
+        raise OpdlmError(f"{command}: {destination} exists; give a new folder (nothing was written)")
+
+
+def write_config(config: Any, shards: Shards, folder: Path) -> None:
+    """config.json as plain transformers reads it, with our block layout among its fields."""
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    if config.dtype is None:
+        config.dtype = shards.load("model.norm.weight").dtype
+    config.save_pretrained(folder)
+    finish_config(folder / "config.json")
+
+
+def write_generation_config(source: Path, config: Any, folder: Path) -> None:
+    """The source's generation_config.json as it is; where there is none, what its config says."""
+    file = source / "generation_config.json"
+    if file.is_file():
+        shutil.copyfile(file, folder / file.name)
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def finish_config(file: Path) -> None:
+    """Takes out of config.json what is derived on reading."""
     raw = json.loads(file.read_text())
-    raw.pop("is_diffusion_student", None)  # ours, derived on reading
-    if layout == "a2d-qwen3":
-        raw |= {"model_type": "a2d-qwen3", "architectures": ["A2DQwen3LMHeadModel"]}
-        rope = raw.get("rope_parameters") or {}
-        raw.setdefault("rope_theta", rope.get("rope_theta"))  # where the public checkpoints, of transformers 4, have it
+    raw.pop("is_diffusion_student", None)
     file.write_text(json.dumps(raw, indent=2) + "\n")

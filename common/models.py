@@ -2,7 +2,7 @@
 
 A student is the same network as its teacher with another mask and no logit shift, so its weights and its modules are
 transformers' own. What makes it a student is in its config.json: `mask_token_id`, and where known `block_size`,
-`block_grid`. The public OPDLM checkpoints (`model_type: a2d-qwen3`) are Qwen3 weights under another name.
+`block_grid`. The public OPDLM checkpoints (`model_type: a2d-qwen3`) and SDAR's are Qwen3 weights under other names.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from common.errors import OpdlmError
 from common.grid import GridKind
+from common.shards import read_shards
 
 A2D_PREFIX = "a2d-"
-SUPPORTED_TYPES = ("qwen3",)
+SUPPORTED_TYPES = ("qwen3", "qwen2", "llama")
 """Families whose forward takes our 4-D masks and whose logits are `lm_head(hidden)` and nothing more."""
+SDAR_TYPE = "sdar"  # Qwen3's network, diffusion checkpoints only
+
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+"""The two matrices with a row per token, by their names in all three families; a tied model has the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +48,11 @@ class ModelFacts:
 
 
 def read_config(folder: str | Path) -> Any:
-    """The transformers config of a checkpoint folder; `a2d-qwen3` is read as the Qwen3 that it is.
+    """The transformers config of a checkpoint folder; `a2d-qwen3` and `sdar` are read as the Qwen3 that they are.
 
     Raises:
-        OpdlmError: no such folder, no config.json, or a family that is not supported.
+        OpdlmError: no such folder, no config.json, a family that is not supported, or a setting of it under which
+            decoding with a cache and the training forward could not agree.
     """
     path = Path(folder)
     file = path / "config.json"
@@ -59,16 +64,23 @@ def read_config(folder: str | Path) -> Any:
         raw = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise OpdlmError(f"{file} is not JSON: {error}") from None
-    family = str(raw.get("model_type", "")).removeprefix(A2D_PREFIX)
+    named = str(raw.get("model_type", ""))
+    family = "qwen3" if named == SDAR_TYPE else named.removeprefix(A2D_PREFIX)
     if family not in SUPPORTED_TYPES:
         raise OpdlmError(
             f"{file}: model_type is {raw.get('model_type')!r}; supported: "
-            + ", ".join(f"{t}, {A2D_PREFIX}{t}" for t in SUPPORTED_TYPES)
+            + ", ".join([*(f"{t}, {A2D_PREFIX}{t}" for t in SUPPORTED_TYPES), SDAR_TYPE])
         )
-    if raw.get("use_sliding_window"):
-        raise OpdlmError(f"{file}: use_sliding_window is on; a sliding window has no block-causal counterpart here")
     raw.pop("auto_map", None)  # names code that we neither need nor run
     config = AutoConfig.for_model(family, **{k: v for k, v in raw.items() if k != "model_type"})
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise OpdlmError(f"{file}: use_sliding_window is on; a sliding window has no block-causal counterpart here")
+    rope = config.rope_parameters["rope_type"]
+    if rope in ("dynamic", "longrope"):
+        raise OpdlmError(
+            f"{file}: rope_type is {rope!r}, whose rotation changes with the sequence's length, so that keys in a "
+            "cache grow wrong; expected one that depends on the position alone (default, linear, yarn, llama3)"
+        )
     config.is_diffusion_student = raw["model_type"] != family or raw.get("mask_token_id") is not None
     return config
 
@@ -99,6 +111,7 @@ def load_model(folder: str | Path, dtype: str = "float32", attention: str = "sdp
     Returns: a causal LM of transformers, in eval mode, on the CPU.
     """
     config = read_config(folder)
+    read_shards(folder)  # pickles, missing and damaged files are named here
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True
@@ -116,7 +129,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """
     if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise OpdlmError(f"model folder {folder} has no tokenizer.json; text needs a tokenizer beside the weights")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Given our reading of the config, transformers neither looks for code in the folder nor asks whether to run it.
+    config = read_config(folder) if (Path(folder) / "config.json").is_file() else None
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise OpdlmError(f"the tokenizer in {folder} has no end-of-sequence token (eos_token); responses could not end")
     return tokenizer
@@ -197,8 +212,5 @@ def count_parameters(folder: str | Path) -> int:
 
 def load_output_matrix(folder: str | Path, dtype: str) -> torch.Tensor:
     """The output matrix `[V, D]` alone, without loading the model; the embedding where the two are tied."""
-    name = "model.embed_tokens.weight" if read_config(folder).tie_word_embeddings else "lm_head.weight"
-    index = Path(folder) / "model.safetensors.index.json"
-    file = json.loads(index.read_text())["weight_map"][name] if index.is_file() else "model.safetensors"
-    with safe_open(Path(folder) / file, "pt") as tensors:
-        return tensors.get_tensor(name).to(getattr(torch, dtype))
+    name = EMBEDDING if read_config(folder).tie_word_embeddings else OUTPUT
+    return read_shards(folder).load(name).to(getattr(torch, dtype))

@@ -64,7 +64,7 @@ def prepare_student(config: OpdlmConfig) -> str:
         return str(Path(config.model.student).resolve())
     folder = Path(config.run.dir).resolve() / "student_init"
     if not folder.exists():
-        convert(config.model.teacher, folder, config.rollout.block_size, config.rollout.block_grid, "qwen3")
+        convert(config.model.teacher, folder, config.rollout.block_size, config.rollout.block_grid)
     return str(folder)
 
 

@@ -19,9 +19,9 @@ from common.masks import training_mask
 from common.models import hidden_states
 from learner.rows import build_rows, collate
 from tests.golden_files import unscored
-from tests.tiny import EOS, MASK, request, tiny_model
+from tests.tiny import EOS, MASK, OTHER_FAMILIES, request, tiny_model
 
-MODELS = [tiny_model(seed) for seed in range(10, 13)]
+MODELS = [*(tiny_model(seed) for seed in range(10, 13)), *(tiny_model(13, **o) for o in OTHER_FAMILIES.values())]
 
 
 @given(

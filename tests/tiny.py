@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.char_tokenizer import build_char_tokenizer
 from common.types import RolloutRequest, Trajectory
@@ -16,11 +17,18 @@ VOCABULARY = 32
 
 
 def tiny_model(
-    seed: int = 0, vocab_size: int = VOCABULARY, tied: bool = False, context: int = 128, hidden_size: int = 16
-) -> Qwen3ForCausalLM:
-    """A Qwen3 of two layers, float32, eval mode."""
+    seed: int = 0,
+    vocab_size: int = VOCABULARY,
+    tied: bool = False,
+    context: int = 128,
+    hidden_size: int = 16,
+    family: str = "qwen3",
+    **settings: Any,
+) -> Any:
+    """A causal LM of two layers, float32, eval mode; `settings` go into its config."""
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=32,
@@ -34,8 +42,30 @@ def tiny_model(
         pad_token_id=0,
         bos_token_id=None,
         initializer_range=0.4,
+        **settings,
     )
-    return Qwen3ForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # they start at zero, where they could be left out unnoticed
+            torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
+OTHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"family": "qwen2"},
+    "llama": {"family": "llama", "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE},
+    "qwen3-yarn": {"rope_parameters": YARN_ROPE, "attention_bias": True},
+}
+"""Keyword arguments of `tiny_model` for what else is supported."""
 
 
 def request(
@@ -62,11 +92,11 @@ def trajectory(prompt: list[int], response: list[int], steps: list[int], length:
     )
 
 
-def save_teacher(folder: Path, seed: int = 0) -> Path:
-    """A random teacher for the chain task, with its tokenizer, as a checkpoint folder."""
+def save_teacher(folder: Path, seed: int = 0, spare_rows: int = 0, max_shard_size: str = "5GB", **model: Any) -> Path:
+    """A random teacher for the chain task, with its tokenizer, as a checkpoint folder; `model`: as in `tiny_model`."""
     tokenizer = build_char_tokenizer("0123456789+-=;")
-    model = tiny_model(seed, vocab_size=len(tokenizer))
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
+    teacher = tiny_model(seed, vocab_size=len(tokenizer) + spare_rows, **model)
+    teacher.config.eos_token_id = teacher.generation_config.eos_token_id = tokenizer.eos_token_id
+    teacher.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     return folder

@@ -1,7 +1,8 @@
-"""`opdlm convert`, `generate`, `eval`: commands about one checkpoint folder."""
+"""`opdlm convert`, `export`, `generate`, `eval`: commands about one checkpoint folder."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,10 +18,6 @@ def convert(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New student folder.")],
     block_size: Annotated[int, typer.Option(min=1, help="Tokens in a block, written to config.json.")] = 4,
     block_grid: Annotated[Literal["absolute", "response"], typer.Option(help="Block grid, likewise.")] = "absolute",
-    layout: Annotated[
-        Literal["qwen3", "a2d-qwen3"],
-        typer.Option(help="`qwen3` loads in plain transformers; `a2d-qwen3` is the public OPDLM checkpoints' name."),
-    ] = "qwen3",
 ) -> None:
     """Make a student of an AR checkpoint: the same weights, and a mask token where there is none.
 
@@ -31,10 +28,41 @@ def convert(
     with clear_errors():
         from common.convert import convert as run_convert
 
-        mask_id = run_convert(source, destination, block_size, block_grid, layout)
+        mask_id = run_convert(source, destination, block_size, block_grid)
         out.print(
             f"{destination}: mask token id {mask_id}, block size {block_size}, {block_grid} grid", highlight=False
         )
+
+
+@app.command()
+def export(
+    checkpoint: CheckpointFolder,
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder.")],
+    layout: Annotated[
+        Literal["a2d-qwen3", "a2d-qwen2", "a2d-llama", "sdar", "qwen3", "qwen2", "llama"],
+        typer.Option(
+            help="`a2d-*`: the public OPDLM checkpoints', for AutoModelForMaskedLM. `sdar`: what SGLang and LMDeploy "
+            "serve. The others: the plain network."
+        ),
+    ],
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base model, for the card. Default: the run's teacher, by name.")
+    ] = None,
+) -> None:
+    """Write a student in a layout that other programs load, with a model card (README.md) beside the weights.
+
+    Examples:
+
+        opdlm export runs/demo/student exported/a2d --layout a2d-qwen3
+
+        opdlm export runs/mine/student exported/sdar --layout sdar --base-model Qwen/Qwen3-0.6B
+    """
+    with clear_errors():
+        from common.export import export as run_export
+
+        for warning in run_export(checkpoint, destination, layout, base_model):
+            print(f"opdlm: warning: {warning}", file=sys.stderr)
+        out.print(f"{destination}: {layout} layout", highlight=False)
 
 
 @app.command()

@@ -12,9 +12,9 @@ from actors.block_decoder import BlockDecoder
 from actors.decode_settings import DecodeSettings
 from actors.remasking import STRATEGIES
 from tests.oracles import uncached_decode
-from tests.tiny import EOS, MASK, request, tiny_model
+from tests.tiny import EOS, MASK, OTHER_FAMILIES, request, tiny_model
 
-MODELS = [tiny_model(seed) for seed in range(3)]
+MODELS = [*(tiny_model(seed) for seed in range(3)), *(tiny_model(3, **other) for other in OTHER_FAMILIES.values())]
 
 
 @given(

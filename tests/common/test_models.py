@@ -12,7 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.convert import convert
 from common.errors import OpdlmError
-from common.models import check_vocabularies, load_model, load_output_matrix, load_tokenizer, read_facts, require_mask
+from common.models import (
+    check_vocabularies,
+    load_model,
+    load_output_matrix,
+    load_tokenizer,
+    read_config,
+    read_facts,
+    require_mask,
+)
 from common.tensors import array_to_tensor, tensor_to_array
 from common.weights import WeightPack, load_weights, pack_weights
 from tests import golden_files
@@ -25,7 +33,7 @@ def teacher(tmp_path):
 
 
 def test_conversion_adds_a_mask_and_changes_no_logit(teacher, tmp_path) -> None:
-    mask_id = convert(teacher, tmp_path / "student", block_size=4, block_grid="absolute", layout="qwen3")
+    mask_id = convert(teacher, tmp_path / "student", block_size=4, block_grid="absolute")
     before, after = load_model(teacher), load_model(tmp_path / "student")
     ids = torch.randint(0, before.config.vocab_size, (2, 9))
     with torch.no_grad():
@@ -39,7 +47,7 @@ def test_conversion_adds_a_mask_and_changes_no_logit(teacher, tmp_path) -> None:
 
 
 def test_converted_student_loads_in_plain_transformers(teacher, tmp_path) -> None:
-    convert(teacher, tmp_path / "student", 4, "absolute", "qwen3")
+    convert(teacher, tmp_path / "student", 4, "absolute")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     ours = load_model(tmp_path / "student")
     for (name, a), (_, b) in zip(plain.named_parameters(), ours.named_parameters(), strict=True):
@@ -52,26 +60,26 @@ def test_spare_embedding_rows_are_used_before_new_ones(teacher, tmp_path) -> Non
     tokens = len(load_tokenizer(teacher))
     model = tiny_model(0, vocab_size=tokens + 5, tied=True)
     model.save_pretrained(teacher)
-    assert convert(teacher, tmp_path / "student", 4, "response", "qwen3") == tokens
+    assert convert(teacher, tmp_path / "student", 4, "response") == tokens
     assert read_facts(tmp_path / "student").vocab_size == tokens + 5
 
 
-def test_a2d_layout_is_written_and_read(teacher, tmp_path) -> None:
-    convert(teacher, tmp_path / "a2d", 8, "absolute", "a2d-qwen3")
-    raw = json.loads((tmp_path / "a2d" / "config.json").read_text())
-    assert (raw["model_type"], raw["architectures"]) == ("a2d-qwen3", ["A2DQwen3LMHeadModel"])
-    model = load_model(tmp_path / "a2d")
-    assert model.config.model_type == "qwen3"
-    assert model.config.rope_parameters == load_model(teacher).config.rope_parameters
-    public = golden_files.ROOT / "models" / "student"
+def test_public_folders_are_read_as_what_they_are(teacher) -> None:
+    public = golden_files.ROOT / "models" / "student"  # as transformers 4 wrote it: rope_theta at the top
     assert read_facts(public).is_student
+    assert load_model(public).config.model_type == "qwen3"
     assert load_model(public).config.rope_parameters["rope_theta"] == 1e6
+    raw = json.loads((teacher / "config.json").read_text())
+    for family, named in [("qwen2", "a2d-qwen2"), ("llama", "a2d-llama"), ("qwen3", "sdar")]:
+        (teacher / "config.json").write_text(json.dumps(raw | {"model_type": named}))
+        assert read_config(teacher).model_type == family
+        assert read_facts(teacher).is_student
 
 
 def test_destination_that_exists_is_left_alone(teacher, tmp_path) -> None:
     (tmp_path / "student").mkdir()
     with pytest.raises(OpdlmError, match="exists; give a new folder"):
-        convert(teacher, tmp_path / "student", 4, "absolute", "qwen3")
+        convert(teacher, tmp_path / "student", 4, "absolute")
     assert list((tmp_path / "student").iterdir()) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["student", "teacher"]
 
@@ -84,12 +92,23 @@ def test_unusable_folders_are_named(teacher, tmp_path) -> None:
         read_facts(tmp_path / "empty")
     raw = json.loads((teacher / "config.json").read_text())
     for change, message in [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported: qwen3, a2d-qwen3"),
-        ({"use_sliding_window": True}, "use_sliding_window is on"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported: qwen3, a2d-qwen3, qwen2, a2d-qwen2, llama"),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
+            "use_sliding_window is on",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type is 'dynamic', whose rotation changes",
+        ),
     ]:
         (teacher / "config.json").write_text(json.dumps(raw | change))
         with pytest.raises(OpdlmError, match=message):
             read_facts(teacher)
+    (teacher / "config.json").write_text(json.dumps(raw))
+    full = raw | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "layer_types": None}
+    (teacher / "config.json").write_text(json.dumps(full))
+    assert read_facts(teacher).context == 128, "no layer slides: nothing to refuse"
     (teacher / "config.json").write_text(json.dumps(raw))
     with pytest.raises(OpdlmError, match="has no mask token; convert it first"):
         require_mask(read_facts(teacher))

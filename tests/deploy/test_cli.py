@@ -41,7 +41,7 @@ def run_file(chain_teacher, tmp_path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("command", ["train", "pretrain", "convert", "generate", "eval"])
+@pytest.mark.parametrize("command", ["train", "pretrain", "convert", "export", "generate", "eval"])
 def test_every_command_has_help_with_an_example(command) -> None:
     text = opdlm(command, "--help")
     assert f"opdlm {command} " in text
@@ -113,6 +113,12 @@ def test_pretrain_convert_generate_eval(tmp_path) -> None:
     assert "exists; give a new folder" in opdlm("pretrain", teacher, "--task", "chain", code=2)
     assert "mask token id 17, block size 4, absolute grid" in opdlm("convert", teacher, student)
     assert read_facts(student).is_student
+
+    text = opdlm("export", student, tmp_path / "sdar", "--layout", "sdar")
+    assert "warning: the mask token id is 17, but SGLang and LMDeploy take 151669" in text
+    assert "sdar: sdar layout" in text
+    assert "exists; give a new folder" in opdlm("export", student, tmp_path / "sdar", "--layout", "qwen3", code=2)
+    assert "is a qwen3; it can be:" in opdlm("export", student, tmp_path / "new", "--layout", "llama", code=2)
 
     assert "autoregressive, greedy" in opdlm("eval", teacher, "--task", "chain", "--problems", 10)
     text = opdlm("eval", student, "--task", "chain", "--problems", 10, "--strategy", "sequential")

@@ -1,0 +1,148 @@
+"""The model card (README.md) of an exported student: what it is, how to decode it, and the run that made it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_PAPER = "https://arxiv.org/abs/2606.06712"
+_PROMPT = "47+8-3="
+
+_WITH_CODE = """\
+from transformers import {auto}, AutoTokenizer
+
+folder = "."  # this folder, or its id on the hub
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = {auto}.from_pretrained(folder, trust_remote_code=True)
+prompt = tokenizer({prompt!r}, add_special_tokens=False, return_tensors="pt")["input_ids"]
+print(tokenizer.decode(model.generate(prompt, max_new_tokens=32, threshold=0.9)[0]))
+"""
+
+_PLAIN = """\
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or its id on the hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)  # not for generate(): that is autoregressive
+size, mask = model.config.block_size, model.config.mask_token_id
+prompt = tokenizer({prompt!r}, add_special_tokens=False, return_tensors="pt")["input_ids"]
+length = prompt.shape[1]
+offset = -length % size if model.config.block_grid == "response" else 0
+tokens, start = prompt, length - (length + offset) % size
+while start < length + 32 and tokenizer.eos_token_id not in tokens[0, length:]:
+    tokens = torch.nn.functional.pad(tokens, (0, start + size - tokens.shape[1]), value=mask)
+    block = (torch.arange(start + size) + offset) // size
+    seen = (block[None, :] <= block[:, None])[None, None]  # block-causal
+    for _ in range(size - max(length - start, 0)):  # one token a step, the surest first
+        with torch.no_grad():
+            logits = model(input_ids=tokens, attention_mask=seen, use_cache=False).logits[0]
+        logits[:, mask] = float("-inf")
+        confidence, token = logits.softmax(-1).max(-1)
+        confidence[(tokens[0] != mask) | (torch.arange(start + size) < length)] = -1.0
+        tokens[0, confidence.argmax()] = token[confidence.argmax()]
+    start += size
+print(tokenizer.decode(tokens[0]))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What the card is written from."""
+
+    checkpoint: Path
+    layout: str
+    config: Any
+    auto_map: dict[str, str]
+    base_model: str | None
+
+
+def write_card(card: Card, warnings: list[str], file: Path) -> None:
+    """Writes the card. No path of this machine gets into it: of a path, the last name is kept."""
+    run, figures = _run_of(card.checkpoint)
+    teacher = run.get("model", {}).get("teacher")
+    base = card.base_model or (_public(teacher) if teacher else None)
+    head: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["opdlm", "block-diffusion", "diffusion-language-model", "on-policy-distillation", card.layout],
+    }
+    if base:
+        head["base_model"] = base
+    sections = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n", _what(card, base), _how(card, warnings)]
+    if figures:
+        sections.append(_table("Figures of the run", figures))
+    if run:
+        text = yaml.safe_dump(_public(run), sort_keys=False)
+        sections.append(f"## The run's resolved config\n\n```yaml\n{text}```\n")
+    file.write_text("\n".join(sections))
+
+
+def _what(card: Card, base: str | None) -> str:
+    config = card.config
+    made = f"converted from `{base}`" if base else "converted from an autoregressive model"
+    facts = {
+        "layout": card.layout,
+        "network": config.model_type,
+        "block size": f"{config.block_size} tokens",
+        "block grid": config.block_grid,
+        "mask token id": config.mask_token_id,
+        "vocabulary": config.vocab_size,
+        "context": f"{config.max_position_embeddings} tokens",
+    }
+    text = (
+        f"# Block diffusion language model\n\nA block diffusion language model {made} by on-policy distillation\n"
+        f"(OPDLM, [arXiv 2606.06712]({_PAPER})). A token sees all tokens of its own block and of earlier\n"
+        "blocks, and the logits at position i predict token i: there is no shift. It decodes several tokens a step.\n\n"
+    )
+    return text + _table("", facts)
+
+
+def _how(card: Card, warnings: list[str]) -> str:
+    auto = next((name for name in card.auto_map if name != "AutoConfig"), None)
+    snippet = (_WITH_CODE if auto else _PLAIN).format(auto=auto, prompt=_PROMPT)
+    text = "## How to decode\n\nWith opdlm-ray, which keeps keys and values and decodes batches:\n\n"
+    text += f"```\nopdlm generate THIS_FOLDER --prompt {_PROMPT!r} --trace\n```\n\nWith transformers alone:\n\n"
+    text += f"```python\n{snippet}```\n"
+    if card.layout == "sdar":
+        text += "\nSGLang and LMDeploy serve this architecture; this folder was not tried in them."
+        text += " Mind the differences:\n\n" if warnings else "\n"
+        text += "".join(f"- {line}\n" for line in warnings)
+    return text
+
+
+def _run_of(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Config and figures of the run that trained this checkpoint: RUN/student is what a run's figures are about."""
+    folder = checkpoint.resolve()
+    files = folder.parent / "config.yaml", folder.parent / "report.json"
+    if folder.name != "student" or not files[0].is_file():
+        return {}, {}
+    run = yaml.safe_load(files[0].read_text())
+    run.pop("resources", None)  # says where it ran, not what was done
+    return run, json.loads(files[1].read_text()) if files[1].is_file() else {}
+
+
+def _public(value: Any) -> Any:
+    """The same without paths of this machine and addresses."""
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    if isinstance(value, str) and (value.startswith(("/", "~", "..")) or "://" in value):
+        return Path(value).name
+    return value
+
+
+def _table(title: str, rows: dict[str, Any]) -> str:
+    lines = [f"## {title}\n"] if title else []
+    lines += ["| | |", "| --- | --- |"]
+    lines += [f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in rows.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,124 @@
+"""Block-causal attention, logits without a shift, and block decoding, for causal language models of transformers.
+
+A block diffusion language model is the network of its autoregressive teacher with two differences: a token sees every
+token of its own block and of earlier blocks, and the logits at position i predict token i, which is a mask token until
+it is decoded. Needs torch and transformers, nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class BlockCausalMixin(nn.Module):
+    """Goes before a `...ForCausalLM` of transformers; reads block_size, block_grid and mask_token_id of its config.
+
+    block_grid `absolute`: blocks are counted from the first token. `response`: a response starts a fresh block, so
+    blocks are counted back from the last token; give whole response blocks, as decoding does.
+    """
+
+    config: Any
+    generation_config: Any
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits at position i are of token i.
+
+        Args:
+            input_ids: `[B, T]` int64; the mask token stands at what is to be predicted.
+            attention_mask: `[B, 1, T, K]` is used as it is (bool: True is attended; float: added). `[B, K]` (1 is a
+                token, 0 padding) or None is block-causal.
+            position_ids: `[B, T]` int64; by default counted from each row's first token.
+            labels: `[B, T]` int64, -100 where there is no loss; compared with the logits at their own position.
+        """
+        if attention_mask is None or attention_mask.dim() == 2:
+            rows, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            attention_mask, counted = self._block_causal(attention_mask, rows, past, length)
+            position_ids = counted if position_ids is None else position_ids
+        implementation = self.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(f"attn_implementation is {implementation!r}; block-causal masks need 'sdpa' or 'eager'")
+        if implementation == "eager" and attention_mask.dtype == torch.bool:  # eager adds what it is given
+            dtype = next(self.parameters()).dtype
+            hidden = torch.zeros_like(attention_mask, dtype=dtype)
+            attention_mask = hidden.masked_fill(~attention_mask, torch.finfo(dtype).min)
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        if labels is not None:
+            output.loss = functional.cross_entropy(output.logits.flatten(0, 1).float(), labels.flatten())
+        return output
+
+    @torch.no_grad()
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int = 64, threshold: float = 0.9) -> torch.Tensor:
+        """Greedy block decoding of one prompt: each step unmasks what is more probable than `threshold`, or the best.
+
+        It runs the whole sequence every step; serving engines, and opdlm, keep keys and values instead.
+
+        Args:
+            input_ids: `[1, P]` int64, the prompt.
+
+        Returns: `[1, P + R]` int64, prompt and response, to the first end-of-sequence token or the limit.
+        """
+        if input_ids.shape[0] != 1:
+            raise ValueError(f"input_ids has {input_ids.shape[0]} rows; one prompt at a time")
+        size, mask_id, prompt = self.config.block_size, self.config.mask_token_id, input_ids.shape[1]
+        stops = self.generation_config.eos_token_id
+        stops = torch.tensor(stops if isinstance(stops, list) else [stops], device=input_ids.device)
+        start = prompt - (prompt % size if self.config.block_grid == "absolute" else 0)
+        tokens = input_ids
+        while True:
+            tokens = functional.pad(tokens, (0, start + size - tokens.shape[1]), value=mask_id)
+            masked = torch.arange(start, start + size, device=tokens.device) >= prompt
+            while masked.any():
+                logits = self(input_ids=tokens, use_cache=False).logits[0, start:].float()
+                logits[:, mask_id] = float("-inf")
+                confidence, candidates = logits.softmax(-1).max(-1)
+                confidence = confidence.masked_fill(~masked, -1.0)
+                revealed = masked & (confidence > threshold)
+                revealed[confidence.argmax()] = True
+                tokens[0, start:][revealed] = candidates[revealed]
+                masked &= ~revealed
+            start += size
+            ended = torch.isin(tokens[0, prompt : prompt + max_new_tokens], stops).nonzero()
+            if len(ended):
+                return tokens[:, : prompt + int(ended[0]) + 1]
+            if start >= prompt + max_new_tokens:
+                return tokens[:, : prompt + max_new_tokens]
+
+    def _block_causal(
+        self, real: torch.Tensor | None, rows: int, past: int, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, K]` of tokens and padding -> mask `[B, 1, T, K]` bool and positions `[B, T]` of the last T columns."""
+        columns = past + length
+        device = next(self.parameters()).device
+        real = torch.ones(rows, columns, device=device) if real is None else real
+        if real.shape != (rows, columns):
+            raise ValueError(f"attention_mask is {list(real.shape)}; expected {[rows, columns]}, or four dimensions")
+        real = real.bool()
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        size = self.config.block_size
+        offset = 0 if self.config.block_grid == "absolute" else -real.sum(1, keepdim=True) % size
+        blocks = torch.div(positions + offset, size, rounding_mode="floor")
+        seen = (blocks[:, None, :] <= blocks[:, past:, None]) & real[:, None, :]
+        # Padding sees itself, so that no softmax is over nothing.
+        seen |= torch.eye(columns, dtype=torch.bool, device=seen.device)[past:]
+        return seen[:, None], positions[:, past:]

@@ -1,0 +1,54 @@
+"""Qwen3, Qwen2 and Llama as block diffusion language models, under the names of public A2D (AR-to-diffusion) ones.
+
+`AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)` gives one; see block_causal.py for what differs
+from the autoregressive network.
+"""
+
+from __future__ import annotations
+
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from .block_causal import BlockCausalMixin
+
+
+class A2DQwen3Config(Qwen3Config):
+    """Qwen3's config with block_size, block_grid and mask_token_id."""
+
+    model_type = "a2d-qwen3"
+
+
+class A2DQwen2Config(Qwen2Config):
+    """Qwen2's config with block_size, block_grid and mask_token_id."""
+
+    model_type = "a2d-qwen2"
+
+
+class A2DLlamaConfig(LlamaConfig):
+    """Llama's config with block_size, block_grid and mask_token_id."""
+
+    model_type = "a2d-llama"
+
+
+class A2DQwen3LMHeadModel(BlockCausalMixin, Qwen3ForCausalLM):
+    """Block diffusion on Qwen3."""
+
+    config_class = A2DQwen3Config
+
+
+class A2DQwen2LMHeadModel(BlockCausalMixin, Qwen2ForCausalLM):
+    """Block diffusion on Qwen2."""
+
+    config_class = A2DQwen2Config
+
+
+class A2DLlamaLMHeadModel(BlockCausalMixin, LlamaForCausalLM):
+    """Block diffusion on Llama."""
+
+    config_class = A2DLlamaConfig

@@ -1,0 +1,88 @@
+"""Run alone (`python -I bare_reader.py JOB.json`): loads exported folders with transformers, where none of ours exists.
+
+Takes `{"folders": [{"path", "auto"}], "out": file}`; writes logits, losses and decoded tokens as safetensors, and runs
+the code of each folder's model card.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+OURS = {"common", "actors", "learner", "deploy", "tests"}
+
+
+class Refuse:
+    """An import hook under which our packages cannot be found."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in OURS:
+            raise ImportError(f"{name} was imported by an exported folder")
+
+
+def read(folder: dict, tensors: dict) -> dict:
+    """Everything that the test compares, for one folder."""
+    import torch
+    import transformers
+
+    auto = getattr(transformers, folder["auto"])
+    found = {}
+    for implementation in ("sdpa", "eager"):
+        model = auto.from_pretrained(
+            folder["path"], trust_remote_code=True, attn_implementation=implementation, dtype=torch.float32
+        )
+        with torch.no_grad():
+            for name in ("whole", "left", "right"):
+                padding = None if name == "whole" else tensors[f"{name}.padding"]
+                output = model(input_ids=tensors[f"{name}.ids"], attention_mask=padding)
+                found[f"{implementation}.{name}"] = output.logits
+            given = tensors["given.mask"]
+            if implementation == "eager":  # as transformers wants it there
+                given = torch.zeros(given.shape).masked_fill(~given, torch.finfo(torch.float32).min)
+            output = model(
+                input_ids=tensors["whole.ids"], attention_mask=given, position_ids=tensors["given.positions"]
+            )
+            found[f"{implementation}.given"] = output.logits
+            past = model(input_ids=tensors["whole.ids"][:, :8], use_cache=True).past_key_values
+            found[f"{implementation}.cached"] = model(
+                input_ids=tensors["whole.ids"][:, 8:], past_key_values=past
+            ).logits
+            labels = tensors["whole.ids"].clone()
+            labels[:, ::2] = -100
+            found[f"{implementation}.loss"] = model(input_ids=tensors["whole.ids"], labels=labels).loss
+    for i in range(4):
+        for limit, threshold in ((9, 0.3), (5, 1.0)):
+            found[f"decode.{i}.{limit}"] = model.generate(tensors[f"prompt.{i}"], limit, threshold)
+    if model.config.model_type == "sdar":  # where SGLang looks for them
+        factor = (model.config.rope_scaling or {}).get("factor", 1.0)
+        found["config"] = torch.tensor([model.config.rope_theta, factor])
+    return {key: value.contiguous() for key, value in found.items()}
+
+
+def run_card(folder: Path) -> None:
+    """The card's Python, as a reader would paste it."""
+    script = folder / "card.py"
+    script.write_text(re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL).group(1))
+    print(f"card of {folder.name}:")
+    runpy.run_path(str(script))
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, Refuse())
+    import os
+
+    from safetensors.torch import load_file, save_file
+
+    job = json.loads(Path(sys.argv[1]).read_text())
+    inputs, results = load_file(job["inputs"]), {}
+    for item in job["folders"]:
+        where = Path(item["path"])
+        if item["auto"] is not None:
+            results |= {f"{where.name}/{key}": value for key, value in read(item, inputs).items()}
+        os.chdir(where)
+        run_card(where)
+    assert not OURS & {name.partition(".")[0] for name in sys.modules}
+    save_file(results, job["out"])
