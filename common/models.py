@@ -203,11 +203,9 @@ def _mask_id(folder: Path, config: Any) -> int | None:
 
 def count_parameters(folder: str | Path) -> int:
     """Parameters of a checkpoint folder, from the headers of its weight files."""
-    total = 0
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total
+    shards = read_shards(folder)
+    tied = read_config(folder).tie_word_embeddings  # the output matrix is then no parameter, even where it is stored
+    return sum(math.prod(shards.shape(name)) for name in shards.file_of if not (tied and name == OUTPUT))
 
 
 def load_output_matrix(folder: str | Path, dtype: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ from common.convert import convert
 from common.errors import OpdlmError
 from common.models import (
     check_vocabularies,
+    count_parameters,
     load_model,
     load_output_matrix,
     load_tokenizer,
@@ -185,3 +186,10 @@ def test_arrays_and_tensors(dtype) -> None:
     array = tensor_to_array(tensor)
     assert isinstance(array, np.ndarray)
     assert torch.equal(array_to_tensor(array), tensor)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_without_loading(tmp_path, tied) -> None:
+    model = tiny_model(tied=tied)
+    model.save_pretrained(tmp_path / "m")
+    assert count_parameters(tmp_path / "m") == sum(p.numel() for p in model.parameters())
