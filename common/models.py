@@ -88,20 +88,28 @@ def read_facts(folder: str | Path) -> ModelFacts:
     )
 
 
-def load_model(folder: str | Path, dtype: str = "float32", attention: str = "sdpa") -> Any:
+def load_model(
+    folder: str | Path, dtype: str = "float32", attention: str = "sdpa", device_map: str | None = None
+) -> Any:
     """Loads weights (safetensors only) for either role.
 
     Args:
         folder: Hugging Face layout.
         dtype: number format of the weights in memory; `auto` keeps the stored one.
         attention: `sdpa` (dense boolean or causal masks) or `flex_attention` (block masks, GPU).
+        device_map: `auto` spreads the layers over the devices of this process (needs accelerate).
 
-    Returns: a causal LM of transformers, in eval mode, on the CPU.
+    Returns: a causal LM of transformers, in eval mode, on the CPU unless `device_map` says otherwise.
     """
     config = read_config(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            device_map=device_map,
         )
     except OSError as error:
         raise OpdlmError(f"model folder {folder}: {' '.join(str(error).split())}") from None
@@ -143,6 +151,11 @@ def hidden_states(
         input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=False
     )
     return output.last_hidden_state
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids: at its embedding, which `device_map` may put apart from other layers."""
+    return model.get_input_embeddings().weight.device
 
 
 def check_vocabularies(teacher: ModelFacts, student: ModelFacts) -> None:

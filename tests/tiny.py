@@ -16,7 +16,12 @@ VOCABULARY = 32
 
 
 def tiny_model(
-    seed: int = 0, vocab_size: int = VOCABULARY, tied: bool = False, context: int = 128, hidden_size: int = 16
+    seed: int = 0,
+    vocab_size: int = VOCABULARY,
+    tied: bool = False,
+    context: int = 128,
+    hidden_size: int = 16,
+    head_dim: int = 8,
 ) -> Qwen3ForCausalLM:
     """A Qwen3 of two layers, float32, eval mode."""
     torch.manual_seed(seed)
@@ -27,7 +32,7 @@ def tiny_model(
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=context,
         tie_word_embeddings=tied,
         eos_token_id=EOS,
