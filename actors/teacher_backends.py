@@ -12,7 +12,7 @@ from actors.ar_generate import generate
 from actors.teacher_scoring import score
 from common.config.schema import TeacherConfig
 from common.errors import OpdlmError
-from common.models import load_model, read_facts
+from common.models import input_device, load_model, read_facts
 from common.types import TeacherTargets, Trajectory
 
 
@@ -50,8 +50,8 @@ class TransformersTeacher:
         on_gpu = torch.cuda.is_available()
         if config.device_map == "auto":
             self._model = load_model(folder, config.dtype, device_map="auto")
-            if on_gpu:
-                refuse_offload(self._model.hf_device_map, folder)
+            if on_gpu:  # on one device, the model gets no map
+                refuse_offload(getattr(self._model, "hf_device_map", {"": str(input_device(self._model))}), folder)
         else:
             self._model = load_model(folder, config.dtype).to("cuda" if on_gpu else "cpu")
         self._eos_ids = read_facts(folder).eos_ids
@@ -75,5 +75,5 @@ def refuse_offload(device_map: Mapping[str, Any], folder: str) -> None:
     if outside:
         raise OpdlmError(
             f"teacher.device_map: {folder} does not fit the actor's GPUs: {len(outside)} of {len(device_map)} parts "
-            f"(first {outside[0]}) would be on the {device_map[outside[0]]}; raise teacher.gpus_per_actor"
+            f"(first `{outside[0]}`) would be on the {device_map[outside[0]]}; raise teacher.gpus_per_actor"
         )

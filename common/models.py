@@ -122,12 +122,17 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         OpdlmError: there is none, or it lacks an end-of-sequence token.
     """
-    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not has_tokenizer(folder):
         raise OpdlmError(f"model folder {folder} has no tokenizer.json; text needs a tokenizer beside the weights")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         raise OpdlmError(f"the tokenizer in {folder} has no end-of-sequence token (eos_token); responses could not end")
     return tokenizer
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a checkpoint folder has a tokenizer beside its weights."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def hidden_states(

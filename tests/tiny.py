@@ -67,10 +67,12 @@ def trajectory(prompt: list[int], response: list[int], steps: list[int], length:
     )
 
 
-def save_teacher(folder: Path, seed: int = 0) -> Path:
+def save_teacher(
+    folder: Path, seed: int = 0, hidden_size: int = 16, context: int = 128, alphabet: str = "0123456789+-=;"
+) -> Path:
     """A random teacher for the chain task, with its tokenizer, as a checkpoint folder."""
-    tokenizer = build_char_tokenizer("0123456789+-=;")
-    model = tiny_model(seed, vocab_size=len(tokenizer))
+    tokenizer = build_char_tokenizer(alphabet)
+    model = tiny_model(seed, vocab_size=len(tokenizer), hidden_size=hidden_size, context=context)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
