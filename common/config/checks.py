@@ -96,7 +96,7 @@ def _teacher(config: OpdlmConfig) -> Iterator[str]:
 
 def _targets(config: OpdlmConfig) -> Iterator[str]:
     objective, teacher = config.objective, config.teacher
-    if teacher.targets == "topk":
+    if teacher.targets == "topk" and objective.kind != "cft":
         if objective.top_k == 0:
             yield (
                 "teacher.targets: found `topk` with objective.top_k 0 (full vocabulary); set objective.top_k to "

@@ -107,6 +107,13 @@ def test_teachers_of_several_gpus() -> None:
     assert config_with(teacher=shared, objective={"top_k": 8}).teacher.gpus_per_actor == 0.5
 
 
+def test_an_objective_without_scores_leaves_the_targets_alone() -> None:
+    """`cft` asks the teacher for responses at most, whatever its targets (`opdlm compare` sets only the objective)."""
+    for teacher in ({"targets": "topk"}, {"backend": "vllm"}, {"backend": "vllm", "targets": "topk"}):
+        config = config_with(teacher=teacher, objective={"kind": "cft"}, offline={"responses": "teacher"})
+        assert config.objective.top_k == 0
+
+
 def test_every_mistake_is_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         config_with(rollout={"block_size": 0, "batch_sise": 3}, learner={"workers": -1})
