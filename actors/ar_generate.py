@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.models import input_device
+
 
 @torch.inference_mode()
 def generate(
@@ -30,6 +32,7 @@ def generate(
         how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     else:
         how = {"do_sample": False}
+    device = input_device(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -41,8 +44,8 @@ def generate(
             ids[row, longest - len(prompts[i]) :] = prompts[i]
             attended[row, longest - len(prompts[i]) :] = 1
         output = model.generate(
-            input_ids=torch.from_numpy(ids).to(model.device),
-            attention_mask=torch.from_numpy(attended).to(model.device),
+            input_ids=torch.from_numpy(ids).to(device),
+            attention_mask=torch.from_numpy(attended).to(device),
             max_new_tokens=max_new_tokens,
             **how,
             eos_token_id=list(eos_ids),

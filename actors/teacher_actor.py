@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import ray
 import torch
 
-from actors.ar_generate import generate
-from actors.teacher_scoring import score
+from actors.teacher_backends import make_backend
 from common.config.schema import TeacherConfig
-from common.models import load_model, read_facts
-from common.types import ScoredTrajectory, TeacherTargets, Trajectory
+from common.types import ScoredTrajectory, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,47 +28,12 @@ class ScoreStats:
     """Bytes of targets that travel to the learner."""
 
 
-class TeacherBackend(Protocol):
-    """What a teacher can do. To add one: implement this and choose it in `start_teacher_actor`."""
-
-    def score(self, trajectories: list[Trajectory]) -> list[TeacherTargets]:
-        """Targets of each trajectory, in order."""
-        ...
-
-    def generate(
-        self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int, temperature: float, seed: int
-    ) -> list[np.ndarray]:
-        """Responses, `[R] int32` each; greedy at temperature 0."""
-        ...
-
-
-class TransformersTeacher:
-    """The teacher as a transformers model in this process."""
-
-    def __init__(self, folder: str, config: TeacherConfig) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = load_model(folder, config.dtype).to(device)
-        self._eos_ids = read_facts(folder).eos_ids
-        self._config = config
-
-    def score(self, trajectories: list[Trajectory]) -> list[TeacherTargets]:
-        """See `actors/teacher_scoring.py`."""
-        config = self._config
-        return score(self._model, trajectories, config.targets, config.top_k, config.batch_tokens)
-
-    def generate(
-        self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int, temperature: float, seed: int
-    ) -> list[np.ndarray]:
-        """See `actors/ar_generate.py`."""
-        return generate(self._model, prompts, max_new_tokens, self._eos_ids, batch_size, temperature, seed)
-
-
 class TeacherActor:
     """A backend behind Ray."""
 
     def __init__(self, folder: str, config: TeacherConfig) -> None:
         torch.set_num_threads(max(int(config.cpus_per_actor), 1))
-        self._backend: TeacherBackend = TransformersTeacher(folder, config)
+        self._backend = make_backend(folder, config)
 
     def ready(self) -> None:
         """Returns once the teacher is loaded."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.models import hidden_states
+from common.models import hidden_states, input_device
 from common.tensors import tensor_to_array
 from common.types import HiddenTargets, LogitsTargets, TeacherTargets, TopKTargets, Trajectory
 
@@ -63,7 +63,7 @@ def _hidden_after_prefix(model: Any, trajectories: Sequence[Trajectory]) -> list
     ids = np.zeros((len(trajectories), max(lengths)), dtype=np.int64)
     for row, t in enumerate(trajectories):
         ids[row, : lengths[row]] = np.concatenate([t.prompt_ids, t.response])[:-1]
-    hidden = hidden_states(model, torch.from_numpy(ids).to(model.device))
+    hidden = hidden_states(model, torch.from_numpy(ids).to(input_device(model)))
     return [hidden[row, len(t.prompt_ids) - 1 : lengths[row]] for row, t in enumerate(trajectories)]
 
 

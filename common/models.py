@@ -100,21 +100,29 @@ def read_facts(folder: str | Path) -> ModelFacts:
     )
 
 
-def load_model(folder: str | Path, dtype: str = "float32", attention: str = "sdpa") -> Any:
+def load_model(
+    folder: str | Path, dtype: str = "float32", attention: str = "sdpa", device_map: str | None = None
+) -> Any:
     """Loads weights (safetensors only) for either role.
 
     Args:
         folder: Hugging Face layout.
         dtype: number format of the weights in memory; `auto` keeps the stored one.
         attention: `sdpa` (dense boolean or causal masks) or `flex_attention` (block masks, GPU).
+        device_map: `auto` spreads the layers over the devices of this process (needs accelerate).
 
-    Returns: a causal LM of transformers, in eval mode, on the CPU.
+    Returns: a causal LM of transformers, in eval mode, on the CPU unless `device_map` says otherwise.
     """
     config = read_config(folder)
     read_shards(folder)  # pickles, missing and damaged files are named here
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            device_map=device_map,
         )
     except OSError as error:
         raise OpdlmError(f"model folder {folder}: {' '.join(str(error).split())}") from None
@@ -127,7 +135,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         OpdlmError: there is none, or it lacks an end-of-sequence token.
     """
-    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not has_tokenizer(folder):
         raise OpdlmError(f"model folder {folder} has no tokenizer.json; text needs a tokenizer beside the weights")
     # Given our reading of the config, transformers neither looks for code in the folder nor asks whether to run it.
     config = read_config(folder) if (Path(folder) / "config.json").is_file() else None
@@ -135,6 +143,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise OpdlmError(f"the tokenizer in {folder} has no end-of-sequence token (eos_token); responses could not end")
     return tokenizer
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a checkpoint folder has a tokenizer beside its weights."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def hidden_states(
@@ -158,6 +171,11 @@ def hidden_states(
         input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=False
     )
     return output.last_hidden_state
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids: at its embedding, which `device_map` may put apart from other layers."""
+    return model.get_input_embeddings().weight.device
 
 
 def check_vocabularies(teacher: ModelFacts, student: ModelFacts) -> None:

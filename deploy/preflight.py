@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +13,10 @@ from common.config import OpdlmConfig
 from common.convert import convert
 from common.errors import ConfigError
 from common.grid import BlockGrid
-from common.models import ModelFacts, check_vocabularies, load_tokenizer, read_facts, require_mask
+from common.models import A2D_PREFIX, ModelFacts, check_vocabularies, load_tokenizer, read_facts
 from common.prompts import PromptOrder, PromptSet, load_prompts
 from common.tasks import get_task
+from common.vocabulary import check_tokenizers
 from learner.plan import TrainingPlan
 
 
@@ -35,9 +38,11 @@ def preflight(config: OpdlmConfig) -> Preflight:
     teacher = read_facts(config.model.teacher)
     student = read_facts(config.model.student) if config.model.student else teacher
     tokenizer = load_tokenizer(config.model.student or config.model.teacher)
+    _check_backend(config, teacher)
     if config.model.student:
-        require_mask(student)
+        _check_mask(config, student)
         check_vocabularies(teacher, student)
+        check_tokenizers(teacher, student)
         _check_grid(config, student)
     if config.teacher.targets == "topk" and config.teacher.top_k > teacher.vocab_size:
         raise ConfigError(
@@ -45,7 +50,7 @@ def preflight(config: OpdlmConfig) -> Preflight:
         )
     for task in examined_tasks(config):
         get_task(task)
-    prompts = load_prompts(config.data, tokenizer, _longest_prompt(config, student), config.run.seed)
+    prompts = load_prompts(config.data, tokenizer, _longest_prompt(config, teacher, student), config.run.seed)
     per_round = config.rollout.prompts_per_round
     total = config.data.epochs * len(prompts.prompts) if config.run.rounds is None else config.run.rounds * per_round
     epochs = -(-total // len(prompts.prompts))
@@ -68,18 +73,46 @@ def prepare_student(config: OpdlmConfig) -> str:
     return str(folder)
 
 
-def _longest_prompt(config: OpdlmConfig, student: ModelFacts) -> int:
-    """Longest prompt that leaves room for a whole response, to the end of its last block."""
+def _longest_prompt(config: OpdlmConfig, teacher: ModelFacts, student: ModelFacts) -> int:
+    """Longest prompt that leaves room for a whole response, to the end of its last block, in both models."""
     room = config.rollout.max_new_tokens
     if examined_tasks(config) and (config.evaluation.every_rounds or config.evaluation.final_problems):
         room = max(room, config.evaluation.max_new_tokens)
-    longest = student.context - room - (config.rollout.block_size - 1)
+    context = min(teacher.context, student.context)
+    longest = context - room - (config.rollout.block_size - 1)
     if longest < 1:
         raise ConfigError(
             f"rollout.max_new_tokens: found {room} (with evaluation.max_new_tokens); the model's context of "
-            f"{student.context} tokens leaves no room for a prompt"
+            f"{context} tokens leaves no room for a prompt"
         )
     return longest
+
+
+def _check_mask(config: OpdlmConfig, student: ModelFacts) -> None:
+    if student.mask_id is None:
+        grid = f"--block-size {config.rollout.block_size} --block-grid {config.rollout.block_grid}"
+        raise ConfigError(
+            f"model.student: {student.folder} has no mask token; convert it first (opdlm convert {student.folder} DST "
+            f"{grid}) and set model.student to DST"
+        )
+
+
+def _check_backend(config: OpdlmConfig, teacher: ModelFacts) -> None:
+    if config.teacher.backend == "vllm":
+        _require_package("vllm", "teacher.backend: found `vllm`", "opdlm-ray[vllm]")
+        family = json.loads((teacher.folder / "config.json").read_text())["model_type"]
+        if family.startswith(A2D_PREFIX):
+            raise ConfigError(
+                f"teacher.backend: found `vllm`, which cannot load model_type `{family}` of {teacher.folder}; use "
+                "`transformers`"
+            )
+    if config.teacher.device_map == "auto":
+        _require_package("accelerate", "teacher.device_map: found `auto`", "opdlm-ray[device-map]")
+
+
+def _require_package(name: str, found: str, requirement: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise ConfigError(f"{found}, which needs the package {name}; pip install '{requirement}'")
 
 
 def _check_grid(config: OpdlmConfig, student: ModelFacts) -> None:

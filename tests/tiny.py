@@ -22,6 +22,7 @@ def tiny_model(
     tied: bool = False,
     context: int = 128,
     hidden_size: int = 16,
+    head_dim: int = 8,
     family: str = "qwen3",
     **settings: Any,
 ) -> Any:
@@ -35,7 +36,7 @@ def tiny_model(
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=context,
         tie_word_embeddings=tied,
         eos_token_id=EOS,
@@ -92,9 +93,16 @@ def trajectory(prompt: list[int], response: list[int], steps: list[int], length:
     )
 
 
-def save_teacher(folder: Path, seed: int = 0, spare_rows: int = 0, max_shard_size: str = "5GB", **model: Any) -> Path:
+def save_teacher(
+    folder: Path,
+    seed: int = 0,
+    spare_rows: int = 0,
+    max_shard_size: str = "5GB",
+    alphabet: str = "0123456789+-=;",
+    **model: Any,
+) -> Path:
     """A random teacher for the chain task, with its tokenizer, as a checkpoint folder; `model`: as in `tiny_model`."""
-    tokenizer = build_char_tokenizer("0123456789+-=;")
+    tokenizer = build_char_tokenizer(alphabet)
     teacher = tiny_model(seed, vocab_size=len(tokenizer) + spare_rows, **model)
     teacher.config.eos_token_id = teacher.generation_config.eos_token_id = tokenizer.eos_token_id
     teacher.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -10,7 +10,7 @@ from common.errors import ConfigError
 
 def check_config(config: OpdlmConfig) -> None:
     """Raises `ConfigError` with one line per contradiction between fields."""
-    checks = (_data, _objective, _rollout, _targets, _learner, _curriculum)
+    checks = (_data, _objective, _rollout, _teacher, _targets, _learner, _curriculum)
     problems = [problem for check in checks for problem in check(config)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -61,9 +61,42 @@ def _rollout(config: OpdlmConfig) -> Iterator[str]:
         )
 
 
+def _teacher(config: OpdlmConfig) -> Iterator[str]:
+    teacher = config.teacher
+    if teacher.backend == "vllm":
+        if teacher.targets != "topk" and config.objective.kind != "cft":  # which asks for no score
+            yield (
+                f"teacher.targets: found `{teacher.targets}` with teacher.backend `vllm`, which gives top-K "
+                f"log-probabilities only; set it to `topk` (with objective.top_k of 1 to {teacher.top_k}), or the "
+                "backend to `transformers`"
+            )
+        if teacher.device_map != "none":
+            yield (
+                f"teacher.device_map: found `{teacher.device_map}` with teacher.backend `vllm`; it is for "
+                "`transformers`, vLLM splits layers by teacher.tensor_parallel"
+            )
+        if max(teacher.gpus_per_actor, teacher.tensor_parallel) > 1 and (
+            teacher.gpus_per_actor != teacher.tensor_parallel
+        ):
+            yield (
+                f"teacher.tensor_parallel: found {teacher.tensor_parallel} with teacher.gpus_per_actor "
+                f"{teacher.gpus_per_actor:g}; an actor uses the GPUs that it reserves, so both are one number"
+            )
+    elif teacher.tensor_parallel > 1:
+        yield (
+            f"teacher.tensor_parallel: found {teacher.tensor_parallel} with teacher.backend `transformers`; set the "
+            "backend to `vllm`, or teacher.device_map to `auto`"
+        )
+    elif teacher.gpus_per_actor > 1 and teacher.device_map == "none":
+        yield (
+            f"teacher.gpus_per_actor: found {teacher.gpus_per_actor:g} with teacher.device_map `none`, which uses one; "
+            "set teacher.device_map to `auto`"
+        )
+
+
 def _targets(config: OpdlmConfig) -> Iterator[str]:
     objective, teacher = config.objective, config.teacher
-    if teacher.targets == "topk":
+    if teacher.targets == "topk" and objective.kind != "cft":
         if objective.top_k == 0:
             yield (
                 "teacher.targets: found `topk` with objective.top_k 0 (full vocabulary); set objective.top_k to "

@@ -49,10 +49,16 @@ class TeacherConfig(Section):
 
     actors: PositiveInt = 1
     """Teacher actors."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What runs the teacher. `vllm` (the extra `opdlm-ray[vllm]`) gives `targets: topk` only."""
+    tensor_parallel: PositiveInt = 1
+    """`vllm`: GPUs of an actor that its layers are split over; `gpus_per_actor` reserves as many."""
+    device_map: Literal["none", "auto"] = "none"
+    """`transformers`: `auto` spreads the layers over the actor's GPUs, of one node (needs accelerate)."""
     cpus_per_actor: Annotated[float, Field(ge=0)] = 1
     """Logical CPUs that Ray reserves for one actor."""
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0
-    """GPUs that Ray reserves for one actor."""
+    """GPUs that Ray reserves for one actor. Of a part of one, `vllm` takes as large a part of its memory."""
     dtype: Dtype = "bfloat16"
     """Number format of the teacher's forward."""
     targets: Literal["hidden", "topk", "logits"] = "hidden"
@@ -60,7 +66,7 @@ class TeacherConfig(Section):
     top_k: PositiveInt = 16
     """K of `targets: topk` (paper: 16 at 4B and 8B)."""
     batch_tokens: PositiveInt = 16384
-    """Most tokens in one forward, padding included; a longer single trajectory goes alone."""
+    """Most tokens in one forward, padding included; a longer single trajectory goes alone (vLLM cuts it)."""
 
 
 class QueueConfig(Section):

@@ -41,6 +41,35 @@ def config_with(**sections) -> OpdlmConfig:
             {"teacher": {"targets": "topk", "top_k": 8}, "objective": {"top_k": 16}},
             "objective.top_k: found 16, more than the 8",
         ),
+        (
+            {"teacher": {"backend": "vllm"}},
+            "teacher.targets: found `hidden` with teacher.backend `vllm`, which gives top-K log-probabilities only; "
+            "set it to `topk` (with objective.top_k of 1 to 16)",
+        ),
+        (
+            {"teacher": {"backend": "vllm", "targets": "logits"}},
+            "teacher.targets: found `logits` with teacher.backend `vllm`",
+        ),
+        (
+            {"teacher": {"backend": "vllm", "targets": "topk", "device_map": "auto"}, "objective": {"top_k": 16}},
+            "teacher.device_map: found `auto` with teacher.backend `vllm`",
+        ),
+        (
+            {
+                "teacher": {"backend": "vllm", "targets": "topk", "tensor_parallel": 4, "gpus_per_actor": 2},
+                "objective": {"top_k": 16},
+            },
+            "teacher.tensor_parallel: found 4 with teacher.gpus_per_actor 2; an actor uses the GPUs that it reserves",
+        ),
+        (
+            {"teacher": {"tensor_parallel": 2, "gpus_per_actor": 2}},
+            "teacher.tensor_parallel: found 2 with teacher.backend `transformers`; set the backend to `vllm`",
+        ),
+        (
+            {"teacher": {"gpus_per_actor": 2}},
+            "teacher.gpus_per_actor: found 2 with teacher.device_map `none`, which uses one",
+        ),
+        ({"teacher": {"backend": "sglang"}}, "teacher.backend: input should be 'transformers' or 'vllm'"),
         ({"objective": {"tail": "bucket"}}, "objective.tail: `bucket` needs objective.top_k > 0"),
         ({"learner": {"batch_size": 256}}, "learner.batch_size: found 256, more than rollout.prompts_per_round 128"),
         ({"learner": {"workers": 16}}, "learner.workers: found 16, more than learner.batch_size 8"),
@@ -68,6 +97,21 @@ def test_bad_settings_are_named(sections, message) -> None:
     with pytest.raises(ConfigError) as caught:
         config_with(**sections)
     assert message in str(caught.value)
+
+
+def test_teachers_of_several_gpus() -> None:
+    tensor_parallel = {"backend": "vllm", "targets": "topk", "tensor_parallel": 2, "gpus_per_actor": 2}
+    assert config_with(teacher=tensor_parallel, objective={"top_k": 8}).teacher.tensor_parallel == 2
+    assert config_with(teacher={"gpus_per_actor": 2, "device_map": "auto"}).teacher.device_map == "auto"
+    shared = {"backend": "vllm", "targets": "topk", "gpus_per_actor": 0.5}
+    assert config_with(teacher=shared, objective={"top_k": 8}).teacher.gpus_per_actor == 0.5
+
+
+def test_an_objective_without_scores_leaves_the_targets_alone() -> None:
+    """`cft` asks the teacher for responses at most, whatever its targets (`opdlm compare` sets only the objective)."""
+    for teacher in ({"targets": "topk"}, {"backend": "vllm"}, {"backend": "vllm", "targets": "topk"}):
+        config = config_with(teacher=teacher, objective={"kind": "cft"}, offline={"responses": "teacher"})
+        assert config.objective.top_k == 0
 
 
 def test_every_mistake_is_reported_at_once() -> None:

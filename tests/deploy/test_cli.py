@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from common.models import load_tokenizer, read_facts
 from deploy.cli import app
-from tests.tiny import tiny_model
+from tests.tiny import save_teacher, tiny_model
 
 runner = CliRunner()
 
@@ -87,8 +88,9 @@ def test_missing_run_file_and_empty_data(run_file, tmp_path) -> None:
 
 
 def test_given_students_are_checked(run_file, chain_teacher, tmp_path) -> None:
-    unconverted = f"model.student={chain_teacher}"
-    assert "has no mask token; convert it first" in opdlm("train", run_file, "--set", unconverted, code=2)
+    text = opdlm("train", run_file, "--set", f"model.student={chain_teacher}", code=2)
+    assert f"model.student: {chain_teacher} has no mask token; convert it first (opdlm convert {chain_teacher}" in text
+    assert "DST --block-size 4 --block-grid absolute) and set model.student to DST" in text
     opdlm("convert", chain_teacher, tmp_path / "eight", "--block-size", 8)
     text = opdlm("train", run_file, "--set", f"model.student={tmp_path}/eight", code=2)
     assert "rollout.block_size: found 4, but the student" in text
@@ -97,6 +99,45 @@ def test_given_students_are_checked(run_file, chain_teacher, tmp_path) -> None:
     other.config.update({"mask_token_id": 17})
     other.save_pretrained(tmp_path / "other")
     assert "vocabulary mismatch" in opdlm("train", run_file, "--set", f"model.student={tmp_path}/other", code=2)
+
+
+def test_students_of_other_teachers(run_file, tmp_path) -> None:
+    """Another size is welcome; other token strings, and more context than the teacher has, are not."""
+    for name, how in {
+        "wide": {"hidden_size": 24},
+        "other": {"alphabet": "0123456789*-=;"},
+        "long": {"context": 256},
+    }.items():
+        opdlm("convert", save_teacher(tmp_path / name, **how), tmp_path / f"{name}-student")
+
+    def with_student(name: str, *more: str, code: int) -> str:
+        settings = [f"model.student={tmp_path}/{name}-student", *more]
+        return opdlm("train", run_file, "--dry-run", *(p for s in settings for p in ("--set", s)), code=code)
+
+    assert "nothing was started" in with_student("wide", code=0)
+    text = with_student("other", code=2)
+    assert "vocabulary mismatch: the tokenizers give 1 ids another string, first id 3: '+' for the teacher" in text
+    assert "'*' for the student" in text
+    assert "context of 128 tokens leaves no room" in with_student("long", "rollout.max_new_tokens=130", code=2)
+
+
+def test_what_a_teacher_backend_needs_is_named(run_file, chain_teacher, tmp_path, monkeypatch) -> None:
+    installed = {"vllm": None, "accelerate": None}
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: installed.get(n, find_spec(n, *a)))
+
+    def dry_run(*settings: str, code: int = 2) -> str:
+        return opdlm("train", run_file, "--dry-run", *(p for s in settings for p in ("--set", s)), code=code)
+
+    vllm = ("teacher.backend=vllm", "teacher.targets=topk", "teacher.top_k=8", "objective.top_k=8")
+    message = "teacher.backend: found `vllm`, which needs the package vllm; pip install 'opdlm-ray[vllm]'"
+    assert message in dry_run(*vllm)
+    assert "needs the package accelerate" in dry_run("teacher.device_map=auto")
+    installed["vllm"] = find_spec("json")
+    assert "nothing was started" in dry_run(*vllm, code=0)
+    opdlm("convert", chain_teacher, tmp_path / "a2d", "--layout", "a2d-qwen3")
+    text = dry_run(*vllm, f"model.teacher={tmp_path}/a2d")
+    assert "teacher.backend: found `vllm`, which cannot load model_type `a2d-qwen3`" in text
 
 
 def test_teacher_without_tokenizer(run_file, chain_teacher, tmp_path) -> None:

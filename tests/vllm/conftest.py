@@ -1,0 +1,14 @@
+"""Settings of vLLM on a CPU, before anything imports it; the `vllm` marker."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else the first scoring call compiles for half a minute
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "vllm: needs vLLM, in an environment of its own (`make test-vllm`)")
