@@ -19,14 +19,14 @@ def teacher(tmp_path):
 
 
 def test_a_converted_model_of_another_size_agrees(teacher, tmp_path) -> None:
-    convert(save_teacher(tmp_path / "wide", 1, hidden_size=24), tmp_path / "student", 4, "absolute", "qwen3")
+    convert(save_teacher(tmp_path / "wide", 1, hidden_size=24), tmp_path / "student", 4, "absolute")
     check_vocabularies(read_facts(teacher), read_facts(tmp_path / "student"))
     check_tokenizers(read_facts(teacher), read_facts(tmp_path / "student"))
 
 
 def test_other_strings_under_the_same_ids_are_refused(teacher, tmp_path) -> None:
     """The sizes agree, so only the strings can tell. Characters are sorted: one other moves its neighbours."""
-    convert(save_teacher(tmp_path / "foreign", alphabet="0123456789+-=x"), tmp_path / "student", 4, "absolute", "qwen3")
+    convert(save_teacher(tmp_path / "foreign", alphabet="0123456789+-=x"), tmp_path / "student", 4, "absolute")
     facts = read_facts(teacher), read_facts(tmp_path / "student")
     check_vocabularies(*facts)
     with pytest.raises(

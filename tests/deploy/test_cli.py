@@ -135,7 +135,8 @@ def test_what_a_teacher_backend_needs_is_named(run_file, chain_teacher, tmp_path
     assert "needs the package accelerate" in dry_run("teacher.device_map=auto")
     installed["vllm"] = find_spec("json")
     assert "nothing was started" in dry_run(*vllm, code=0)
-    opdlm("convert", chain_teacher, tmp_path / "a2d", "--layout", "a2d-qwen3")
+    opdlm("convert", chain_teacher, tmp_path / "plain")
+    opdlm("export", tmp_path / "plain", tmp_path / "a2d", "--layout", "a2d-qwen3")
     text = dry_run(*vllm, f"model.teacher={tmp_path}/a2d")
     assert "teacher.backend: found `vllm`, which cannot load model_type `a2d-qwen3`" in text
 

@@ -31,7 +31,7 @@ def pair(request, tmp_path_factory):
     """Folders of a teacher and of a student converted from another model of another width."""
     folder, (teacher_width, student_width) = tmp_path_factory.mktemp("pair"), request.param
     teacher = save_teacher(folder / "teacher", 1, hidden_size=teacher_width)
-    convert(save_teacher(folder / "small", 2, hidden_size=student_width), folder / "student", 4, "absolute", "qwen3")
+    convert(save_teacher(folder / "small", 2, hidden_size=student_width), folder / "student", 4, "absolute")
     return teacher, folder / "student"
 
 
