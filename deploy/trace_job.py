@@ -74,7 +74,7 @@ def run_trace(run: Path, options: TraceOptions, console: Console) -> None:
     _write(page, render_page(record, f"opdlm trace: {run.resolve().name}"))
     size = page.stat().st_size
     console.print(
-        f"{page}: {len(requests)} trajectories, {size / 1e6:.1f} MB; open it in a browser",
+        f"{page}: {len(requests)} trajectories, {size / 1e3:,.0f} kB; open it in a browser",
         highlight=False,
         soft_wrap=True,
     )
