@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayError
@@ -30,6 +31,7 @@ from common.errors import OpdlmError
 from common.prompts import PromptOrder
 from common.types import RolloutRequest, WeightHandle
 from deploy.cluster import Roles
+from deploy.replay_source import ReplaySource
 from deploy.telemetry import Telemetry
 from deploy.threads import in_daemon_thread
 
@@ -46,6 +48,8 @@ class Coordinator:
         self.telemetry, self.on_weights = telemetry, on_weights
         self.settings = DecodeSettings.from_config(config.rollout)
         self.weights: WeightHandle | None = None
+        replay, per_round = config.run.replay, config.rollout.prompts_per_round
+        self._replay = ReplaySource(Path(replay), per_round) if replay is not None else None
         self._stopping = False
 
     async def run(self, fit: Callable[[], None]) -> None:
@@ -75,7 +79,7 @@ class Coordinator:
         await self.roles.queue.request_stop.remote()
 
     async def _produce(self) -> None:
-        chunk = -(-self.config.rollout.prompts_per_round // len(self.roles.rollouts.actors))
+        chunk = -(-self.config.rollout.prompts_per_round // max(len(self.roles.rollouts.actors), 1))
         async with asyncio.TaskGroup() as tasks:
             while indices := await self.roles.queue.lease.remote(chunk):
                 tasks.create_task(self._sample(indices))
@@ -95,6 +99,10 @@ class Coordinator:
                     ) from error
 
     async def _decode_then_score(self, indices: list[int]) -> None:
+        if self._replay is not None:
+            samples, version = await self._replay.sample(indices, self.weights)
+            await self.roles.queue.put.remote(indices, version, samples)
+            return
         batch, count = self.config.rollout.batch_size, len(indices)
         requests = [self._request(index) for index in indices]
         trajectories, decoded = await self.roles.rollouts.call(

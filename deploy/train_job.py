@@ -32,6 +32,8 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
         console.print(f"refused prompt {line}", highlight=False)
     if checked.prompts.refused:
         console.print(f"prompts refused: {len(checked.prompts.refused)}, kept: {len(checked.prompts.prompts)}")
+    if config.run.replay is not None:
+        console.print("replay: no rollout and no teacher actors, so no evaluation", highlight=False)
     connect(config)
     checkpoint = open_run(config, resume, checked.order.digest)
     first_round = checkpoint.rounds if checkpoint else 0
@@ -79,6 +81,8 @@ class _Job:
         self.stopped_by = 0
         evaluation, task = config.evaluation, config.data.task
         most = max(evaluation.final_problems, evaluation.problems if evaluation.every_rounds else 0)
+        if config.run.replay is not None:  # nobody could answer
+            most = 0
         self._final = Exam(get_task(task), checked.tokenizer, evaluation.final_problems) if task and most else None
         self._periodic = Exam(get_task(task), checked.tokenizer, evaluation.problems) if task and most else None
 
@@ -133,5 +137,6 @@ def _absolute(config: OpdlmConfig) -> OpdlmConfig:
             "student": str(Path(config.model.student).resolve()) if config.model.student else None,
         }
     )
-    run = config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
+    replay = str(Path(config.run.replay).resolve()) if config.run.replay is not None else None
+    run = config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve()), "replay": replay})
     return config.model_copy(update={"model": model, "run": run})

@@ -10,9 +10,21 @@ from common.errors import ConfigError
 
 def check_config(config: OpdlmConfig) -> None:
     """Raises `ConfigError` with one line per contradiction between fields."""
-    problems = [*_data(config), *_rollout(config), *_targets(config), *_learner(config), *_curriculum(config)]
+    problems = [
+        *_run(config),
+        *_data(config),
+        *_rollout(config),
+        *_targets(config),
+        *_learner(config),
+        *_curriculum(config),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _run(config: OpdlmConfig) -> Iterator[str]:
+    if config.run.replay is not None and config.run.dump_rollouts:
+        yield f"run.dump_rollouts: found with run.replay; the rollouts are in {config.run.replay} already, drop one"
 
 
 def _data(config: OpdlmConfig) -> Iterator[str]:
