@@ -73,7 +73,7 @@ class BlockDecoder:
         self.grid = BlockGrid(settings.block_size, settings.block_grid)
         self._strategy = STRATEGIES[settings.strategy]
         self._cache: SlotCache | None = None
-        self._forwards = 0
+        self._forwards = self._forward_tokens = 0
 
     def decode(
         self,
@@ -83,7 +83,7 @@ class BlockDecoder:
     ) -> tuple[list[Trajectory], DecodeStats]:
         """Decodes every request; trajectories come in the order of the requests."""
         started = time.perf_counter()
-        self._forwards = 0
+        self._forwards = self._forward_tokens = 0
         by_index = {t.index: t for t in self.stream(requests, weight_version, observer)}
         trajectories = [by_index[request.index] for request in requests]
         stats = DecodeStats(
@@ -92,6 +92,7 @@ class BlockDecoder:
             response_tokens=sum(t.response_length for t in trajectories),
             denoising_steps=sum(t.denoising_steps for t in trajectories),
             forwards=self._forwards,
+            forward_tokens=self._forward_tokens,
             seconds=time.perf_counter() - started,
         )
         return trajectories, stats
@@ -114,12 +115,13 @@ class BlockDecoder:
         slots = Slots(min(self.batch_size, len(requests)), longest, self.mask_id, self.model.device)
         cache = self._cache_for(slots.count, longest)
         pending = deque(requests)
-        commit, width = False, 0
+        commit, width = 0, 0
         while pending or slots.requests:
             fresh = slots.refill(pending, self.grid, self.settings.threshold)
             if fresh:
                 starts = [self.grid.first_block_start(slots.requests[row].prompt_ids.size) for row in fresh]
                 width = max(width, max(starts) + self.grid.block_size + 1)
+                self._forward_tokens += sum(starts)
                 self._prefill(slots, cache, fresh, max(starts))
             finished, commit, width = self._step(slots, cache, commit, width, observer)
             for row in finished:
@@ -181,10 +183,12 @@ class BlockDecoder:
         )
 
     def _step(
-        self, slots: Slots, cache: SlotCache, commit: bool, width: int, observer: Callable[[StepView], None] | None
-    ) -> tuple[list[int], bool, int]:
-        """One denoising step of all slots -> (finished slots, whether any block waits to be committed, next width)."""
+        self, slots: Slots, cache: SlotCache, commit: int, width: int, observer: Callable[[StepView], None] | None
+    ) -> tuple[list[int], int, int]:
+        """One denoising step of all slots -> (finished slots, blocks that wait to be committed, next width)."""
         block = self.grid.block_size
+        self._forwards += 1
+        self._forward_tokens += block * (len(slots.requests) + commit)
         window = slots.block_start[:, None] + torch.arange(block, device=slots.tokens.device)  # [B, S]
         live = slots.live[:, None].expand(-1, block)
         if commit:
@@ -193,7 +197,6 @@ class BlockDecoder:
             hidden = self._forward(slots, cache, positions, real, width)[:, block:]
         else:
             hidden = self._forward(slots, cache, window, live, width)
-        self._forwards += 1
         logits = self.model.lm_head(hidden).float()
         mask_logit = logits[..., self.mask_id].clone()
         logits[..., self.mask_id] = float("-inf")
@@ -250,7 +253,7 @@ class BlockDecoder:
 
     def _advance(
         self, slots: Slots, window: torch.Tensor, tokens: torch.Tensor, still_masked: torch.Tensor
-    ) -> tuple[list[int], bool, int]:
+    ) -> tuple[list[int], int, int]:
         block = self.grid.block_size
         done = slots.live & ~still_masked.any(dim=1)
         ended = slots.block_start + block >= slots.end
@@ -264,4 +267,4 @@ class BlockDecoder:
         slots.block_step = slots.block_step.masked_fill(done, 0)
         # The one host-device synchronisation of a step.
         flags = torch.stack([finished, slots.commit, slots.live * slots.block_start]).cpu().numpy()
-        return np.flatnonzero(flags[0]).tolist(), bool(flags[1].any()), int(flags[2].max()) + block + 1
+        return np.flatnonzero(flags[0]).tolist(), int(flags[1].sum()), int(flags[2].max()) + block + 1

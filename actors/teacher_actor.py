@@ -23,6 +23,8 @@ class ScoreStats:
 
     tokens: int
     """Response tokens scored."""
+    forward_tokens: int
+    """Tokens that went through the teacher."""
     seconds: float
     nbytes: int
     """Bytes of targets that travel to the learner."""
@@ -81,7 +83,8 @@ class TeacherActor:
         arrays = [getattr(target, field) for target in targets for field in type(target).__slots__]
         nbytes = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
         tokens = sum(t.response_length for t in trajectories)
-        return (*scored, ScoreStats(tokens, time.perf_counter() - started, nbytes))
+        forward_tokens = tokens + sum(len(t.prompt_ids) - 1 for t in trajectories)
+        return (*scored, ScoreStats(tokens, forward_tokens, time.perf_counter() - started, nbytes))
 
     def generate(
         self,

@@ -17,9 +17,9 @@ def scheduled(schedule: Schedule, round_: int) -> float:
     return schedule.start + (schedule.end - schedule.start) * progress
 
 
-def length_limit(config: OpdlmConfig, round_: int, domain: str | None = None) -> int:
-    """Most new tokens of a rollout: the schedule's, cut by the domain's cap and by `rollout.max_new_tokens`."""
-    limits = [config.rollout.max_new_tokens]
+def length_limit(config: OpdlmConfig, round_: int, domain: str | None = None, own: int | None = None) -> int:
+    """Most new tokens of a rollout: the schedule's, cut by the prompt's `own`, its domain's, and the run's limit."""
+    limits = [config.rollout.max_new_tokens] + ([own] if own is not None else [])
     if config.curriculum.max_new_tokens is not None:
         limits.append(int(scheduled(config.curriculum.max_new_tokens, round_)))
     if domain is not None and domain in config.curriculum.max_new_tokens_per_domain:

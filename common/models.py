@@ -8,6 +8,7 @@ transformers' own. What makes it a student is in its config.json: `mask_token_id
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,15 @@ def _mask_id(folder: Path, config: Any) -> int | None:
     if (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(folder).mask_token_id
     return None
+
+
+def count_parameters(folder: str | Path) -> int:
+    """Parameters of a checkpoint folder, from the headers of its weight files."""
+    total = 0
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
 
 
 def load_output_matrix(folder: str | Path, dtype: str) -> torch.Tensor:

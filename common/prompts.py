@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from common.chat import ChatTemplate
 from common.config.schema import DataConfig
+from common.data_rows import Row, read_rows
 from common.errors import ConfigError
-from common.tasks import get_task, problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +23,9 @@ class Prompt:
     prompt_id: str
     ids: np.ndarray  # [P] int32
     domain: str | None = None
+    max_new_tokens: int | None = None
+    """The row's own response limit in tokens."""
+    response: np.ndarray | None = None  # [R] int32, with its end-of-sequence token; where the data has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,16 @@ def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, longest: 
         ConfigError: no file, a broken line, or nothing left to train on.
     """
     limit = longest if data.max_prompt_tokens is None else min(longest, data.max_prompt_tokens)
+    encode = _encoder(data, tokenizer)
     kept: list[Prompt] = []
     refused: list[str] = []
-    for prompt_id, content, domain in itertools.islice(_rows(data, seed), data.prompts):
-        ids = content if isinstance(content, list) else tokenizer(content, add_special_tokens=False)["input_ids"]
+    for row in itertools.islice(read_rows(data, seed), data.prompts):
+        ids = encode(row)
         if not 0 < len(ids) <= limit:
-            refused.append(f"{prompt_id}: {len(ids)} tokens; expected 1 to {limit}")
+            refused.append(f"{row.name}: {len(ids)} tokens; expected 1 to {limit}")
         else:
-            kept.append(Prompt(prompt_id, np.array(ids, dtype=np.int32), domain))
+            prompt_ids = np.array(ids, dtype=np.int32)
+            kept.append(Prompt(row.name, prompt_ids, row.domain, row.max_new_tokens, _response(row, tokenizer)))
     if not kept:
         reason = f"; first refusal: {refused[0]}" if refused else ""
         raise ConfigError(f"data: no prompt to train on in {data.path or data.task}{reason}")
@@ -88,31 +91,25 @@ def _digest(prompts: Sequence[Prompt]) -> str:
     return running.hexdigest()[:16]
 
 
-def _rows(data: DataConfig, seed: int) -> Iterator[tuple[str, str | list[int], str | None]]:
-    if data.task is not None:
-        for number, problem in enumerate(problems(get_task(data.task), "train", seed)):
-            yield f"{data.task}/{number}", problem.prompt, None
-    else:
-        yield from _jsonl_rows(Path(str(data.path)), data.prompt_field, data.domain_field)
+def _encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[Row], list[int]]:
+    chat = ChatTemplate(tokenizer, data.system_prompt, data.thinking) if data.chat_template else None
+
+    def encode(row: Row) -> list[int]:
+        if isinstance(row.prompt, list):
+            return row.prompt
+        if chat is not None:
+            return chat.ids(row.prompt)
+        return list(tokenizer(row.prompt, add_special_tokens=False)["input_ids"])
+
+    return encode
 
 
-def _jsonl_rows(file: Path, field: str, domain_field: str) -> Iterator[tuple[str, str | list[int], str | None]]:
-    if not file.is_file():
-        raise ConfigError(f"data.path: {file} does not exist; expected a JSONL file of prompts")
-    with file.open() as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file.name}:{number}"
-            try:
-                row: Any = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"data.path: {where} is not JSON: {error}") from None
-            if not isinstance(row, dict) or field not in row:
-                found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise ConfigError(f"data.prompt_field: {where} has no `{field}`; found: {found}")
-            content = row[field]
-            is_ids = isinstance(content, list) and all(isinstance(i, int) for i in content)
-            if not (isinstance(content, str) or is_ids):
-                raise ConfigError(f"data.prompt_field: {where}: `{field}` is neither text nor a list of token ids")
-            yield where, content, row.get(domain_field)
+def _response(row: Row, tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
+    """Token ids that end with the end-of-sequence token: a given response is a finished one."""
+    if row.response is None:
+        return None
+    text = row.response
+    ids = list(text if isinstance(text, list) else tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        ids.append(tokenizer.eos_token_id)
+    return np.array(ids, dtype=np.int32)

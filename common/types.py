@@ -141,4 +141,6 @@ class DecodeStats:
     """Denoising steps summed over sequences."""
     forwards: int
     """Batched denoising forwards (prefills not counted)."""
+    forward_tokens: int
+    """Tokens that went through the student: prompt blocks, blocks being denoised, finished blocks committed."""
     seconds: float

@@ -1,7 +1,7 @@
 """The loops that keep the actors busy. References and counts move here; tensors never do.
 
     loop       consumes                        produces                            waits for; is woken by
-    produce    free slots (queue.lease)        a task per chunk: decode, score,    a free slot; weights_taken
+    produce    free slots (queue.lease)        a task per chunk: source.sample,    a free slot; weights_taken
                                                queue.put
     push       weights (queue.next_weights)    load_weights on every rollout       a new version; the learner's publish
                                                actor, queue.weights_taken
@@ -19,19 +19,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayError
 
-from actors.decode_settings import DecodeSettings
 from common.config import OpdlmConfig
-from common.curriculum import dynamic_threshold, length_limit
 from common.errors import OpdlmError
-from common.prompts import PromptOrder
-from common.types import RolloutRequest, WeightHandle
+from common.types import WeightHandle
 from deploy.cluster import Roles
-from deploy.replay_source import ReplaySource
+from deploy.sources import SampleSource
 from deploy.telemetry import Telemetry
 from deploy.threads import in_daemon_thread
 
@@ -42,14 +38,11 @@ class Coordinator:
     """Wires the roles of one run. `on_weights` is awaited after each push, before decoding goes on (evaluation)."""
 
     def __init__(
-        self, config: OpdlmConfig, roles: Roles, order: PromptOrder, telemetry: Telemetry, on_weights: Hook
+        self, config: OpdlmConfig, roles: Roles, source: SampleSource, telemetry: Telemetry, on_weights: Hook
     ) -> None:
-        self.config, self.roles, self.order = config, roles, order
+        self.config, self.roles, self.source = config, roles, source
         self.telemetry, self.on_weights = telemetry, on_weights
-        self.settings = DecodeSettings.from_config(config.rollout)
         self.weights: WeightHandle | None = None
-        replay, per_round = config.run.replay, config.rollout.prompts_per_round
-        self._replay = ReplaySource(Path(replay), per_round) if replay is not None else None
         self._stopping = False
 
     async def run(self, fit: Callable[[], None]) -> None:
@@ -85,43 +78,20 @@ class Coordinator:
                 tasks.create_task(self._sample(indices))
 
     async def _sample(self, indices: list[int]) -> None:
+        assert self.weights is not None, "slots are free only after the first push"
         for attempt in range(1, self.config.resources.sample_attempts + 1):
             try:
-                return await self._decode_then_score(indices)
+                samples, version = await self.source.sample(indices, self.weights)
+                await self.roles.queue.put.remote(indices, version, samples)
+                return
             except RayError as error:  # a failed score is an error and a retry, never zeros (METHOD.md section 3)
                 reason = str(error).strip().splitlines()[-1]
                 self.telemetry.failed(indices, attempt, reason)
                 if attempt == self.config.resources.sample_attempts:
-                    prompt = self.order[indices[0]].prompt_id
                     raise OpdlmError(
-                        f"samples {indices[0]} to {indices[-1]} (the first is prompt {prompt}) failed {attempt} times "
-                        f"(resources.sample_attempts): {reason}"
+                        f"samples {indices[0]} to {indices[-1]} failed {attempt} times (resources.sample_attempts): "
+                        f"{reason}"
                     ) from error
-
-    async def _decode_then_score(self, indices: list[int]) -> None:
-        if self._replay is not None:
-            samples, version = await self._replay.sample(indices, self.weights)
-            await self.roles.queue.put.remote(indices, version, samples)
-            return
-        batch, count = self.config.rollout.batch_size, len(indices)
-        requests = [self._request(index) for index in indices]
-        trajectories, decoded = await self.roles.rollouts.call(
-            "decode", requests, self.weights, self.settings, batch, outputs=count
-        )
-        scored, score = await self.roles.teachers.call("score", *trajectories, outputs=count)
-        await self.roles.queue.put.remote(indices, decoded.weight_version, scored)
-        self.telemetry.sampled(decoded, score)
-
-    def _request(self, index: int) -> RolloutRequest:
-        prompt, round_ = self.order[index], index // self.config.rollout.prompts_per_round
-        return RolloutRequest(
-            index=index,
-            prompt_id=prompt.prompt_id,
-            prompt_ids=prompt.ids,
-            max_new_tokens=length_limit(self.config, round_, prompt.domain),
-            seed=self.config.run.seed * 1_000_003 + index,
-            threshold=dynamic_threshold(self.config, round_),
-        )
 
     async def _push(self) -> None:
         queue: Any = self.roles.queue

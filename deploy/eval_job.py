@@ -42,7 +42,7 @@ def run_eval(folder: Path, task_name: str, options: EvalOptions, console: Consol
     """Evaluates and prints the table."""
     task = get_task(task_name)
     checkpoint = CheckpointDecoder(folder, options.block_size)
-    exam = Exam(task, checkpoint.tokenizer, options.problems)
+    exam = Exam([task], checkpoint.tokenizer, options.problems)
     table = Table(title=f"{folder}: {options.problems} held-out problems of {task_name}")
     table.add_column("decoding")
     for name in ("exact match", "tokens per denoising step", "tokens per second"):

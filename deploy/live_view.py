@@ -44,6 +44,8 @@ class LiveView:
         for left, right in zip(_training_figures(step, round_), _flow_figures(round_), strict=True):
             table.add_row(*left, "   ", *right)
         for name, record in self._latest.items():
+            if record["kind"] == "generating" and record["done"] < record["total"]:
+                table.add_row("teacher responses", f"{record['done']:,} of {record['total']:,}")
             if record["kind"] == "evaluation":
                 table.add_row(
                     name, f"{record['exact_match']:.1%}", "", "tokens/step", f"{record['tokens_per_step']:.2f}"
@@ -64,6 +66,8 @@ class PlainView:
         """Prints what is worth a line."""
         if record["kind"] == "step":
             self._loss = record["loss"]
+        elif record["kind"] == "generating":
+            self._print(f"teacher responses: {record['done']:,} of {record['total']:,}")
         elif record["kind"] == "evaluation":
             self._print(
                 f"evaluation {record['row']}: exact match {record['exact_match']:.1%}, "

@@ -44,8 +44,8 @@ def preflight(config: OpdlmConfig) -> Preflight:
         raise ConfigError(
             f"teacher.top_k: found {config.teacher.top_k}, more than the teacher's vocabulary of {teacher.vocab_size}"
         )
-    if config.data.task:
-        get_task(config.data.task)
+    for task in examined_tasks(config):
+        get_task(task)
     prompts = load_prompts(config.data, tokenizer, _longest_prompt(config, student), config.run.seed)
     per_round = config.rollout.prompts_per_round
     total = config.data.epochs * len(prompts.prompts) if config.run.rounds is None else config.run.rounds * per_round
@@ -55,6 +55,11 @@ def preflight(config: OpdlmConfig) -> Preflight:
     if config.run.replay is not None:
         check_replay(config, Path(config.run.replay), teacher, plan, order.digest)
     return Preflight(teacher, student, tokenizer, prompts, order, plan)
+
+
+def examined_tasks(config: OpdlmConfig) -> list[str]:
+    """Names of the tasks that the run's evaluations examine."""
+    return config.evaluation.tasks or ([config.data.task] if config.data.task else [])
 
 
 def prepare_student(config: OpdlmConfig) -> str:
@@ -70,7 +75,7 @@ def prepare_student(config: OpdlmConfig) -> str:
 def _longest_prompt(config: OpdlmConfig, student: ModelFacts) -> int:
     """Longest prompt that leaves room for a whole response, to the end of its last block."""
     room = config.rollout.max_new_tokens
-    if config.data.task and (config.evaluation.every_rounds or config.evaluation.final_problems):
+    if examined_tasks(config) and (config.evaluation.every_rounds or config.evaluation.final_problems):
         room = max(room, config.evaluation.max_new_tokens)
     longest = student.context - room - (config.rollout.block_size - 1)
     if longest < 1:

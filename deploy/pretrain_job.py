@@ -62,7 +62,7 @@ def run_pretrain(
 
         pretrain(model, batches, settings, progress)
     if task is not None:
-        exam = Exam(task, tokenizer, _EXAM_PROBLEMS)
+        exam = Exam([task], tokenizer, _EXAM_PROBLEMS)
         responses = generate(model, exam.prompt_ids, settings.context // 2, [tokenizer.eos_token_id], 128)
         console.print(
             f"exact match on {_EXAM_PROBLEMS} held-out problems: {exam.exact_match(responses):.1%}", highlight=False

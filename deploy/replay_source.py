@@ -38,7 +38,7 @@ class ReplaySource:
         self._folder = folder
         self._prompts_per_round = prompts_per_round
 
-    async def sample(self, indices: list[int], weights: WeightHandle | None) -> tuple[list[Any], int]:
+    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[Any], int]:
         """References to the samples, in order, and the oldest weight version among them, once they are read.
 
         The arrays go from the disk to the object store in a task; they never pass through this process.
@@ -75,6 +75,7 @@ def check_replay(config: OpdlmConfig, folder: Path, teacher: ModelFacts, plan: T
         header = read_header(file)
         _check_facts(file, header.facts, facts)
         _check_samples(file, header, plan, round_, config)
+        _check_states(file, header, config)
         _check_targets(file, header, config, hidden_size)
 
 
@@ -99,6 +100,14 @@ def _check_samples(file: Path, header: RoundHeader, plan: TrainingPlan, round_: 
         raise ConfigError(
             f"queue.max_staleness: found {config.queue.max_staleness}, but samples in {file} are {staleness} rounds "
             f"older than the weights that they train; at least {staleness}"
+        )
+
+
+def _check_states(file: Path, header: RoundHeader, config: OpdlmConfig) -> None:
+    if not header.visited_states and config.objective.states != "random_mask":
+        raise ConfigError(
+            f"objective.selection: found {config.objective.states!r}, but the responses in {file} were given, not "
+            "decoded, and have no visited states; use `random_mask`"
         )
 
 

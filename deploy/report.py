@@ -31,6 +31,8 @@ def write_report(run_dir: Path) -> Table:
         "optimizer_steps": last["step"],
         "weight_version": last["round"],
         "wall_seconds": records[-1]["wall_seconds"] if records else 0.0,
+        "compute_flops": last.get("compute_flops", 0),
+        "by_task": {row: r["by_task"] for row, r in rows.items() if row != PERIODIC},
     }
     (run_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     _draw(records, run_dir / "report.png")

@@ -1,6 +1,7 @@
 """What a run says about itself: one record stream to metrics.jsonl, TensorBoard and the live view.
 
-Records have a `kind`: `data`, `step` (one optimizer step), `round`, `publish`, `checkpoint`, `evaluation`, `failure`.
+Records have a `kind`: `data`, `step` (one optimizer step), `round`, `publish`, `checkpoint`, `evaluation`, `failure`,
+`offline` (given responses).
 Every number is computed where it arises (the decoder, the train step, ...) and only collected here.
 """
 
@@ -34,13 +35,24 @@ class Telemetry:
         run_dir: gets `metrics.jsonl` (appended) and `tensorboard/`.
         view: shown every record.
         first_round: round that the run (re)starts from; first_step: optimizer steps before it.
+        parameters: of student and teacher, for the compute that a run took.
     """
 
-    def __init__(self, run_dir: Path, view: View, first_round: int = 0, first_step: int = 0) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        view: View,
+        first_round: int = 0,
+        first_step: int = 0,
+        parameters: tuple[int, int] = (0, 0),
+    ) -> None:
+        earlier = read_records(run_dir)
+        self._flops = next((r["compute_flops"] for r in reversed(earlier) if "compute_flops" in r), 0)
+        self._student_parameters, self._teacher_parameters = parameters
         self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self._view = view
-        self._started = time.perf_counter() - _last_wall_seconds(run_dir / "metrics.jsonl")
+        self._started = time.perf_counter() - (earlier[-1]["wall_seconds"] if earlier else 0.0)
         self._round, self._step = first_round, first_step
         self._reset()
 
@@ -55,10 +67,13 @@ class Telemetry:
         """Seconds of this run so far, earlier lives included."""
         return time.perf_counter() - self._started
 
-    def sampled(self, decoded: DecodeStats, scored: ScoreStats) -> None:
-        """A chunk of prompts was decoded and scored."""
-        self._decoded.append(decoded)
-        self._scored.append(scored)
+    def decoded(self, stats: DecodeStats) -> None:
+        """A chunk of prompts was decoded."""
+        self._decoded.append(stats)
+
+    def scored(self, stats: ScoreStats) -> None:
+        """A chunk of trajectories was scored."""
+        self._scored.append(stats)
 
     def failed(self, indices: list[int], attempt: int, reason: str) -> None:
         """Decoding or scoring a chunk failed and may be tried again."""
@@ -69,6 +84,18 @@ class Telemetry:
         """What the prompts are, and by name those that were refused."""
         figures = {"prompts_kept": kept, "prompts_refused": len(refused), "data_digest": digest, "refused": refused}
         self._write({"kind": "data", "round": self._round, "step": self._step, **figures})
+
+    def given(self, responses: int, forward_tokens: int, cached: bool) -> None:
+        """Given responses are there; their generation counts as compute of this run, also where it was cached."""
+        self._flops += 2 * self._teacher_parameters * forward_tokens
+        figures = {"responses": responses, "teacher_forward_tokens": forward_tokens, "cached": cached}
+        self._write(
+            {"kind": "offline", "round": self._round, "step": self._step, "compute_flops": self._flops, **figures}
+        )
+
+    def generating(self, done: int, total: int) -> None:
+        """The teacher has answered `done` of `total` prompts; for the view only."""
+        self._view.show({"kind": "generating", "done": done, "total": total})
 
     def pushed(self, handle: WeightHandle, seconds: float) -> None:
         """A weight version reached every rollout actor."""
@@ -96,8 +123,11 @@ class Telemetry:
         seconds = time.perf_counter() - self._round_started
         decode_seconds = sum(s.seconds for s in self._decoded)
         score_seconds = sum(s.seconds for s in self._scored)
-        tokens = sum(s.response_tokens for s in self._decoded)
-        sequences = sum(s.sequences for s in self._decoded)
+        decode_tokens = sum(s.forward_tokens for s in self._decoded)
+        score_tokens = sum(s.forward_tokens for s in self._scored)
+        # The paper's count: 2N a token forward, 6N a token trained.
+        student = 2 * decode_tokens + 6 * event["train_forward_tokens"]
+        self._flops += self._student_parameters * student + 2 * self._teacher_parameters * score_tokens
         figures: dict[str, Any] = {
             "round_seconds": seconds,
             "weight_push_seconds": self._push_seconds,
@@ -105,13 +135,21 @@ class Telemetry:
             "teacher_busy_seconds": score_seconds,
             "learner_tokens_per_second": event["round_tokens"] / event["train_seconds"],
             "run_tokens_per_second": event["round_tokens"] / seconds,
+            "rollout_forward_tokens": decode_tokens,
+            "teacher_forward_tokens": score_tokens,
+            "compute_flops": self._flops,
         }
         if self._decoded:
+            tokens = sum(s.response_tokens for s in self._decoded)
             figures |= {
                 "rollout_tokens_per_second": tokens / decode_seconds,
                 "tokens_per_step": tokens / sum(s.denoising_steps for s in self._decoded),
-                "response_tokens_mean": tokens / sequences,
-                "teacher_tokens_per_second": sum(s.tokens for s in self._scored) / score_seconds,
+                "response_tokens_mean": tokens / sum(s.sequences for s in self._decoded),
+            }
+        if self._scored:
+            tokens = sum(s.tokens for s in self._scored)
+            figures |= {
+                "teacher_tokens_per_second": tokens / score_seconds,
                 "target_bytes_per_token": sum(s.nbytes for s in self._scored) / tokens,
             }
         return figures
@@ -130,8 +168,3 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
     """All records of a run so far."""
     file = run_dir / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def _last_wall_seconds(file: Path) -> float:
-    records = file.read_text().splitlines() if file.exists() else []
-    return float(json.loads(records[-1])["wall_seconds"]) if records else 0.0

@@ -28,6 +28,7 @@ from deploy.checkpoint_decoder import CheckpointDecoder
 from deploy.evaluation import Exam
 from deploy.trace_page import render_page
 from deploy.trace_record import Recorder, block_records, mean_kl
+from learner.lora import add_adapters
 
 _SLOTS = 8
 _SAMPLES = 3
@@ -154,10 +155,13 @@ def _student(run: Path, config: OpdlmConfig, given: Path | None) -> tuple[Checkp
     checkpoint = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         return student, str(start)
+    if config.model.lora is not None:
+        add_adapters(student.model, config.model.lora, config.run.seed)
     weights = load_file(checkpoint.folder / "weights.safetensors")
     with torch.no_grad():
         for name, parameter in student.model.named_parameters():
-            parameter.copy_(weights[name])
+            if parameter.requires_grad:  # a checkpoint holds what is trained
+                parameter.copy_(weights[name])
     return student, str(checkpoint.folder)
 
 
@@ -201,7 +205,7 @@ def _requests(
 
 def _samples(config: OpdlmConfig, student: CheckpointDecoder, room: int, count: int) -> list[tuple[str, np.ndarray]]:
     if config.data.task:
-        exam = Exam(get_task(config.data.task), student.tokenizer, count)
+        exam = Exam([get_task(config.data.task)], student.tokenizer, count)
         return [(f"{config.data.task}/test/{i}", ids) for i, ids in enumerate(exam.prompt_ids)]
     first = config.data.model_copy(update={"prompts": count})
     return [(p.prompt_id, p.ids) for p in load_prompts(first, student.tokenizer, room, config.run.seed).prompts]

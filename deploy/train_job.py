@@ -11,15 +11,19 @@ from rich.console import Console
 from actors.decode_settings import DecodeSettings
 from common.config import OpdlmConfig
 from common.config.schema import Strategy
+from common.models import count_parameters
 from common.tasks import get_task
 from common.types import WeightHandle
-from deploy import report
+from deploy import offline, report
 from deploy.cluster import Roles, connect, start_roles
 from deploy.coordinator import Coordinator
 from deploy.evaluation import Exam, evaluate_student, evaluate_teacher
 from deploy.live_view import open_view
-from deploy.preflight import Preflight, preflight, prepare_student
+from deploy.offline import GivenResponses
+from deploy.preflight import Preflight, examined_tasks, preflight, prepare_student
+from deploy.replay_source import ReplaySource
 from deploy.run_dir import config_digest, open_run
+from deploy.sources import GivenSource, OnPolicySource, SampleSource
 from deploy.telemetry import Telemetry, read_records
 from learner.group import LearnerSetup, fit
 
@@ -32,8 +36,10 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
         console.print(f"refused prompt {line}", highlight=False)
     if checked.prompts.refused:
         console.print(f"prompts refused: {len(checked.prompts.refused)}, kept: {len(checked.prompts.prompts)}")
-    if config.run.replay is not None:
+    replay = config.run.replay is not None
+    if replay:
         console.print("replay: no rollout and no teacher actors, so no evaluation", highlight=False)
+    given = None if replay else offline.known_responses(config, checked.prompts.prompts, checked.order.digest)
     connect(config)
     checkpoint = open_run(config, resume, checked.order.digest)
     first_round = checkpoint.rounds if checkpoint else 0
@@ -44,9 +50,10 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
     roles = start_roles(config, student, checked.plan.total, first_round)
     try:
         with open_view(console, checked.plan.rounds, first_round) as view:
-            telemetry = Telemetry(Path(config.run.dir), view, first_round, first_step)
+            parameters = count_parameters(student), count_parameters(config.model.teacher)
+            telemetry = Telemetry(Path(config.run.dir), view, first_round, first_step, parameters)
             telemetry.data(len(checked.prompts.prompts), checked.prompts.refused, checked.order.digest)
-            job = _Job(config, checked, roles, telemetry, student)
+            job = _Job(config, checked, roles, telemetry, student, given)
             try:
                 code = asyncio.run(job.run())
             finally:
@@ -65,9 +72,16 @@ class _Job:
     """One run of the loops with its evaluations and signals."""
 
     def __init__(
-        self, config: OpdlmConfig, checked: Preflight, roles: Roles, telemetry: Telemetry, student: str
+        self,
+        config: OpdlmConfig,
+        checked: Preflight,
+        roles: Roles,
+        telemetry: Telemetry,
+        student: str,
+        given: GivenResponses | None,
     ) -> None:
         self.config, self.checked, self.roles, self.telemetry = config, checked, roles, telemetry
+        self.given = given
         self.setup = LearnerSetup(
             config=config.model_dump(mode="json"),
             student=student,
@@ -77,14 +91,17 @@ class _Job:
             queue=roles.queue,
         )
         self.settings = DecodeSettings.from_config(config.rollout)
-        self.coordinator = Coordinator(config, roles, checked.order, telemetry, self._on_weights)
+        self.coordinator: Coordinator | None = None
         self.stopped_by = 0
-        evaluation, task = config.evaluation, config.data.task
-        most = max(evaluation.final_problems, evaluation.problems if evaluation.every_rounds else 0)
-        if config.run.replay is not None:  # nobody could answer
-            most = 0
-        self._final = Exam(get_task(task), checked.tokenizer, evaluation.final_problems) if task and most else None
-        self._periodic = Exam(get_task(task), checked.tokenizer, evaluation.problems) if task and most else None
+        evaluation = config.evaluation
+        # In a replay nobody could answer.
+        tasks = [get_task(name) for name in examined_tasks(config)] if config.run.replay is None else []
+        self._final = (
+            Exam(tasks, checked.tokenizer, evaluation.final_problems) if tasks and evaluation.final_problems else None
+        )
+        self._periodic = (
+            Exam(tasks, checked.tokenizer, evaluation.problems) if tasks and evaluation.every_rounds else None
+        )
 
     async def run(self) -> int:
         """Trains; then the final evaluation, unless the run was stopped."""
@@ -92,24 +109,52 @@ class _Job:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
         name = f"{Path(self.config.run.dir).name}"
+        self._preparing = asyncio.ensure_future(self._source())
+        try:
+            source = await self._preparing
+        except asyncio.CancelledError:  # a signal while responses were generated: nothing has begun
+            return 128 + self.stopped_by
+        self.coordinator = Coordinator(self.config, self.roles, source, self.telemetry, self._on_weights)
         await self.coordinator.run(lambda: fit(self.setup, name))
         if self.stopped_by:
             return 128 + self.stopped_by
-        if self._final is not None and self.config.evaluation.final_problems and self.coordinator.weights:
+        if self._final is not None and self.coordinator.weights:
             await self._evaluate(report.STATIC, self._final, self.coordinator.weights)
             await self._evaluate(report.DYNAMIC, self._final, self.coordinator.weights)
         return 0
+
+    async def _source(self) -> SampleSource:
+        """Saved samples, the student's rollouts, or given responses, which the teacher makes now if nobody has yet."""
+        config, roles, order = self.config, self.roles, self.checked.order
+        if config.run.replay is not None:
+            return ReplaySource(Path(config.run.replay), config.rollout.prompts_per_round)
+        if config.objective.kind == "opd":
+            return OnPolicySource(config, roles.rollouts, roles.teachers, order, self.telemetry)
+        if self.given is None:
+            prompts = self.checked.prompts.prompts
+            made_of = offline.recipe(config, order.digest)
+            self.given = await offline.generate_responses(
+                config, prompts, roles.teachers, made_of, self.telemetry.generating
+            )
+        self.telemetry.given(len(self.given.by_prompt), self.given.forward_tokens, self.given.cached)
+        facts = self.checked.teacher
+        return GivenSource(
+            config, roles.teachers, order, self.telemetry, self.given.by_prompt, facts.vocab_size, facts.eos_ids
+        )
 
     def _on_signal(self, number: int) -> None:
         if self.stopped_by:  # asked twice: at once
             raise KeyboardInterrupt
         self.stopped_by = int(number)
-        self._stop = asyncio.ensure_future(self.coordinator.stop())
+        if self.coordinator is None:
+            self._preparing.cancel()
+        else:
+            self._stop = asyncio.ensure_future(self.coordinator.stop())
 
     async def _on_weights(self, handle: WeightHandle) -> None:
         """Evaluations that belong to a version: the table's first rows before training, the curve's points later."""
         evaluation = self.config.evaluation
-        if handle.version == 0 and self._final is not None and evaluation.final_problems:
+        if handle.version == 0 and self._final is not None:
             done = {r["row"] for r in read_records(Path(self.config.run.dir)) if r["kind"] == "evaluation"}
             if report.TEACHER not in done:
                 result = await evaluate_teacher(self.roles.teachers, self._final, evaluation)
@@ -137,6 +182,8 @@ def _absolute(config: OpdlmConfig) -> OpdlmConfig:
             "student": str(Path(config.model.student).resolve()) if config.model.student else None,
         }
     )
-    replay = str(Path(config.run.replay).resolve()) if config.run.replay is not None else None
+    replay = config.run.replay and str(Path(config.run.replay).resolve())
     run = config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve()), "replay": replay})
-    return config.model_copy(update={"model": model, "run": run})
+    cache = config.offline.cache and str(Path(config.offline.cache).resolve())
+    given = config.offline.model_copy(update={"cache": cache})
+    return config.model_copy(update={"model": model, "run": run, "offline": given})

@@ -44,14 +44,15 @@ class RolloutFacts:
     vocab_size: int
     """The teacher's V."""
     targets: str
-    """Kind of the teacher's targets: `hidden`, `topk`, `logits`."""
+    """Kind of the targets: `hidden`, `topk` (the tokens of given responses too), `logits`."""
     data_digest: str
     """Fingerprint of the prompts (`PromptOrder.digest`)."""
 
 
 def facts_of(config: OpdlmConfig, vocab_size: int, data_digest: str) -> RolloutFacts:
     """The facts of a run. `vocab_size`: the teacher's; `data_digest`: its prompts'."""
-    rollout, kind = config.rollout, config.teacher.targets
+    rollout = config.rollout
+    kind = "topk" if config.objective.kind == "cft" else config.teacher.targets
     return RolloutFacts(
         rollout.prompts_per_round, rollout.block_size, rollout.block_grid, vocab_size, kind, data_digest
     )
@@ -66,6 +67,8 @@ class RoundHeader:
     """By sample index, in order."""
     target_widths: dict[int, int]
     """By sample index: D of hidden states, K of top tokens, V of logits."""
+    visited_states: bool
+    """Whether each response was decoded step by step; a given response was not."""
 
 
 def round_file(folder: Path, round_: int) -> Path:
@@ -125,6 +128,7 @@ def read_header(file: Path) -> RoundHeader:
             facts,
             {index: fields["weight_version"] for index, fields in small.items()},
             {index: tensors.get_slice(f"{index}.{last}").get_shape()[-1] for index in small},
+            all(fields["denoising_steps"] > 0 for fields in small.values()),
         )
 
 

@@ -39,7 +39,7 @@ def build_rows(
     """The rows that the objective's selection makes of one trajectory; a row may have no loss position."""
     trajectory = scored.trajectory
     states = BlockStates(trajectory.reveal_step, len(trajectory.prompt_ids), grid)
-    selected = SELECTIONS[objective.selection](states, rng)
+    selected = SELECTIONS[objective.states](states, rng)
     return [build_row(scored, masked, grid, mask_id, objective.exclude_eos) for masked in selected]
 
 

@@ -30,6 +30,7 @@ from common.weights import load_weights, pack_weights
 from learner import zero
 from learner.distill import DistillModule
 from learner.group import LearnerSetup
+from learner.lora import add_adapters, save_adapter
 from learner.plan import TrainingPlan
 from learner.rollout_files import facts_of, round_file
 from learner.rollout_tasks import start_dump
@@ -55,6 +56,8 @@ class Learner:
         )
         attention = _attention(config)
         student = load_model(setup.student, config.model.dtype, attention)
+        if config.model.lora is not None:
+            add_adapters(student, config.model.lora, config.run.seed)
         if config.learner.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         module = DistillModule(student, config.objective, config.learner.logits_chunk, attention)
@@ -86,14 +89,14 @@ class Learner:
                 saved = self.rounds
         if saved != self.rounds:
             self._save()
-        if self.rank == 0 and pack is not None and self.rounds == self.plan.rounds:
+        if self.rounds == self.plan.rounds:
             self._export(pack)
         dist.barrier()
 
     def _train_round(self, references: list[Any], staleness: list[int]) -> None:
         started = time.perf_counter()
         dump = self._start_dump(references)
-        tokens = 0
+        tokens = forward_tokens = 0
         for places in self.plan.batches(self.rounds, len(references)):
             mine = places[self.rank :: self.world]
             share: list[ScoredTrajectory] = self._ask([references[i] for i in mine], "scored trajectories")
@@ -108,6 +111,7 @@ class Learner:
                     f"the last checkpoint in {self.run_dir} is from before it"
                 )
             self.optimizer_steps += 1
+            forward_tokens += result.tokens - result.padding_tokens
             tokens += sum(s.trajectory.response_length for s in share)
             self._tell_step(result, rate)
         if dump is not None:  # before a checkpoint can cover the round
@@ -120,6 +124,7 @@ class Learner:
             kind="round",
             rollout_tokens=self.rollout_tokens,
             round_tokens=int(total),
+            train_forward_tokens=forward_tokens,
             staleness_mean=sum(staleness) / len(staleness),
             staleness_max=max(staleness),
             train_seconds=time.perf_counter() - started,
@@ -193,17 +198,22 @@ class Learner:
             "data_digest": self.setup.data_digest,
         }
 
-    def _export(self, pack: WeightPack) -> None:
-        """The finished student as a Hugging Face folder, `RUN/student`."""
+    def _export(self, pack: WeightPack | None) -> None:
+        """The finished student as a Hugging Face folder, `RUN/student`; its adapter in `RUN/adapter`. Collective."""
+        lora, adapter = self.config.model.lora, self.run_dir / "adapter"
+        if lora is not None and not adapter.exists():
+            student = self.engine.module.student
+            dist.barrier()  # nobody makes the folder before everybody has looked
+            save_adapter(student, lora, self.setup.student, adapter if self.rank == 0 else None, zero.gathered)
         destination = self.run_dir / "student"
-        if destination.exists():
+        if pack is None or destination.exists():
             return
         model = load_model(self.setup.student, self.config.model.dtype)
         load_weights(model, pack)
         save_model(model, load_tokenizer(self.setup.student), destination)
 
     def _teacher_head(self) -> torch.Tensor | None:
-        if self.config.teacher.targets != "hidden":
+        if self.config.teacher.targets != "hidden" or self.config.objective.kind == "cft":
             return None
         return load_output_matrix(self.config.model.teacher, self.config.teacher.dtype).to(self.engine.device)
 

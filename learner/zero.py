@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.config.schema import LearnerConfig
+from learner.lora import merged_parameters
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -42,7 +43,7 @@ def initialise(module: Any, config: LearnerConfig, dtype: str) -> Any:
     backend = "nccl" if on_gpu else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     optimizer = torch.optim.AdamW(
-        module.parameters(),
+        [p for p in module.parameters() if p.requires_grad],
         lr=config.optimizer.lr,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
@@ -78,25 +79,28 @@ def _engine_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
 
 
 def full_parameters(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name in the student, whole parameter) one by one; a collective call, at most one gathered at a time."""
-    for name, parameter in engine.module.student.named_parameters():
-        with _gathered(parameter):
-            yield name, parameter.detach()
+    """(name, whole parameter) of the student, adapters merged in, one gathered at a time; a collective call."""
+    return merged_parameters(engine.module.student, gathered)
 
 
 @contextlib.contextmanager
-def _gathered(parameter: nn.Parameter) -> Iterator[None]:
-    if not hasattr(parameter, "ds_id"):  # stages 1 and 2 keep whole weights on every rank
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """A context in which the parameters are whole on every rank; a collective call."""
+    if not hasattr(parameters[0], "ds_id"):  # stages 1 and 2 keep whole weights on every rank
         yield
     else:
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters(parameters):
             yield
 
 
+def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((n, p) for n, p in engine.module.student.named_parameters() if p.requires_grad)
+
+
 def save_state(engine: Any, folder: Path | None) -> None:
-    """Writes float32 weights and AdamW moments, whole, under the parameters' names. A collective call.
+    """Writes float32 weights and AdamW moments of what is trained, whole, under the parameters' names; collective.
 
     Args:
         folder: where the writing rank writes; None on the others.
@@ -105,7 +109,7 @@ def save_state(engine: Any, folder: Path | None) -> None:
 
     weights: dict[str, torch.Tensor] = {}
     moments: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.module.student.named_parameters():
+    for name, parameter in _trained(engine):
         whole = safe_get_full_fp32_param(parameter)
         states = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
         if folder is not None:
@@ -123,7 +127,7 @@ def load_state(engine: Any, folder: Path) -> None:
         safe_open(folder / "optimizer.safetensors", "pt") as moments,
     ):
         _create_moments(engine, float(moments.metadata()["step"]))
-        for name, parameter in engine.module.student.named_parameters():
+        for name, parameter in _trained(engine):
             value = weights.get_tensor(name)
             _set_partition(parameter, value, None)
             for key in _MOMENTS:

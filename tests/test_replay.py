@@ -70,10 +70,13 @@ def saved(tmp_path, chain_teacher):
     config = run_config(chain_teacher, tmp_path / "run", run={"rounds": 2})
     facts = RolloutFacts(8, 4, "absolute", 17, "hidden", preflight(config).order.digest)
 
-    def write(round_: int, count: int = 8, width: int = 16, version: int | None = None, **changed) -> None:
+    def write(
+        round_: int, count: int = 8, width: int = 16, version: int | None = None, given: bool = False, **changed
+    ) -> None:
         samples = [scored(8 * round_ + i, "hidden", 0) for i in range(count)]
         for sample in samples:
             object.__setattr__(sample.trajectory, "weight_version", round_ if version is None else version)
+            object.__setattr__(sample.trajectory, "denoising_steps", 0 if given else 4)
             object.__setattr__(sample.targets, "hidden", sample.targets.hidden[:, :1].repeat(width, axis=1))
         fields = {name: getattr(facts, name) for name in RolloutFacts.__slots__}
         save_round(round_file(folder, round_), samples, RolloutFacts(**fields | changed))
@@ -114,6 +117,9 @@ def test_what_must_agree_is_checked_and_nothing_else(saved, chain_teacher, tmp_p
     write(1, version=0)
     refused("queue.max_staleness: found 0, but samples in .*round-000001.* are 1 rounds older")
     check(queue={"max_staleness": 1})
+    write(1, given=True)
+    refused("objective.selection: found 'one_state_per_block', but the responses in .*round-000001.* were given")
+    check(objective={"selection": "random_mask"})
     write(1, count=7)
     refused(r"lacks 1 of the round's 8 samples \(the first is 15\)")
     write(1, width=12)

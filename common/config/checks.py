@@ -10,14 +10,8 @@ from common.errors import ConfigError
 
 def check_config(config: OpdlmConfig) -> None:
     """Raises `ConfigError` with one line per contradiction between fields."""
-    problems = [
-        *_run(config),
-        *_data(config),
-        *_rollout(config),
-        *_targets(config),
-        *_learner(config),
-        *_curriculum(config),
-    ]
+    checks = (_run, _data, _objective, _rollout, _targets, _learner, _curriculum)
+    problems = [problem for check in checks for problem in check(config)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -34,8 +28,33 @@ def _data(config: OpdlmConfig) -> Iterator[str]:
         yield f"data: found {found} of `task` and `path`; give exactly one (e.g. `task: chain`)"
     if data.task is not None and data.prompts is None:
         yield "data.prompts: missing; a task needs to know how many prompts an epoch has (e.g. 20000)"
-    if data.task is None and config.evaluation.every_rounds is not None:
-        yield "evaluation.every_rounds: needs `data.task`, which knows the right answers; found `data.path` only"
+    if data.task is None and not config.evaluation.tasks and config.evaluation.every_rounds is not None:
+        yield "evaluation.every_rounds: needs `evaluation.tasks` or `data.task`, which know answers; found neither"
+    for field in ("system_prompt", "thinking"):
+        if getattr(data, field) is not None and not data.chat_template:
+            yield f"data.{field}: found {getattr(data, field)!r} without data.chat_template; set that to true"
+
+
+def _objective(config: OpdlmConfig) -> Iterator[str]:
+    objective = config.objective
+    if objective.kind == "opd":
+        return
+    if objective.states != "random_mask":
+        yield (
+            f"objective.selection: found {objective.states!r}; the responses of objective.kind {objective.kind!r} have "
+            "no visited states; use `random_mask`"
+        )
+    if config.offline.responses == "data" and config.data.task is None and config.data.response_field is None:
+        yield "offline.responses: found `data`, but data.response_field names no column; name it, or use `teacher`"
+    if objective.kind == "cft" and (objective.divergence, objective.reverse_weight, objective.tail) != (
+        "kl",
+        0,
+        "drop",
+    ):
+        yield (
+            f"objective: `cft` is a cross-entropy; found divergence {objective.divergence!r}, reverse_weight "
+            f"{objective.reverse_weight:g}, tail {objective.tail!r}; leave those three at their defaults"
+        )
 
 
 def _rollout(config: OpdlmConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What is trained on and how: objective, schedules, curriculum (METHOD.md sections 4 to 7)."""
+"""What is trained on and how: objective, given responses, schedules, curriculum (METHOD.md sections 4 to 7)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from pydantic import Field
 
 from common.config.base import NonNegativeInt, PositiveInt, Probability, Section
 
+Kind = Literal["opd", "off_policy_kd", "cft"]
+Selection = Literal["one_state_per_block", "one_state_per_response", "all_states", "random_mask"]
+
 
 class ObjectiveConfig(Section):
     """Which states are trained on and how far the student is from the teacher there (METHOD.md sections 4, 5)."""
 
-    selection: Literal["one_state_per_block", "one_state_per_response", "all_states", "random_mask"] = (
-        "one_state_per_block"
-    )
-    """Which of a trajectory's states become training rows."""
+    kind: Kind = "opd"
+    """`opd`: the student's own rollouts, towards the teacher's distributions; `off_policy_kd`: the same on given
+    responses; `cft`: cross-entropy on the tokens of given responses (conversion fine-tuning, the SDAR/BD3-LM
+    baseline). Given responses come from `offline`."""
+    selection: Selection | None = None
+    """Which of a trajectory's states become training rows. Empty: `one_state_per_block` for `opd`, `random_mask` for
+    the others, whose responses have no visited states. `opd` with `random_mask` is the paper's OPDLM-off."""
     divergence: Literal["kl", "jsd"] = "kl"
     """`kl`: forward KL, mixed with reverse KL by `reverse_weight`; `jsd`: Jensen-Shannon with `jsd_alpha`."""
     reverse_weight: Probability = 0.0
@@ -30,6 +36,26 @@ class ObjectiveConfig(Section):
     """Take no loss at the end-of-sequence token (the release's default)."""
     reduction: Literal["row", "token"] = "row"
     """`row`: mean over a row's loss positions, then over rows; `token`: mean over all positions of the batch."""
+
+    @property
+    def states(self) -> Selection:
+        """The selection, resolved."""
+        return self.selection or ("one_state_per_block" if self.kind == "opd" else "random_mask")
+
+
+class OfflineConfig(Section):
+    """The given responses of `off_policy_kd` and `cft`."""
+
+    responses: Literal["teacher", "data"] = "teacher"
+    """`teacher`: generated once by the teacher actors and kept as parquet; `data`: from `data.response_field`, or the
+    solutions of `data.task`."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Sampling temperature of the teacher's responses; 0 is greedy."""
+    batch_size: PositiveInt = 64
+    """Responses that one teacher actor generates side by side."""
+    cache: str | None = None
+    """Parquet file of the teacher's responses, made where it is missing. Empty: `offline_responses.parquet` in the run
+    directory; a path of its own is shared between runs. One made otherwise (teacher, prompts, limits) is refused."""
 
 
 class Schedule(Section):

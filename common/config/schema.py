@@ -8,8 +8,12 @@ live in `checks.py`, loading and overrides in `load.py`. Sections of the roles a
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from common.config.base import Attention, Dtype, Grid, NonNegativeInt, PositiveInt, Section, Strategy
-from common.config.method import CurriculumConfig, ObjectiveConfig, Schedule
+from common.config.method import CurriculumConfig, Kind, ObjectiveConfig, OfflineConfig, Schedule, Selection
 from common.config.roles import (
     LearnerConfig,
     OptimizerConfig,
@@ -28,9 +32,12 @@ __all__ = [
     "Dtype",
     "EvaluationConfig",
     "Grid",
+    "Kind",
     "LearnerConfig",
+    "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "OfflineConfig",
     "OpdlmConfig",
     "OptimizerConfig",
     "QueueConfig",
@@ -38,6 +45,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "Schedule",
+    "Selection",
     "Strategy",
     "TeacherConfig",
     "ZeroConfig",
@@ -61,6 +69,19 @@ class RunConfig(Section):
     """Folder of rollouts that a run kept: train on them instead of decoding and scoring. Empty: decode and score."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters instead of all weights (peft; extra `lora`)."""
+
+    rank: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Scaling: an adapter counts `alpha / rank`."""
+    target_modules: list[str] = Field(
+        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
+    )
+    """Linear layers that get one. Embedding and output matrix stay as they are."""
+
+
 class ModelConfig(Section):
     """The frozen teacher and the student that starts from it."""
 
@@ -70,6 +91,9 @@ class ModelConfig(Section):
     """Folder of the student's start. Empty: the teacher is converted (mask token added where missing)."""
     dtype: Dtype = "bfloat16"
     """Number format of the student in decoding and training; DeepSpeed keeps float32 masters beside bfloat16."""
+    lora: LoraConfig | None = None
+    """Train adapters only; rollout actors and exports get merged weights, `RUN/adapter` the adapter. Empty: train
+    everything. The mask token's embedding then stays at its start, as all embeddings do."""
     attention: Attention = "auto"
     """Attention of the training forward. `auto`: flex_attention on GPU, dense boolean sdpa on CPU."""
 
@@ -78,13 +102,27 @@ class DataConfig(Section):
     """Where prompts come from, and in which order and number they are used."""
 
     task: str | None = None
-    """Built-in task that makes prompts and checks answers: `chain`."""
+    """Built-in task that makes prompts and checks answers: `chain`, `add`, ...; several mixed: `add+sort`."""
     path: str | None = None
-    """JSONL file of prompts, instead of a task: one object a line."""
+    """Prompts instead of a task: a .jsonl or .parquet file, a folder that `datasets` saved, or a hub id."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of a `datasets` folder or hub data set."""
     prompt_field: str = "prompt"
-    """Key of the prompt text in a JSONL line (or of a list of token ids)."""
+    """Column of the prompt: text, a list of token ids, or a list of chat messages (`role`, `content`)."""
+    response_field: str | None = None
+    """Column of the response (text or token ids), for `offline.responses: data`."""
     domain_field: str = "domain"
-    """Key of the domain in a JSONL line (optional there); `curriculum.max_new_tokens_per_domain` caps by it."""
+    """Column of the domain (optional in the data); `curriculum.max_new_tokens_per_domain` caps by it."""
+    max_new_tokens_field: str = "max_new_tokens"
+    """Column of a row's own response limit in tokens (optional in the data)."""
+    chat_template: bool = False
+    """Put each prompt through the tokenizer's chat template; text counts as one user message."""
+    system_prompt: str | None = None
+    """System message in front of every conversation (with `chat_template`)."""
+    thinking: bool | None = None
+    """`enable_thinking` of the chat template (Qwen3). Empty: the template's default."""
     prompts: PositiveInt | None = None
     """Prompts in an epoch: how many a task makes, or an upper limit for a file."""
     max_prompt_tokens: PositiveInt | None = None
@@ -103,14 +141,16 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Exact match on held-out problems of `data.task`."""
+    """Exact match on held-out problems of tasks."""
 
+    tasks: list[str] = Field(default_factory=list)
+    """Tasks to examine, each by itself. Empty: `data.task`."""
     every_rounds: PositiveInt | None = None
     """Rounds between evaluations while training (dynamic decoding). Empty: none."""
     problems: PositiveInt = 200
-    """Problems of a periodic evaluation."""
+    """Problems of each task in a periodic evaluation."""
     final_problems: NonNegativeInt = 1000
-    """Problems of the evaluation before and after training; 0 turns both off."""
+    """Problems of each task in the evaluation before and after training; 0 turns both off."""
     max_new_tokens: PositiveInt = 64
     """Longest answer in tokens."""
     batch_size: PositiveInt = 128
@@ -128,6 +168,7 @@ class OpdlmConfig(Section):
     queue: QueueConfig = QueueConfig()
     learner: LearnerConfig = LearnerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    offline: OfflineConfig = OfflineConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

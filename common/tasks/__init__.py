@@ -1,17 +1,22 @@
 """Built-in tasks: problems with known answers, for demos, tests and benchmarks. Pure Python."""
 
 from common.errors import ConfigError
-from common.tasks.base import Problem, Split, Task, problems
+from common.tasks.base import MixedTask, Problem, Split, Task, problems
 from common.tasks.chain import ChainTask
+from common.tasks.skills import skills
 
-TASKS: dict[str, type[Task]] = {"chain": ChainTask}
+TASKS: dict[str, Task] = {task.name: task for task in [ChainTask(), *skills()]}
 
 
 def get_task(name: str) -> Task:
-    """The task of that name, or a clear error."""
-    if name not in TASKS:
-        raise ConfigError(f"data.task: found {name!r}; known tasks: {', '.join(sorted(TASKS))}")
-    return TASKS[name]()
+    """The task of that name, or a uniform mixture of several: `add+sort`; or a clear error."""
+    for part in name.split("+"):
+        if part not in TASKS:
+            raise ConfigError(
+                f"task: found {part!r}; known tasks: {', '.join(sorted(TASKS))} (several: joined with `+`, as add+sort)"
+            )
+    parts = [TASKS[part] for part in name.split("+")]
+    return parts[0] if len(parts) == 1 else MixedTask(parts)
 
 
-__all__ = ["TASKS", "Problem", "Split", "Task", "get_task", "problems"]
+__all__ = ["TASKS", "MixedTask", "Problem", "Split", "Task", "get_task", "problems"]

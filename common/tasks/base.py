@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 Split = Literal["train", "test"]
@@ -17,6 +17,8 @@ class Problem:
 
     prompt: str
     solution: str
+    task: str = ""
+    """Which task of a mixture it is from."""
 
 
 class Task(Protocol):
@@ -33,6 +35,24 @@ class Task(Protocol):
     def is_correct(self, problem: Problem, response: str) -> bool:
         """Exact match of the response's text (without the end-of-sequence token)."""
         ...
+
+
+class MixedTask:
+    """Several tasks in equal shares, under the name `a+b`."""
+
+    def __init__(self, parts: list[Task]) -> None:
+        self._parts = {part.name: part for part in parts}
+        self.name = "+".join(self._parts)
+        self.alphabet = "".join(dict.fromkeys("".join(part.alphabet for part in parts)))
+
+    def draw(self, rng: random.Random) -> Problem:
+        """A problem of one of them."""
+        name = rng.choice(list(self._parts))
+        return replace(self._parts[name].draw(rng), task=name)
+
+    def is_correct(self, problem: Problem, response: str) -> bool:
+        """As the problem's own task says."""
+        return self._parts[problem.task].is_correct(problem, response)
 
 
 def split_of(prompt: str) -> Split:

@@ -1,4 +1,4 @@
-"""`opdlm train`, `pretrain`."""
+"""`opdlm train`, `compare`, `pretrain`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,44 @@ def train(
         from deploy.train_job import train as run_job
 
         code = run_job(config, resume, out)
+    raise typer.Exit(code)
+
+
+@app.command()
+def compare(
+    run: RunFile,
+    objectives: Annotated[
+        str, typer.Option(help="Comma-separated: opd, opd_random_mask, off_policy_kd, cft.")
+    ] = "opd,opd_random_mask,off_policy_kd,cft",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
+    destination: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the runs and the comparison. Default: the file's run.dir.")
+    ] = None,
+    override: Overrides = None,
+) -> None:
+    """Run objectives side by side under one budget: tables, accuracy over tokens and compute, retention of skills.
+
+    Each run is a folder of its own; calling again goes on where it stopped.
+
+    Example:
+
+        opdlm compare deploy/retention.yaml --objectives opd,cft --seeds 0,1,2
+    """
+    with clear_errors():
+        from common.config import load_config
+        from common.errors import OpdlmError
+        from deploy.compare_job import run_comparison
+
+        config = load_config(run, override or [])
+        if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+            raise OpdlmError(f"--seeds: found {seeds!r}; expected numbers such as 0,1,2")
+        code = run_comparison(
+            config,
+            [name.strip() for name in objectives.split(",")],
+            [int(seed) for seed in seeds.split(",")],
+            (destination or Path(config.run.dir)).resolve(),
+            out,
+        )
     raise typer.Exit(code)
 
 

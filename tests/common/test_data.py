@@ -44,7 +44,7 @@ def test_splits_are_disjoint_and_streams_repeat(name) -> None:
 
 
 def test_unknown_task_is_named() -> None:
-    with pytest.raises(ConfigError, match="found 'chian'; known tasks: chain"):
+    with pytest.raises(ConfigError, match="found 'chian'; known tasks: add, chain"):
         get_task("chian")
 
 
@@ -65,9 +65,9 @@ def test_jsonl_prompts(tmp_path) -> None:
         ("", "no prompt to train on"),
         ('{"prompt": "' + "1" * 99 + '"}', r"no prompt to train on in .*; first refusal: p.jsonl:1: 99 tokens"),
         ('{"text": "x"}', "data.prompt_field: p.jsonl:1 has no `prompt`; found: text"),
-        ('{"prompt": 3}', "is neither text nor a list of token ids"),
+        ('{"prompt": 3}', "is neither text, nor token ids, nor chat messages"),
         ("{broken", "p.jsonl:1 is not JSON"),
-        ("[1]", "has no `prompt`; found: list"),
+        ("[1]", "p.jsonl:1 holds a list; expected an object"),
     ],
 )
 def test_bad_data_is_named(tmp_path, content, message) -> None:

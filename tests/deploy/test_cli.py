@@ -66,7 +66,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run_file, tmp_path) -> None:
         (["model.teacher=/no/such/folder"], "model folder /no/such/folder does not exist"),
         (["rollout.max_new_tokens=500"], "rollout.max_new_tokens: found 500"),
         (["rollout.max_new_tokens=500"], "the model's context of 128 tokens leaves no room for a prompt"),
-        (["data.task=chian"], "data.task: found 'chian'; known tasks: chain"),
+        (["data.task=chian"], "task: found 'chian'; known tasks: add, chain"),
         (["data.task=null", "data.path=/no/prompts.jsonl"], "data.path: /no/prompts.jsonl does not exist"),
         (["data.max_prompt_tokens=2"], "no prompt to train on in chain; first refusal: chain/0:"),
         (["teacher.targets=topk", "teacher.top_k=99", "objective.top_k=9"], "teacher.top_k: found 99, more than"),

@@ -21,6 +21,7 @@ from common.prompts import Prompt, PromptOrder
 from common.types import DecodeStats, WeightHandle, WeightPack
 from deploy.cluster import Roles
 from deploy.coordinator import Coordinator
+from deploy.sources import OnPolicySource
 from deploy.telemetry import Telemetry, read_records
 
 N, ROUNDS = 4, 5
@@ -68,7 +69,7 @@ class Rollout:
     async def decode(self, requests, handle, settings, batch_size):
         await asyncio.sleep(self.seconds)
         self.decoded += [(r.index, self.version) for r in requests]
-        return (*[r.index for r in requests], DecodeStats(self.version, len(requests), 1, 1, 1, 0.1))
+        return (*[r.index for r in requests], DecodeStats(self.version, len(requests), 1, 1, 1, 1, 0.1))
 
 
 class Teacher:
@@ -82,7 +83,7 @@ class Teacher:
         if self.fail_at in indices and self.times > 0:
             self.times -= 1
             raise RayError("out of memory")
-        return (*indices, ScoreStats(1, 0.1, 1))
+        return (*indices, ScoreStats(1, 1, 0.1, 1))
 
 
 class Setup:
@@ -106,8 +107,9 @@ class Setup:
         order = PromptOrder([Prompt(str(i), np.array([1])) for i in range(N * ROUNDS)], 0, 1)
         view = type("View", (), {"show": lambda self, record: None})()
         self.hooked: list[int] = []
+        telemetry, roles = Telemetry(folder, view), Roles(Remote(self.queue, loop), *pools)
         self.coordinator = Coordinator(
-            config, Roles(Remote(self.queue, loop), *pools), order, Telemetry(folder, view), self._hook
+            config, roles, OnPolicySource(config, *pools, order, telemetry), telemetry, self._hook
         )
 
     async def _hook(self, handle: WeightHandle) -> None:
@@ -156,7 +158,7 @@ def test_every_sample_once_in_order_and_fresh_enough(tmp_path, staleness) -> Non
 def test_a_failing_role_ends_the_run_with_its_error(tmp_path) -> None:
     async def scenario() -> Setup:
         setup = Setup(tmp_path, 1, Rollout(), Teacher(fail_at=2 * N, times=99))
-        message = f"samples {2 * N} to {3 * N - 1} .* failed 3 times .resources.sample_attempts.: out of memory"
+        message = f"samples {2 * N} to {3 * N - 1} failed 3 times .resources.sample_attempts.: out of memory"
         with pytest.raises(OpdlmError, match=message):
             await asyncio.wait_for(setup.coordinator.run(setup.learn), timeout=30)
         return setup

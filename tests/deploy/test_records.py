@@ -25,20 +25,28 @@ from deploy.telemetry import Telemetry, read_records
 QUEUE = {"queue_depth": 3, "queue_leased": 0, "queue_free_slots": 5, "weight_version": 1}
 STEP = {"kind": "step", "loss": 1.5, "grad_norm": 2.0, "learning_rate": 1e-3}
 ROUND = {"kind": "round", "rollout_tokens": 100, "round_tokens": 100, "staleness_mean": 0.0, "train_seconds": 2.0}
+ROUND |= {"train_forward_tokens": 1000}
+
+
+def result(exact_match: float, tokens_per_step: float, tokens_per_second: float) -> EvaluationResult:
+    figures = {"exact_match": exact_match, "tokens_per_step": tokens_per_step}
+    return EvaluationResult(10, exact_match, tokens_per_step, tokens_per_second, {"chain": figures})
 
 
 def _run(folder, view) -> None:
-    telemetry = Telemetry(folder, view)
-    telemetry.evaluated(TEACHER, 0, EvaluationResult(10, 0.9, 1.0, 50.0))
+    telemetry = Telemetry(folder, view, parameters=(10, 100))
+    telemetry.evaluated(TEACHER, 0, result(0.9, 1.0, 50.0))
     telemetry.pushed(WeightHandle(0, [], 8), 0.5)
     for round_ in (1, 2):
-        telemetry.sampled(DecodeStats(0, 4, 80, 40, 12, 2.0), ScoreStats(80, 0.5, 160))
-        telemetry.sampled(DecodeStats(0, 1, 20, 10, 10, 2.0), ScoreStats(20, 0.5, 40))
+        telemetry.decoded(DecodeStats(0, 4, 80, 40, 12, 300, 2.0))
+        telemetry.scored(ScoreStats(80, 90, 0.5, 160))
+        telemetry.decoded(DecodeStats(0, 1, 20, 10, 10, 100, 2.0))
+        telemetry.scored(ScoreStats(20, 30, 0.5, 40))
         telemetry.learned([STEP | {"round": round_ - 1, "step": round_}], QUEUE)
         telemetry.learned([ROUND | {"round": round_, "step": round_, "rollout_tokens": 100 * round_}], QUEUE)
-        telemetry.evaluated(PERIODIC, round_, EvaluationResult(10, 0.1 * round_, 2.0, 60.0))
+        telemetry.evaluated(PERIODIC, round_, result(0.1 * round_, 2.0, 60.0))
     for row in (STATIC, DYNAMIC):
-        telemetry.evaluated(row, 2, EvaluationResult(10, 0.8, 3.0, 70.0))
+        telemetry.evaluated(row, 2, result(0.8, 3.0, 70.0))
     telemetry.close()
 
 
@@ -63,6 +71,14 @@ def test_figures_of_a_round(tmp_path) -> None:
     assert first["target_bytes_per_token"] == pytest.approx(2.0)
     assert first["response_tokens_mean"] == pytest.approx(20.0)
     assert first["weight_push_seconds"] == 0.5
+    assert (first["rollout_forward_tokens"], first["teacher_forward_tokens"]) == (400, 120)
+    # 2N a token forward, 6N a token trained; the second round adds to the first, a resumed run to both
+    one_round = 10 * (2 * 400 + 6 * 1000) + 100 * 2 * 120
+    assert [r["compute_flops"] for r in records if r["kind"] == "round"] == [one_round, 2 * one_round]
+    resumed = Telemetry(tmp_path, listener, parameters=(10, 100))
+    resumed.given(3, 50, cached=True)
+    resumed.close()
+    assert listener.records[-1]["compute_flops"] == 2 * one_round + 2 * 100 * 50
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
@@ -112,11 +128,29 @@ def test_resume_drops_the_records_of_rounds_that_come_again(tmp_path) -> None:
 def test_exam_marks_whole_finished_answers() -> None:
     task = get_task("chain")
     tokenizer = build_char_tokenizer(task.alphabet)
-    exam = Exam(task, tokenizer, 4)
-    right = [np.array([*tokenizer(p.solution)["input_ids"], tokenizer.eos_token_id]) for p in exam.problems]
+    exam = Exam([task], tokenizer, 4)
+    right = [np.array([*tokenizer(p.solution)["input_ids"], tokenizer.eos_token_id]) for _, p in exam.problems]
     assert exam.exact_match(right) == 1.0
     unfinished = [right[0][:-1], right[1], right[2][1:], np.array([], dtype=np.int32)]
     assert exam.exact_match(unfinished) == 0.25
+
+
+def test_exam_of_several_tasks_tells_them_apart() -> None:
+    tasks = [get_task("add"), get_task("sort")]
+    tokenizer = build_char_tokenizer(tasks[0].alphabet)
+    exam = Exam(tasks, tokenizer, 3)
+    right = [np.array([*tokenizer(p.solution)["input_ids"], tokenizer.eos_token_id]) for _, p in exam.problems]
+    answers = [*right[:3], right[3], right[3][:-1], right[3][:-1]]  # all sums, one of three sortings
+    marked = exam.result(answers, steps=[len(a) if i < 3 else 2 for i, a in enumerate(answers)], seconds=2.0)
+    assert marked.exact_match == pytest.approx(4 / 6)
+    assert marked.by_task["add"] == {"exact_match": 1.0, "token_match": 1.0, "tokens_per_step": 1.0}
+    assert marked.by_task["sort"]["token_match"] == 1.0  # an answer that did not end has its tokens right
+    shifted = exam.result([a[1:] for a in right], steps=[1] * 6, seconds=2.0)
+    assert (shifted.exact_match, shifted.by_task["add"]["token_match"] < 0.5) == (0.0, True)
+    assert marked.by_task["sort"]["exact_match"] == pytest.approx(1 / 3)
+    assert marked.by_task["sort"]["tokens_per_step"] == pytest.approx(sum(map(len, answers[3:])) / 6)
+    assert marked.tokens_per_second == pytest.approx(sum(map(len, answers)) / 2)
+    assert [r.prompt_id for r in exam.requests(5)][2:4] == ["add/test/2", "sort/test/3"]
 
 
 class _Silent:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import socket
 
+import numpy as np
+import peft
 import pytest
 import torch
 import torch.multiprocessing as mp
 
+from common.errors import OpdlmError
+from common.grid import BlockGrid
 from learner.distill import DistillModule
+from learner.lora import add_adapters, merged_parameters, whole_already
 from learner.rows import build_rows, collate
 from learner.targets import gather_targets
 from tests.learner import zero_ranks
@@ -18,8 +23,12 @@ pytestmark = pytest.mark.zero
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("zero")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("zero")
+
+
+@pytest.fixture(scope="module")
+def results(folder):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -29,14 +38,24 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain():
+    return train_plainly(zero_ranks.student().train())
+
+
+@pytest.fixture(scope="module")
+def plain_lora():
+    student = zero_ranks.student().train()
+    add_adapters(student, zero_ranks.LORA, seed=0)
+    figures = train_plainly(student)["figures"]
+    merged = {n: p.clone() for n, p in merged_parameters(student, whole_already)}
+    return {"figures": figures, "weights": merged}
+
+
+def train_plainly(student):
     """The same steps without DeepSpeed, ranks or micro-batches: all rows in one batch, torch's AdamW."""
-    import numpy as np
-
-    from common.grid import BlockGrid
-
-    student, head = zero_ranks.student().train(), tiny_model(1).lm_head.weight.detach()
+    head = tiny_model(1).lm_head.weight.detach()
     module = DistillModule(student, zero_ranks.OBJECTIVE, 1000)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=zero_ranks.RATE, betas=(0.9, 0.999), weight_decay=0.0)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=zero_ranks.RATE, betas=(0.9, 0.999), weight_decay=0.0)
     figures = []
     for batch in zero_ranks.batches():
         rows = []
@@ -50,7 +69,7 @@ def plain():
         loss, _ = module(collate(useful), gather_targets(useful, head, zero_ranks.OBJECTIVE), weights)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
         figures.append((loss.item(), norm.item(), len(useful), len(rows) - len(useful)))
     return {"figures": figures, "weights": {n: p.detach() for n, p in student.named_parameters()}}
@@ -66,7 +85,7 @@ def test_two_ranks_equal_one_plain_process(results, plain, stage) -> None:
         torch.testing.assert_close(ours["weights"][name], weight, rtol=1e-3, atol=2e-4, msg=name)
 
 
-@pytest.mark.parametrize("name", ["zero-1", "zero-2", "zero-3", "bf16"])
+@pytest.mark.parametrize("name", ["zero-1", "zero-2", "zero-3", "bf16", "lora-2", "lora-3"])
 def test_resume_is_exact(results, name) -> None:
     """Saved after two steps, loaded into a new engine: the same losses and weights to the bit."""
     whole, resumed = results[name], results[f"{name}-resumed"]
@@ -79,3 +98,39 @@ def test_resume_is_exact(results, name) -> None:
 def test_resume_in_another_stage(results, plain, name) -> None:
     for mine, reference in zip(results[name]["figures"], plain["figures"][zero_ranks.SAVED_AFTER :], strict=True):
         assert mine[:2] == pytest.approx(reference[:2], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_lora_on_two_ranks_equals_one_plain_process(results, plain, plain_lora, stage) -> None:
+    ours = results[f"lora-{stage}"]
+    for mine, reference in zip(ours["figures"], plain_lora["figures"], strict=True):
+        assert mine[:2] == pytest.approx(reference[:2], rel=1e-4)
+    start = dict(zero_ranks.student().named_parameters())
+    assert set(ours["weights"]) == set(start), "merged weights come under the plain model's names"
+    for name, weight in plain_lora["weights"].items():
+        torch.testing.assert_close(ours["weights"][name], weight, rtol=1e-3, atol=2e-4, msg=name)
+        adapted = any(f"{layer}.weight" in name for layer in zero_ranks.LORA.target_modules)
+        assert torch.equal(ours["weights"][name], start[name].detach()) != adapted, name
+
+
+@pytest.mark.parametrize("name", ["lora-2-resumed-as-3", "lora-3-resumed-as-2"])
+def test_lora_resumes_in_another_stage(results, plain_lora, name) -> None:
+    for mine, reference in zip(results[name]["figures"], plain_lora["figures"][zero_ranks.SAVED_AFTER :], strict=True):
+        assert mine[:2] == pytest.approx(reference[:2], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_adapter_loads_in_peft_and_gives_the_merged_model(results, folder, stage) -> None:
+    adapted = peft.PeftModel.from_pretrained(zero_ranks.student(), folder / f"adapter-lora-{stage}").eval()
+    merged = zero_ranks.student()
+    merged.load_state_dict(results[f"lora-{stage}"]["weights"])
+    ids = torch.arange(3, 20)[None]
+    assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-5)
+
+
+def test_adapters_for_layers_that_are_not_there() -> None:
+    lora = zero_ranks.LORA.model_copy(update={"target_modules": ["query"]})
+    with pytest.raises(
+        OpdlmError, match=r"model.lora.target_modules: no layer .* \['query'\]; its linear layers: down_p"
+    ):
+        add_adapters(zero_ranks.student(), lora, seed=0)

@@ -12,14 +12,16 @@ import torch
 import torch.distributed as dist
 
 from actors.teacher_scoring import score
-from common.config.schema import LearnerConfig, ObjectiveConfig
+from common.config.schema import LearnerConfig, LoraConfig, ObjectiveConfig
 from common.grid import BlockGrid
 from common.types import ScoredTrajectory
 from learner.distill import DistillModule
+from learner.lora import add_adapters, save_adapter
 from learner.train_step import TrainStep
 from tests.tiny import MASK, tiny_model, trajectory
 
 RATE, STEPS, SAVED_AFTER = 1e-2, 4, 2
+LORA = LoraConfig(rank=3, alpha=6, target_modules=["q_proj", "o_proj", "down_proj"])
 OBJECTIVE = ObjectiveConfig(exclude_eos=False, selection="all_states")
 
 
@@ -80,9 +82,14 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
     results: dict[str, dict] = {}
     data, root = batches(), Path(folder)
 
-    def train(name: str, stage: int, dtype: str, first: int, restore: Path | None, save: Path | None) -> None:
+    def train(
+        name: str, stage: int, dtype: str, first: int, restore: Path | None, save: Path | None, lora: bool = False
+    ) -> None:
         config = learner_config(stage, world, micro_batch_rows=2)
-        engine = zero.initialise(DistillModule(student(dtype), OBJECTIVE, 3), config, dtype)
+        model = student(dtype)
+        if lora:
+            add_adapters(model, LORA, seed=0)
+        engine = zero.initialise(DistillModule(model, OBJECTIVE, 3), config, dtype)
         if restore is not None:
             zero.load_state(engine, restore)
         step, figures = make_step(engine, config), []
@@ -96,6 +103,10 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
             figures.append((outcome.loss, outcome.grad_norm, outcome.rows, outcome.rows_without_loss))
         weights = {n: p.clone() for n, p in zero.full_parameters(engine)}
         results[name] = {"figures": figures, "weights": weights}
+        if lora:
+            save_adapter(
+                engine.module.student, LORA, "base", root / f"adapter-{name}" if rank == 0 else None, zero.gathered
+            )
 
     for stage, other in ((1, 3), (2, 1), (3, 2)):
         train(f"zero-{stage}", stage, "float32", 0, None, root / f"from-{stage}")
@@ -103,6 +114,11 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
         train(f"zero-{stage}-resumed-as-{other}", other, "float32", SAVED_AFTER, root / f"from-{stage}", None)
     train("bf16", 2, "bfloat16", 0, None, root / "from-bf16")
     train("bf16-resumed", 2, "bfloat16", SAVED_AFTER, root / "from-bf16", None)
+    for stage, other in ((2, 3), (3, 2)):
+        train(f"lora-{stage}", stage, "float32", 0, None, root / f"from-lora-{stage}", lora=True)
+        train(f"lora-{stage}-resumed", stage, "float32", SAVED_AFTER, root / f"from-lora-{stage}", None, lora=True)
+        resumed = f"lora-{stage}-resumed-as-{other}"
+        train(resumed, other, "float32", SAVED_AFTER, root / f"from-lora-{stage}", None, lora=True)
     if rank == 0:
         torch.save(results, root / "results.pt")
     dist.barrier()

@@ -1,0 +1,133 @@
+"""Rows of data, wherever they are: a task, a JSONL or parquet file, a `datasets` folder or hub id.
+
+A row is known by its file and number (from 1), so that whatever is refused later can be found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config.schema import DataConfig
+from common.errors import ConfigError
+from common.tasks import get_task, problems
+
+Text = str | list[int]
+"""Text, or the token ids that it stands for."""
+Conversation = tuple[Mapping[str, str], ...]
+"""Chat messages: `role`, `content`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row, checked for types but not yet tokenized."""
+
+    name: str
+    prompt: Text | Conversation
+    response: Text | None = None
+    domain: str | None = None
+    max_new_tokens: int | None = None
+
+
+def read_rows(data: DataConfig, seed: int) -> Iterator[Row]:
+    """Rows in the order of the data; endless for a task.
+
+    Raises:
+        ConfigError: no such data, a broken line, a missing column, a value of a wrong type.
+    """
+    if data.task is not None:
+        for number, problem in enumerate(problems(get_task(data.task), "train", seed)):
+            yield Row(f"{data.task}/{number}", problem.prompt, problem.solution, problem.task or data.task)
+        return
+    file = Path(str(data.path))
+    records = _jsonl(file) if file.suffix == ".jsonl" else _table(data, file)
+    for number, record in records:
+        yield _row(f"{file.name}:{number}", record, data)
+
+
+def _jsonl(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    if not file.is_file():
+        raise ConfigError(f"data.path: {file} does not exist; expected a JSONL file of prompts")
+    with file.open() as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ConfigError(f"data.path: {file.name}:{number} is not JSON: {error}") from None
+                if not isinstance(record, dict):
+                    raise ConfigError(
+                        f"data.path: {file.name}:{number} holds a {type(record).__name__}; expected an object"
+                    )
+                yield number, record
+
+
+def _table(data: DataConfig, file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Parquet, a folder of `datasets.save_to_disk`, or a hub id, all as an Arrow table that stays on disk."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if file.suffix == ".parquet":
+            if not file.is_file():
+                raise ConfigError(f"data.path: {file} does not exist; expected a parquet file of prompts")
+            table = datasets.Dataset.from_parquet(str(file))
+        elif file.is_dir():
+            table = datasets.load_from_disk(str(file))
+            if isinstance(table, datasets.DatasetDict):
+                table = _split(table, data)
+        elif file.suffix or file.is_absolute() or str(file).startswith("."):
+            raise ConfigError(f"data.path: {file} is no .jsonl or .parquet file, no folder, and no hub id")
+        else:
+            table = datasets.load_dataset(str(file), data.subset, split=data.split)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a data file or the hub can do wrong, the user reads one line
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"data.path: {file} could not be read as a data set: {reason}") from error
+    yield from enumerate(table, start=1)
+
+
+def _split(table: Any, data: DataConfig) -> Any:
+    if data.split not in table:
+        raise ConfigError(f"data.split: found {data.split!r}; {data.path} has: {', '.join(table)}")
+    return table[data.split]
+
+
+def _row(name: str, record: Mapping[str, Any], data: DataConfig) -> Row:
+    def column(field: str, where: str) -> Any:
+        if record.get(field) is None:
+            raise ConfigError(f"data.{where}: {name} has no `{field}`; found: {', '.join(record)}")
+        return record[field]
+
+    prompt = column(data.prompt_field, "prompt_field")
+    if _is_messages(prompt):
+        if not data.chat_template:
+            raise ConfigError(
+                f"data.chat_template: {name}: `{data.prompt_field}` holds chat messages; set data.chat_template to true"
+            )
+        prompt = tuple(prompt)
+    elif not _is_text(prompt):
+        raise ConfigError(
+            f"data.prompt_field: {name}: `{data.prompt_field}` is neither text, nor token ids, nor chat messages"
+        )
+    response = column(data.response_field, "response_field") if data.response_field else None
+    if response is not None and not _is_text(response):
+        raise ConfigError(f"data.response_field: {name}: `{data.response_field}` is neither text nor token ids")
+    limit = record.get(data.max_new_tokens_field)
+    if limit is not None and not (isinstance(limit, int) and limit > 0):
+        raise ConfigError(f"data.max_new_tokens_field: {name}: found {limit!r}; expected a number of tokens")
+    return Row(name, prompt, response, record.get(data.domain_field), limit)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(type(item) is int for item in value))
+
+
+def _is_messages(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)

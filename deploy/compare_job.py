@@ -1,0 +1,77 @@
+"""`opdlm compare`: objectives side by side, under one budget of prompts and one list of seeds.
+
+Each (objective, seed) is a whole run of its own in OUT/OBJECTIVE-seedN, by the code of `opdlm train`; what is finished
+is not run again, what was stopped goes on. Seeds share the teacher's responses; every run pays for their compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common.config import OpdlmConfig, config_from_dict
+from common.errors import OpdlmError
+from deploy.compare_report import write_comparison
+from deploy.preflight import preflight
+from deploy.train_job import train
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "opd": {"kind": "opd", "selection": None},
+    "opd_random_mask": {"kind": "opd", "selection": "random_mask"},
+    "off_policy_kd": {"kind": "off_policy_kd", "selection": None},
+    "cft": {
+        "kind": "cft",
+        "selection": None,
+        "divergence": "kl",
+        "reverse_weight": 0.0,
+        "top_k": 0,
+        "tail": "drop",
+    },
+}
+"""What each objective sets; all else is the run file's. `opd_random_mask` is the paper's OPDLM-off."""
+
+
+def run_comparison(
+    base: OpdlmConfig, objectives: Sequence[str], seeds: Sequence[int], out: Path, console: Console
+) -> int:
+    """Runs what is missing, writes the comparison; returns an exit code (128 + signal after a stop).
+
+    Raises:
+        OpdlmError: an unknown objective, or a config that one of the runs would refuse; before any run starts.
+    """
+    for name in objectives:
+        if name not in OBJECTIVES:
+            raise OpdlmError(f"--objectives: found {name!r}; known: {', '.join(OBJECTIVES)}")
+    if not (base.data.task or base.evaluation.tasks) or not base.evaluation.final_problems:
+        raise OpdlmError("compare: nothing would be evaluated; set evaluation.tasks and evaluation.final_problems")
+    runs = [(name, seed, _config(base, name, seed, out)) for seed in seeds for name in objectives]
+    for _, _, config in runs:
+        preflight(config)
+    for number, (name, seed, config) in enumerate(runs, start=1):
+        root = Path(config.run.dir)
+        if (root / "student").exists() and (root / "report.json").exists():
+            console.print(f"[{number}/{len(runs)}] {name}, seed {seed}: done before", highlight=False)
+            continue
+        console.print(f"[{number}/{len(runs)}] {name}, seed {seed}: {root}", highlight=False)
+        code = train(config, resume=(root / "config.yaml").exists(), console=console)
+        if code:
+            return code
+    for table in write_comparison(out, [(name, seed, Path(c.run.dir)) for name, seed, c in runs], _trained(base)):
+        console.print(table)
+    console.print(f"written: {out}/compare.json, compare.png, retention.png", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _config(base: OpdlmConfig, name: str, seed: int, out: Path) -> OpdlmConfig:
+    raw = base.model_dump(mode="json")
+    raw["run"] |= {"seed": seed, "dir": str(out / f"{name}-seed{seed}")}
+    raw["objective"] |= OBJECTIVES[name]
+    raw["offline"] |= {"cache": str(out / f"teacher-responses-seed{seed}.parquet")}
+    return config_from_dict(raw)
+
+
+def _trained(base: OpdlmConfig) -> list[str]:
+    return base.data.task.split("+") if base.data.task else []

@@ -1,0 +1,180 @@
+"""The figures of a comparison: `compare.json`, tables, plots of accuracy over tokens and compute, and of retention."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from deploy.report import DYNAMIC, PERIODIC, STATIC, TEACHER
+from deploy.telemetry import read_records
+
+Run = tuple[str, int, Path]
+"""Objective, seed, run directory."""
+
+
+def write_comparison(out: Path, runs: Sequence[Run], trained: Sequence[str]) -> list[Table]:
+    """Writes the files; returns the tables. `trained`: tasks that the prompts were of; the others show retention."""
+    reports = {(name, seed): json.loads((folder / "report.json").read_text()) for name, seed, folder in runs}
+    names = list(dict.fromkeys(name for name, _, _ in runs))
+    summary = {name: _summary([r for (n, _), r in reports.items() if n == name], trained) for name in names}
+    curves = {name: [_curve(folder, trained) for n, _, folder in runs if n == name] for name in names}
+    teacher = next(iter(reports.values()))["by_task"][TEACHER]
+    result = {
+        "trained_tasks": list(trained),
+        "seeds": sorted({seed for _, seed, _ in runs}),
+        "teacher": {task: figures["exact_match"] for task, figures in teacher.items()},
+        "objectives": summary,
+        "runs": {f"{name}-seed{seed}": report for (name, seed), report in reports.items()},
+    }
+    (out / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
+    _draw_curves(curves, out / "compare.png")
+    _draw_retention(result, out / "retention.png")
+    return [_budget_table(summary), _task_table(result)]
+
+
+def _summary(reports: Sequence[dict[str, Any]], trained: Sequence[str]) -> dict[str, Any]:
+    tasks = list(reports[0]["by_task"][STATIC])
+    of_tasks = {
+        task: {
+            decoding: _spread([r["by_task"][row][task]["exact_match"] for r in reports])
+            for decoding, row in (("static", STATIC), ("dynamic", DYNAMIC))
+        }
+        for task in tasks
+    }
+    figures: dict[str, Any] = {"tasks": of_tasks}
+    for group, members in (
+        ("trained", [t for t in tasks if t in trained]),
+        ("kept", [t for t in tasks if t not in trained]),
+    ):
+        if members:
+            for decoding, row in (("static", STATIC), ("dynamic", DYNAMIC)):
+                means = [np.mean([r["by_task"][row][t]["exact_match"] for t in members]) for r in reports]
+                figures[f"{group}_{decoding}"] = _spread(means)
+            steps = [np.mean([r["by_task"][DYNAMIC][t]["tokens_per_step"] for t in members]) for r in reports]
+            figures[f"{group}_tokens_per_step"] = _spread(steps)
+    for key in ("rollout_tokens", "compute_flops", "wall_seconds"):
+        figures[key] = _spread([r[key] for r in reports])
+    return figures
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": float(np.mean(values)), "std": float(np.std(values)), "min": min(values), "max": max(values)}
+
+
+def _curve(folder: Path, trained: Sequence[str]) -> dict[str, list[float]]:
+    records = read_records(folder)
+    rounds = {r["round"]: r for r in records if r["kind"] == "round"}
+    start = next((r["compute_flops"] for r in records if r["kind"] == "offline"), 0)
+    curve: dict[str, list[float]] = {"tokens": [], "flops": [], "trained": [], "kept": []}
+    for record in records:
+        if record["kind"] == "evaluation" and record["row"] in (PERIODIC, DYNAMIC):
+            at = rounds.get(record["round"], {"rollout_tokens": 0, "compute_flops": start})
+            curve["tokens"].append(at["rollout_tokens"])
+            curve["flops"].append(at["compute_flops"])
+            for group in ("trained", "kept"):
+                marks = [
+                    f["exact_match"] for t, f in record["by_task"].items() if (t in trained) == (group == "trained")
+                ]
+                curve[group].append(float(np.mean(marks)) if marks else float("nan"))
+    return curve
+
+
+def _draw_curves(curves: dict[str, list[dict[str, list[float]]]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    for number, (name, runs) in enumerate(curves.items()):
+        for axis, key in zip(axes, ("tokens", "flops"), strict=True):
+            for group, style in (("trained", "-"), ("kept", "--")):
+                length = min(len(run[group]) for run in runs)
+                values = np.array([run[group][:length] for run in runs])
+                if np.isnan(values).all():
+                    continue
+                places = np.mean([run[key][:length] for run in runs], axis=0)
+                label = name if group == "trained" else None
+                axis.plot(places, values.mean(0), style, color=f"C{number}", marker=".", label=label)
+                axis.fill_between(places, values.min(0), values.max(0), color=f"C{number}", alpha=0.12, linewidth=0)
+    axes[0].set(xlabel="response tokens", ylabel="exact match, dynamic decoding", ylim=(-0.03, 1.03))
+    axes[1].set(xlabel="compute [FLOP]")
+    axes[0].plot([], [], "k-", label="tasks of the prompts")
+    axes[0].plot([], [], "k--", label="other tasks (retention)")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle("mean and range over seeds")
+    figure.savefig(file, dpi=130)
+    pyplot.close(figure)
+
+
+def _draw_retention(result: dict[str, Any], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks, objectives = list(result["teacher"]), result["objectives"]
+    figure, axis = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
+    width = 0.8 / (len(objectives) + 1)
+    places = np.arange(len(tasks))
+    axis.bar(places - 0.4 + width / 2, [result["teacher"][t] for t in tasks], width, color="0.6", label="teacher")
+    for number, (name, figures) in enumerate(objectives.items(), start=1):
+        marks = [figures["tasks"][t]["static"] for t in tasks]
+        errors = np.array([[m["mean"] - m["min"] for m in marks], [m["max"] - m["mean"] for m in marks]])
+        axis.bar(
+            places - 0.4 + (number + 0.5) * width,
+            [m["mean"] for m in marks],
+            width,
+            yerr=errors,
+            capsize=2,
+            color=f"C{number - 1}",
+            label=name,
+        )
+    labels = [f"{t}\n(trained on)" if t in result["trained_tasks"] else t for t in tasks]
+    axis.set_xticks(places, labels)
+    axis.set(ylabel="exact match, static decoding", ylim=(0, 1.05), title="What each objective keeps")
+    axis.legend(fontsize=8, ncols=len(objectives) + 1, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    axis.grid(axis="y", alpha=0.3)
+    figure.savefig(file, dpi=130)
+    pyplot.close(figure)
+
+
+def _budget_table(summary: dict[str, Any]) -> Table:
+    table = Table(title="tasks of the prompts: mean ± standard deviation over seeds")
+    table.add_column("objective")
+    for name in ("static", "dynamic", "tokens per step", "response tokens", "compute [PFLOP]", "seconds"):
+        table.add_column(name, justify="right")
+    for name, figures in summary.items():
+        table.add_row(
+            name,
+            _percent(figures["trained_static"]),
+            _percent(figures["trained_dynamic"]),
+            f"{figures['trained_tokens_per_step']['mean']:.2f}",
+            f"{figures['rollout_tokens']['mean']:,.0f}",
+            f"{figures['compute_flops']['mean'] / 1e15:.3g}",
+            f"{figures['wall_seconds']['mean']:,.0f}",
+        )
+    return table
+
+
+def _task_table(result: dict[str, Any]) -> Table:
+    table = Table(title="exact match by task, static / dynamic decoding (* = the prompts were of this task)")
+    table.add_column("objective")
+    for task in result["teacher"]:
+        table.add_column(task + (" *" if task in result["trained_tasks"] else ""), justify="right")
+    table.add_row("teacher", *(f"{value:.1%}" for value in result["teacher"].values()))
+    for name, figures in result["objectives"].items():
+        cells = (f"{_percent(t['static'])} / {_percent(t['dynamic'])}" for t in figures["tasks"].values())
+        table.add_row(name, *cells)
+    return table
+
+
+def _percent(spread: dict[str, float]) -> str:
+    return f"{100 * spread['mean']:.1f} ± {100 * spread['std']:.1f}"

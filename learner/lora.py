@@ -1,0 +1,103 @@
+"""LoRA through peft: adapters in the student's linear layers; everyone else sees merged weights under plain names.
+
+Only the learner knows of adapters. What it publishes is `W + scaling B A` for every adapted layer, so rollout actors,
+checksums and exports stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from common.config.schema import LoraConfig
+from common.errors import OpdlmError
+
+_NAME = "default"
+Gather = Any
+"""Takes parameters, returns a context in which they are whole (ZeRO-3)."""
+
+
+def add_adapters(student: nn.Module, config: LoraConfig, seed: int) -> None:
+    """Puts adapters into the student, in place; only they stay trainable. Every rank draws the same ones.
+
+    Raises:
+        OpdlmError: peft is missing, or no layer has one of the names.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise OpdlmError("model.lora: needs the package peft; install opdlm-ray[lora]") from None
+    torch.manual_seed(seed)
+    try:
+        peft.inject_adapter_in_model(_peft_config(config), student, adapter_name=_NAME)
+    except ValueError as error:
+        found = sorted({name.rsplit(".")[-1] for name, m in student.named_modules() if isinstance(m, nn.Linear)})
+        raise OpdlmError(
+            f"model.lora.target_modules: no layer of the student is called {config.target_modules}; its linear layers: "
+            f"{', '.join(found)}"
+        ) from error
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def merged_parameters(student: nn.Module, gather: Gather) -> Iterator[tuple[str, torch.Tensor]]:
+    """(plain name, whole weight) of every parameter of the student, adapters merged in; a collective call."""
+    for name, parameter in student.named_parameters():
+        if "lora_" in name:
+            continue
+        layer_name, separator, rest = name.partition(".base_layer.")
+        layer: Any = student.get_submodule(layer_name) if separator else None
+        parts = [parameter]
+        if layer is not None and rest == "weight":
+            parts += [layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight]
+        with gather(parts):
+            whole = parameter.detach()
+            if len(parts) > 1:
+                whole = (whole.float() + layer.get_delta_weight(_NAME).detach().float()).to(whole.dtype)
+            yield f"{layer_name}.{rest}" if separator else name, whole
+
+
+def save_adapter(student: nn.Module, config: LoraConfig, base: str, folder: Path | None, gather: Gather) -> None:
+    """Writes the adapters in peft's own layout (`PeftModel.from_pretrained(base_model, folder)`); a collective call.
+
+    Args:
+        base: name of the base model, for adapter_config.json.
+        folder: where the writing rank writes; None on the others.
+    """
+    tensors = {}
+    for name, parameter in student.named_parameters():
+        if "lora_" in name:
+            with gather([parameter]):
+                tensors[f"base_model.model.{name.replace(f'.{_NAME}', '')}"] = parameter.detach().cpu().clone()
+    if folder is not None:
+        folder.mkdir(parents=True)
+        made = _peft_config(config)
+        made.base_model_name_or_path = base
+        made.inference_mode = True
+        made.save_pretrained(folder)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _peft_config(config: LoraConfig) -> Any:
+    import peft
+
+    return peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=0.0,  # the student that is trained is the student that decoded
+        target_modules=list(config.target_modules),
+        bias="none",
+    )
+
+
+def whole_already(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """The `gather` of a model that is not sharded."""
+    import contextlib
+
+    return contextlib.nullcontext(parameters)
