@@ -5,22 +5,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
-from common.config import config_from_dict, dump_config
+from common.checkpoint import save_checkpoint
+from common.config import config_from_dict, dump_config, load_config
 from common.convert import convert
 from common.errors import OpdlmError
 from common.grid import BlockGrid
 from common.models import load_model, load_tokenizer
 from deploy.trace_job import TraceOptions, run_trace
 from deploy.trace_page import embed_json, render_page
+from learner.lora import add_adapters, merged_parameters
 from tests.chromium import BINARY, Chromium
 from tests.oracles import full_forward
 from tests.tiny import save_teacher, tiny_model
@@ -150,10 +155,6 @@ def test_figures_equal_a_direct_computation(tmp_path, chain_teacher, grid, spare
 
 
 def test_an_unfinished_run_shows_its_newest_checkpoint(tmp_path, chain_teacher) -> None:
-    from safetensors.torch import save_file
-
-    from common.checkpoint import save_checkpoint
-
     run = make_run(tmp_path, chain_teacher, "response")
     finished = load_model(run / "student")
     weights = {name: p.detach().clone() for name, p in finished.named_parameters()}
@@ -170,6 +171,33 @@ def test_an_unfinished_run_shows_its_newest_checkpoint(tmp_path, chain_teacher) 
     assert pages["checkpoint"]["student"].endswith("checkpoints/round-000003")
     assert pages["checkpoint"]["trajectories"] == pages["finished"]["trajectories"]
     assert pages["start"]["trajectories"] != pages["finished"]["trajectories"]
+
+
+def test_a_checkpoint_of_adapters_is_put_into_the_start(tmp_path, chain_teacher) -> None:
+    """A checkpoint of a LoRA run holds the adapters alone; the page shows what the merged weights would do."""
+    run = make_run(tmp_path, chain_teacher, "response")
+    config = load_config(run / "config.yaml", ["model.lora={rank: 2}"])
+    (run / "config.yaml").write_text(dump_config(config))
+    shutil.move(run / "student", run / "student_init")
+    tuned = load_model(run / "student_init")
+    add_adapters(tuned, config.model.lora, seed=0)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            parameter.add_(0.2 * ("lora_B" in name))
+    trained = {name: p.detach().clone() for name, p in tuned.named_parameters() if p.requires_grad}
+    merged = {n: p.clone() for n, p in merged_parameters(tuned, lambda parameters: contextlib.nullcontext())}
+    save_checkpoint(
+        run / "checkpoints", {"rounds": 1}, lambda to: save_file(trained, to / "weights.safetensors"), keep=1
+    )
+    shutil.copytree(run / "student_init", tmp_path / "merged")
+    plain = load_model(tmp_path / "merged")
+    plain.load_state_dict(merged)
+    plain.save_pretrained(tmp_path / "merged")
+    run_trace(run, options(prompts=["12+3-4="]), Console(quiet=True))
+    run_trace(run, options(prompts=["12+3-4="], student=tmp_path / "merged", out=tmp_path / "merged.html"), Console())
+    ours, direct = (page_data(page)["trajectories"][0] for page in (run / "trace.html", tmp_path / "merged.html"))
+    assert ours["response_ids"] == direct["response_ids"]
+    assert ours["mean_kl"] == pytest.approx(direct["mean_kl"], rel=1e-4)
 
 
 def test_mistakes_are_named_and_leave_no_page(tmp_path, chain_teacher) -> None:
