@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from deploy.report import DYNAMIC, PERIODIC, STATIC, TEACHER
+from deploy.report import BEFORE, DYNAMIC, PERIODIC, STATIC, TEACHER
 from deploy.telemetry import read_records
 
 Run = tuple[str, int, Path]
@@ -23,11 +23,12 @@ def write_comparison(out: Path, runs: Sequence[Run], trained: Sequence[str]) -> 
     names = list(dict.fromkeys(name for name, _, _ in runs))
     summary = {name: _summary([r for (n, _), r in reports.items() if n == name], trained) for name in names}
     curves = {name: [_curve(folder, trained) for n, _, folder in runs if n == name] for name in names}
-    teacher = next(iter(reports.values()))["by_task"][TEACHER]
+    anyone = next(iter(reports.values()))["by_task"]
     result = {
         "trained_tasks": list(trained),
         "seeds": sorted({seed for _, seed, _ in runs}),
-        "teacher": {task: figures["exact_match"] for task, figures in teacher.items()},
+        "teacher": anyone[TEACHER],
+        "student_before": anyone[BEFORE],
         "objectives": summary,
         "runs": {f"{name}-seed{seed}": report for (name, seed), report in reports.items()},
     }
@@ -44,6 +45,7 @@ def _summary(reports: Sequence[dict[str, Any]], trained: Sequence[str]) -> dict[
             decoding: _spread([r["by_task"][row][task]["exact_match"] for r in reports])
             for decoding, row in (("static", STATIC), ("dynamic", DYNAMIC))
         }
+        | {"tokens": _spread([r["by_task"][STATIC][task]["token_match"] for r in reports])}
         for task in tasks
     }
     figures: dict[str, Any] = {"tasks": of_tasks}
@@ -121,27 +123,34 @@ def _draw_retention(result: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot
 
     tasks, objectives = list(result["teacher"]), result["objectives"]
-    figure, axis = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
-    width = 0.8 / (len(objectives) + 1)
-    places = np.arange(len(tasks))
-    axis.bar(places - 0.4 + width / 2, [result["teacher"][t] for t in tasks], width, color="0.6", label="teacher")
-    for number, (name, figures) in enumerate(objectives.items(), start=1):
-        marks = [figures["tasks"][t]["static"] for t in tasks]
-        errors = np.array([[m["mean"] - m["min"] for m in marks], [m["max"] - m["mean"] for m in marks]])
-        axis.bar(
-            places - 0.4 + (number + 0.5) * width,
-            [m["mean"] for m in marks],
-            width,
-            yerr=errors,
-            capsize=2,
-            color=f"C{number - 1}",
-            label=name,
-        )
+    figure, axes = pyplot.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
+    width = 0.8 / (len(objectives) + 2)
+    places = np.arange(len(tasks)) - 0.4 + width / 2
+    panels = (("static", "exact_match", "exact match"), ("tokens", "token_match", "tokens right in their places"))
+    for axis, (key, figure_name, title) in zip(axes, panels, strict=True):
+        for number, (row, colour) in enumerate((("teacher", "0.5"), ("student_before", "0.8"))):
+            heights = [result[row][t][figure_name] for t in tasks]
+            axis.bar(places + number * width, heights, width, color=colour, label=row.replace("_", " "))
+        for number, (name, figures) in enumerate(objectives.items()):
+            marks = [figures["tasks"][t][key] for t in tasks]
+            errors = [[m["mean"] - m["min"] for m in marks], [m["max"] - m["mean"] for m in marks]]
+            axis.bar(
+                places + (number + 2) * width,
+                [m["mean"] for m in marks],
+                width,
+                yerr=np.array(errors),
+                capsize=2,
+                color=f"C{number}",
+                label=name,
+            )
+        axis.set(ylabel=title, ylim=(0, 1.05))
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_title("What each objective keeps (static decoding; mean and range over seeds)")
     labels = [f"{t}\n(trained on)" if t in result["trained_tasks"] else t for t in tasks]
-    axis.set_xticks(places, labels)
-    axis.set(ylabel="exact match, static decoding", ylim=(0, 1.05), title="What each objective keeps")
-    axis.legend(fontsize=8, ncols=len(objectives) + 1, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    axis.grid(axis="y", alpha=0.3)
+    axes[1].set_xticks(np.arange(len(tasks)), labels)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(objectives) + 2, fontsize=8
+    )
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
 
@@ -165,13 +174,17 @@ def _budget_table(summary: dict[str, Any]) -> Table:
 
 
 def _task_table(result: dict[str, Any]) -> Table:
-    table = Table(title="exact match by task, static / dynamic decoding (* = the prompts were of this task)")
-    table.add_column("objective")
+    title = "by task (* the prompts were of it): exact match static / dynamic; tokens right in their places"
+    table = Table(title=title)
+    table.add_column("model")
     for task in result["teacher"]:
         table.add_column(task + (" *" if task in result["trained_tasks"] else ""), justify="right")
-    table.add_row("teacher", *(f"{value:.1%}" for value in result["teacher"].values()))
+    for row in ("teacher", "student_before"):
+        cells = (f"{f['exact_match']:.1%}; {f['token_match']:.1%}" for f in result[row].values())
+        table.add_row(row.replace("_", " "), *cells)
     for name, figures in result["objectives"].items():
-        cells = (f"{_percent(t['static'])} / {_percent(t['dynamic'])}" for t in figures["tasks"].values())
+        tasks = figures["tasks"].values()
+        cells = (f"{_percent(t['static'])} / {_percent(t['dynamic'])}; {_percent(t['tokens'])}" for t in tasks)
         table.add_row(name, *cells)
     return table
 

@@ -80,6 +80,31 @@ def test_two_rounds_with_staleness(ray_cluster, chain_teacher, tmp_path) -> None
     assert any(not before[name].equal(after[name]) for name in before)
 
 
+def test_given_responses_are_made_once_and_trained_on(ray_cluster, chain_teacher, tmp_path) -> None:
+    """`cft` has the teacher answer every prompt; `off_policy_kd` takes the same file and has it scored."""
+    cache = tmp_path / "responses.parquet"
+    for kind, cached in (("cft", False), ("off_policy_kd", True)):
+        config = run_config(
+            chain_teacher,
+            tmp_path / kind,
+            run={"rounds": 2},
+            objective={"kind": kind, "exclude_eos": False},
+            offline={"cache": str(cache)},
+            learner={"workers": 1},
+            evaluation={"final_problems": 0},
+        )
+        assert train(config, resume=False, console=Console(quiet=True)) == 0
+        records = read_records(tmp_path / kind)
+        (given,) = [r for r in records if r["kind"] == "offline"]
+        assert (given["responses"], given["cached"]) == (20, cached)
+        rounds = [r for r in records if r["kind"] == "round"]
+        assert [r["round"] for r in rounds] == [1, 2]
+        assert all(r["rollout_forward_tokens"] == 0 for r in rounds), "nothing is decoded"
+        assert all((r["teacher_forward_tokens"] > 0) == (kind == "off_policy_kd") for r in rounds)
+        assert 0 < given["compute_flops"] < rounds[0]["compute_flops"] < rounds[1]["compute_flops"]
+        assert all(r["loss"] > 0 for r in records if r["kind"] == "step")
+
+
 def test_stop_kill_and_resume_give_the_losses_of_an_unbroken_run(ray_cluster, chain_teacher, tmp_path) -> None:
     """SIGTERM, then SIGKILL of the driver, each followed by --resume: step by step the same losses, to the bit."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"

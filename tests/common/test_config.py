@@ -127,6 +127,35 @@ def test_names_in_the_schema_are_the_names_in_the_code() -> None:
     assert set(get_args(Selection)) == set(SELECTIONS)
 
 
+RECIPES = [*DEMO.parent.glob("qwen3-*.yaml"), *DEMO.parent.glob("math-*.yaml")]
+
+
+@pytest.mark.parametrize("file", sorted(DEMO.parent.glob("*.yaml")), ids=lambda f: f.name)
+def test_every_run_file_is_valid(file) -> None:
+    load_config(file)
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.name)
+def test_recipes_are_the_papers(file) -> None:
+    """METHOD.md section 6, the values that all of the paper's runs share."""
+    config = load_config(file)
+    optimizer, rollout, objective = config.learner.optimizer, config.rollout, config.objective
+    assert (rollout.prompts_per_round, config.learner.batch_size, rollout.block_size) == (128, 8, 4)
+    assert (optimizer.lr, optimizer.lr * optimizer.min_lr_ratio) == (1e-5, pytest.approx(1e-6))
+    assert (optimizer.schedule, optimizer.warmup_steps, optimizer.betas) == ("cosine", 5, (0.9, 0.999))
+    assert (optimizer.weight_decay, optimizer.grad_clip, config.model.dtype) == (0.0, 1.0, "bfloat16")
+    assert (rollout.strategy, rollout.threshold, rollout.temperature) == ("low_confidence_dynamic", 0.9, 1.0)
+    assert (objective.kind, objective.states, objective.divergence) == ("opd", "one_state_per_block", "kl")
+    assert objective.exclude_eos
+    large = "4b" in file.name or "8b" in file.name
+    assert objective.top_k == (16 if large else 0)
+    length = config.curriculum.max_new_tokens
+    assert length is not None
+    end = 8000 if file.name == "math-thinking.yaml" else 2000 if file.name.startswith("math") else 4000
+    assert (length.kind, length.start, length.end, length.rounds) == ("linear", 100, end, 10)
+    assert config.data.epochs == (10 if file.name.startswith("math") else 1)
+
+
 def test_loads_without_torch_and_ray() -> None:
     """A mistake in a YAML costs a fraction of a second, on a laptop without either."""
     code = (

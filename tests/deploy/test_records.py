@@ -144,7 +144,7 @@ def test_exam_of_several_tasks_tells_them_apart() -> None:
     marked = exam.result(answers, steps=[len(a) if i < 3 else 2 for i, a in enumerate(answers)], seconds=2.0)
     assert marked.exact_match == pytest.approx(4 / 6)
     assert marked.by_task["add"] == {"exact_match": 1.0, "token_match": 1.0, "tokens_per_step": 1.0}
-    assert marked.by_task["sort"]["token_match"] == 1.0  # an answer that did not end has its tokens right
+    assert 1 / 3 < marked.by_task["sort"]["token_match"] < 1
     shifted = exam.result([a[1:] for a in right], steps=[1] * 6, seconds=2.0)
     assert (shifted.exact_match, shifted.by_task["add"]["token_match"] < 0.5) == (0.0, True)
     assert marked.by_task["sort"]["exact_match"] == pytest.approx(1 / 3)
