@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from actors.block_decoder import BlockDecoder
 from actors.decode_settings import DecodeSettings
 from actors.teacher_scoring import score
+from common.chat import ChatTemplate
 from common.checkpoint import latest_checkpoint
 from common.config import OpdlmConfig, load_config
 from common.config.schema import Strategy
@@ -59,7 +60,7 @@ def run_trace(run: Path, options: TraceOptions, console: Console) -> None:
     teacher_facts = read_facts(config.model.teacher)
     check_vocabularies(teacher_facts, student.facts)
     settings = _settings(config, student, options)
-    requests, names = _requests(config, student, options)
+    requests = _requests(config, student, settings.block_size, options, console)
     with console.status("decoding ..."):
         teacher = load_model(config.model.teacher, config.teacher.dtype).to(student.model.device)
         record = trace(student, teacher, requests, settings, options.top, config.teacher.batch_tokens)
@@ -70,8 +71,6 @@ def run_trace(run: Path, options: TraceOptions, console: Console) -> None:
         "teacher": str(config.model.teacher),
         "settings": {name: getattr(settings, name) for name in shown},
     }
-    for entry, name in zip(record["trajectories"], names, strict=True):
-        entry["name"] = name
     _write(page, render_page(record, f"opdlm trace: {run.resolve().name}"))
     size = page.stat().st_size
     console.print(
@@ -111,6 +110,7 @@ def _entry(student: CheckpointDecoder, trajectory: Trajectory, recorder: Recorde
     tokenizer, index = student.tokenizer, trajectory.index
     steps = recorder.steps[index]
     return {
+        "name": trajectory.prompt_id,
         "prompt": tokenizer.decode(trajectory.prompt_ids),
         "response": tokenizer.decode(trajectory.response, skip_special_tokens=True),
         "prompt_ids": trajectory.prompt_ids.tolist(),
@@ -177,38 +177,44 @@ def _settings(config: OpdlmConfig, student: CheckpointDecoder, options: TraceOpt
 
 
 def _requests(
-    config: OpdlmConfig, student: CheckpointDecoder, options: TraceOptions
-) -> tuple[list[RolloutRequest], list[str]]:
+    config: OpdlmConfig, student: CheckpointDecoder, block_size: int, options: TraceOptions, console: Console
+) -> list[RolloutRequest]:
     """The given prompts, then held-out problems of the run's task (else the first prompts of its data)."""
     limit = options.max_new_tokens or config.rollout.max_new_tokens
-    room = student.facts.context - limit - student.base.block_size
-    chosen = [(f"--prompt {prompt[:30]!r}", student.encode(prompt)) for prompt in options.prompts]
+    room = student.facts.context - limit - (block_size - 1)
     if room < 1:
         raise ConfigError(
             f"--max-new-tokens: {limit} leaves no room for a prompt in the student's context of {student.facts.context}"
         )
+    chosen = [(f"--prompt {prompt[:30]!r}", _encode(prompt, config, student)) for prompt in options.prompts]
     count = (0 if options.prompts else _SAMPLES) if options.samples is None else options.samples
-    if count:
-        chosen += _samples(config, student, room, count)
+    if count and config.data.task:
+        exam = Exam([get_task(config.data.task)], student.tokenizer, count)
+        chosen += [(f"{config.data.task}/test/{i}", ids) for i, ids in enumerate(exam.prompt_ids)]
+    elif count:
+        first = config.data.model_copy(update={"prompts": count})
+        found = load_prompts(first, student.tokenizer, room, config.run.seed)
+        for line in found.refused:
+            console.print(f"refused prompt {line}", highlight=False)
+        chosen += [(prompt.prompt_id, prompt.ids) for prompt in found.prompts]
     for name, ids in chosen:
         if not 0 < len(ids) <= room:
             raise OpdlmError(
                 f"{name}: {len(ids)} tokens; expected 1 to {room} (context {student.facts.context}, "
                 f"--max-new-tokens {limit})"
             )
-    requests = [
+    return [
         RolloutRequest(i, name, ids, limit, seed=config.run.seed * 1_000_003 + i)
         for i, (name, ids) in enumerate(chosen)
     ]
-    return requests, [name for name, _ in chosen]
 
 
-def _samples(config: OpdlmConfig, student: CheckpointDecoder, room: int, count: int) -> list[tuple[str, np.ndarray]]:
-    if config.data.task:
-        exam = Exam([get_task(config.data.task)], student.tokenizer, count)
-        return [(f"{config.data.task}/test/{i}", ids) for i, ids in enumerate(exam.prompt_ids)]
-    first = config.data.model_copy(update={"prompts": count})
-    return [(p.prompt_id, p.ids) for p in load_prompts(first, student.tokenizer, room, config.run.seed).prompts]
+def _encode(prompt: str, config: OpdlmConfig, student: CheckpointDecoder) -> np.ndarray:
+    """Token ids as the run makes them: through the chat template where it uses one."""
+    data = config.data
+    if not data.chat_template:
+        return student.encode(prompt)
+    return np.array(ChatTemplate(student.tokenizer, data.system_prompt, data.thinking).ids(prompt), dtype=np.int32)
 
 
 def _write(page: Path, text: str) -> None:

@@ -204,7 +204,7 @@ def test_mistakes_are_named_and_leave_no_page(tmp_path, chain_teacher) -> None:
     run = make_run(tmp_path, chain_teacher, "response")
     for folder, changed, message in [
         (tmp_path, {}, "is no run directory: it has no config.yaml"),
-        (run, {"prompts": ["1" * 200]}, r"--prompt '1+': 200 tokens; expected 1 to 113"),
+        (run, {"prompts": ["1" * 200]}, r"--prompt '1+': 200 tokens; expected 1 to 114"),
         (run, {"prompts": [""]}, "--prompt '': 0 tokens"),
         (run, {"max_new_tokens": 500}, "--max-new-tokens: 500 leaves no room for a prompt"),
         (run, {"student": chain_teacher}, "has no mask token; convert it first"),
