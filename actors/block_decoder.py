@@ -37,7 +37,7 @@ _TOKEN_STREAM, _ORDER_STREAM = 0, 1  # two independent sequences of uniform numb
 
 @dataclass(frozen=True, slots=True)
 class StepView:
-    """One denoising step as an observer sees it (`generate --trace`, parity tests). Rows are live slots."""
+    """One denoising step as an observer sees it (`generate --trace`, `trace`, parity tests). Rows are live slots."""
 
     index: list[int]  # [n] request index
     step: list[int]  # [n] denoising step of the sequence, from 1
@@ -48,6 +48,7 @@ class StepView:
     candidates: torch.Tensor  # [n, S] int64
     confidence: torch.Tensor  # [n, S] float32
     logits: torch.Tensor  # [n, S, V] float32, the mask token at minus infinity
+    mask_logit: torch.Tensor  # [n, S] float32, what the model said for the mask token
 
 
 class BlockDecoder:
@@ -197,6 +198,7 @@ class BlockDecoder:
         else:
             hidden = self._forward(slots, cache, window, live, width)
         logits = self.model.lm_head(hidden).float()
+        mask_logit = logits[..., self.mask_id].clone()
         logits[..., self.mask_id] = float("-inf")
 
         old_reveal = slots.reveal.gather(1, window)
@@ -211,7 +213,7 @@ class BlockDecoder:
         slots.reveal.scatter_(1, window, torch.where(revealed, slots.step[:, None], old_reveal))
         if observer is not None:
             rows = slots.live.nonzero()[:, 0]
-            shown = (window, old_tokens, masked, revealed, candidates, confidence, logits)
+            shown = (window, old_tokens, masked, revealed, candidates, confidence, logits, mask_logit)
             observer(
                 StepView(
                     [slots.requests[row].index for row in rows.tolist()],

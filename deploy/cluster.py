@@ -32,6 +32,11 @@ class Roles:
 def demands(config: OpdlmConfig) -> dict[str, list[tuple[str, int, float]]]:
     """Who asks for what: `{"CPU": [(role, count, each), ...], "GPU": ...}`."""
     rollout, teacher, learner = config.rollout, config.teacher, config.learner
+    if config.run.replay is not None:
+        return {
+            "CPU": [("learner", learner.workers, learner.cpus_per_worker)],
+            "GPU": [("learner", learner.workers, learner.gpus_per_worker)],
+        }
     return {
         "CPU": [
             ("rollout", rollout.actors, rollout.cpus_per_actor),
@@ -87,9 +92,15 @@ def check_resources(config: OpdlmConfig, available: dict[str, float]) -> None:
 
 
 def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int) -> Roles:
-    """Starts queue, rollout actors and teacher actors under the names that the dashboard shows."""
+    """Starts queue, rollout actors and teacher actors under the names that the dashboard shows.
+
+    A replay needs the queue alone; its pools are empty.
+    """
     rollout, teacher, resources = config.rollout, config.teacher, config.resources
     queue = start_queue(rollout.prompts_per_round, config.queue.max_staleness, total, first_round)
+    timeout, retries = resources.call_timeout_seconds, resources.actor_restarts
+    if config.run.replay is not None:
+        return Roles(queue, ActorPool({}, timeout, retries), ActorPool({}, timeout, retries))
     rollouts = {
         f"rollout-{i}": start_rollout_actor(
             f"rollout-{i}",
@@ -105,5 +116,4 @@ def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int)
         f"teacher-{i}": start_teacher_actor(f"teacher-{i}", config.model.teacher, teacher, resources.actor_restarts)
         for i in range(teacher.actors)
     }
-    timeout, retries = resources.call_timeout_seconds, resources.actor_restarts
     return Roles(queue, ActorPool(rollouts, timeout, retries), ActorPool(teachers, timeout, retries))

@@ -72,7 +72,7 @@ class Coordinator:
         await self.roles.queue.request_stop.remote()
 
     async def _produce(self) -> None:
-        chunk = -(-self.config.rollout.prompts_per_round // len(self.roles.rollouts.actors))
+        chunk = -(-self.config.rollout.prompts_per_round // max(len(self.roles.rollouts.actors), 1))
         async with asyncio.TaskGroup() as tasks:
             while indices := await self.roles.queue.lease.remote(chunk):
                 tasks.create_task(self._sample(indices))

@@ -30,6 +30,7 @@ def show_plan(config: OpdlmConfig, console: Console) -> None:
             "rollout length",
             f"{length_limit(config, 0)} tokens in round 0, {length_limit(config, last)} in round {last}",
         ),
+        ("trains on", config.run.replay or "rollouts of its own"),
         ("decoding", f"block {rollout.block_size}, {rollout.block_grid} grid, {rollout.strategy}"),
         ("staleness", f"at most {config.queue.max_staleness} rounds"),
     ):

@@ -17,6 +17,7 @@ from common.models import A2D_PREFIX, ModelFacts, check_vocabularies, load_token
 from common.prompts import PromptOrder, PromptSet, load_prompts
 from common.tasks import get_task
 from common.vocabulary import check_tokenizers
+from deploy.replay_source import check_replay
 from learner.plan import TrainingPlan
 
 
@@ -55,7 +56,10 @@ def preflight(config: OpdlmConfig) -> Preflight:
     total = config.data.epochs * len(prompts.prompts) if config.run.rounds is None else config.run.rounds * per_round
     epochs = -(-total // len(prompts.prompts))
     plan = TrainingPlan(total, per_round, config.learner.batch_size, config.run.seed)
-    return Preflight(teacher, student, tokenizer, prompts, PromptOrder(prompts.prompts, config.run.seed, epochs), plan)
+    order = PromptOrder(prompts.prompts, config.run.seed, epochs)
+    if config.run.replay is not None:
+        check_replay(config, Path(config.run.replay), teacher, plan, order.digest)
+    return Preflight(teacher, student, tokenizer, prompts, order, plan)
 
 
 def examined_tasks(config: OpdlmConfig) -> list[str]:

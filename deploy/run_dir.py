@@ -1,6 +1,6 @@
 """The run directory: what a run leaves behind, and whether it may be started or continued there.
 
-RUN/config.yaml  metrics.jsonl  tensorboard/  checkpoints/  student_init/  student/  report.json  report.png
+RUN/config.yaml  metrics.jsonl  tensorboard/  checkpoints/  student_init/  student/  rollouts/  report.json  report.png
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _MAY_CHANGE = (
     "learner.zero",
     "learner.max_failures",
     "run.dir",
+    "run.dump_rollouts",
     "offline.cache",
 )
 """Settings that a resumed run may have otherwise: they move work around, not results."""

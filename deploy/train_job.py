@@ -21,6 +21,7 @@ from deploy.evaluation import Exam, evaluate_student, evaluate_teacher
 from deploy.live_view import open_view
 from deploy.offline import GivenResponses
 from deploy.preflight import Preflight, examined_tasks, preflight, prepare_student
+from deploy.replay_source import ReplaySource
 from deploy.run_dir import config_digest, open_run
 from deploy.sources import GivenSource, OnPolicySource, SampleSource
 from deploy.telemetry import Telemetry, read_records
@@ -35,7 +36,10 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
         console.print(f"refused prompt {line}", highlight=False)
     if checked.prompts.refused:
         console.print(f"prompts refused: {len(checked.prompts.refused)}, kept: {len(checked.prompts.prompts)}")
-    given = offline.known_responses(config, checked.prompts.prompts, checked.order.digest)
+    replay = config.run.replay is not None
+    if replay:
+        console.print("replay: no rollout and no teacher actors, so no evaluation", highlight=False)
+    given = None if replay else offline.known_responses(config, checked.prompts.prompts, checked.order.digest)
     connect(config)
     checkpoint = open_run(config, resume, checked.order.digest)
     first_round = checkpoint.rounds if checkpoint else 0
@@ -89,7 +93,9 @@ class _Job:
         self.settings = DecodeSettings.from_config(config.rollout)
         self.coordinator: Coordinator | None = None
         self.stopped_by = 0
-        evaluation, tasks = config.evaluation, [get_task(name) for name in examined_tasks(config)]
+        evaluation = config.evaluation
+        # In a replay nobody could answer.
+        tasks = [get_task(name) for name in examined_tasks(config)] if config.run.replay is None else []
         self._final = (
             Exam(tasks, checked.tokenizer, evaluation.final_problems) if tasks and evaluation.final_problems else None
         )
@@ -118,8 +124,10 @@ class _Job:
         return 0
 
     async def _source(self) -> SampleSource:
-        """The student's rollouts, or given responses, which the teacher makes now if nobody has yet."""
+        """Saved samples, the student's rollouts, or given responses, which the teacher makes now if nobody has yet."""
         config, roles, order = self.config, self.roles, self.checked.order
+        if config.run.replay is not None:
+            return ReplaySource(Path(config.run.replay), config.rollout.prompts_per_round)
         if config.objective.kind == "opd":
             return OnPolicySource(config, roles.rollouts, roles.teachers, order, self.telemetry)
         if self.given is None:
@@ -174,7 +182,8 @@ def _absolute(config: OpdlmConfig) -> OpdlmConfig:
             "student": str(Path(config.model.student).resolve()) if config.model.student else None,
         }
     )
-    run = config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
+    replay = config.run.replay and str(Path(config.run.replay).resolve())
+    run = config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve()), "replay": replay})
     cache = config.offline.cache and str(Path(config.offline.cache).resolve())
     given = config.offline.model_copy(update={"cache": cache})
     return config.model_copy(update={"model": model, "run": run, "offline": given})

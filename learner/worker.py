@@ -32,6 +32,8 @@ from learner.distill import DistillModule
 from learner.group import LearnerSetup
 from learner.lora import add_adapters, save_adapter
 from learner.plan import TrainingPlan
+from learner.rollout_files import facts_of, round_file
+from learner.rollout_tasks import start_dump
 from learner.schedule import learning_rate
 from learner.train_step import StepResult, TrainStep
 
@@ -93,6 +95,7 @@ class Learner:
 
     def _train_round(self, references: list[Any], staleness: list[int]) -> None:
         started = time.perf_counter()
+        dump = self._start_dump(references)
         tokens = forward_tokens = 0
         for places in self.plan.batches(self.rounds, len(references)):
             mine = places[self.rank :: self.world]
@@ -111,6 +114,8 @@ class Learner:
             forward_tokens += result.tokens - result.padding_tokens
             tokens += sum(s.trajectory.response_length for s in share)
             self._tell_step(result, rate)
+        if dump is not None:  # before a checkpoint can cover the round
+            self._ask(dump, "writing the round's rollouts")
         total = torch.tensor([tokens], dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(total)
         self.rounds += 1
@@ -124,6 +129,14 @@ class Learner:
             staleness_max=max(staleness),
             train_seconds=time.perf_counter() - started,
         )
+
+    def _start_dump(self, references: list[Any]) -> Any:
+        """Rank 0 of a run with `run.dump_rollouts` has the round written; a round that is trained again, again."""
+        if self.rank != 0 or not self.config.run.dump_rollouts:
+            return None
+        vocab_size = read_facts(self.config.model.teacher).vocab_size
+        facts = facts_of(self.config, vocab_size, self.setup.data_digest)
+        return start_dump(round_file(self.run_dir / "rollouts", self.rounds), references, facts)
 
     def _publish(self) -> WeightPack | None:
         """Gathers the weights (all ranks) and publishes them as version `rounds` (rank 0)."""

@@ -10,10 +10,15 @@ from common.errors import ConfigError
 
 def check_config(config: OpdlmConfig) -> None:
     """Raises `ConfigError` with one line per contradiction between fields."""
-    checks = (_data, _objective, _rollout, _teacher, _targets, _learner, _curriculum)
+    checks = (_run, _data, _objective, _rollout, _teacher, _targets, _learner, _curriculum)
     problems = [problem for check in checks for problem in check(config)]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _run(config: OpdlmConfig) -> Iterator[str]:
+    if config.run.replay is not None and config.run.dump_rollouts:
+        yield f"run.dump_rollouts: found with run.replay; the rollouts are in {config.run.replay} already, drop one"
 
 
 def _data(config: OpdlmConfig) -> Iterator[str]:

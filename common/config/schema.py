@@ -63,6 +63,10 @@ class RunConfig(Section):
     """Rounds to train. Empty: as many as `data.epochs` gives."""
     deterministic: bool = False
     """Ask torch for deterministic kernels in the learner (some are slower; an operation without one is an error)."""
+    dump_rollouts: bool = False
+    """Keep every scored trajectory that is trained on, a file a round, in `rollouts/` of the run directory."""
+    replay: str | None = None
+    """Folder of rollouts that a run kept: train on them instead of decoding and scoring. Empty: decode and score."""
 
 
 class LoraConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,13 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
     ] = False,
+    dump_rollouts: Annotated[
+        bool, typer.Option("--dump-rollouts", help="Keep every scored trajectory in the run directory's rollouts/.")
+    ] = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Train on the rollouts that a run kept: no rollout or teacher actors."),
+    ] = None,
 ) -> None:
     """Run on-policy distillation: decode, score, train, push, until the run's prompts are used.
 
@@ -32,11 +40,17 @@ def train(
         opdlm train deploy/demo.yaml --set run.dir=runs/mine --set learner.optimizer.lr=1e-3
 
         opdlm train deploy/demo.yaml --resume
+
+        opdlm train deploy/demo.yaml --dump-rollouts
+
+        opdlm train deploy/demo.yaml --replay runs/demo/rollouts --set run.dir=runs/jsd --set objective.divergence=jsd
     """
     with clear_errors():
         from common.config import load_config
 
-        config = load_config(run, override or [])
+        flags = ["run.dump_rollouts=true"] if dump_rollouts else []
+        flags += [f"run.replay={json.dumps(str(replay))}"] if replay else []
+        config = load_config(run, [*(override or []), *flags])
         if dry_run:
             from deploy.dry_run import show_plan
 

@@ -42,7 +42,7 @@ def run_file(chain_teacher, tmp_path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("command", ["train", "pretrain", "convert", "export", "generate", "eval"])
+@pytest.mark.parametrize("command", ["train", "pretrain", "convert", "export", "generate", "eval", "trace", "compare"])
 def test_every_command_has_help_with_an_example(command) -> None:
     text = opdlm(command, "--help")
     assert f"opdlm {command} " in text

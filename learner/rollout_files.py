@@ -1,0 +1,161 @@
+"""Saved rollouts: one safetensors file a round, from which a run can be trained again without decoding and scoring.
+
+    RUN/rollouts/round-000012.safetensors
+        INDEX.prompt_ids, INDEX.response_ids, INDEX.reveal_step     of each sample, as in `Trajectory`
+        INDEX.hidden | INDEX.logits | INDEX.token_ids, INDEX.logprobs    its targets
+        metadata `rollouts`, a JSON: `facts` (what a run that trains on them must agree with), `samples` (small fields)
+
+A file appears whole or not at all, and writing a round again gives the same bytes: no pickle, no time in it. This
+module is light (no torch, no Ray): the processes that read and write for others load it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from common.config import OpdlmConfig
+from common.errors import OpdlmError
+from common.types import HiddenTargets, LogitsTargets, ScoredTrajectory, TeacherTargets, TopKTargets, Trajectory
+
+_TARGETS: dict[str, type[HiddenTargets] | type[LogitsTargets] | type[TopKTargets]] = {
+    "hidden": HiddenTargets,
+    "logits": LogitsTargets,
+    "topk": TopKTargets,
+}
+_TRAJECTORY_ARRAYS = ("prompt_ids", "response_ids", "reveal_step")
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutFacts:
+    """What saved rollouts and a run that trains on them must agree on."""
+
+    prompts_per_round: int
+    block_size: int
+    block_grid: str
+    vocab_size: int
+    """The teacher's V."""
+    targets: str
+    """Kind of the targets: `hidden`, `topk` (the tokens of given responses too), `logits`."""
+    data_digest: str
+    """Fingerprint of the prompts (`PromptOrder.digest`)."""
+
+
+def facts_of(config: OpdlmConfig, vocab_size: int, data_digest: str) -> RolloutFacts:
+    """The facts of a run. `vocab_size`: the teacher's; `data_digest`: its prompts'."""
+    rollout = config.rollout
+    kind = "topk" if config.objective.kind == "cft" else config.teacher.targets
+    return RolloutFacts(
+        rollout.prompts_per_round, rollout.block_size, rollout.block_grid, vocab_size, kind, data_digest
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RoundHeader:
+    """What a file says without reading its arrays."""
+
+    facts: RolloutFacts
+    weight_versions: dict[int, int]
+    """By sample index, in order."""
+    target_widths: dict[int, int]
+    """By sample index: D of hidden states, K of top tokens, V of logits."""
+    visited_states: bool
+    """Whether each response was decoded step by step; a given response was not."""
+
+
+def round_file(folder: Path, round_: int) -> Path:
+    """The file of a round."""
+    return folder / f"round-{round_:06d}.safetensors"
+
+
+def save_round(file: Path, samples: Sequence[ScoredTrajectory], facts: RolloutFacts) -> None:
+    """Writes the samples of one round, aside and synced, then renamed over an earlier file of that name."""
+    arrays: dict[str, np.ndarray] = {}
+    small: list[dict[str, Any]] = []
+    for sample in samples:
+        fields = _fields(sample.trajectory) | _fields(sample.targets)
+        index = sample.trajectory.index
+        tensors = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
+        arrays |= {f"{index}.{name}": np.ascontiguousarray(value) for name, value in tensors.items()}
+        small.append({name: value for name, value in fields.items() if name not in tensors})
+    metadata = {"rollouts": json.dumps({"facts": asdict(facts), "samples": small})}  # one key: their order is not fixed
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staging = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file(arrays, staging, metadata)
+        with staging.open("rb") as stream:
+            os.fsync(stream.fileno())
+        staging.replace(file)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def load_samples(file: Path, indices: Sequence[int]) -> list[ScoredTrajectory]:
+    """Those samples of a round, in that order; only their arrays are read."""
+    with _opened(file) as tensors:
+        facts, small = _metadata(tensors, file)
+        targets = _TARGETS[facts.targets]
+        found = []
+        for index in indices:
+            fields = small[index]
+            arrays = {name: tensors.get_tensor(f"{index}.{name}") for name in _array_names(targets)}
+            found.append(
+                ScoredTrajectory(
+                    Trajectory(**_pick(Trajectory, fields | arrays)), targets(**_pick(targets, fields | arrays))
+                )
+            )
+        return found
+
+
+def read_header(file: Path) -> RoundHeader:
+    """Facts and samples of a round's file.
+
+    Raises:
+        OpdlmError: the file is damaged, or no file of saved rollouts.
+    """
+    with _opened(file) as tensors:
+        facts, small = _metadata(tensors, file)
+        last = _array_names(_TARGETS[facts.targets])[-1]
+        return RoundHeader(
+            facts,
+            {index: fields["weight_version"] for index, fields in small.items()},
+            {index: tensors.get_slice(f"{index}.{last}").get_shape()[-1] for index in small},
+            all(fields["denoising_steps"] > 0 for fields in small.values()),
+        )
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "np")
+    except (SafetensorError, OSError) as error:
+        raise OpdlmError(f"saved rollouts: {file} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _metadata(tensors: Any, file: Path) -> tuple[RolloutFacts, dict[int, dict[str, Any]]]:
+    held = (tensors.metadata() or {}).get("rollouts")
+    if held is None:
+        raise OpdlmError(
+            f"saved rollouts: {file} holds something else; expected a file of a run with run.dump_rollouts"
+        )
+    record = json.loads(held)
+    return RolloutFacts(**record["facts"]), {fields["index"]: fields for fields in record["samples"]}
+
+
+def _fields(record: Trajectory | TeacherTargets) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in type(record).__slots__}
+
+
+def _pick(kind: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in kind.__slots__}
+
+
+def _array_names(targets: Any) -> list[str]:
+    return [*_TRAJECTORY_ARRAYS, *(name for name in targets.__slots__ if name != "vocab_size")]
