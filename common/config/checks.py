@@ -24,6 +24,11 @@ def _data(config: OpdlmConfig) -> Iterator[str]:
         yield "data.prompts: missing; a task needs to know how many prompts an epoch has (e.g. 20000)"
     if data.task is None and config.evaluation.every_rounds is not None:
         yield "evaluation.every_rounds: needs `data.task`, which knows the right answers; found `data.path` only"
+    if config.evaluation.actors and config.evaluation.every_rounds is None:
+        yield (
+            f"evaluation.actors: found {config.evaluation.actors} without evaluation.every_rounds; they do periodic "
+            "evaluations only, so set that or drop them"
+        )
 
 
 def _rollout(config: OpdlmConfig) -> Iterator[str]:

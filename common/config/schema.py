@@ -103,6 +103,8 @@ class EvaluationConfig(Section):
 
     every_rounds: PositiveInt | None = None
     """Rounds between evaluations while training (dynamic decoding). Empty: none."""
+    actors: NonNegativeInt = 0
+    """Spare actors for these, as large as a rollout actor, so that training goes on meanwhile. 0: rollout actors."""
     problems: PositiveInt = 200
     """Problems of a periodic evaluation."""
     final_problems: NonNegativeInt = 1000
