@@ -40,7 +40,7 @@ def run_harness(folder: Path, harness: HarnessOptions, options: EvalOptions, con
     """Loads the tasks, decodes them with each strategy, prints lm-eval's tables; with `--output` writes all of it."""
     lm_eval = require_lm_eval()
     check_output(options.output)
-    tasks = load_tasks(harness, folder)
+    manager, tasks = load_tasks(harness, folder)
     from lm_eval.utils import handle_non_serializable, make_table
 
     from deploy.lm_eval_model import OpdlmLM
@@ -59,6 +59,7 @@ def run_harness(folder: Path, harness: HarnessOptions, options: EvalOptions, con
             results = lm_eval.simple_evaluate(
                 model=model,
                 tasks=tasks,
+                task_manager=manager,  # else it reads thousands of task files again
                 num_fewshot=harness.fewshot,
                 limit=harness.limit,
                 apply_chat_template=harness.chat,
@@ -77,8 +78,8 @@ def run_harness(folder: Path, harness: HarnessOptions, options: EvalOptions, con
         write_json(options.output, written, console, handle_non_serializable)
 
 
-def load_tasks(harness: HarnessOptions, folder: Path) -> list[Any]:
-    """lm-eval's task objects; nothing is decoded before every task is known to be one that generates.
+def load_tasks(harness: HarnessOptions, folder: Path) -> tuple[Any, list[Any]]:
+    """lm-eval's task manager and task objects; nothing is decoded before every task is known to be one that generates.
 
     Raises:
         OpdlmError: an unknown task, one whose data cannot be loaded, or one that asks for likelihoods.
@@ -105,7 +106,7 @@ def load_tasks(harness: HarnessOptions, folder: Path) -> list[Any]:
             if task.OUTPUT_TYPE != "generate_until":
                 raise OpdlmError(f"--lm-eval: task {task.task_name!r}: {no_likelihood(task.OUTPUT_TYPE, folder)}")
         tasks += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
-    return tasks
+    return manager, tasks
 
 
 def pass_through(arguments: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import pytest
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
 
 from common.convert import convert
 from common.errors import OpdlmError
 from common.types import RolloutRequest
+from deploy.actor_decoder import ActorDecoder
 from deploy.checkpoint_decoder import CheckpointDecoder
 from deploy.lm_eval_model import OpdlmLM
 from tests.deploy.test_cli import opdlm
@@ -180,6 +183,21 @@ def own_data_cache(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_task_index() -> Iterator[None]:
+    """lm-eval reads its 14,000 task files at each `TaskManager()`, some 9 s: here once a folder."""
+    made: dict[str, TaskManager] = {}
+
+    def shared(include_path: str | None = None, **others: object) -> TaskManager:
+        if any(others.values()):
+            return TaskManager(include_path=include_path, **others)
+        return made.setdefault(str(include_path), made.get(str(include_path)) or TaskManager(include_path=include_path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.tasks.TaskManager", shared)
+        yield
+
+
 def test_eval_runs_the_harness(student, task_folder, tmp_path) -> None:
     file = tmp_path / "results.json"
     local = ("--lm-eval", "chain_local", "--include-path", task_folder)
@@ -236,8 +254,9 @@ def test_actors_give_what_one_process_gives(ray_cluster, student, chain_teacher,
     assert "tokens per denoising step" in text
     samples = json.loads(file.read_text())["low_confidence_dynamic"]["samples"]["chain_local"]
     assert [s["resps"][0][0] for s in samples] == direct(student, strategy="low_confidence_dynamic")
-    opdlm("eval", chain_teacher, *local, "--actors", 1, "--output", file)
-    samples = json.loads(file.read_text())["autoregressive"]["samples"]["chain_local"]
-    assert [s["resps"][0][0] for s in samples] == direct(chain_teacher)
-    asked_too_much = opdlm("eval", student, *local, "--actors", 99, code=2)
-    assert "--actors: the run asks for 99 CPUs (--actors 99 x 1), the cluster has 8" in asked_too_much
+    with ActorDecoder(chain_teacher, actors=1) as decoder:
+        model = OpdlmLM(decoder, batch_size=2)
+        texts = model.generate_until(asked(PROMPTS, max_gen_toks=LIMIT), disable_tqdm=True)
+        assert texts == direct(chain_teacher)
+    with pytest.raises(OpdlmError, match=r"--actors: the run asks for 99 CPUs .--actors 99 x 1., the cluster has 8"):
+        ActorDecoder(student, actors=99)
