@@ -41,7 +41,7 @@ def run_file(chain_teacher, tmp_path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("command", ["train", "pretrain", "convert", "generate", "eval"])
+@pytest.mark.parametrize("command", ["train", "pretrain", "convert", "generate", "eval", "sweep", "lm-eval"])
 def test_every_command_has_help_with_an_example(command) -> None:
     text = opdlm(command, "--help")
     assert f"opdlm {command} " in text
