@@ -43,14 +43,23 @@ class RolloutActor:
         return time.perf_counter() - started
 
     def decode(
-        self, requests: Sequence[RolloutRequest], handle: WeightHandle, settings: DecodeSettings, batch_size: int
+        self, requests: Sequence[RolloutRequest], handle: WeightHandle | None, settings: DecodeSettings, batch_size: int
     ) -> tuple[Trajectory | DecodeStats, ...]:
-        """Decodes with that version (or a newer one that is here). One return value a request, then the statistics."""
-        self.load_weights(handle)
+        """Decodes with that version (or a newer one that is here). One return value a request, then the statistics.
+
+        No handle: with the weights of its own folder, as version 0 (evaluation of a checkpoint).
+
+        Raises:
+            ValueError: no handle, but published weights were loaded over the folder's.
+        """
+        if handle is not None:
+            self.load_weights(handle)
+        elif self._version >= 0:
+            raise ValueError(f"the folder's own weights are gone: version {self._version} was loaded over them")
         key = (settings, batch_size)
         if key not in self._decoders:
             self._decoders[key] = BlockDecoder(self._model, settings, self._mask_id, self._eos_ids, batch_size)
-        trajectories, stats = self._decoders[key].decode(requests, self._version)
+        trajectories, stats = self._decoders[key].decode(requests, max(self._version, 0))
         return (*trajectories, stats)
 
 

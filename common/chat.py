@@ -1,4 +1,4 @@
-"""Prompts through the tokenizer's chat template."""
+"""Prompts through a tokenizer's chat template: for training data, for `opdlm eval --data` and for lm-eval."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import ConfigError
+from common.errors import ConfigError, OpdlmError
 
 
 class ChatTemplate:
-    """`apply_chat_template` with a system message and thinking on or off.
+    """The template of a run's data, with a system message and thinking on or off.
 
     Args:
         thinking: `enable_thinking` of the template; None leaves it to the template.
@@ -21,26 +21,58 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None, thinking: bool | None) -> None:
-        self._tokenizer = tokenizer
-        self._system = system
+        self._tokenizer, self._thinking = tokenizer, thinking
+        self._system = [] if system is None else [{"role": "system", "content": system}]
         if not tokenizer.chat_template:
             raise ConfigError(
                 "data.chat_template: the tokenizer has no chat template (chat_template.jinja); add one, "
-                " or set data.chat_template to false"
+                "or set data.chat_template to false"
             )
         if thinking is not None and "enable_thinking" not in str(tokenizer.chat_template):
             raise ConfigError(
                 f"data.thinking: found {thinking}, but the tokenizer's chat template has no `enable_thinking`; leave "
                 "data.thinking empty"
             )
-        self._options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
 
     def ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation up to where the assistant answers; text is one user message."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        if self._system is not None:
-            messages = [{"role": "system", "content": self._system}, *messages]
-        encoded = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, **self._options
-        )
-        return list(encoded["input_ids"])
+        text = chat_prompt(self._tokenizer, [*self._system, *messages], self._thinking)
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def require_template(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> str:
+    """The tokenizer's chat template, the one of that name where it has several.
+
+    Raises:
+        OpdlmError: it has none, or several and none of that name.
+    """
+    try:
+        return tokenizer.get_chat_template(name)
+    except ValueError as error:
+        reason = str(error).split(". ")[0]
+        raise OpdlmError(f"chat template: {reason}; the prompts would have to go without one") from None
+
+
+def chat_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: str | list[dict[str, str]],
+    thinking: bool | None = None,
+    answer_begun: bool = False,
+) -> str:
+    """Messages (or one user message) as the template writes them, up to where the assistant's answer starts.
+
+    Args:
+        thinking: the template's `enable_thinking`; None leaves it to the template.
+        answer_begun: the last message is the assistant's and goes on.
+    """
+    require_template(tokenizer)
+    conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    extra: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+    return tokenizer.apply_chat_template(
+        conversation,
+        tokenize=False,
+        add_generation_prompt=not answer_begun,
+        continue_final_message=answer_begun,
+        **extra,
+    )

@@ -42,10 +42,19 @@ def read_rows(data: DataConfig, seed: int) -> Iterator[Row]:
         for number, problem in enumerate(problems(get_task(data.task), "train", seed)):
             yield Row(f"{data.task}/{number}", problem.prompt, problem.solution, problem.task or data.task)
         return
+    for name, record in read_records(data):
+        yield _row(name, record, data)
+
+
+def read_records(data: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(`file:number`, columns) of each row of `data.path`.
+
+    Raises:
+        ConfigError: no such data, or a broken line.
+    """
     file = Path(str(data.path))
-    records = _jsonl(file) if file.suffix == ".jsonl" else _table(data, file)
-    for number, record in records:
-        yield _row(f"{file.name}:{number}", record, data)
+    for number, record in _jsonl(file) if file.suffix == ".jsonl" else _table(data, file):
+        yield f"{file.name}:{number}", record
 
 
 def _jsonl(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

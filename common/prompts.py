@@ -72,7 +72,7 @@ class PromptOrder:
         self.total = len(prompts) * epochs
         """Samples in the run."""
         self.digest = _digest(prompts)
-        """Fingerprint of the prompts' ids, in order."""
+        """Fingerprint of the ids of prompts and given responses, in order."""
         self._epoch = -1
         self._permutation = np.empty(0, dtype=np.int64)
 
@@ -87,7 +87,9 @@ class PromptOrder:
 def _digest(prompts: Sequence[Prompt]) -> str:
     running = hashlib.sha256()
     for prompt in prompts:
-        running.update(len(prompt.ids).to_bytes(4, "little") + prompt.ids.tobytes())
+        for ids in (prompt.ids, prompt.response):
+            if ids is not None:
+                running.update(len(ids).to_bytes(4, "little") + ids.tobytes())
     return running.hexdigest()[:16]
 
 

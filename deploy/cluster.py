@@ -13,6 +13,7 @@ from actors.queue_actor import start_queue
 from actors.rollout_actor import start_rollout_actor
 from actors.teacher_actor import start_teacher_actor
 from common.config import OpdlmConfig
+from common.config.schema import ResourcesConfig
 from common.errors import ConfigError, OpdlmError
 
 
@@ -23,15 +24,22 @@ class Roles:
     queue: Any
     rollouts: ActorPool
     teachers: ActorPool
+    evaluators: ActorPool | None = None
+    """Spare rollout actors for periodic evaluations (`evaluation.actors`)."""
 
     def stop(self) -> None:
         """Ends them all."""
-        stop_actors([self.queue, *self.rollouts.actors.values(), *self.teachers.actors.values()])
+        pools = [pool for pool in (self.rollouts, self.teachers, self.evaluators) if pool]
+        stop_actors([self.queue, *(actor for pool in pools for actor in pool.actors.values())])
 
 
-def demands(config: OpdlmConfig) -> dict[str, list[tuple[str, int, float]]]:
-    """Who asks for what: `{"CPU": [(role, count, each), ...], "GPU": ...}`."""
-    rollout, teacher, learner = config.rollout, config.teacher, config.learner
+Demands = dict[str, list[tuple[str, int, float]]]
+"""Who asks for what: `{"CPU": [(role, count, each), ...], "GPU": ...}`."""
+
+
+def demands(config: OpdlmConfig) -> Demands:
+    """What the roles of a run ask for."""
+    rollout, teacher, learner, spare = config.rollout, config.teacher, config.learner, config.evaluation.actors
     if config.run.replay is not None:
         return {
             "CPU": [("learner", learner.workers, learner.cpus_per_worker)],
@@ -42,23 +50,29 @@ def demands(config: OpdlmConfig) -> dict[str, list[tuple[str, int, float]]]:
             ("rollout", rollout.actors, rollout.cpus_per_actor),
             ("teacher", teacher.actors, teacher.cpus_per_actor),
             ("learner", learner.workers, learner.cpus_per_worker),
+            ("evaluation", spare, rollout.cpus_per_actor),
         ],
         "GPU": [
             ("rollout", rollout.actors, rollout.gpus_per_actor),
             ("teacher", teacher.actors, teacher.gpus_per_actor),
             ("learner", learner.workers, learner.gpus_per_worker),
+            ("evaluation", spare, rollout.gpus_per_actor),
         ],
     }
 
 
 def connect(config: OpdlmConfig) -> None:
     """Joins the cluster of `resources.ray_address` (or RAY_ADDRESS), else starts a local one; checks its size."""
-    resources = config.resources
+    join_or_start(config.resources, demands(config))
+    check_demands(demands(config), "resources")
+
+
+def join_or_start(resources: ResourcesConfig, asked: Demands) -> None:
+    """The same without the check; a local Ray gets the CPUs that are asked for, and one."""
     if ray.is_initialized():
-        check_resources(config, ray.cluster_resources())
         return
     logs = {"log_to_driver": resources.worker_logs, "logging_level": "warning"}
-    needed = int(sum(count * each for _, count, each in demands(config)["CPU"])) + 1
+    needed = int(sum(count * each for _, count, each in asked["CPU"])) + 1
     # Not `auto`: it would find, and wait for, a cluster of this machine that died.
     address = resources.ray_address or os.environ.get("RAY_ADDRESS")
     if address:
@@ -75,18 +89,18 @@ def connect(config: OpdlmConfig) -> None:
             dashboard_host="127.0.0.1",
             **logs,
         )
-    check_resources(config, ray.cluster_resources())
 
 
-def check_resources(config: OpdlmConfig, available: dict[str, float]) -> None:
+def check_demands(demanded: Demands, where: str) -> None:
     """Raises `ConfigError` with the arithmetic where the roles ask for more than the cluster has."""
-    for kind, rows in demands(config).items():
+    available = ray.cluster_resources()
+    for kind, rows in demanded.items():
         asked = sum(count * each for _, count, each in rows)
         there = available.get(kind, 0.0)
         if asked > there:
             terms = " + ".join(f"{role} {count} x {each:g}" for role, count, each in rows if count * each)
             raise ConfigError(
-                f"resources: the run asks for {asked:g} {kind}s ({terms}), the cluster has {there:g}; "
+                f"{where}: the run asks for {asked:g} {kind}s ({terms}), the cluster has {there:g}; "
                 "lower the actor counts or add nodes"
             )
 
@@ -101,19 +115,19 @@ def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int)
     timeout, retries = resources.call_timeout_seconds, resources.actor_restarts
     if config.run.replay is not None:
         return Roles(queue, ActorPool({}, timeout, retries), ActorPool({}, timeout, retries))
-    rollouts = {
-        f"rollout-{i}": start_rollout_actor(
-            f"rollout-{i}",
-            student,
-            config.model.dtype,
-            rollout.cpus_per_actor,
-            rollout.gpus_per_actor,
-            resources.actor_restarts,
-        )
-        for i in range(rollout.actors)
-    }
+
+    def students(name: str, count: int) -> dict[str, Any]:
+        each = (config.model.dtype, rollout.cpus_per_actor, rollout.gpus_per_actor, resources.actor_restarts)
+        return {f"{name}-{i}": start_rollout_actor(f"{name}-{i}", student, *each) for i in range(count)}
+
     teachers = {
         f"teacher-{i}": start_teacher_actor(f"teacher-{i}", config.model.teacher, teacher, resources.actor_restarts)
         for i in range(teacher.actors)
     }
-    return Roles(queue, ActorPool(rollouts, timeout, retries), ActorPool(teachers, timeout, retries))
+    rollouts, spare = students("rollout", rollout.actors), students("eval", config.evaluation.actors)
+    return Roles(
+        queue,
+        ActorPool(rollouts, timeout, retries),
+        ActorPool(teachers, timeout, retries),
+        ActorPool(spare, timeout, retries) if spare else None,
+    )

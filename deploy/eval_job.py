@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from common.config.schema import Strategy
 from common.errors import OpdlmError
-from common.tasks import get_task
-from deploy.checkpoint_decoder import Answers, CheckpointDecoder
-from deploy.evaluation import Exam
+from deploy.checkpoint_decoder import CheckpointDecoder, Decoder
+from deploy.exams import QuestionSource
+
+AUTOREGRESSIVE = "autoregressive, greedy"
 
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
     """As on the command line."""
 
-    problems: int
     strategies: tuple[Strategy, ...]
     threshold: float
     block_size: int | None
     max_new_tokens: int
     batch_size: int
+    actors: int = 0
+    gpus_per_actor: float = 0.0
+    output: Path | None = None
 
 
 def strategies(names: Sequence[str]) -> tuple[Strategy, ...]:
@@ -38,32 +44,69 @@ def strategies(names: Sequence[str]) -> tuple[Strategy, ...]:
     return tuple(name for name in known if name in names)
 
 
-def run_eval(folder: Path, task_name: str, options: EvalOptions, console: Console) -> None:
-    """Evaluates and prints the table."""
-    task = get_task(task_name)
-    checkpoint = CheckpointDecoder(folder, options.block_size)
-    exam = Exam([task], checkpoint.tokenizer, options.problems)
-    table = Table(title=f"{folder}: {options.problems} held-out problems of {task_name}")
-    table.add_column("decoding")
-    for name in ("exact match", "tokens per denoising step", "tokens per second"):
-        table.add_column(name, justify="right")
-    with console.status("decoding ...") as status:
-        if not checkpoint.is_student:
-            answers = checkpoint.generate(exam.prompt_ids, options.max_new_tokens, options.batch_size)
-            table.add_row("autoregressive, greedy", *_figures(exam, answers))
-        else:
-            for strategy in options.strategies:
-                status.update(f"decoding: {strategy} ...")
-                settings = replace(checkpoint.base.greedy(strategy), threshold=options.threshold)
-                answers = checkpoint.decode(exam.requests(options.max_new_tokens), settings, options.batch_size)
-                table.add_row(strategy, *_figures(exam, answers))
+def refuse_misplaced(mode: str, options: dict[str, object]) -> None:
+    """Raises `OpdlmError` for an option that was given but has no meaning with what is evaluated."""
+    for name, value in options.items():
+        if value is not None:
+            raise OpdlmError(f"{name}: found {value}; it does not go with {mode}")
+
+
+def open_decoder(folder: Path, options: EvalOptions) -> AbstractContextManager[Decoder]:
+    """The checkpoint in this process, or over Ray actors."""
+    if options.actors == 0:
+        return contextlib.nullcontext(CheckpointDecoder(folder, options.block_size))
+    from deploy.actor_decoder import ActorDecoder
+
+    return ActorDecoder(folder, options.actors, options.gpus_per_actor, block_size=options.block_size)
+
+
+def run_eval(folder: Path, source: QuestionSource, options: EvalOptions, console: Console) -> None:
+    """Evaluates and prints the table; writes its rows to `options.output`, where given."""
+    check_output(options.output)
+    with open_decoder(folder, options) as decoder:
+        questions = source.open(decoder)
+        requests = questions.requests(options.max_new_tokens)
+        decoder.check_room(requests)
+        table = Table(title=f"{folder}: {questions.title}")
+        table.add_column("decoding")
+        columns = [questions.figure, "tokens per denoising step", "tokens per second"]
+        for name in columns + (["no answer found"] if source.answer == "math" else []):
+            table.add_column(name, justify="right")
+        rows: list[dict[str, Any]] = []
+        with console.status("decoding ...") as status:
+            for strategy in options.strategies if decoder.is_student else options.strategies[:1]:
+                name = strategy if decoder.is_student else AUTOREGRESSIVE
+                status.update(f"decoding: {name} ...")
+                settings = replace(decoder.base.greedy(strategy), threshold=options.threshold)
+                answers = decoder.answer(requests, settings, options.batch_size)
+                marks = questions.mark(answers.responses)
+                rows.append(
+                    {
+                        "decoding": name,
+                        "right": marks.right,
+                        "unanswered": marks.unanswered,
+                        "tokens_per_step": answers.tokens_per_step,
+                        "tokens_per_second": answers.tokens / answers.seconds,
+                    }
+                )
+                figures = [f"{marks.right:.1%}", f"{answers.tokens_per_step:.2f}"]
+                figures += [f"{answers.tokens / answers.seconds:,.0f}"]
+                table.add_row(name, *figures, *([str(marks.unanswered)] if source.answer == "math" else []))
     console.print(table)
+    if options.output:
+        write_json(options.output, {"checkpoint": str(folder), "questions": questions.title, "rows": rows}, console)
 
 
-def _figures(exam: Exam, answers: Answers) -> tuple[str, str, str]:
-    tokens = sum(len(r) for r in answers.responses)
-    return (
-        f"{exam.exact_match(answers.responses):.1%}",
-        f"{answers.tokens_per_step:.2f}",
-        f"{tokens / answers.seconds:,.0f}",
-    )
+def check_output(file: Path | None) -> None:
+    """Raises `OpdlmError` where a result could not be written, before anything is decoded."""
+    if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
+        found = "is a folder" if file.is_dir() else f"lies in {file.parent}, which does not exist"
+        raise OpdlmError(f"--output: {file} {found}; give a new file in an existing folder")
+
+
+def write_json(file: Path, content: Any, console: Console, default: Callable[[Any], Any] | None = None) -> None:
+    """Writes aside and renames; says where. `default`: as in `json.dumps`."""
+    staging = file.with_name(f".{file.name}.part")
+    staging.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=default) + "\n")
+    staging.rename(file)
+    console.print(f"written: {file}", highlight=False, soft_wrap=True)

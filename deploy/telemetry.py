@@ -110,9 +110,10 @@ class Telemetry:
                 self._reset()
             self._write(event)
 
-    def evaluated(self, row: str, version: int, result: EvaluationResult) -> None:
-        """An evaluation was done with a weight version."""
-        self._write({"kind": "evaluation", "row": row, "round": version, "step": self._step, **asdict(result)})
+    def evaluated(self, row: str, version: int, result: EvaluationResult, step: int | None = None) -> None:
+        """An evaluation was done with a weight version, which `step` optimizer steps made (None: those known of)."""
+        step = self._step if step is None else step
+        self._write({"kind": "evaluation", "row": row, "round": version, "step": step, **asdict(result)})
 
     def close(self) -> None:
         """Flushes and closes the files."""

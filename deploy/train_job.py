@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from actors.decode_settings import DecodeSettings
+from actors.pool import ActorPool
 from common.config import OpdlmConfig
 from common.config.schema import Strategy
 from common.models import count_parameters
@@ -24,6 +25,7 @@ from deploy.preflight import Preflight, examined_tasks, preflight, prepare_stude
 from deploy.replay_source import ReplaySource
 from deploy.run_dir import config_digest, open_run
 from deploy.sources import GivenSource, OnPolicySource, SampleSource
+from deploy.spare_evaluation import SpareEvaluations
 from deploy.telemetry import Telemetry, read_records
 from learner.group import LearnerSetup, fit
 
@@ -92,6 +94,7 @@ class _Job:
         )
         self.settings = DecodeSettings.from_config(config.rollout)
         self.coordinator: Coordinator | None = None
+        self._spare = SpareEvaluations(self._evaluate_periodically)
         self.stopped_by = 0
         evaluation = config.evaluation
         # In a replay nobody could answer.
@@ -116,6 +119,7 @@ class _Job:
             return 128 + self.stopped_by
         self.coordinator = Coordinator(self.config, self.roles, source, self.telemetry, self._on_weights)
         await self.coordinator.run(lambda: fit(self.setup, name))
+        await self._spare.finish()  # after a stop too: the checkpoint is written, and a resumed run would skip them
         if self.stopped_by:
             return 128 + self.stopped_by
         if self._final is not None and self.coordinator.weights:
@@ -163,15 +167,21 @@ class _Job:
                 await self._evaluate(report.BEFORE, self._final, handle)
         every = evaluation.every_rounds
         if every and self._periodic is not None and handle.version % every == 0:
-            await self._evaluate(report.PERIODIC, self._periodic, handle)
+            # On spare actors it goes on beside the run; on the rollout actors decoding waits for it.
+            await (self._spare.submit(handle) if self.roles.evaluators else self._evaluate_periodically(handle))
 
-    async def _evaluate(self, row: str, exam: Exam, handle: WeightHandle) -> None:
+    async def _evaluate_periodically(self, handle: WeightHandle) -> None:
+        assert self._periodic is not None
+        await self._evaluate(report.PERIODIC, self._periodic, handle, self.roles.evaluators)
+
+    async def _evaluate(self, row: str, exam: Exam, handle: WeightHandle, pool: ActorPool | None = None) -> None:
         strategy: Strategy = (
             "low_confidence_dynamic" if row in (report.DYNAMIC, report.PERIODIC) else "low_confidence_static"
         )
         settings = self.settings.greedy(strategy)
-        result = await evaluate_student(self.roles.rollouts, exam, handle, settings, self.config.evaluation)
-        self.telemetry.evaluated(row, handle.version, result)
+        pool = pool or self.roles.rollouts
+        result = await evaluate_student(pool, exam, handle, settings, self.config.evaluation)
+        self.telemetry.evaluated(row, handle.version, result, self.checked.plan.steps_before(handle.version))
 
 
 def _absolute(config: OpdlmConfig) -> OpdlmConfig:

@@ -30,6 +30,11 @@ def _data(config: OpdlmConfig) -> Iterator[str]:
         yield "data.prompts: missing; a task needs to know how many prompts an epoch has (e.g. 20000)"
     if data.task is None and not config.evaluation.tasks and config.evaluation.every_rounds is not None:
         yield "evaluation.every_rounds: needs `evaluation.tasks` or `data.task`, which know answers; found neither"
+    if config.evaluation.actors and config.evaluation.every_rounds is None:
+        yield (
+            f"evaluation.actors: found {config.evaluation.actors} without evaluation.every_rounds; they do periodic "
+            "evaluations only, so set that or drop them"
+        )
     for field in ("system_prompt", "thinking"):
         if getattr(data, field) is not None and not data.chat_template:
             yield f"data.{field}: found {getattr(data, field)!r} without data.chat_template; set that to true"

@@ -147,6 +147,8 @@ class EvaluationConfig(Section):
     """Tasks to examine, each by itself. Empty: `data.task`."""
     every_rounds: PositiveInt | None = None
     """Rounds between evaluations while training (dynamic decoding). Empty: none."""
+    actors: NonNegativeInt = 0
+    """Spare actors for these, as large as a rollout actor, so that training goes on meanwhile. 0: rollout actors."""
     problems: PositiveInt = 200
     """Problems of each task in a periodic evaluation."""
     final_problems: NonNegativeInt = 1000

@@ -1,4 +1,4 @@
-"""`opdlm convert`, `export`, `generate`, `eval`: commands about one checkpoint folder."""
+"""`opdlm convert`, `export`, `generate`: commands about one checkpoint folder."""
 
 from __future__ import annotations
 
@@ -96,38 +96,3 @@ def generate(
             max_new_tokens, strategy, threshold, block_size, temperature, top_k, top_p, seed, trace
         )
         run_generate(checkpoint, prompt, options, out)
-
-
-@app.command("eval")
-def evaluate(
-    checkpoint: CheckpointFolder,
-    task: Annotated[str, typer.Option(help="Built-in task: chain.")],
-    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 1000,
-    strategy: Annotated[
-        list[str] | None, typer.Option(help="Strategies to try; repeatable. Default: static and dynamic.")
-    ] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of low_confidence_dynamic.")] = 0.9,
-    block_size: Annotated[int | None, typer.Option(min=1, help="Default: what the checkpoint says, else 4.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Problems decoded side by side.")] = 128,
-) -> None:
-    """Exact match, tokens per denoising step and tokens per second on held-out problems; AR and student alike.
-
-    Examples:
-
-        opdlm eval models/chain-teacher --task chain
-
-        opdlm eval runs/demo/student --task chain --threshold 0.8
-    """
-    with clear_errors():
-        from deploy.eval_job import EvalOptions, run_eval, strategies
-
-        options = EvalOptions(
-            problems,
-            strategies(strategy or ["low_confidence_static", "low_confidence_dynamic"]),
-            threshold,
-            block_size,
-            max_new_tokens,
-            batch_size,
-        )
-        run_eval(checkpoint, task, options, out)

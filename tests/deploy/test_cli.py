@@ -42,7 +42,10 @@ def run_file(chain_teacher, tmp_path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("command", ["train", "pretrain", "convert", "export", "generate", "eval", "trace", "compare"])
+COMMANDS = ["train", "compare", "pretrain", "convert", "export", "generate", "eval", "sweep", "lm-eval", "trace"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command) -> None:
     text = opdlm(command, "--help")
     assert f"opdlm {command} " in text
