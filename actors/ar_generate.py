@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from common.models import input_device
 
@@ -27,11 +28,21 @@ def generate(
         temperature: 0 is greedy; else samples from the whole vocabulary at that temperature.
         seed: of sampling; what a prompt is answered depends on the prompts that it is batched with, too.
     """
+    how = GenerationConfig(eos_token_id=list(eos_ids), pad_token_id=eos_ids[0], do_sample=False)
     if temperature > 0:
         torch.manual_seed(seed)  # transformers draws from the global generator
-        how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    else:
-        how = {"do_sample": False}
+        how.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    # The folder's own settings (a repetition penalty, say) would be merged in; asked is the model's distribution.
+    own, model.generation_config = model.generation_config, how
+    try:
+        return _generate(model, prompts, max_new_tokens, eos_ids, batch_size)
+    finally:
+        model.generation_config = own
+
+
+def _generate(
+    model: Any, prompts: Sequence[np.ndarray], max_new_tokens: int, eos_ids: Sequence[int], batch_size: int
+) -> list[np.ndarray]:
     device = input_device(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompts)
@@ -47,9 +58,6 @@ def generate(
             input_ids=torch.from_numpy(ids).to(device),
             attention_mask=torch.from_numpy(attended).to(device),
             max_new_tokens=max_new_tokens,
-            **how,
-            eos_token_id=list(eos_ids),
-            pad_token_id=eos_ids[0],
         )
         for row, i in enumerate(batch):
             new = output[row, longest:].cpu().numpy().astype(np.int32)

@@ -27,6 +27,8 @@ class ReplayQueueActor:
         self._weights: WeightHandle | None = None
         self._events: list[dict[str, Any]] = []
         self._stop = False
+        self._handed_over = False
+        self._listening = True
         self._changed = asyncio.Event()
 
     # --- coordinator's side -------------------------------------------------------------------------------------
@@ -54,10 +56,21 @@ class ReplayQueueActor:
         self._wake()
 
     async def drain_events(self) -> list[dict[str, Any]]:
-        """Waits for events of the learner and hands them over; empty when the learner has ended and all is told."""
+        """Waits for events of the learner and hands them over; empty when the learner has ended and all is told.
+
+        Who asks again has written what was handed over before.
+        """
+        self._handed_over = False
+        self._wake()
         await self._until(lambda: bool(self._events) or self._ended)
         events, self._events = self._events, []
+        self._handed_over = bool(events)
         return events
+
+    async def nobody_listens(self) -> None:
+        """Nobody will ask for events again, so nobody needs to wait until they are written."""
+        self._listening = False
+        self._wake()
 
     async def request_stop(self) -> None:
         """The learner finishes the round it has begun, saves, and ends; nothing more is leased."""
@@ -107,6 +120,10 @@ class ReplayQueueActor:
     async def committed(self, rounds: int) -> None:
         """A checkpoint covers this many rounds."""
         self._queue.committed(rounds)
+
+    async def events_written(self) -> None:
+        """Waits until the coordinator has written every event so far: no checkpoint covers a step without a record."""
+        await self._until(lambda: not self._listening or not (self._events or self._handed_over))
 
     async def tell(self, event: dict[str, Any]) -> None:
         """A record for the metrics."""

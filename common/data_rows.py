@@ -6,6 +6,7 @@ A row is known by its file and number (from 1), so that whatever is refused late
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from common.config.schema import DataConfig
 from common.errors import ConfigError
 from common.tasks import get_task, problems
+
+_OTHER_FORMS = (".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst")
 
 Text = str | list[int]
 """Text, or the token ids that it stands for."""
@@ -60,12 +63,12 @@ def read_records(data: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _jsonl(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if not file.is_file():
         raise ConfigError(f"data.path: {file} does not exist; expected a JSONL file of prompts")
-    with file.open() as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError as error:
+                except ValueError as error:  # not UTF-8, or not JSON
                     raise ConfigError(f"data.path: {file.name}:{number} is not JSON: {error}") from None
                 if not isinstance(record, dict):
                     raise ConfigError(
@@ -88,7 +91,7 @@ def _table(data: DataConfig, file: Path) -> Iterator[tuple[int, Mapping[str, Any
             table = datasets.load_from_disk(str(file))
             if isinstance(table, datasets.DatasetDict):
                 table = _split(table, data)
-        elif file.suffix or file.is_absolute() or str(file).startswith("."):
+        elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(file)) or file.suffix in _OTHER_FORMS:
             raise ConfigError(f"data.path: {file} is no .jsonl or .parquet file, no folder, and no hub id")
         else:
             table = datasets.load_dataset(str(file), data.subset, split=data.split)
@@ -118,6 +121,13 @@ def _row(name: str, record: Mapping[str, Any], data: DataConfig) -> Row:
             raise ConfigError(
                 f"data.chat_template: {name}: `{data.prompt_field}` holds chat messages; set data.chat_template to true"
             )
+        if prompt[-1]["role"] == "assistant":
+            raise ConfigError(
+                f"data.prompt_field: {name}: the conversation ends with the assistant's answer; leave that to "
+                "data.response_field"
+            )
+        if data.system_prompt is not None and prompt[0]["role"] == "system":
+            raise ConfigError(f"data.system_prompt: {name} brings a system message of its own; give one or the other")
         prompt = tuple(prompt)
     elif not _is_text(prompt):
         raise ConfigError(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from common.chat import ChatTemplate
@@ -37,11 +38,14 @@ class PromptSet:
     """One line a refused prompt: its name and why."""
 
 
-def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, longest: int, seed: int) -> PromptSet:
+def load_prompts(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, longest: int, seed: int, vocab_size: int | None = None
+) -> PromptSet:
     """Reads or makes the prompts of an epoch.
 
     Args:
         longest: most tokens that a prompt may have and still leave room for its response.
+        vocab_size: the teacher's; no token id may lie outside. None: not checked.
 
     Raises:
         ConfigError: no file, a broken line, or nothing left to train on.
@@ -52,11 +56,15 @@ def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, longest: 
     refused: list[str] = []
     for row in itertools.islice(read_rows(data, seed), data.prompts):
         ids = encode(row)
+        _check_ids(row, ids, "prompt", vocab_size)
         if not 0 < len(ids) <= limit:
             refused.append(f"{row.name}: {len(ids)} tokens; expected 1 to {limit}")
         else:
             prompt_ids = np.array(ids, dtype=np.int32)
-            kept.append(Prompt(row.name, prompt_ids, row.domain, row.max_new_tokens, _response(row, tokenizer)))
+            response = _response(row, tokenizer)
+            _check_ids(row, response or [], "response", vocab_size)
+            response_ids = None if response is None else np.array(response, dtype=np.int32)
+            kept.append(Prompt(row.name, prompt_ids, row.domain, row.max_new_tokens, response_ids))
     if not kept:
         reason = f"; first refusal: {refused[0]}" if refused else ""
         raise ConfigError(f"data: no prompt to train on in {data.path or data.task}{reason}")
@@ -72,7 +80,7 @@ class PromptOrder:
         self.total = len(prompts) * epochs
         """Samples in the run."""
         self.digest = _digest(prompts)
-        """Fingerprint of the ids of prompts and given responses, in order."""
+        """Fingerprint of all that the prompts are, in order."""
         self._epoch = -1
         self._permutation = np.empty(0, dtype=np.int64)
 
@@ -87,6 +95,7 @@ class PromptOrder:
 def _digest(prompts: Sequence[Prompt]) -> str:
     running = hashlib.sha256()
     for prompt in prompts:
+        running.update(repr((prompt.prompt_id, prompt.domain, prompt.max_new_tokens)).encode())
         for ids in (prompt.ids, prompt.response):
             if ids is not None:
                 running.update(len(ids).to_bytes(4, "little") + ids.tobytes())
@@ -100,13 +109,24 @@ def _encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[
         if isinstance(row.prompt, list):
             return row.prompt
         if chat is not None:
-            return chat.ids(row.prompt)
+            try:
+                return chat.ids(row.prompt)
+            except (TemplateError, TypeError) as error:  # what a template may make of a row that it does not like
+                raise ConfigError(f"data.chat_template: {row.name}: the template refuses it: {error}") from None
         return list(tokenizer(row.prompt, add_special_tokens=False)["input_ids"])
 
     return encode
 
 
-def _response(row: Row, tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
+def _check_ids(row: Row, ids: Sequence[int], what: str, vocab_size: int | None) -> None:
+    if vocab_size is not None and ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        found = min(ids) if min(ids) < 0 else max(ids)
+        raise ConfigError(
+            f"data.{what}_field: {row.name} has token id {found}; the teacher's are 0 to {vocab_size - 1}"
+        )
+
+
+def _response(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """Token ids that end with the end-of-sequence token: a given response is a finished one."""
     if row.response is None:
         return None
@@ -114,4 +134,4 @@ def _response(row: Row, tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None
     ids = list(text if isinstance(text, list) else tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids or ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
-    return np.array(ids, dtype=np.int32)
+    return ids

@@ -6,6 +6,7 @@ is not run again, what was stopped goes on. Seeds share the teacher's responses;
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from common.config import OpdlmConfig, config_from_dict
 from common.errors import OpdlmError
 from deploy.compare_report import write_comparison
 from deploy.preflight import preflight
-from deploy.train_job import train
+from deploy.report import DYNAMIC, STATIC
+from deploy.run_dir import check_same_config, held_config
+from deploy.train_job import absolute, train
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "opd": {"kind": "opd", "selection": None},
@@ -45,14 +48,23 @@ def run_comparison(
     for name in objectives:
         if name not in OBJECTIVES:
             raise OpdlmError(f"--objectives: found {name!r}; known: {', '.join(OBJECTIVES)}")
-    if not (base.data.task or base.evaluation.tasks) or not base.evaluation.final_problems:
-        raise OpdlmError("compare: nothing would be evaluated; set evaluation.tasks and evaluation.final_problems")
+    if not base.data.task or not base.evaluation.final_problems or base.run.replay is not None:
+        raise OpdlmError(
+            "compare: needs prompts of a task (data.task) and a final evaluation (evaluation.final_problems), and no "
+            "run.replay"
+        )
+    if base.evaluation.tasks and not set(_trained(base)) & set(base.evaluation.tasks):
+        raise OpdlmError(
+            f"evaluation.tasks: found {base.evaluation.tasks}, none of data.task {base.data.task}; add them"
+        )
     runs = [(name, seed, _config(base, name, seed, out)) for seed in seeds for name in objectives]
     for _, _, config in runs:
         preflight(config)
     for number, (name, seed, config) in enumerate(runs, start=1):
         root = Path(config.run.dir)
-        if (root / "student").exists() and (root / "report.json").exists():
+        if (root / "config.yaml").exists():
+            check_same_config(held_config(root), absolute(config).model_dump(mode="json"), root)
+        if _is_done(root):
             console.print(f"[{number}/{len(runs)}] {name}, seed {seed}: done before", highlight=False)
             continue
         console.print(f"[{number}/{len(runs)}] {name}, seed {seed}: {root}", highlight=False)
@@ -69,9 +81,16 @@ def _config(base: OpdlmConfig, name: str, seed: int, out: Path) -> OpdlmConfig:
     raw = base.model_dump(mode="json")
     raw["run"] |= {"seed": seed, "dir": str(out / f"{name}-seed{seed}")}
     raw["objective"] |= OBJECTIVES[name]
+    raw["evaluation"]["tasks"] = base.evaluation.tasks or _trained(base)
     raw["offline"] |= {"cache": str(out / f"teacher-responses-seed{seed}.parquet")}
     return config_from_dict(raw)
 
 
 def _trained(base: OpdlmConfig) -> list[str]:
-    return base.data.task.split("+") if base.data.task else []
+    return str(base.data.task).split("+")
+
+
+def _is_done(root: Path) -> bool:
+    """Whether a run has its last evaluations; a stopped one has a report without them."""
+    file = root / "report.json"
+    return file.exists() and {STATIC, DYNAMIC} <= json.loads(file.read_text())["by_task"].keys()

@@ -72,17 +72,18 @@ def _curve(folder: Path, trained: Sequence[str]) -> dict[str, list[float]]:
     records = read_records(folder)
     rounds = {r["round"]: r for r in records if r["kind"] == "round"}
     start = next((r["compute_flops"] for r in records if r["kind"] == "offline"), 0)
+    # One point a version; at the last, the final evaluation stands for the periodic one.
+    points = {
+        r["round"]: r["by_task"] for r in records if r["kind"] == "evaluation" and r["row"] in (PERIODIC, DYNAMIC)
+    }
     curve: dict[str, list[float]] = {"tokens": [], "flops": [], "trained": [], "kept": []}
-    for record in records:
-        if record["kind"] == "evaluation" and record["row"] in (PERIODIC, DYNAMIC):
-            at = rounds.get(record["round"], {"rollout_tokens": 0, "compute_flops": start})
-            curve["tokens"].append(at["rollout_tokens"])
-            curve["flops"].append(at["compute_flops"])
-            for group in ("trained", "kept"):
-                marks = [
-                    f["exact_match"] for t, f in record["by_task"].items() if (t in trained) == (group == "trained")
-                ]
-                curve[group].append(float(np.mean(marks)) if marks else float("nan"))
+    for version, by_task in sorted(points.items()):
+        at = rounds.get(version, {"rollout_tokens": 0, "compute_flops": start})
+        curve["tokens"].append(at["rollout_tokens"])
+        curve["flops"].append(at["compute_flops"])
+        for group in ("trained", "kept"):
+            marks = [f["exact_match"] for t, f in by_task.items() if (t in trained) == (group == "trained")]
+            curve[group].append(float(np.mean(marks)) if marks else float("nan"))
     return curve
 
 

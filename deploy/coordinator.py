@@ -49,6 +49,7 @@ class Coordinator:
         """Runs to the end of the learner; `fit` blocks in a thread meanwhile."""
         producing = [asyncio.create_task(loop()) for loop in (self._produce, self._push)]
         loops = [*producing, asyncio.create_task(self._watch())]
+        loops[-1].add_done_callback(lambda _: self.roles.queue.nobody_listens.remote())
         learner = in_daemon_thread(fit)
         learner.add_done_callback(lambda _: self.roles.queue.learner_ended.remote())
         together: asyncio.Future[Any] = asyncio.gather(*loops)  # before the learner has ended, it ends only by failing

@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ray.exceptions import RayError
 
 from actors.pool import ActorPool
 from common.config import OpdlmConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, OpdlmError
 from common.prompts import Prompt
+from common.shards import weights_fingerprint
+
+log = logging.getLogger("opdlm.offline")
 
 _CALLS_PER_BATCH = 4
 _KEY = b"opdlm"
@@ -36,6 +41,11 @@ class Recipe:
     temperature: float
     seed: int
 
+    @property
+    def digest(self) -> str:
+        """Fingerprint of the recipe."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
+
 
 @dataclass(frozen=True, slots=True)
 class GivenResponses:
@@ -45,6 +55,10 @@ class GivenResponses:
     forward_tokens: int
     """Tokens that went through the teacher; 0 for responses from data."""
     cached: bool
+
+    def cut_at_inner_end(self, eos_ids: Sequence[int]) -> int:
+        """Responses that hold an end-of-sequence token before their last one; they end at the first."""
+        return sum(bool(np.isin(r[:-1], eos_ids).any()) for r in self.by_prompt.values())
 
 
 def known_responses(config: OpdlmConfig, prompts: Sequence[Prompt], digest: str) -> GivenResponses | None:
@@ -67,10 +81,14 @@ def cache_file(config: OpdlmConfig) -> Path:
 
 def recipe(config: OpdlmConfig, prompts_digest: str) -> Recipe:
     """What this run's responses are made of."""
+    length = config.curriculum.max_new_tokens
+    longest = config.rollout.max_new_tokens
+    if length is not None:  # no round trains on more
+        longest = int(max(length.start, length.end or 0))
     return Recipe(
-        weights_fingerprint(Path(config.model.teacher)),
+        weights_fingerprint(config.model.teacher),
         prompts_digest,
-        config.rollout.max_new_tokens,
+        longest,
         config.offline.temperature,
         config.run.seed,
     )
@@ -87,7 +105,7 @@ def read_responses(file: Path, expected: Recipe) -> GivenResponses | None:
     try:
         table = pq.read_table(file)
         made = json.loads((table.schema.metadata or {})[_KEY])
-    except (pa.ArrowInvalid, KeyError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"offline.cache: {file} is not a file of teacher responses of ours: {reason}") from None
     differing = [
@@ -114,35 +132,69 @@ async def generate_responses(
 ) -> GivenResponses:
     """Has the teacher actors answer every prompt, writes the cache (whole or not at all), returns the responses.
 
+    Answered chunks are kept beside the cache until it is whole, so an interrupted generation goes on where it was.
     `progress` is told (prompts answered, prompts in all).
+
+    Raises:
+        OpdlmError: the cache's folder cannot be written, or a chunk failed `resources.sample_attempts` times.
     """
+    file = cache_file(config)
+    parts = file.with_name(f".{file.name}.{made_of.digest}.parts")
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OpdlmError(f"offline.cache: {file} cannot be written: {error}") from None
     size = config.offline.batch_size * _CALLS_PER_BATCH
-    chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     done = 0
 
     async def answer(number: int, chunk: Sequence[Prompt]) -> list[np.ndarray]:
         nonlocal done
-        _, (responses, _) = await teachers.call(
-            "generate",
-            [p.ids for p in chunk],
-            config.rollout.max_new_tokens,
-            config.offline.batch_size,
-            config.offline.temperature,
-            config.run.seed * 1_000_003 + number,
-        )
+        part = parts / f"{number:06d}.parquet"
+        kept = read_responses(part, made_of)
+        if kept is None or list(kept.by_prompt) != [p.prompt_id for p in chunk]:
+            seed = config.run.seed * 1_000_003 + number
+            responses = await _ask(config, teachers, chunk, made_of.max_new_tokens, seed)
+            _write(part, chunk, responses, made_of)
+        else:
+            responses = list(kept.by_prompt.values())
         done += len(chunk)
         progress(done, len(prompts))
         return responses
 
-    parts = await asyncio.gather(*(answer(i, chunk) for i, chunk in enumerate(chunks)))
-    responses = [r for part in parts for r in part]
+    chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    answered = await asyncio.gather(*(answer(i, chunk) for i, chunk in enumerate(chunks)))
+    _write(file, prompts, [r for responses in answered for r in responses], made_of)
+    shutil.rmtree(parts)
+    made = read_responses(file, made_of)
+    assert made is not None, "it was just written"
+    return replace(made, cached=False)
+
+
+async def _ask(
+    config: OpdlmConfig, teachers: ActorPool, chunk: Sequence[Prompt], max_new_tokens: int, seed: int
+) -> list[np.ndarray]:
+    offline, attempts = config.offline, config.resources.sample_attempts
+    ids = [p.ids for p in chunk]
+    for attempt in range(1, attempts + 1):
+        try:
+            _, (responses, _) = await teachers.call(
+                "generate", ids, max_new_tokens, offline.batch_size, offline.temperature, seed
+            )
+            return responses
+        except RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            log.warning("teacher responses from %s on, attempt %d: %s", chunk[0].prompt_id, attempt, reason)
+            if attempt == attempts:
+                raise OpdlmError(
+                    f"the teacher's responses to {len(chunk)} prompts (the first is {chunk[0].prompt_id}) failed "
+                    f"{attempts} times (resources.sample_attempts): {reason}"
+                ) from error
+    raise AssertionError("resources.sample_attempts is at least 1")
+
+
+def _write(file: Path, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], made_of: Recipe) -> None:
     tokens = sum(len(p.ids) + len(r) - 1 for p, r in zip(prompts, responses, strict=True))
-    given = GivenResponses({p.prompt_id: r for p, r in zip(prompts, responses, strict=True)}, tokens, False)
-    _write(cache_file(config), prompts, responses, {"recipe": asdict(made_of), "forward_tokens": tokens})
-    return given
-
-
-def _write(file: Path, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], made: dict[str, Any]) -> None:
+    made = {"recipe": asdict(made_of), "forward_tokens": tokens}
     schema = pa.schema(
         [("prompt_id", pa.string()), ("prompt_ids", pa.list_(pa.int32())), ("response_ids", pa.list_(pa.int32()))],
         metadata={_KEY: json.dumps(made)},
@@ -156,17 +208,3 @@ def _write(file: Path, prompts: Sequence[Prompt], responses: Sequence[np.ndarray
         staging.rename(file)
     finally:
         staging.unlink(missing_ok=True)
-
-
-def weights_fingerprint(folder: Path) -> str:
-    """Of config.json and both ends of each weight file: enough to tell two trainings apart without reading it all."""
-    running = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            head = stream.read(_ENDS)
-            stream.seek(max(file.stat().st_size - _ENDS, 0))
-            running.update(head + stream.read(_ENDS))
-    return running.hexdigest()[:16]
-
-
-_ENDS = 1 << 22  # bytes read at each end of a weight file

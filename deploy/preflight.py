@@ -15,6 +15,7 @@ from common.errors import ConfigError
 from common.grid import BlockGrid
 from common.models import A2D_PREFIX, ModelFacts, check_vocabularies, load_tokenizer, read_facts
 from common.prompts import PromptOrder, PromptSet, load_prompts
+from common.shards import read_shards
 from common.tasks import get_task
 from common.vocabulary import check_tokenizers
 from deploy.replay_source import check_replay
@@ -40,6 +41,7 @@ def preflight(config: OpdlmConfig) -> Preflight:
     student = read_facts(config.model.student) if config.model.student else teacher
     tokenizer = load_tokenizer(config.model.student or config.model.teacher)
     _check_backend(config, teacher)
+    _check_lora(config, student)
     if config.model.student:
         _check_mask(config, student)
         check_vocabularies(teacher, student)
@@ -51,7 +53,8 @@ def preflight(config: OpdlmConfig) -> Preflight:
         )
     for task in examined_tasks(config):
         get_task(task)
-    prompts = load_prompts(config.data, tokenizer, _longest_prompt(config, teacher, student), config.run.seed)
+    longest = _longest_prompt(config, teacher, student)
+    prompts = load_prompts(config.data, tokenizer, longest, config.run.seed, teacher.vocab_size)
     per_round = config.rollout.prompts_per_round
     total = config.data.epochs * len(prompts.prompts) if config.run.rounds is None else config.run.rounds * per_round
     epochs = -(-total // len(prompts.prompts))
@@ -112,6 +115,20 @@ def _check_backend(config: OpdlmConfig, teacher: ModelFacts) -> None:
             )
     if config.teacher.device_map == "auto":
         _require_package("accelerate", "teacher.device_map: found `auto`", "opdlm-ray[device-map]")
+
+
+def _check_lora(config: OpdlmConfig, student: ModelFacts) -> None:
+    lora = config.model.lora
+    if lora is None:
+        return
+    _require_package("peft", "model.lora: found adapters", "opdlm-ray[lora]")
+    shards = read_shards(student.folder)
+    layers = {n.split(".")[-2] for n in shards.file_of if ".layers." in n and len(shards.shape(n)) == 2}
+    if unknown := sorted(set(lora.target_modules) - layers):
+        raise ConfigError(
+            f"model.lora.target_modules: found {', '.join(unknown)}; the student's layers have "
+            f"{', '.join(sorted(layers))}"
+        )
 
 
 def _require_package(name: str, found: str, requirement: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from common.config import OpdlmConfig
 from common.errors import ConfigError
 from common.models import ModelFacts, read_config
+from common.shards import weights_fingerprint
 from common.types import WeightHandle
 from learner.plan import TrainingPlan
 from learner.rollout_files import RolloutFacts, RoundHeader, facts_of, read_header, round_file
@@ -23,6 +24,7 @@ _WHERE = {
     "vocab_size": "model.teacher (its vocabulary)",
     "targets": "teacher.targets",
     "data_digest": "data (fingerprint of the prompts)",
+    "teacher": "model.teacher (fingerprint and teacher.dtype)",
 }
 
 
@@ -69,7 +71,7 @@ def check_replay(config: OpdlmConfig, folder: Path, teacher: ModelFacts, plan: T
             f"run.replay: {folder} lacks {len(missing)} of the run's {plan.rounds} rounds, the first is "
             f"{files[missing[0]].name}; run.rounds {missing[0]} would do with what is there"
         )
-    facts = facts_of(config, teacher.vocab_size, data_digest)
+    facts = facts_of(config, teacher.vocab_size, data_digest, weights_fingerprint(teacher.folder))
     hidden_size = read_config(config.model.teacher).hidden_size
     for round_, file in enumerate(files):
         header = read_header(file)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from common.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
-from common.config import OpdlmConfig, dump_config
+from common.config import OpdlmConfig, config_from_dict, dump_config
 from common.errors import ConfigError
 
 _MAY_CHANGE = (
@@ -60,7 +60,7 @@ def open_run(config: OpdlmConfig, resume: bool, data_digest: str) -> Checkpoint 
         return None
     if not file.exists():
         raise ConfigError(f"run.dir: --resume, but {root} holds no run; start it without --resume")
-    check_same_config(yaml.safe_load(file.read_text()), config.model_dump(mode="json"), root)
+    check_same_config(held_config(root), config.model_dump(mode="json"), root)
     checkpoint = latest_checkpoint(root / "checkpoints")
     if checkpoint and checkpoint.state["data_digest"] != data_digest:
         raise ConfigError(
@@ -69,6 +69,11 @@ def open_run(config: OpdlmConfig, resume: bool, data_digest: str) -> Checkpoint 
         )
     truncate_metrics(root / "metrics.jsonl", checkpoint.rounds if checkpoint else 0)
     return checkpoint
+
+
+def held_config(root: Path) -> dict[str, Any]:
+    """The config of the run in a directory; settings that are newer than it have their defaults."""
+    return config_from_dict(yaml.safe_load((root / "config.yaml").read_text())).model_dump(mode="json")
 
 
 def check_same_config(held: dict[str, Any], given: dict[str, Any], root: Path) -> None:

@@ -69,7 +69,7 @@ class GivenSource:
     """Given responses as trajectories without a history: only `random_mask` makes states of them.
 
     Args:
-        responses: `[R] int32` by prompt id; a response longer than the round's limit ends there, without an end token.
+        responses: `[R] int32` by prompt id; a response longer than the round's limit is cut there.
         vocab_size: the teacher's V.
         eos_ids: tokens that end a response.
     """
@@ -100,15 +100,8 @@ class GivenSource:
     def _trajectory(self, index: int, version: int) -> Trajectory:
         prompt, round_ = self.order[index], index // self.config.rollout.prompts_per_round
         limit = length_limit(self.config, round_, prompt.domain, prompt.max_new_tokens)
-        return given_trajectory(
-            index,
-            prompt.prompt_id,
-            prompt.ids,
-            self.responses[prompt.prompt_id][:limit],
-            self.eos_ids,
-            self.grid,
-            version,
-        )
+        response = self.responses[prompt.prompt_id]
+        return given_trajectory(index, prompt.prompt_id, prompt.ids, response, limit, self.eos_ids, self.grid, version)
 
     def _one_hot(self, trajectory: Trajectory) -> TopKTargets:
         # Cross-entropy on a token is the forward KL to the distribution that is certain of it: top-1 at log 1.
@@ -121,20 +114,31 @@ def given_trajectory(
     prompt_id: str,
     prompt_ids: np.ndarray,
     response: np.ndarray,
+    limit: int,
     eos_ids: Sequence[int],
     grid: BlockGrid,
     version: int,
 ) -> Trajectory:
-    """A response as a trajectory, its last block filled up with end-of-sequence tokens (which take no loss).
+    """A response as a trajectory; what fills its last block is what a decoder could have seen there.
+
+    A finished response is filled up with its end-of-sequence token. One that goes on behind the limit shows its own
+    next tokens (no loss is taken there); one of which no more is known ends with its last whole block instead, so that
+    no false end is ever seen.
 
     Args:
         response: `[R] int32`; what lies behind its first end-of-sequence token is left out.
+        limit: most tokens with a loss.
     """
     ends = np.flatnonzero(np.isin(response, eos_ids))
-    length = int(ends[0]) + 1 if ends.size else len(response)
+    whole = response[: ends[0] + 1] if ends.size else response
+    length = min(len(whole), limit)
     kept = grid.kept_length(len(prompt_ids), length)
-    filled = np.full(kept, eos_ids[0], dtype=np.int32)
-    filled[:length] = response[:length]
+    if not ends.size and kept > len(whole) and (shorter := kept - grid.block_size) > 0:
+        length = kept = shorter
+    filled = np.full(kept, whole[-1] if ends.size else eos_ids[0], dtype=np.int32)
+    shown = whole[:kept]
+    filled[: len(shown)] = shown
+    finished = bool(ends.size) and length == len(whole)
     return Trajectory(
         index=index,
         prompt_id=prompt_id,
@@ -143,6 +147,6 @@ def given_trajectory(
         reveal_step=np.ones(kept, dtype=np.int16),
         response_length=length,
         weight_version=version,
-        finish_reason="eos" if ends.size else "length",
+        finish_reason="eos" if finished else "length",
         denoising_steps=0,
     )

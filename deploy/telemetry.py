@@ -48,6 +48,7 @@ class Telemetry:
     ) -> None:
         earlier = read_records(run_dir)
         self._flops = next((r["compute_flops"] for r in reversed(earlier) if "compute_flops" in r), 0)
+        self._given_before = any(r["kind"] == "offline" for r in earlier)
         self._student_parameters, self._teacher_parameters = parameters
         self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
@@ -85,10 +86,19 @@ class Telemetry:
         figures = {"prompts_kept": kept, "prompts_refused": len(refused), "data_digest": digest, "refused": refused}
         self._write({"kind": "data", "round": self._round, "step": self._step, **figures})
 
-    def given(self, responses: int, forward_tokens: int, cached: bool) -> None:
-        """Given responses are there; their generation counts as compute of this run, also where it was cached."""
-        self._flops += 2 * self._teacher_parameters * forward_tokens
-        figures = {"responses": responses, "teacher_forward_tokens": forward_tokens, "cached": cached}
+    def given(self, responses: int, forward_tokens: int, cached: bool, cut: int = 0) -> None:
+        """Given responses are there; their generation counts as compute of this run, also where it was cached.
+
+        `cut`: responses that end at an end-of-sequence token inside them.
+        """
+        if not self._given_before:
+            self._flops += 2 * self._teacher_parameters * forward_tokens
+        figures = {
+            "responses": responses,
+            "teacher_forward_tokens": forward_tokens,
+            "cached": cached,
+            "responses_cut_at_inner_end": cut,
+        }
         self._write(
             {"kind": "offline", "round": self._round, "step": self._step, "compute_flops": self._flops, **figures}
         )

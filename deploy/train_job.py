@@ -10,6 +10,7 @@ from rich.console import Console
 
 from actors.decode_settings import DecodeSettings
 from actors.pool import ActorPool
+from common.checkpoint import list_checkpoints
 from common.config import OpdlmConfig
 from common.config.schema import Strategy
 from common.models import count_parameters
@@ -32,7 +33,7 @@ from learner.group import LearnerSetup, fit
 
 def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
     """Runs a job to its end; returns the exit code (0 done, 128 + signal after a stop with a checkpoint)."""
-    config = _absolute(config)
+    config = absolute(config)
     checked = preflight(config)
     for line in checked.prompts.refused[:10]:
         console.print(f"refused prompt {line}", highlight=False)
@@ -66,7 +67,10 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
     where = f"{config.run.dir}/report.json, report.png, metrics.jsonl, tensorboard/"
     console.print(f"written: {where}{'' if code else ', student/'}", highlight=False, soft_wrap=True)
     if code:
-        console.print("stopped with a checkpoint; go on with --resume")
+        saved = (
+            "with a checkpoint" if list_checkpoints(Path(config.run.dir) / "checkpoints") else "before any checkpoint"
+        )
+        console.print(f"stopped {saved}; go on with --resume")
     return code
 
 
@@ -95,6 +99,9 @@ class _Job:
         self.settings = DecodeSettings.from_config(config.rollout)
         self.coordinator: Coordinator | None = None
         self._spare = SpareEvaluations(self._evaluate_periodically)
+        earlier = [r for r in read_records(Path(config.run.dir)) if r["kind"] == "evaluation"]
+        self._evaluated = {(r["row"], r["round"]) for r in earlier}
+        """(row, version) of what an earlier life of the run has evaluated."""
         self.stopped_by = 0
         evaluation = config.evaluation
         # In a replay nobody could answer.
@@ -140,8 +147,9 @@ class _Job:
             self.given = await offline.generate_responses(
                 config, prompts, roles.teachers, made_of, self.telemetry.generating
             )
-        self.telemetry.given(len(self.given.by_prompt), self.given.forward_tokens, self.given.cached)
-        facts = self.checked.teacher
+        facts, given = self.checked.teacher, self.given
+        cut = given.cut_at_inner_end(facts.eos_ids)
+        self.telemetry.given(len(given.by_prompt), given.forward_tokens, given.cached, cut)
         return GivenSource(
             config, roles.teachers, order, self.telemetry, self.given.by_prompt, facts.vocab_size, facts.eos_ids
         )
@@ -159,14 +167,15 @@ class _Job:
         """Evaluations that belong to a version: the table's first rows before training, the curve's points later."""
         evaluation = self.config.evaluation
         if handle.version == 0 and self._final is not None:
-            done = {r["row"] for r in read_records(Path(self.config.run.dir)) if r["kind"] == "evaluation"}
+            done = {row for row, _ in self._evaluated}
             if report.TEACHER not in done:
                 result = await evaluate_teacher(self.roles.teachers, self._final, evaluation)
                 self.telemetry.evaluated(report.TEACHER, 0, result)
             if report.BEFORE not in done:
                 await self._evaluate(report.BEFORE, self._final, handle)
         every = evaluation.every_rounds
-        if every and self._periodic is not None and handle.version % every == 0:
+        due = every is not None and handle.version % every == 0
+        if due and self._periodic is not None and (report.PERIODIC, handle.version) not in self._evaluated:
             # On spare actors it goes on beside the run; on the rollout actors decoding waits for it.
             await (self._spare.submit(handle) if self.roles.evaluators else self._evaluate_periodically(handle))
 
@@ -184,7 +193,7 @@ class _Job:
         self.telemetry.evaluated(row, handle.version, result, self.checked.plan.steps_before(handle.version))
 
 
-def _absolute(config: OpdlmConfig) -> OpdlmConfig:
+def absolute(config: OpdlmConfig) -> OpdlmConfig:
     """Paths as the actors, which have other working directories, must see them."""
     model = config.model.model_copy(
         update={

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.config.schema import LoraConfig
+from common.convert import staged
 from common.errors import OpdlmError
 
 _NAME = "default"
@@ -59,7 +60,8 @@ def merged_parameters(student: nn.Module, gather: Gather) -> Iterator[tuple[str,
         with gather(parts):
             whole = parameter.detach()
             if len(parts) > 1:
-                whole = (whole.float() + layer.get_delta_weight(_NAME).detach().float()).to(whole.dtype)
+                _, down, up = (p.detach().float() for p in parts)
+                whole = (whole.float() + layer.scaling[_NAME] * (up @ down)).to(whole.dtype)
             yield f"{layer_name}.{rest}" if separator else name, whole
 
 
@@ -76,12 +78,12 @@ def save_adapter(student: nn.Module, config: LoraConfig, base: str, folder: Path
             with gather([parameter]):
                 tensors[f"base_model.model.{name.replace(f'.{_NAME}', '')}"] = parameter.detach().cpu().clone()
     if folder is not None:
-        folder.mkdir(parents=True)
         made = _peft_config(config)
         made.base_model_name_or_path = base
         made.inference_mode = True
-        made.save_pretrained(folder)
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        with staged(folder) as staging:
+            made.save_pretrained(staging)
+            save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _peft_config(config: LoraConfig) -> Any:

@@ -30,6 +30,7 @@ _TARGETS: dict[str, type[HiddenTargets] | type[LogitsTargets] | type[TopKTargets
     "hidden": HiddenTargets,
     "logits": LogitsTargets,
     "topk": TopKTargets,
+    "tokens": TopKTargets,
 }
 _TRAJECTORY_ARRAYS = ("prompt_ids", "response_ids", "reveal_step")
 
@@ -44,17 +45,24 @@ class RolloutFacts:
     vocab_size: int
     """The teacher's V."""
     targets: str
-    """Kind of the targets: `hidden`, `topk` (the tokens of given responses too), `logits`."""
+    """Kind of the targets: `hidden`, `topk`, `logits`, or `tokens` (of given responses)."""
     data_digest: str
     """Fingerprint of the prompts (`PromptOrder.digest`)."""
+    teacher: str
+    """Fingerprint and number format of the teacher whose scores these are; empty for `tokens`."""
 
 
-def facts_of(config: OpdlmConfig, vocab_size: int, data_digest: str) -> RolloutFacts:
-    """The facts of a run. `vocab_size`: the teacher's; `data_digest`: its prompts'."""
-    rollout = config.rollout
-    kind = "topk" if config.objective.kind == "cft" else config.teacher.targets
+def facts_of(config: OpdlmConfig, vocab_size: int, data_digest: str, fingerprint: str) -> RolloutFacts:
+    """The facts of a run. `vocab_size`, `fingerprint`: the teacher's; `data_digest`: its prompts'."""
+    rollout, scored = config.rollout, config.objective.kind != "cft"
     return RolloutFacts(
-        rollout.prompts_per_round, rollout.block_size, rollout.block_grid, vocab_size, kind, data_digest
+        prompts_per_round=rollout.prompts_per_round,
+        block_size=rollout.block_size,
+        block_grid=rollout.block_grid,
+        vocab_size=vocab_size,
+        targets=config.teacher.targets if scored else "tokens",
+        data_digest=data_digest,
+        teacher=f"{fingerprint} {config.teacher.dtype}" if scored else "",
     )
 
 

@@ -25,6 +25,7 @@ from common.convert import save_model
 from common.errors import OpdlmError
 from common.grid import BlockGrid
 from common.models import load_model, load_output_matrix, load_tokenizer, read_facts, require_mask
+from common.shards import weights_fingerprint
 from common.types import ScoredTrajectory, WeightPack
 from common.weights import load_weights, pack_weights
 from learner import zero
@@ -135,7 +136,8 @@ class Learner:
         if self.rank != 0 or not self.config.run.dump_rollouts:
             return None
         vocab_size = read_facts(self.config.model.teacher).vocab_size
-        facts = facts_of(self.config, vocab_size, self.setup.data_digest)
+        fingerprint = weights_fingerprint(self.config.model.teacher)
+        facts = facts_of(self.config, vocab_size, self.setup.data_digest, fingerprint)
         return start_dump(round_file(self.run_dir / "rollouts", self.rounds), references, facts)
 
     def _publish(self) -> WeightPack | None:
@@ -171,6 +173,7 @@ class Learner:
         """Writes a checkpoint; a collective call. The queue then lets go of what it covers."""
         started = time.perf_counter()
         if self.rank == 0:
+            self._ask(self.queue.events_written.remote(), "the coordinator to write its metrics")
             save_checkpoint(
                 self.run_dir / "checkpoints",
                 self._state(),

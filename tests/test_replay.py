@@ -11,6 +11,7 @@ from rich.console import Console
 
 from common.config import OpdlmConfig
 from common.errors import ConfigError
+from common.shards import weights_fingerprint
 from deploy.cluster import demands
 from deploy.preflight import preflight
 from deploy.telemetry import read_records
@@ -68,7 +69,8 @@ def saved(tmp_path, chain_teacher):
     """Rollouts of two rounds that `run_config` could have given, and its config that replays them."""
     folder = tmp_path / "rollouts"
     config = run_config(chain_teacher, tmp_path / "run", run={"rounds": 2})
-    facts = RolloutFacts(8, 4, "absolute", 17, "hidden", preflight(config).order.digest)
+    teacher = f"{weights_fingerprint(chain_teacher)} float32"
+    facts = RolloutFacts(8, 4, "absolute", 17, "hidden", preflight(config).order.digest, teacher)
 
     def write(
         round_: int, count: int = 8, width: int = 16, version: int | None = None, given: bool = False, **changed
@@ -124,6 +126,10 @@ def test_what_must_agree_is_checked_and_nothing_else(saved, chain_teacher, tmp_p
     refused(r"lacks 1 of the round's 8 samples \(the first is 15\)")
     write(1, width=12)
     refused("model.teacher: its hidden states have 16 numbers, those in .* 12")
+    write(1, teacher="other float32")
+    refused(r"model.teacher \(fingerprint and teacher.dtype\) was 'other float32', is now")
+    write(1)
+    refused("teacher.targets was 'hidden', is now 'tokens'", objective={"kind": "cft"})
     write(1, vocab_size=32)
     refused(r"model.teacher \(its vocabulary\) was 32, is now 17")
     shutil.rmtree(folder)

@@ -35,6 +35,8 @@ def _data(config: OpdlmConfig) -> Iterator[str]:
             f"evaluation.actors: found {config.evaluation.actors} without evaluation.every_rounds; they do periodic "
             "evaluations only, so set that or drop them"
         )
+    if data.task is not None and data.chat_template:
+        yield "data.chat_template: built-in tasks have no chat form; it goes with data.path"
     for field in ("system_prompt", "thinking"):
         if getattr(data, field) is not None and not data.chat_template:
             yield f"data.{field}: found {getattr(data, field)!r} without data.chat_template; set that to true"

@@ -93,7 +93,8 @@ class ModelConfig(Section):
     """Number format of the student in decoding and training; DeepSpeed keeps float32 masters beside bfloat16."""
     lora: LoraConfig | None = None
     """Train adapters only; rollout actors and exports get merged weights, `RUN/adapter` the adapter. Empty: train
-    everything. The mask token's embedding then stays at its start, as all embeddings do."""
+    everything. The mask token's embedding then stays at its start, as all embeddings do. With `dtype: bfloat16` merging
+    rounds: what decodes differs from what trains by up to half a bfloat16 step of each weight."""
     attention: Attention = "auto"
     """Attention of the training forward. `auto`: flex_attention on GPU, dense boolean sdpa on CPU."""
 

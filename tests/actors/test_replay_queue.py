@@ -204,3 +204,25 @@ def test_stop_lets_a_begun_round_finish_on_every_rank(no_object_store) -> None:
         assert await actor.drain_events() == []
 
     asyncio.run(scenario())
+
+
+def test_a_checkpoint_waits_until_its_events_are_written() -> None:
+    async def scenario() -> None:
+        actor = ReplayQueueActor(prompts_per_round=1, max_staleness=0, total=4, first_round=0)
+        await actor.events_written()  # there are none
+        await actor.tell({"step": 1})
+        waiting = asyncio.create_task(actor.events_written())
+        assert await actor.drain_events() == [{"step": 1}]
+        await asyncio.sleep(0)
+        assert not waiting.done(), "handed over is not yet written"
+        asking_again = asyncio.create_task(actor.drain_events())
+        await waiting
+        await actor.tell({"step": 2})
+        assert await asking_again == [{"step": 2}]
+        waiting = asyncio.create_task(actor.events_written())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await actor.nobody_listens()  # the coordinator's loop failed: the last checkpoint is not held up
+        await waiting
+
+    asyncio.run(scenario())

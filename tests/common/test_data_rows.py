@@ -12,7 +12,7 @@ import pytest
 from common.char_tokenizer import build_char_tokenizer
 from common.config.schema import DataConfig
 from common.errors import ConfigError
-from common.prompts import load_prompts
+from common.prompts import PromptOrder, load_prompts
 
 ROWS = [
     {"question": "1+2=", "answer": "3", "kind": "math", "limit": 7},
@@ -86,6 +86,64 @@ def test_missing_and_wrong_columns_are_named(tmp_path, how, settings, message) -
     path, _ = save(tmp_path, how)
     with pytest.raises(ConfigError, match=message):
         load_prompts(DataConfig(path=path, **COLUMNS | settings), tokenizer(), longest=10, seed=0)
+
+
+def test_what_a_row_is_called_is_part_of_the_fingerprint(tmp_path) -> None:
+    """Responses are kept by row name, so a file that moved its rows is another one."""
+
+    def digest(lead: str, **extra) -> str:
+        file = tmp_path / "d.jsonl"
+        file.write_text(lead + "\n".join(json.dumps(row | extra) for row in ROWS))
+        found = load_prompts(DataConfig(path=str(file), **COLUMNS), tokenizer(), longest=10, seed=0)
+        return PromptOrder(found.prompts, 0, 1).digest
+
+    assert digest("") == digest("")
+    assert len({digest(""), digest("\n"), digest("", limit=3), digest("", kind="code"), digest("", answer="4")}) == 5
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b'{"prompt": "\xff"}', r"data.path: d.jsonl:1 is not JSON"),
+        (b'{"prompt": [3, 17]}', r"data.prompt_field: d.jsonl:1 has token id 17; the teacher's are 0 to 16"),
+        (b'{"prompt": [-1]}', r"data.prompt_field: d.jsonl:1 has token id -1"),
+        (b'{"prompt": [99999999999]}', r"data.prompt_field: d.jsonl:1 has token id 99999999999"),
+    ],
+)
+def test_rows_that_no_model_could_read_are_named(tmp_path, row, message) -> None:
+    (tmp_path / "d.jsonl").write_bytes(row)
+    with pytest.raises(ConfigError, match=message):
+        load_prompts(DataConfig(path=str(tmp_path / "d.jsonl")), tokenizer(), longest=10, seed=0, vocab_size=17)
+
+
+@pytest.mark.parametrize(
+    ("messages", "settings", "message"),
+    [
+        ([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}], {}, "ends with the assistant's an"),
+        ([{"role": "system", "content": "1"}, {"role": "user", "content": "2"}], {"system_prompt": "x"}, "of its own"),
+        ([{"role": "user", "content": None}], {}, r"data.chat_template: d.jsonl:1: the template refuses it"),
+    ],
+)
+def test_conversations_that_cannot_be_meant_are_named(tmp_path, messages, settings, message) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": messages}))
+    strict = "{% for m in messages %}{{ m.content + '' }}{% endfor %}"
+    with pytest.raises(ConfigError, match=message):
+        load_prompts(
+            DataConfig(path=str(tmp_path / "d.jsonl"), chat_template=True, **settings), tokenizer(strict), 50, 0
+        )
+
+
+def test_hub_ids_may_hold_dots(tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def load(path, subset, split):
+        asked.append((path, subset, split))
+        return [{"prompt": "1+2="}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = load_prompts(DataConfig(path="nvidia/Set-v1.1", subset="math"), tokenizer(), longest=10, seed=0)
+    assert asked == [("nvidia/Set-v1.1", "math", "train")]
+    assert [p.prompt_id for p in found.prompts] == ["Set-v1.1:1"]
 
 
 @pytest.mark.parametrize("name", ["no.parquet", "no.csv", "damaged.parquet", "folder"])

@@ -125,7 +125,7 @@ def test_students_of_other_teachers(run_file, tmp_path) -> None:
 
 
 def test_what_a_teacher_backend_needs_is_named(run_file, chain_teacher, tmp_path, monkeypatch) -> None:
-    installed = {"vllm": None, "accelerate": None}
+    installed = {"vllm": None, "accelerate": None, "peft": None}
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: installed.get(n, find_spec(n, *a)))
 
@@ -136,7 +136,12 @@ def test_what_a_teacher_backend_needs_is_named(run_file, chain_teacher, tmp_path
     message = "teacher.backend: found `vllm`, which needs the package vllm; pip install 'opdlm-ray[vllm]'"
     assert message in dry_run(*vllm)
     assert "needs the package accelerate" in dry_run("teacher.device_map=auto")
-    installed["vllm"] = find_spec("json")
+    assert "needs the package peft; pip install 'opdlm-ray[lora]'" in dry_run("model.lora={}")
+    installed["vllm"] = installed["peft"] = find_spec("json")
+    for wrong in ("v_porj", "lm_head"):
+        message = f"model.lora.target_modules: found {wrong}; the student's layers have down_proj, gate_proj, k_proj"
+        assert message in dry_run(f"model.lora={{target_modules: [q_proj, {wrong}]}}")
+    assert "nothing was started" in dry_run("model.lora={target_modules: [q_proj]}", code=0)
     assert "nothing was started" in dry_run(*vllm, code=0)
     opdlm("convert", chain_teacher, tmp_path / "plain")
     opdlm("export", tmp_path / "plain", tmp_path / "a2d", "--layout", "a2d-qwen3")

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from common.config import OpdlmConfig, config_from_dict
+from common.config import OpdlmConfig, config_from_dict, dump_config
 from common.errors import OpdlmError
 from deploy import compare_job, report
 from deploy.evaluation import EvaluationResult
 from deploy.telemetry import Telemetry
+from deploy.train_job import absolute
 from tests.deploy.test_records import QUEUE, ROUND, Listener
 
 TASKS = ("add", "sort", "copy")
@@ -35,7 +36,7 @@ def fake_run(score_of):
     def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
         folder = Path(config.run.dir)
         folder.mkdir(parents=True)
-        (folder / "student").mkdir()
+        (folder / "config.yaml").write_text(dump_config(absolute(config)))
         telemetry = Telemetry(folder, Listener(), parameters=(10, 10))
 
         def evaluate(row: str, version: int, scores: dict[str, float]) -> None:
@@ -87,6 +88,14 @@ def test_runs_what_is_missing_and_compares(monkeypatch, tmp_path, chain_teacher)
 
     assert compare_job.run_comparison(base(chain_teacher), ["opd", "cft"], [0, 1], tmp_path, out) == 0
     assert len(trained) == 4, "finished runs are not run again"
+    other = base(chain_teacher, learner={"optimizer": {"lr": 0.5}})
+    with pytest.raises(OpdlmError, match=r"holds a run of another config: learner.optimizer.lr \(was 1e-05, now 0.5\)"):
+        compare_job.run_comparison(other, ["opd"], [0], tmp_path, out)
+    report_file = tmp_path / "cft-seed1" / "report.json"
+    stopped = json.loads(report_file.read_text())
+    del stopped["by_task"][report.DYNAMIC]
+    report_file.write_text(json.dumps(stopped))
+    assert not compare_job._is_done(report_file.parent), "a run without its last evaluation goes on"
 
 
 def test_mistakes_are_told_before_any_run(monkeypatch, tmp_path, chain_teacher) -> None:
@@ -98,10 +107,17 @@ def test_mistakes_are_told_before_any_run(monkeypatch, tmp_path, chain_teacher) 
     with pytest.raises(OpdlmError, match="--objectives: found 'sft'; known: opd, opd_random_mask, off_policy_kd, cft"):
         compare_job.run_comparison(base(chain_teacher), ["opd", "sft"], [0], tmp_path, quiet)
     nothing = base(chain_teacher, evaluation={"final_problems": 0})
-    with pytest.raises(OpdlmError, match="nothing would be evaluated"):
+    with pytest.raises(OpdlmError, match="compare: needs prompts of a task"):
         compare_job.run_comparison(nothing, ["opd"], [0], tmp_path, quiet)
     with pytest.raises(OpdlmError, match="known tasks"):
         compare_job.run_comparison(
-            base(chain_teacher, data={"task": "ad", "prompts": 9}), ["opd"], [0], tmp_path, quiet
+            base(chain_teacher, data={"task": "ad", "prompts": 9}, evaluation={"final_problems": 9}),
+            ["opd"],
+            [0],
+            tmp_path,
+            quiet,
         )
+    strange = base(chain_teacher, evaluation={"tasks": ["copy"]})
+    with pytest.raises(OpdlmError, match=r"evaluation.tasks: found \['copy'\], none of data.task add\+sort"):
+        compare_job.run_comparison(strange, ["opd"], [0], tmp_path, quiet)
     assert list(tmp_path.iterdir()) == []

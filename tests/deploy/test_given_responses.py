@@ -8,13 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import RayError
 
 from actors.ar_generate import generate
 from common.config import config_from_dict
 from common.config.schema import ObjectiveConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, OpdlmError
 from common.grid import BlockGrid
 from common.prompts import Prompt, PromptOrder
+from common.shards import weights_fingerprint
 from common.types import ScoredTrajectory, WeightHandle
 from deploy import offline
 from deploy.sources import GivenSource, given_trajectory
@@ -28,13 +30,26 @@ from tests.tiny import EOS, MASK, VOCABULARY, request, save_teacher, tiny_model
 @pytest.mark.parametrize("prompt_length", [1, 4, 6])
 def test_a_given_response_fills_its_last_block_with_end_tokens(kind, prompt_length) -> None:
     grid = BlockGrid(4, kind)
-    made = given_trajectory(3, "p", np.arange(prompt_length), np.array([7, 8, 9, EOS, 5]), [EOS], grid, version=2)
+    made = given_trajectory(3, "p", np.arange(prompt_length), np.array([7, 8, 9, EOS, 5]), 99, [EOS], grid, version=2)
     assert made.response.tolist() == [7, 8, 9, EOS]  # what lies behind the end is left out
     assert (made.finish_reason, made.weight_version, made.index) == ("eos", 2, 3)
     assert (prompt_length + grid.offset(prompt_length) + len(made.response_ids)) % 4 == 0
     assert set(made.response_ids[4:].tolist()) <= {EOS}
-    cut = given_trajectory(3, "p", np.arange(prompt_length), np.array([7, 8]), [EOS], grid, version=2)
-    assert (cut.finish_reason, cut.response_length) == ("length", 2)
+
+
+@pytest.mark.parametrize("kind", ["absolute", "response"])
+@pytest.mark.parametrize("prompt_length", [1, 4, 6])
+@pytest.mark.parametrize("limit", [1, 5, 6, 9, 11])
+def test_a_cut_response_never_shows_a_false_end(kind, prompt_length, limit) -> None:
+    grid, prompt = BlockGrid(4, kind), np.arange(prompt_length)
+    response = np.array([7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, EOS])
+    made = given_trajectory(3, "p", prompt, response, limit, [EOS], grid, version=2)
+    assert (made.finish_reason, made.response_length) == ("length", limit)
+    assert made.response_ids.tolist() == response[: len(made.response_ids)].tolist(), "the fill is what came next"
+    unknown = given_trajectory(3, "p", prompt, response[:11], 11, [EOS], grid, version=2)
+    assert unknown.finish_reason == "length"
+    assert 8 <= unknown.response_length == len(unknown.response_ids) <= 11, "to the last whole block"
+    assert EOS not in unknown.response_ids
 
 
 def test_cft_is_cross_entropy_on_the_masked_clean_tokens() -> None:
@@ -43,7 +58,7 @@ def test_cft_is_cross_entropy_on_the_masked_clean_tokens() -> None:
     objective = ObjectiveConfig(kind="cft", exclude_eos=False)
     prompt = request(6).prompt_ids
     response = np.array([5, 9, 11, 4, 8, EOS], dtype=np.int32)
-    trajectory = given_trajectory(0, "p", prompt, response, [EOS], grid, 0)
+    trajectory = given_trajectory(0, "p", prompt, response, 99, [EOS], grid, 0)
     source = _source([Prompt("p", prompt, response=response)], "cft")
     scored = ScoredTrajectory(trajectory, source._one_hot(trajectory))
     (row,) = build_rows(scored, grid, objective, MASK, np.random.default_rng(0))
@@ -93,6 +108,20 @@ def test_off_policy_samples_are_scored_and_belong_to_the_version_of_the_moment()
     assert [t.response.tolist() for t in trajectories] == [order[i].response.tolist() for i in (0, 1)]
 
 
+class Teachers:
+    """Answers as a tiny teacher does; fails at some calls."""
+
+    def __init__(self, fail_at: tuple[int, ...] = ()) -> None:
+        self.model, self.calls, self.fail_at = tiny_model(vocab_size=17), 0, fail_at
+
+    async def call(self, method, ids, limit, batch, temperature, seed):
+        assert method == "generate"
+        self.calls += 1
+        if self.calls in self.fail_at:
+            raise RayError("out of memory")
+        return None, (generate(self.model, ids, limit, [EOS], batch, temperature, seed), 0.1)
+
+
 @pytest.fixture
 def cached(tmp_path):
     """A config with a cache of answers by a tiny teacher, and what made it."""
@@ -103,13 +132,7 @@ def cached(tmp_path):
         offline={"cache": str(tmp_path / "sub" / "c.parquet"), "batch_size": 1},
     )
     prompts = [Prompt(f"p{i}", request(3 + i, i, vocab=17).prompt_ids) for i in range(6)]
-    model, told = tiny_model(vocab_size=17), []
-
-    class Teachers:
-        async def call(self, method, ids, limit, batch, temperature, seed):
-            assert method == "generate"
-            return None, (generate(model, ids, limit, [EOS], batch, temperature, seed), 0.1)
-
+    told: list[tuple[int, int]] = []
     made_of = offline.recipe(config, "digest")
     given = asyncio.run(offline.generate_responses(config, prompts, Teachers(), made_of, lambda *n: told.append(n)))
     assert told[-1] == (6, 6)
@@ -139,10 +162,38 @@ def test_a_cache_of_something_else_is_refused(cached) -> None:
         offline.known_responses(config, prompts, "digest")
 
 
+def test_generation_retries_and_goes_on_where_it_was(cached, tmp_path) -> None:
+    config, prompts, expected = cached
+    config = config.model_copy(
+        update={"offline": config.offline.model_copy(update={"cache": str(tmp_path / "again.parquet")})}
+    )
+    made_of = offline.recipe(config, "digest")
+
+    def run(teachers: Teachers):
+        return asyncio.run(offline.generate_responses(config, prompts, teachers, made_of, lambda *_: None))
+
+    with pytest.raises(
+        OpdlmError, match=r"the first is p4\) failed 3 times .resources.sample_attempts.: out of memory"
+    ):
+        run(Teachers(fail_at=(2, 3, 4)))  # the second chunk of four, three times
+    assert not offline.cache_file(config).exists()
+    second = Teachers(fail_at=(1,))
+    given = run(second)
+    assert second.calls == 2, "the first chunk was kept; the second failed once more and was asked again"
+    assert {k: v.tolist() for k, v in given.by_prompt.items()} == {k: v.tolist() for k, v in expected.by_prompt.items()}
+    assert [f.name for f in tmp_path.glob("*again*")] == ["again.parquet"]
+    assert not list(tmp_path.glob(".again*"))
+
+
+def test_ends_inside_a_response_are_counted() -> None:
+    inner, plain = np.array([4, EOS, 5, EOS]), np.array([4, 5, EOS])
+    assert offline.GivenResponses({"a": inner, "b": plain}, 0, False).cut_at_inner_end([EOS]) == 1
+
+
 def test_another_training_is_another_fingerprint(tmp_path) -> None:
     one, two = (save_teacher(tmp_path / str(seed), seed) for seed in (0, 1))
-    assert offline.weights_fingerprint(one) != offline.weights_fingerprint(two)
-    assert offline.weights_fingerprint(one) == offline.weights_fingerprint(save_teacher(tmp_path / "again", 0))
+    assert weights_fingerprint(one) != weights_fingerprint(two)
+    assert weights_fingerprint(one) == weights_fingerprint(save_teacher(tmp_path / "again", 0))
 
 
 def test_sampling_at_a_temperature_is_seeded() -> None:
@@ -153,6 +204,15 @@ def test_sampling_at_a_temperature_is_seeded() -> None:
 
     assert drawn(1) == drawn(1) != drawn(2)
     assert drawn(1, 0.0) == drawn(2, 0.0)
+
+
+def test_the_folders_own_generation_settings_do_not_reshape_the_teacher() -> None:
+    model, prompts = tiny_model(), [request(4, i).prompt_ids for i in range(8)]
+    plain = [r.tolist() for r in generate(model, prompts, 10, [EOS], 8)]
+    model.generation_config.repetition_penalty = 1.9
+    model.generation_config.no_repeat_ngram_size = 1
+    assert [r.tolist() for r in generate(model, prompts, 10, [EOS], 8)] == plain
+    assert model.generation_config.repetition_penalty == 1.9, "the model itself is left as it was"
 
 
 @pytest.mark.parametrize(
@@ -166,6 +226,10 @@ def test_sampling_at_a_temperature_is_seeded() -> None:
         (
             {"objective": {"kind": "off_policy_kd"}, "offline": {"responses": "data"}},
             "offline.responses: found `data`, but data.response_field names no column",
+        ),
+        (
+            {"data": {"task": "chain", "prompts": 4, "chat_template": True}},
+            "data.chat_template: built-in tasks have no chat form",
         ),
         ({"data": {"path": "p", "thinking": True}}, "data.thinking: found True without data.chat_template"),
     ],

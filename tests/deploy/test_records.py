@@ -79,6 +79,10 @@ def test_figures_of_a_round(tmp_path) -> None:
     resumed.given(3, 50, cached=True)
     resumed.close()
     assert listener.records[-1]["compute_flops"] == 2 * one_round + 2 * 100 * 50
+    again = Telemetry(tmp_path, listener, parameters=(10, 100))
+    again.given(3, 50, cached=True)  # the next life of the run: made once, counted once
+    again.close()
+    assert listener.records[-1]["compute_flops"] == 2 * one_round + 2 * 100 * 50
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 

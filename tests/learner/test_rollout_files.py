@@ -17,7 +17,7 @@ from common.tensors import array_to_tensor, tensor_to_array
 from common.types import HiddenTargets, LogitsTargets, ScoredTrajectory, TeacherTargets, TopKTargets, Trajectory
 from learner.rollout_files import RolloutFacts, load_samples, read_header, round_file, save_round
 
-FACTS = RolloutFacts(4, 4, "absolute", 11, "hidden", "feed")
+FACTS = RolloutFacts(4, 4, "absolute", 11, "hidden", "feed", "abc float32")
 
 
 def scored(index: int, kind: str, seed: int, prompt: int = 3, kept: int = 8, length: int = 6) -> ScoredTrajectory:
@@ -67,7 +67,7 @@ def test_what_is_written_is_what_is_read(kind, shapes, first, seed) -> None:
         scored(first + i, kind, seed, prompt, kept, max(kept - short, 1))
         for i, (prompt, kept, short) in enumerate(shapes)
     ]
-    facts = RolloutFacts(len(samples), 4, "response", 11, kind, "beef")
+    facts = RolloutFacts(len(samples), 4, "response", 11, kind, "beef", "abc float32")
     indices = [s.trajectory.index for s in samples]
     with tempfile.TemporaryDirectory() as folder:
         file = round_file(Path(folder) / "rollouts", first)
