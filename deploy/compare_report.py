@@ -35,7 +35,12 @@ def write_comparison(out: Path, runs: Sequence[Run], trained: Sequence[str]) -> 
     (out / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
     _draw_curves(curves, out / "compare.png")
     _draw_retention(result, out / "retention.png")
-    return [_budget_table(summary), _task_table(result)]
+    return [
+        _budget_table(summary),
+        _task_table(result, "exact match, static decoding,", "static", "exact_match"),
+        _task_table(result, "exact match, dynamic decoding,", "dynamic", "exact_match"),
+        _task_table(result, "tokens right in their places, static decoding,", "tokens", "token_match"),
+    ]
 
 
 def _summary(reports: Sequence[dict[str, Any]], trained: Sequence[str]) -> dict[str, Any]:
@@ -157,9 +162,9 @@ def _draw_retention(result: dict[str, Any], file: Path) -> None:
 
 
 def _budget_table(summary: dict[str, Any]) -> Table:
-    table = Table(title="tasks of the prompts: mean ± standard deviation over seeds")
+    table = Table(title="tasks of the prompts, in %: mean ± standard deviation over seeds")
     table.add_column("objective")
-    for name in ("static", "dynamic", "tokens per step", "response tokens", "compute [PFLOP]", "seconds"):
+    for name in ("static", "dynamic", "tokens/step", "response tokens", "TFLOP", "s"):
         table.add_column(name, justify="right")
     for name, figures in summary.items():
         table.add_row(
@@ -168,25 +173,21 @@ def _budget_table(summary: dict[str, Any]) -> Table:
             _percent(figures["trained_dynamic"]),
             f"{figures['trained_tokens_per_step']['mean']:.2f}",
             f"{figures['rollout_tokens']['mean']:,.0f}",
-            f"{figures['compute_flops']['mean'] / 1e15:.3g}",
+            f"{figures['compute_flops']['mean'] / 1e12:.3g}",
             f"{figures['wall_seconds']['mean']:,.0f}",
         )
     return table
 
 
-def _task_table(result: dict[str, Any]) -> Table:
-    title = "by task (* the prompts were of it): exact match static / dynamic; tokens right in their places"
-    table = Table(title=title)
+def _task_table(result: dict[str, Any], title: str, key: str, figure_name: str) -> Table:
+    table = Table(title=f"{title} by task, in % (* the prompts were of it)")
     table.add_column("model")
     for task in result["teacher"]:
         table.add_column(task + (" *" if task in result["trained_tasks"] else ""), justify="right")
     for row in ("teacher", "student_before"):
-        cells = (f"{f['exact_match']:.1%}; {f['token_match']:.1%}" for f in result[row].values())
-        table.add_row(row.replace("_", " "), *cells)
+        table.add_row(row.replace("_", " "), *(f"{100 * f[figure_name]:.1f}" for f in result[row].values()))
     for name, figures in result["objectives"].items():
-        tasks = figures["tasks"].values()
-        cells = (f"{_percent(t['static'])} / {_percent(t['dynamic'])}; {_percent(t['tokens'])}" for t in tasks)
-        table.add_row(name, *cells)
+        table.add_row(name, *(_percent(t[key]) for t in figures["tasks"].values()))
     return table
 
 
