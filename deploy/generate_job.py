@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from actors.block_decoder import StepView
+from common.chat import chat_prompt
 from common.config.schema import Strategy
 from common.errors import OpdlmError
 from common.types import RolloutRequest
@@ -30,12 +31,19 @@ class GenerateOptions:
     top_p: float
     seed: int
     trace: bool
+    chat: bool = False
+    thinking: bool | None = None
 
 
 def run_generate(folder: Path, prompts: list[str], options: GenerateOptions, console: Console) -> None:
     """Decodes and prints."""
     checkpoint = CheckpointDecoder(folder, options.block_size)
-    encoded = [checkpoint.encode(prompt) for prompt in prompts]
+    if options.thinking is not None and not options.chat:
+        raise OpdlmError("--thinking: found without --chat; it is the chat template's")
+    encoded = [
+        checkpoint.encode(chat_prompt(checkpoint.tokenizer, prompt, options.thinking) if options.chat else prompt)
+        for prompt in prompts
+    ]
     room = checkpoint.facts.context - options.max_new_tokens - checkpoint.base.block_size
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not 0 < len(ids) <= room:
@@ -48,7 +56,9 @@ def run_generate(folder: Path, prompts: list[str], options: GenerateOptions, con
             raise OpdlmError(
                 f"--trace: {folder} is autoregressive; there are no blocks to show (opdlm convert makes a student)"
             )
-        answers = checkpoint.generate(encoded, options.max_new_tokens, batch_size=len(encoded))
+        if (options.top_k, options.top_p) != (0, 1.0):
+            raise OpdlmError(f"--top-k, --top-p: {folder} is autoregressive; it samples from the whole vocabulary")
+        answers = checkpoint.generate(encoded, options.max_new_tokens, len(encoded), options.temperature, options.seed)
     else:
         settings = replace(
             checkpoint.base,

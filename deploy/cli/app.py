@@ -28,6 +28,11 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting; repeatable.")
 ]
 
+Chat = Annotated[bool, typer.Option("--chat", help="Put prompts through the tokenizer's chat template.")]
+Thinking = Annotated[
+    bool | None, typer.Option("--thinking/--no-thinking", help="The template's enable_thinking. Default: its own.")
+]
+
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from common.config.schema import Strategy
-from deploy.cli.app import CheckpointFolder, app, clear_errors, out
+from deploy.cli.app import Chat, CheckpointFolder, Thinking, app, clear_errors, out
 
 
 @app.command()
@@ -77,22 +77,36 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="0 is all.")] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="1 is all.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    chat: Chat = False,
+    thinking: Thinking = None,
     trace: Annotated[
         bool, typer.Option("--trace", help="Show each block being unmasked, confidence as colour.")
     ] = False,
 ) -> None:
-    """Decode prompts with a student (block decoding) or an AR checkpoint (greedy), and show the text.
+    """Decode prompts with a student (block decoding) or an AR checkpoint, and show the text.
 
     Examples:
 
         opdlm generate runs/demo/student --prompt '47+8-3='
 
         opdlm generate runs/demo/student --prompt '47+8-3=' --trace
+
+        opdlm generate runs/math-thinking/student --prompt 'What is 6 times 7?' --chat --thinking --max-new-tokens 2000
     """
     with clear_errors():
         from deploy.generate_job import GenerateOptions, run_generate
 
         options = GenerateOptions(
-            max_new_tokens, strategy, threshold, block_size, temperature, top_k, top_p, seed, trace
+            max_new_tokens,
+            strategy,
+            threshold,
+            block_size,
+            temperature,
+            top_k,
+            top_p,
+            seed,
+            trace,
+            chat,
+            thinking,
         )
         run_generate(checkpoint, prompt, options, out)

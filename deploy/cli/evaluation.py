@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from deploy.cli.app import CheckpointFolder, app, clear_errors, out
+from deploy.cli.app import Chat, CheckpointFolder, Thinking, app, clear_errors, out
 
 TaskName = Annotated[str | None, typer.Option(help="Built-in task, as chain.")]
 DataFile = Annotated[Path | None, typer.Option("--data", help="JSONL file of prompts with reference answers.")]
@@ -18,10 +18,6 @@ AnswerKind = Annotated[
     typer.Option("--answer", help="`exact` text, or `math`: the value of the last \\boxed{} or number (math-verify)."),
 ]
 Problems = Annotated[int | None, typer.Option(min=1, help="Problems; default 1,000 of a task, all rows of --data.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Put prompts through the tokenizer's chat template.")]
-Thinking = Annotated[
-    bool | None, typer.Option("--thinking/--no-thinking", help="The template's enable_thinking. Default: its own.")
-]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Problems decoded side by side, in each actor.")]
 Actors = Annotated[int, typer.Option(min=0, help="Decode on so many Ray actors; 0: in this process.")]

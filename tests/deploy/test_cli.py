@@ -179,6 +179,11 @@ def test_pretrain_convert_generate_eval(tmp_path) -> None:
     traced = opdlm("generate", student, "-p", "1+2=", "-p", "30-4=", "--max-new-tokens", 8, "--trace")
     assert "positions 4 to 7" in traced
     assert traced.count("%") > 8
+    drawn = {opdlm("generate", teacher, "-p", "1+2=", "--temperature", 1, "--seed", seed) for seed in range(4)}
+    assert len(drawn) > 1, "an AR checkpoint samples too"
+    assert "it samples from the whole vocabulary" in opdlm("generate", teacher, "-p", "1+2=", "--top-k", 3, code=2)
+    assert "chat template" in opdlm("generate", student, "-p", "1+2=", "--chat", code=2)
+    assert "found without --chat" in opdlm("generate", student, "-p", "1+2=", "--thinking", code=2)
     assert "there are no blocks to show" in opdlm("generate", teacher, "-p", "1+2=", "--trace", code=2)
     assert "expected 1 to" in opdlm("generate", student, "-p", "1" * 200, code=2)
 
