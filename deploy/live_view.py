@@ -66,6 +66,8 @@ class PlainView:
         """Prints what is worth a line."""
         if record["kind"] == "step":
             self._loss = record["loss"]
+        elif record["kind"] == "skipped_step":
+            self._print(f"step {record['step']} skipped: {record['reason']} ({record['in_a_row']} in a row)")
         elif record["kind"] == "generating":
             self._print(f"teacher responses: {record['done']:,} of {record['total']:,}")
         elif record["kind"] == "evaluation":

@@ -117,6 +117,6 @@ def truncate_metrics(file: Path, rounds: int) -> None:
         except json.JSONDecodeError:
             break  # only the last line can be cut short
         # A step says which round it is part of; everything else how many rounds were trained by then.
-        if record["round"] < rounds + (record["kind"] != "step"):
+        if record["round"] < rounds + (record["kind"] not in ("step", "skipped_step")):
             kept.append(line + "\n")
     file.write_text("".join(kept))

@@ -1,7 +1,7 @@
 """What a run says about itself: one record stream to metrics.jsonl, TensorBoard and the live view.
 
 Records have a `kind`: `data`, `step` (one optimizer step), `round`, `publish`, `checkpoint`, `evaluation`, `failure`,
-`offline` (given responses).
+`offline` (given responses), `skipped_step` (a gradient that was not finite).
 Every number is computed where it arises (the decoder, the train step, ...) and only collected here.
 """
 

@@ -40,6 +40,8 @@ class StepResult:
     """Tokens of the forwards, padding included."""
     padding_tokens: int
     seconds: float
+    skipped: bool = False
+    """The gradient was not finite, so the weights and AdamW's state are as they were; loss and norm are not numbers."""
 
 
 class TrainStep:
@@ -47,7 +49,8 @@ class TrainStep:
 
     Args:
         engine: DeepSpeed engine around a `DistillModule` (see `learner/zero.py`), or anything with its `__call__`,
-            `backward`, `step`, `set_gradient_accumulation_boundary`, `get_global_grad_norm`, `device`.
+            `backward`, `step`, `set_gradient_accumulation_boundary`, `get_global_grad_norm`, `device`; its step
+            is none where the gradient is not finite, and `optimizer.overflow` then says so.
         teacher_head: the teacher's output matrix `[V, D]`, for hidden-state targets.
     """
 
@@ -108,6 +111,7 @@ class TrainStep:
             tokens=int(sums[1]),
             padding_tokens=int(sums[2]),
             seconds=time.perf_counter() - started,
+            skipped=bool(self.engine.optimizer.overflow),
         )
 
     def _rows(self, scored: ScoredTrajectory) -> list[Row]:

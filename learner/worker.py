@@ -9,7 +9,6 @@ the same samples (the queue keeps them until a checkpoint covers them).
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -72,7 +71,7 @@ class Learner:
             self._teacher_head(),
             config.run.seed,
         )
-        self.rounds = self.optimizer_steps = self.rollout_tokens = 0
+        self.rounds = self.optimizer_steps = self.rollout_tokens = self._skipped_in_a_row = 0
 
     def run(self) -> None:
         """Trains to the end of the run, or to a stop."""
@@ -106,15 +105,14 @@ class Learner:
                 self.optimizer_steps, self.plan.steps_before(self.plan.rounds), self.config.learner.optimizer
             )
             result = self.step(share, spare, rate)
-            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-                raise OpdlmError(
-                    f"optimizer step {self.optimizer_steps}: loss {result.loss}, gradient norm {result.grad_norm}; "
-                    f"the last checkpoint in {self.run_dir} is from before it"
-                )
             self.optimizer_steps += 1
             forward_tokens += result.tokens - result.padding_tokens
             tokens += sum(s.trajectory.response_length for s in share)
-            self._tell_step(result, rate)
+            if result.skipped:
+                self._skip(result)
+            else:
+                self._skipped_in_a_row = 0
+                self._tell_step(result, rate)
         if dump is not None:  # before a checkpoint can cover the round
             self._ask(dump, "writing the round's rollouts")
         total = torch.tensor([tokens], dtype=torch.float64, device=self.engine.device)
@@ -130,6 +128,18 @@ class Learner:
             staleness_max=max(staleness),
             train_seconds=time.perf_counter() - started,
         )
+
+    def _skip(self, result: StepResult) -> None:
+        """Counts a step whose gradient was not finite; ends the run after too many in a row."""
+        self._skipped_in_a_row += 1
+        reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
+        self._tell(kind="skipped_step", in_a_row=self._skipped_in_a_row, reason=reason)
+        most = self.config.learner.max_skipped_steps
+        if self._skipped_in_a_row > most:
+            raise OpdlmError(
+                f"optimizer step {self.optimizer_steps}: {reason}, {self._skipped_in_a_row} in a row "
+                f"(learner.max_skipped_steps {most}); the last checkpoint in {self.run_dir} is from before them"
+            )
 
     def _start_dump(self, references: list[Any]) -> Any:
         """Rank 0 of a run with `run.dump_rollouts` has the round written; a round that is trained again, again."""

@@ -105,12 +105,18 @@ def test_given_responses_are_made_once_and_trained_on(ray_cluster, chain_teacher
         assert all(r["loss"] > 0 for r in records if r["kind"] == "step")
 
 
-def test_stop_kill_and_resume_give_the_losses_of_an_unbroken_run(ray_cluster, chain_teacher, tmp_path) -> None:
+@pytest.fixture(scope="module")
+def whole(ray_cluster, chain_teacher, tmp_path_factory) -> Path:
+    """An unbroken run."""
+    folder = tmp_path_factory.mktemp("unbroken") / "whole"
+    assert train(run_config(chain_teacher, folder), resume=False, console=Console(quiet=True)) == 0
+    assert len(losses(folder)) == 2 * ROUNDS
+    return folder
+
+
+def test_stop_kill_and_resume_give_the_losses_of_an_unbroken_run(chain_teacher, whole, tmp_path) -> None:
     """SIGTERM, then SIGKILL of the driver, each followed by --resume: step by step the same losses, to the bit."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert train(run_config(chain_teacher, whole), resume=False, console=Console(quiet=True)) == 0
-    expected = losses(whole)
-    assert len(expected) == 2 * ROUNDS
+    broken, expected = tmp_path / "broken", losses(whole)
 
     code = run_until(run_config(chain_teacher, broken), resume=False, rounds=1, send=signal.SIGTERM)
     assert code == 128 + signal.SIGTERM
@@ -125,6 +131,22 @@ def test_stop_kill_and_resume_give_the_losses_of_an_unbroken_run(ray_cluster, ch
     assert all(ours[name].equal(theirs[name]) for name in theirs)
     state = latest_checkpoint(broken / "checkpoints").state
     assert (state["rounds"], state["next_sample"]) == (ROUNDS, ROUNDS * 8)
+
+
+def test_a_rollout_actor_and_a_teacher_die_and_nothing_changes(chain_teacher, whole, tmp_path) -> None:
+    """SIGKILL of both while they may be at work: Ray restarts them, the calls are repeated, the losses are the same."""
+    run_dir = tmp_path / "run"
+    process = start(run_config(chain_teacher, run_dir), resume=False)
+    try:
+        wait_for_rounds(run_dir, 1, process)
+        kill_one("RolloutActor", "rollout-0")
+        wait_for_rounds(run_dir, 2, process)
+        kill_one("TeacherActor", "teacher-0")
+        assert process.wait(timeout=400) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert losses(run_dir) == losses(whole)
 
 
 def test_learner_rank_killed_restarts_from_its_checkpoint(ray_cluster, chain_teacher, tmp_path) -> None:

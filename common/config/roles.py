@@ -129,6 +129,8 @@ class LearnerConfig(Section):
     """AdamW, schedule, clipping."""
     zero: ZeroConfig = ZeroConfig()
     """Sharding."""
+    max_skipped_steps: NonNegativeInt = 3
+    """Optimizer steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
     max_failures: NonNegativeInt = 3
     """Restarts of the worker group from its last checkpoint before the run ends."""
 

@@ -100,6 +100,16 @@ def test_resume_in_another_stage(results, plain, name) -> None:
         assert mine[:2] == pytest.approx(reference[:2], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["1-float32", "2-float32", "3-float32", "2-bfloat16"])
+def test_a_step_without_a_finite_gradient_is_skipped_on_every_rank(results, plain, name) -> None:
+    found = results[f"skips-{name}"]
+    assert found["skipped"] == [False, True, False]
+    assert found["unchanged"], "the weights are as they were"
+    if "figures" in found:  # the steps around it are those of a run without it
+        for mine, reference in zip([found["figures"][0], found["figures"][2]], plain["figures"][:2], strict=True):
+            assert mine == pytest.approx(reference[:2], rel=1e-4)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_lora_on_two_ranks_equals_one_plain_process(results, plain, plain_lora, stage) -> None:
     ours = results[f"lora-{stage}"]

@@ -63,6 +63,13 @@ def batches() -> list[list[ScoredTrajectory]]:
     return result
 
 
+def with_nan(sample: ScoredTrajectory) -> ScoredTrajectory:
+    """The same sample with a teacher's number that is none."""
+    hidden = sample.targets.hidden.copy()
+    hidden[:] = np.nan
+    return replace(sample, targets=replace(sample.targets, hidden=hidden))
+
+
 def make_step(engine, config: LearnerConfig) -> TrainStep:
     """The step under test, with the teacher's output matrix."""
     head = tiny_model(1).lm_head.weight.detach()
@@ -112,6 +119,19 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
         train(f"zero-{stage}", stage, "float32", 0, None, root / f"from-{stage}")
         train(f"zero-{stage}-resumed", stage, "float32", SAVED_AFTER, root / f"from-{stage}", None)
         train(f"zero-{stage}-resumed-as-{other}", other, "float32", SAVED_AFTER, root / f"from-{stage}", None)
+    for stage, dtype in ((1, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16")):
+        config = learner_config(stage, world, micro_batch_rows=2)
+        engine = zero.initialise(DistillModule(student(dtype), OBJECTIVE, 3), config, dtype)
+        step, good = make_step(engine, config), data[0]
+        outcomes = [step(good[rank::world], good[0], RATE)]
+        before = {n: p.clone() for n, p in zero.full_parameters(engine)}
+        broken = [with_nan(good[0]), *good[1:]]  # in one rank's share only
+        outcomes.append(step(broken[rank::world], good[0], RATE))
+        unchanged = all(torch.equal(before[n], p) for n, p in zero.full_parameters(engine))
+        outcomes.append(step(data[1][rank::world], data[1][0], RATE))
+        results[f"skips-{stage}-{dtype}"] = {"skipped": [o.skipped for o in outcomes], "unchanged": unchanged}
+        if dtype == "float32":
+            results[f"skips-{stage}-{dtype}"]["figures"] = [(o.loss, o.grad_norm) for o in outcomes]
     train("bf16", 2, "bfloat16", 0, None, root / "from-bf16")
     train("bf16-resumed", 2, "bfloat16", SAVED_AFTER, root / "from-bf16", None)
     for stage, other in ((2, 3), (3, 2)):
