@@ -32,11 +32,12 @@ class WandbSink:
                 resume="allow",
                 dir=str(run_dir),
                 config=config.model_dump(mode="json"),
+                settings=wandb.Settings(console="off"),  # the live view owns the terminal
             )
         except wandb.Error as error:
             reason = str(error).strip().splitlines()[0]
             raise OpdlmError(
-                f"run.wandb_project: wandb does not start: {reason}; log in (`wandb login`), or set WANDB_MODE=offline"
+                f"run.wandb_project: wandb does not start: {reason} (WANDB_MODE=offline needs no login and no network)"
             ) from error
         file.write_text(self._run.id)
         self._run.define_metric("*", step_metric=_STEP)

@@ -12,7 +12,6 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -197,7 +196,7 @@ def _wait_for(ask, what: str):
 
 
 @pytest.fixture(scope="module")
-def endpoint(ray_cluster, tmp_path_factory) -> Iterator[str]:
+def endpoint(ray_cluster, tmp_path_factory) -> str:
     """`host:port` of the Ray agent that serves this process's metrics, after a stream of records."""
     import ray
 
@@ -209,7 +208,7 @@ def endpoint(ray_cluster, tmp_path_factory) -> Iterator[str]:
     telemetry = Telemetry(folder, Listener())
     tell(telemetry)
     telemetry.close()
-    yield f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+    return f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
 
 
 def _scrape(endpoint: str) -> dict[str, list[str]]:
