@@ -94,6 +94,7 @@ class BlockDecoder:
             forwards=self._forwards,
             forward_tokens=self._forward_tokens,
             seconds=time.perf_counter() - started,
+            ended_by_eos=sum(t.finish_reason == "eos" for t in trajectories),
         )
         return trajectories, stats
 

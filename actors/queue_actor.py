@@ -8,6 +8,7 @@ coordinator: step metrics). Every method that waits wakes up on any change; call
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,9 @@ class ReplayQueueActor:
         self._queue = ReplayQueue(prompts_per_round, max_staleness, total, first_round)
         self._weights: WeightHandle | None = None
         self._events: list[dict[str, Any]] = []
+        self._arrived: dict[int, float] = {}
+        """When each sample that waits for the learner was accepted."""
+        self._wait_seconds = 0.0
         self._stop = False
         self._handed_over = False
         self._listening = True
@@ -41,6 +45,7 @@ class ReplayQueueActor:
     async def put(self, indices: list[int], weight_version: int, samples: list[Any]) -> list[bool]:
         """Accepts finished samples (references); which of them were accepted."""
         accepted = [self._queue.put(i, weight_version, s) for i, s in zip(indices, samples, strict=True)]
+        self._arrived |= {i: time.monotonic() for i, yes in zip(indices, accepted, strict=True) if yes}
         self._wake()
         return accepted
 
@@ -83,12 +88,14 @@ class ReplayQueueActor:
         self._wake()
 
     async def state(self) -> dict[str, Any]:
-        """Counts for the view and the metrics."""
+        """Counts for the view and the metrics; the wait is that of the round last taken, mean over its samples."""
         queue = self._queue
         return {
             "queue_depth": queue.depth,
             "queue_leased": queue.leased,
             "queue_free_slots": queue.free_slots,
+            "queue_slots_in_use": queue.slots_in_use,
+            "queue_wait_seconds_mean": self._wait_seconds,
             "refused_duplicate": queue.refused["duplicate"],
             "refused_stale": queue.refused["stale"],
             "weight_version": queue.version,
@@ -104,6 +111,10 @@ class ReplayQueueActor:
         await self._until(lambda: self._queue.is_ready(round_) or self._stop)
         if self._stop and round_ not in self._queue.handed_rounds:
             return None
+        if round_ not in self._queue.handed_rounds:
+            now = time.monotonic()
+            waited = [now - self._arrived.pop(index) for index in self._queue.indices_of(round_)]
+            self._wait_seconds = sum(waited) / len(waited)
         return self._queue.take_round(round_), self._queue.staleness(round_)
 
     async def publish(self, version: int, pack: WeightPack) -> None:

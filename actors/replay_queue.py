@@ -40,7 +40,7 @@ class ReplayQueue:
         self.handed_rounds: set[int] = set()
         """Rounds that a learner rank has taken."""
         self.refused: dict[str, int] = {"duplicate": 0, "stale": 0}
-        self._next = min(first_round * prompts_per_round, total)
+        self._first = self._next = min(first_round * prompts_per_round, total)
         self._leased: set[int] = set()
         self._samples: dict[int, tuple[int, Any]] = {}  # index -> (weight version, sample), until committed
 
@@ -60,6 +60,12 @@ class ReplayQueue:
             return 0
         limit = min((self.version + self.max_staleness + 1) * self.prompts_per_round, self.total)
         return max(limit - self._next, 0)
+
+    @property
+    def slots_in_use(self) -> int:
+        """Samples leased whose weights the rollout actors have not taken: decoding, scoring, ready, in training."""
+        freed = self._first if self.version is None else self.version * self.prompts_per_round
+        return max(self._next - freed, 0)
 
     @property
     def exhausted(self) -> bool:

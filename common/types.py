@@ -144,3 +144,5 @@ class DecodeStats:
     forward_tokens: int
     """Tokens that went through the student: prompt blocks, blocks being denoised, finished blocks committed."""
     seconds: float
+    ended_by_eos: int = 0
+    """Sequences that ended with an end-of-sequence token; the others ended at their length limit."""

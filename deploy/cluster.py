@@ -27,6 +27,10 @@ class Roles:
     evaluators: ActorPool | None = None
     """Spare rollout actors for periodic evaluations (`evaluation.actors`)."""
 
+    def sizes(self) -> dict[str, int]:
+        """How many actors of each kind there are now, for the metrics."""
+        return {"rollout_actors": len(self.rollouts.actors), "teacher_actors": len(self.teachers.actors)}
+
     def stop(self) -> None:
         """Ends them all."""
         pools = [pool for pool in (self.rollouts, self.teachers, self.evaluators) if pool]

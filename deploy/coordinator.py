@@ -87,7 +87,7 @@ class Coordinator:
                 return
             except RayError as error:  # a failed score is an error and a retry, never zeros (METHOD.md section 3)
                 reason = str(error).strip().splitlines()[-1]
-                self.telemetry.failed(indices, attempt, reason)
+                self.telemetry.failed(indices, attempt, reason, type(error).__name__)
                 if attempt == self.config.resources.sample_attempts:
                     raise OpdlmError(
                         f"samples {indices[0]} to {indices[-1]} failed {attempt} times (resources.sample_attempts): "
@@ -106,4 +106,5 @@ class Coordinator:
 
     async def _watch(self) -> None:
         while events := await self.roles.queue.drain_events.remote():
-            self.telemetry.learned(events, await self.roles.queue.state.remote())
+            state = await self.roles.queue.state.remote()
+            self.telemetry.learned(events, state | self.roles.sizes())

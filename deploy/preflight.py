@@ -42,6 +42,8 @@ def preflight(config: OpdlmConfig) -> Preflight:
     tokenizer = load_tokenizer(config.model.student or config.model.teacher)
     _check_backend(config, teacher)
     _check_lora(config, student)
+    if config.run.wandb_project is not None:
+        _require_package("wandb", f"run.wandb_project: found `{config.run.wandb_project}`", "opdlm-ray[wandb]")
     if config.model.student:
         _check_mask(config, student)
         check_vocabularies(teacher, student)

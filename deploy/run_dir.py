@@ -33,6 +33,7 @@ _MAY_CHANGE = (
     "learner.max_failures",
     "run.dir",
     "run.dump_rollouts",
+    "run.wandb_project",
     "offline.cache",
 )
 """Settings that a resumed run may have otherwise: they move work around, not results."""

@@ -1,4 +1,4 @@
-"""What a run says about itself: one record stream to metrics.jsonl, TensorBoard and the live view.
+"""What a run says about itself: one record stream to metrics.jsonl, the live view, TensorBoard and Ray's metrics.
 
 Records have a `kind`: `data`, `step` (one optimizer step), `round`, `publish`, `checkpoint`, `evaluation`, `failure`,
 `offline` (given responses), `skipped_step` (a gradient that was not finite).
@@ -8,16 +8,20 @@ Every number is computed where it arises (the decoder, the train step, ...) and 
 from __future__ import annotations
 
 import json
+import logging
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.tensorboard import SummaryWriter
-
 from actors.teacher_actor import ScoreStats
 from common.types import DecodeStats, WeightHandle
 from deploy.evaluation import EvaluationResult
+from deploy.prometheus import PrometheusSink
+from deploy.sinks import Sink, TensorBoardSink
+
+log = logging.getLogger("opdlm.telemetry")
 
 
 class View(Protocol):
@@ -36,6 +40,7 @@ class Telemetry:
         view: shown every record.
         first_round: round that the run (re)starts from; first_step: optimizer steps before it.
         parameters: of student and teacher, for the compute that a run took.
+        more: sinks besides TensorBoard and Ray's metrics; closed with the rest.
     """
 
     def __init__(
@@ -45,13 +50,14 @@ class Telemetry:
         first_round: int = 0,
         first_step: int = 0,
         parameters: tuple[int, int] = (0, 0),
+        more: Sequence[Sink] = (),
     ) -> None:
         earlier = read_records(run_dir)
         self._flops = next((r["compute_flops"] for r in reversed(earlier) if "compute_flops" in r), 0)
         self._given_before = any(r["kind"] == "offline" for r in earlier)
         self._student_parameters, self._teacher_parameters = parameters
         self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._sinks: list[Sink] = [TensorBoardSink(run_dir, first_step), PrometheusSink(run_dir.name), *more]
         self._view = view
         self._started = time.perf_counter() - (earlier[-1]["wall_seconds"] if earlier else 0.0)
         self._round, self._step = first_round, first_step
@@ -60,7 +66,8 @@ class Telemetry:
     def _reset(self) -> None:
         self._decoded: list[DecodeStats] = []
         self._scored: list[ScoreStats] = []
-        self._push_seconds = 0.0
+        self._push_seconds, self._push_bytes = 0.0, 0
+        self._learner_seconds = 0.0
         self._round_started = time.perf_counter()
 
     @property
@@ -76,9 +83,9 @@ class Telemetry:
         """A chunk of trajectories was scored."""
         self._scored.append(stats)
 
-    def failed(self, indices: list[int], attempt: int, reason: str) -> None:
-        """Decoding or scoring a chunk failed and may be tried again."""
-        figures = {"samples": len(indices), "attempt": attempt, "reason": reason}
+    def failed(self, indices: list[int], attempt: int, reason: str, error: str) -> None:
+        """Decoding or scoring a chunk failed and may be tried again. `error`: the kind, of which there are few."""
+        figures = {"samples": len(indices), "attempt": attempt, "reason": reason, "error": error}
         self._write({"kind": "failure", "round": self._round, "step": self._step, **figures})
 
     def data(self, kept: int, refused: list[str], digest: str) -> None:
@@ -109,14 +116,15 @@ class Telemetry:
 
     def pushed(self, handle: WeightHandle, seconds: float) -> None:
         """A weight version reached every rollout actor."""
-        self._push_seconds = seconds
+        self._push_seconds, self._push_bytes = seconds, handle.nbytes
 
     def learned(self, events: list[dict[str, Any]], queue_state: dict[str, Any]) -> None:
-        """Events of the learner, with the queue's state at the time."""
+        """Events of the learner, with the queue's state and the numbers of actors at the time."""
         for event in events:
             self._round, self._step = event["round"], event["step"]
+            self._learner_seconds += sum(event.get(name, 0.0) for name in _LEARNER_BUSY)
             if event["kind"] == "round":
-                event = event | self._round_figures(event) | queue_state
+                event = event | self._round_figures(event, queue_state) | queue_state
                 self._reset()
             self._write(event)
 
@@ -128,9 +136,10 @@ class Telemetry:
     def close(self) -> None:
         """Flushes and closes the files."""
         self._file.close()
-        self._board.close()
+        for sink in list(self._sinks):
+            self._beside(sink, lambda sink: sink.close())
 
-    def _round_figures(self, event: dict[str, Any]) -> dict[str, Any]:
+    def _round_figures(self, event: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - self._round_started
         decode_seconds = sum(s.seconds for s in self._decoded)
         score_seconds = sum(s.seconds for s in self._scored)
@@ -142,8 +151,11 @@ class Telemetry:
         figures: dict[str, Any] = {
             "round_seconds": seconds,
             "weight_push_seconds": self._push_seconds,
+            "weight_push_bytes": self._push_bytes,
             "rollout_busy_seconds": decode_seconds,
             "teacher_busy_seconds": score_seconds,
+            "learner_busy_seconds": self._learner_seconds,
+            "learner_idle_share": idle_share(self._learner_seconds, 1, seconds),
             "learner_tokens_per_second": event["round_tokens"] / event["train_seconds"],
             "run_tokens_per_second": event["round_tokens"] / seconds,
             "rollout_forward_tokens": decode_tokens,
@@ -152,10 +164,14 @@ class Telemetry:
         }
         if self._decoded:
             tokens = sum(s.response_tokens for s in self._decoded)
+            sequences = sum(s.sequences for s in self._decoded)
+            ended = sum(s.ended_by_eos for s in self._decoded) / sequences
             figures |= {
                 "rollout_tokens_per_second": tokens / decode_seconds,
                 "tokens_per_step": tokens / sum(s.denoising_steps for s in self._decoded),
-                "response_tokens_mean": tokens / sum(s.sequences for s in self._decoded),
+                "response_tokens_mean": tokens / sequences,
+                "ended_by_eos_share": ended,
+                "ended_by_limit_share": 1 - ended,
             }
         if self._scored:
             tokens = sum(s.tokens for s in self._scored)
@@ -163,16 +179,38 @@ class Telemetry:
                 "teacher_tokens_per_second": tokens / score_seconds,
                 "target_bytes_per_token": sum(s.nbytes for s in self._scored) / tokens,
             }
+        for role, busy in (("rollout", decode_seconds), ("teacher", score_seconds)):
+            if actors := state.get(f"{role}_actors"):
+                figures[f"{role}_idle_share"] = idle_share(busy, actors, seconds)
         return figures
 
     def _write(self, record: dict[str, Any]) -> None:
         record = {"wall_seconds": round(self.wall_seconds, 3), **record}
         self._file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if isinstance(value, int | float) and name not in ("round", "step"):
-                tag = f"{record['kind']}/{record['row']}/{name}" if "row" in record else f"{record['kind']}/{name}"
-                self._board.add_scalar(tag, value, record["step"])
+        for sink in list(self._sinks):
+            self._beside(sink, lambda sink: sink.write(record))
         self._view.show(record)
+
+    def _beside(self, sink: Sink, act: Callable[[Sink], None]) -> None:
+        """What a sink does; `metrics.jsonl` has every record, so showing it elsewhere must not end a run."""
+        try:
+            act(sink)
+        except Exception:
+            log.exception("%s failed and gets no more records", type(sink).__name__)
+            self._sinks.remove(sink)
+
+
+_LEARNER_BUSY = ("train_seconds", "publish_seconds", "checkpoint_seconds")
+"""What the learner's events say about its time; the rest of a round it waits for samples."""
+
+
+def idle_share(busy_seconds: float, actors: int, seconds: float) -> float:
+    """Share of `seconds` in which a role's actors did nothing of their work: 1 - busy / (actors x seconds).
+
+    Busy is decoding, scoring, or (the learner's ranks, which go in step) training, publishing and saving. A call
+    counts in the round in which it ended, so a round can seem busier than its time: that is 0.
+    """
+    return max(1 - busy_seconds / (actors * seconds), 0.0)
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:

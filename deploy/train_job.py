@@ -28,6 +28,7 @@ from deploy.run_dir import config_digest, open_run
 from deploy.sources import GivenSource, OnPolicySource, SampleSource
 from deploy.spare_evaluation import SpareEvaluations
 from deploy.telemetry import Telemetry, read_records
+from deploy.wandb_sink import WandbSink
 from learner.group import LearnerSetup, fit
 
 
@@ -50,11 +51,12 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
     student = prepare_student(config)
     if checkpoint:
         console.print(f"resuming from {checkpoint.folder} (round {first_round} of {checked.plan.rounds})")
+    wandb = [WandbSink(config)] if config.run.wandb_project is not None else []
     roles = start_roles(config, student, checked.plan.total, first_round)
     try:
         with open_view(console, checked.plan.rounds, first_round) as view:
             parameters = count_parameters(student), count_parameters(config.model.teacher)
-            telemetry = Telemetry(Path(config.run.dir), view, first_round, first_step, parameters)
+            telemetry = Telemetry(Path(config.run.dir), view, first_round, first_step, parameters, wandb)
             telemetry.data(len(checked.prompts.prompts), checked.prompts.refused, checked.order.digest)
             job = _Job(config, checked, roles, telemetry, student, given)
             try:

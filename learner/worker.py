@@ -78,11 +78,12 @@ class Learner:
         saved = self._restore()
         pack = self._publish()
         while self.rounds < self.plan.rounds:
+            waiting = time.perf_counter()
             taken = self._ask(self.queue.take_round.remote(self.rounds), f"round {self.rounds}")
             if taken is None:
                 break
             references, staleness = taken
-            self._train_round(references, staleness)
+            self._train_round(references, staleness, time.perf_counter() - waiting)
             pack = self._publish()
             if self.rounds % self.config.checkpoint.every_rounds == 0:
                 self._save()
@@ -93,7 +94,7 @@ class Learner:
             self._export(pack)
         dist.barrier()
 
-    def _train_round(self, references: list[Any], staleness: list[int]) -> None:
+    def _train_round(self, references: list[Any], staleness: list[int], waited: float) -> None:
         started = time.perf_counter()
         dump = self._start_dump(references)
         tokens = forward_tokens = 0
@@ -126,6 +127,7 @@ class Learner:
             train_forward_tokens=forward_tokens,
             staleness_mean=sum(staleness) / len(staleness),
             staleness_max=max(staleness),
+            learner_wait_seconds=waited,
             train_seconds=time.perf_counter() - started,
         )
 
@@ -231,7 +233,8 @@ class Learner:
         return load_output_matrix(self.config.model.teacher, self.config.teacher.dtype).to(self.engine.device)
 
     def _tell_step(self, result: StepResult, rate: float) -> None:
-        self._tell(kind="step", learning_rate=rate, **asdict(result))
+        kl = {"forward_kl_nats": result.loss} if self.config.objective.loss_is_forward_kl else {}
+        self._tell(kind="step", learning_rate=rate, **asdict(result), **kl)
 
     def _tell(self, **event: Any) -> None:
         if self.rank == 0:

@@ -42,6 +42,12 @@ class ObjectiveConfig(Section):
         """The selection, resolved."""
         return self.selection or ("one_state_per_block" if self.kind == "opd" else "random_mask")
 
+    @property
+    def loss_is_forward_kl(self) -> bool:
+        """Whether the loss is KL(teacher || student) in nats, and not a mixture, a JSD or a sum cut at the top K."""
+        whole = self.top_k == 0 or self.tail == "bucket"
+        return self.kind != "cft" and self.divergence == "kl" and self.reverse_weight == 0 and whole
+
 
 class OfflineConfig(Section):
     """The given responses of `off_policy_kd` and `cft`."""

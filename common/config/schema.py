@@ -67,6 +67,8 @@ class RunConfig(Section):
     """Keep every scored trajectory that is trained on, a file a round, in `rollouts/` of the run directory."""
     replay: str | None = None
     """Folder of rollouts that a run kept: train on them instead of decoding and scoring. Empty: decode and score."""
+    wandb_project: str | None = None
+    """Weights & Biases project that gets all metrics too (extra `wandb`). Empty: none."""
 
 
 class LoraConfig(Section):

@@ -56,6 +56,7 @@ def test_equals_uncached_oracle(
         assert 1 <= ours.response_length <= asked.max_new_tokens
         assert ours.denoising_steps == max(reveal)
     assert stats.response_tokens == sum(t.response_length for t in trajectories)
+    assert stats.ended_by_eos == sum(t.finish_reason == "eos" for t in trajectories)
 
 
 def test_block_size_one_is_autoregressive_decoding() -> None:

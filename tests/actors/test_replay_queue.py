@@ -7,6 +7,7 @@ samples, learner restarts and checkpoints, and checks after each move that nothi
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
@@ -183,6 +184,32 @@ def test_full_queue_holds_the_producer_until_weights_are_taken(no_object_store) 
         await actor.weights_taken(1)
         assert await blocked == [2, 3]
         assert await actor.lease(9) == []
+
+    asyncio.run(scenario())
+
+
+def test_slots_in_use_and_the_wait_of_samples(no_object_store, monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("actors.queue_actor.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def scenario() -> None:
+        actor = ReplayQueueActor(prompts_per_round=2, max_staleness=1, total=6, first_round=1)
+        assert (await actor.state())["queue_slots_in_use"] == 0
+        await actor.weights_taken(1)
+        await actor.lease(3)
+        for index, second in ((2, 101.0), (3, 105.0), (2, 109.0)):  # the last is a duplicate
+            now[0] = second
+            await actor.put([index], 1, ["sample"])
+        now[0] = 107.0
+        await actor.take_round(1)
+        now[0] = 999.0
+        await actor.take_round(1)  # the other rank, or the same one again: they waited no longer
+        state = await actor.state()
+        assert state["queue_wait_seconds_mean"] == pytest.approx((6 + 2) / 2)
+        assert (state["queue_slots_in_use"], state["queue_leased"]) == (3, 1), "in training counts, until a push"
+        await actor.publish(2, pack(2))
+        await actor.weights_taken(2)
+        assert (await actor.state())["queue_slots_in_use"] == 1
 
     asyncio.run(scenario())
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from actors.remasking import STRATEGIES
 from common.config import OpdlmConfig, config_from_dict, dump_config, load_config
-from common.config.schema import Selection, Strategy
+from common.config.schema import ObjectiveConfig, Selection, Strategy
 from common.errors import ConfigError
 from learner.states import SELECTIONS
 
@@ -97,6 +97,22 @@ def test_bad_settings_are_named(sections, message) -> None:
     with pytest.raises(ConfigError) as caught:
         config_with(**sections)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ({}, True),
+        ({"kind": "off_policy_kd"}, True),
+        ({"top_k": 4, "tail": "bucket"}, True),
+        ({"top_k": 4}, False),
+        ({"reverse_weight": 0.5}, False),
+        ({"divergence": "jsd"}, False),
+        ({"kind": "cft"}, False),
+    ],
+)
+def test_when_the_loss_is_the_forward_kl(objective, expected) -> None:
+    assert ObjectiveConfig(**objective).loss_is_forward_kl is expected
 
 
 def test_teachers_of_several_gpus() -> None:

@@ -124,8 +124,8 @@ def test_students_of_other_teachers(run_file, tmp_path) -> None:
     assert "context of 128 tokens leaves no room" in with_student("long", "rollout.max_new_tokens=130", code=2)
 
 
-def test_what_a_teacher_backend_needs_is_named(run_file, chain_teacher, tmp_path, monkeypatch) -> None:
-    installed = {"vllm": None, "accelerate": None, "peft": None}
+def test_what_an_extra_needs_is_named(run_file, chain_teacher, tmp_path, monkeypatch) -> None:
+    installed = {"vllm": None, "accelerate": None, "peft": None, "wandb": None}
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: installed.get(n, find_spec(n, *a)))
 
@@ -137,6 +137,8 @@ def test_what_a_teacher_backend_needs_is_named(run_file, chain_teacher, tmp_path
     assert message in dry_run(*vllm)
     assert "needs the package accelerate" in dry_run("teacher.device_map=auto")
     assert "needs the package peft; pip install 'opdlm-ray[lora]'" in dry_run("model.lora={}")
+    message = "run.wandb_project: found `p`, which needs the package wandb; pip install 'opdlm-ray[wandb]'"
+    assert message in dry_run("run.wandb_project=p")
     installed["vllm"] = installed["peft"] = find_spec("json")
     for wrong in ("v_porj", "lm_head"):
         message = f"model.lora.target_modules: found {wrong}; the student's layers have down_proj, gate_proj, k_proj"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from deploy.evaluation import EvaluationResult, Exam
 from deploy.live_view import LiveView, PlainView
 from deploy.report import DYNAMIC, PERIODIC, STATIC, TEACHER, write_report
 from deploy.run_dir import truncate_metrics
-from deploy.telemetry import Telemetry, read_records
+from deploy.telemetry import Telemetry, idle_share, read_records
 
 QUEUE = {"queue_depth": 3, "queue_leased": 0, "queue_free_slots": 5, "weight_version": 1}
 STEP = {"kind": "step", "loss": 1.5, "grad_norm": 2.0, "learning_rate": 1e-3}
@@ -84,6 +85,33 @@ def test_figures_of_a_round(tmp_path) -> None:
     again.close()
     assert listener.records[-1]["compute_flops"] == 2 * one_round + 2 * 100 * 50
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_who_was_idle_in_a_round_and_why_responses_ended(tmp_path, monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("deploy.telemetry.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    telemetry = Telemetry(tmp_path, listener := Listener())
+    place = {"round": 0, "step": 0}
+    telemetry.learned([{"kind": "publish", "publish_seconds": 1.0} | place], QUEUE)
+    telemetry.pushed(WeightHandle(0, [], 64), 0.5)
+    for sequences, ended in ((4, 3), (1, 0)):
+        telemetry.decoded(DecodeStats(0, sequences, 80, 40, 12, 300, 3.0, ended_by_eos=ended))
+    telemetry.scored(ScoreStats(160, 180, 4.0, 160))
+    now[0] = 10.0
+    telemetry.learned([ROUND | {"round": 1, "step": 1}], QUEUE | {"rollout_actors": 2, "teacher_actors": 1})
+    telemetry.learned([{"kind": "checkpoint", "checkpoint_seconds": 1.0, "round": 1, "step": 1}], QUEUE)
+    now[0] = 14.0
+    telemetry.learned([ROUND | {"round": 2, "step": 2}], QUEUE | {"rollout_actors": 0, "teacher_actors": 0})
+    telemetry.close()
+    first, second = (r for r in listener.records if r["kind"] == "round")
+    assert first["rollout_idle_share"] == pytest.approx(1 - 6 / (2 * 10))
+    assert first["teacher_idle_share"] == pytest.approx(1 - 4 / 10)
+    assert first["learner_idle_share"] == pytest.approx(1 - (1 + 2) / 10), "it published and trained"
+    assert (first["ended_by_eos_share"], first["ended_by_limit_share"]) == (pytest.approx(0.6), pytest.approx(0.4))
+    assert (first["weight_push_seconds"], first["weight_push_bytes"]) == (0.5, 64)
+    assert second["learner_idle_share"] == pytest.approx(1 - (1 + 2) / 4), "it saved and trained"
+    assert not {"rollout_idle_share", "teacher_idle_share", "ended_by_eos_share"} & second.keys(), "a replay has none"
+    assert idle_share(12.0, 1, 10.0) == 0.0
 
 
 def test_report(tmp_path) -> None:
