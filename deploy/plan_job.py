@@ -180,18 +180,16 @@ def _memory(memory: RoleMemory) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("what", no_wrap=True)
     table.add_column("arithmetic")
-    table.add_column("GiB", justify="right", no_wrap=True)
+    unit, name = (GIB, "GiB") if memory.device_bytes + memory.host_bytes >= GIB else (2**20, "MiB")
+    table.add_column(name, justify="right", no_wrap=True)
     for term in memory.terms:
-        host = " [host memory]" if term.on_host else ""
-        table.add_row(
-            f"{'~ ' if term.estimate else ''}{term.what}",
-            f"{term.arithmetic}{host}".replace("[", "\\["),
-            _gib(term.nbytes),
-        )
+        what = f"{'~ ' if term.estimate else ''}{term.what}"
+        host = " (host memory)" if term.on_host else ""
+        table.add_row(what, term.arithmetic + host, f"{term.nbytes / unit:.2f}")
     table.add_section()
-    table.add_row("sum", "" if memory.gpus else "host memory", _gib(memory.device_bytes))
+    table.add_row("sum", "" if memory.gpus else "host memory", f"{memory.device_bytes / unit:.2f}")
     if memory.host_bytes:
-        table.add_row("", "offloaded to host memory", _gib(memory.host_bytes))
+        table.add_row("", "offloaded to host memory", f"{memory.host_bytes / unit:.2f}")
     return table
 
 
@@ -215,4 +213,4 @@ def _balance(config: OpdlmConfig, rates: Rates, rows: Sequence[Balance]) -> Tabl
 
 
 def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f}" if nbytes >= GIB / 10 or nbytes == 0 else f"{nbytes / GIB:.4f}"
+    return f"{nbytes / GIB:.2f}"
