@@ -16,7 +16,7 @@ from common.models import hidden_states, input_device
 from common.tensors import tensor_to_array
 from common.types import HiddenTargets, LogitsTargets, TeacherTargets, TopKTargets, Trajectory
 
-_CHUNK = 1024  # positions whose full-vocabulary logits exist at one time
+LOGITS_CHUNK = 1024  # positions whose full-vocabulary logits exist at one time
 
 
 def score(
@@ -71,10 +71,10 @@ def _hidden_after_prefix(model: Any, trajectories: Sequence[Trajectory]) -> list
 def _make_targets(model: Any, hidden: torch.Tensor, kind: str, top_k: int) -> TeacherTargets:
     if kind == "hidden":
         return HiddenTargets(tensor_to_array(hidden))
-    chunks = [model.lm_head(part).float() for part in hidden.split(_CHUNK)] if kind == "logits" else []
+    chunks = [model.lm_head(part).float() for part in hidden.split(LOGITS_CHUNK)] if kind == "logits" else []
     if kind == "logits":
         return LogitsTargets(tensor_to_array(torch.cat(chunks)))
-    tops = [model.lm_head(part).float().log_softmax(-1).topk(top_k, dim=-1) for part in hidden.split(_CHUNK)]
+    tops = [model.lm_head(part).float().log_softmax(-1).topk(top_k, dim=-1) for part in hidden.split(LOGITS_CHUNK)]
     return TopKTargets(
         token_ids=tensor_to_array(torch.cat([top.indices for top in tops]).to(torch.int32)),
         logprobs=tensor_to_array(torch.cat([top.values for top in tops])),

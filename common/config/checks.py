@@ -137,8 +137,13 @@ def _learner(config: OpdlmConfig) -> Iterator[str]:
         )
     if learner.zero.offload_weights and learner.zero.stage != 3:
         yield f"learner.zero.offload_weights: needs stage 3; found stage {learner.zero.stage}"
-    if 0 < learner.gpus_per_worker < 1:
-        yield f"learner.gpus_per_worker: found {learner.gpus_per_worker}; a rank needs a whole GPU, or 0 for the CPU"
+    if 0 < learner.gpus_per_worker < 1 and learner.workers > 1:  # NCCL refuses two ranks on one GPU
+        yield (
+            f"learner.gpus_per_worker: found {learner.gpus_per_worker:g} with learner.workers {learner.workers}; each "
+            "of several ranks needs a whole GPU (1), or 0 for the CPU; a part of one goes with learner.workers 1"
+        )
+    if learner.gpus_per_worker > 1:
+        yield f"learner.gpus_per_worker: found {learner.gpus_per_worker:g}; a rank uses one GPU, raise learner.workers"
     if learner.gpus_per_worker == 0 and config.model.attention == "flex_attention":
         yield "model.attention: flex_attention has no backward on the CPU; use `sdpa` or `auto`"
 

@@ -116,7 +116,7 @@ class LearnerConfig(Section):
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1
     """Logical CPUs that Ray reserves for one rank."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    """GPUs that Ray reserves for one rank."""
+    """GPUs that Ray reserves for one rank: 0 or 1, or a part of one with `workers: 1` (all roles on one GPU)."""
     batch_size: PositiveInt = 8
     """Trajectories in one optimizer step, over all ranks (paper: 8)."""
     micro_batch_rows: PositiveInt = 8

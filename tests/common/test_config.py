@@ -77,7 +77,11 @@ def config_with(**sections) -> OpdlmConfig:
             {"learner": {"zero": {"offload_weights": True}}},
             "learner.zero.offload_weights: needs stage 3; found stage 2",
         ),
-        ({"learner": {"gpus_per_worker": 0.5}}, "learner.gpus_per_worker: found 0.5; a rank needs a whole GPU"),
+        (
+            {"learner": {"gpus_per_worker": 0.5, "workers": 2}},
+            "learner.gpus_per_worker: found 0.5 with learner.workers 2; each of several ranks needs a whole GPU",
+        ),
+        ({"learner": {"gpus_per_worker": 2}}, "learner.gpus_per_worker: found 2; a rank uses one GPU"),
         ({"model": {"teacher": "t", "attention": "flex_attention"}}, "flex_attention has no backward on the CPU"),
         (
             {"curriculum": {"max_new_tokens": {"kind": "linear", "start": 100}}},
@@ -121,6 +125,10 @@ def test_teachers_of_several_gpus() -> None:
     assert config_with(teacher={"gpus_per_actor": 2, "device_map": "auto"}).teacher.device_map == "auto"
     shared = {"backend": "vllm", "targets": "topk", "gpus_per_actor": 0.5}
     assert config_with(teacher=shared, objective={"top_k": 8}).teacher.gpus_per_actor == 0.5
+
+
+def test_a_single_learner_rank_may_share_a_gpu() -> None:
+    assert config_with(learner={"gpus_per_worker": 0.5}).learner.gpus_per_worker == 0.5
 
 
 def test_an_objective_without_scores_leaves_the_targets_alone() -> None:

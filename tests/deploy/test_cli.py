@@ -42,7 +42,19 @@ def run_file(chain_teacher, tmp_path) -> Path:
     return file
 
 
-COMMANDS = ["train", "compare", "pretrain", "convert", "export", "generate", "eval", "sweep", "lm-eval", "trace"]
+COMMANDS = [
+    "train",
+    "compare",
+    "pretrain",
+    "convert",
+    "export",
+    "generate",
+    "eval",
+    "sweep",
+    "lm-eval",
+    "trace",
+    "plan",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

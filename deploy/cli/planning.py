@@ -1,0 +1,39 @@
+"""`opdlm plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy.cli.app import Overrides, RunFile, app, clear_errors, out
+
+
+@app.command()
+def plan(
+    run: RunFile,
+    override: Overrides = None,
+    rates: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN_DIR", help="A run whose measured rates tell how the roles will be balanced."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the same figures as JSON.")
+    ] = None,
+) -> None:
+    """Print who gets which CPUs and GPUs, the memory of each role with its arithmetic, and the balance of roles.
+
+    Starts nothing and loads no weights: parameters are counted in the headers of the weight files.
+
+    Examples:
+
+        opdlm plan deploy/demo.yaml
+
+        opdlm plan deploy/demo.yaml --rates runs/demo --set rollout.actors=4 --json plan.json
+    """
+    with clear_errors():
+        from common.config import load_config
+        from deploy.plan_job import show_plan
+
+        show_plan(load_config(run, override or []), rates, json_file, out)
