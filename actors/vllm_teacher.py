@@ -53,6 +53,8 @@ class VllmTeacher:
             dtype=config.dtype,
             skip_tokenizer_init=True,
             generation_config="vllm",  # ours, not the folder's
+            load_format="safetensors",  # `auto` would open a pickle
+            trust_remote_code=False,
             enforce_eager=True,
             enable_prefix_caching=False,  # a cached prefix has no log-probabilities
             max_model_len=facts.context,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2.exceptions import SecurityError
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import ConfigError, OpdlmError
@@ -65,14 +66,20 @@ def chat_prompt(
     Args:
         thinking: the template's `enable_thinking`; None leaves it to the template.
         answer_begun: the last message is the assistant's and goes on.
+
+    Raises:
+        OpdlmError: no template, or one that tries to leave transformers' Jinja sandbox.
     """
     require_template(tokenizer)
     conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     extra: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
-    return tokenizer.apply_chat_template(
-        conversation,
-        tokenize=False,
-        add_generation_prompt=not answer_begun,
-        continue_final_message=answer_begun,
-        **extra,
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            conversation,
+            tokenize=False,
+            add_generation_prompt=not answer_begun,
+            continue_final_message=answer_begun,
+            **extra,
+        )
+    except SecurityError as error:
+        raise OpdlmError(f"chat template: it tries to leave its sandbox, which is refused: {error}") from None

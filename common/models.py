@@ -7,7 +7,6 @@ transformers' own. What makes it a student is in its config.json: `mask_token_id
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +17,20 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from common.errors import OpdlmError
+from common.files import read_json
 from common.grid import GridKind
 from common.shards import read_shards
 
 A2D_PREFIX = "a2d-"
+_NOT_FROM_A_FILE = (
+    "auto_map",  # names code beside the weights
+    "attn_implementation",  # may name a kernel on the hub, which is code too
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+    "transformers_weights",  # would be loaded instead of the files that were checked
+)
+"""Keys of config.json that would choose code or files; a checkpoint has no say in these."""
 SUPPORTED_TYPES = ("qwen3", "qwen2", "llama")
 """Families whose forward takes our 4-D masks and whose logits are `lm_head(hidden)` and nothing more."""
 SDAR_TYPE = "sdar"  # Qwen3's network, diffusion checkpoints only
@@ -51,8 +60,8 @@ def read_config(folder: str | Path) -> Any:
     """The transformers config of a checkpoint folder; `a2d-qwen3` and `sdar` are read as the Qwen3 that they are.
 
     Raises:
-        OpdlmError: no such folder, no config.json, a family that is not supported, or a setting of it under which
-            decoding with a cache and the training forward could not agree.
+        OpdlmError: no such folder, no config.json, an adapter's folder, a family that is not supported, or a setting
+            of it under which decoding with a cache and the training forward could not agree.
     """
     path = Path(folder)
     file = path / "config.json"
@@ -60,10 +69,9 @@ def read_config(folder: str | Path) -> Any:
         raise OpdlmError(f"model folder {path} does not exist; expected a checkpoint in Hugging Face layout")
     if not file.is_file():
         raise OpdlmError(f"model folder {path} has no config.json; expected a checkpoint in Hugging Face layout")
-    try:
-        raw = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise OpdlmError(f"{file} is not JSON: {error}") from None
+    if (path / "adapter_config.json").is_file():  # transformers would load the base model that it names instead
+        raise OpdlmError(f"model folder {path} holds an adapter (adapter_config.json); expected a merged model")
+    raw = read_json(file)
     named = str(raw.get("model_type", ""))
     family = "qwen3" if named == SDAR_TYPE else named.removeprefix(A2D_PREFIX)
     if family not in SUPPORTED_TYPES:
@@ -71,8 +79,8 @@ def read_config(folder: str | Path) -> Any:
             f"{file}: model_type is {raw.get('model_type')!r}; supported: "
             + ", ".join([*(f"{t}, {A2D_PREFIX}{t}" for t in SUPPORTED_TYPES), SDAR_TYPE])
         )
-    raw.pop("auto_map", None)  # names code that we neither need nor run
-    config = AutoConfig.for_model(family, **{k: v for k, v in raw.items() if k != "model_type"})
+    settings = {key: value for key, value in raw.items() if key not in ("model_type", *_NOT_FROM_A_FILE)}
+    config = AutoConfig.for_model(family, **settings)
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise OpdlmError(f"{file}: use_sliding_window is on; a sliding window has no block-causal counterpart here")
     rope = config.rope_parameters["rope_type"]
@@ -123,6 +131,7 @@ def load_model(
             attn_implementation=attention,
             use_safetensors=True,
             device_map=device_map,
+            trust_remote_code=False,
         )
     except OSError as error:
         raise OpdlmError(f"model folder {folder}: {' '.join(str(error).split())}") from None
@@ -133,13 +142,17 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer.
 
     Raises:
-        OpdlmError: there is none, or it lacks an end-of-sequence token.
+        OpdlmError: there is none, it cannot be read without running code, or it lacks an end-of-sequence token.
     """
     if not has_tokenizer(folder):
         raise OpdlmError(f"model folder {folder} has no tokenizer.json; text needs a tokenizer beside the weights")
     # Given our reading of the config, transformers neither looks for code in the folder nor asks whether to run it.
     config = read_config(folder) if (Path(folder) / "config.json").is_file() else None
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    except Exception as error:  # whatever its files can do wrong; the tokenizers library raises Exception itself
+        reason = " ".join(str(error).split())
+        raise OpdlmError(f"the tokenizer in {folder} cannot be read: {reason or type(error).__name__}") from error
     if tokenizer.eos_token_id is None:
         raise OpdlmError(f"the tokenizer in {folder} has no end-of-sequence token (eos_token); responses could not end")
     return tokenizer
@@ -202,7 +215,7 @@ def require_mask(facts: ModelFacts) -> int:
 def _eos_ids(folder: Path, config: Any) -> tuple[int, ...]:
     found: list[int | Sequence[int] | None] = [config.eos_token_id]
     if (folder / "generation_config.json").is_file():
-        found.append(GenerationConfig.from_pretrained(folder).eos_token_id)
+        found.append(GenerationConfig.from_dict(read_json(folder / "generation_config.json")).eos_token_id)
     ids = {i for item in found if item is not None for i in ([item] if isinstance(item, int) else item)}
     if not ids and (folder / "tokenizer_config.json").is_file():
         ids = {load_tokenizer(folder).eos_token_id}

@@ -54,7 +54,7 @@ def read_shards(folder: str | Path) -> Shards:
     """Finds a checkpoint's tensors, in one file or in the several that `model.safetensors.index.json` names.
 
     Raises:
-        OpdlmError: no safetensors (pickles are named as such), or files that are missing or cut short.
+        OpdlmError: no safetensors (pickles are named as such), or files that are missing, cut short or something else.
     """
     folder = Path(folder)
     names: dict[str, str] = {}
@@ -108,6 +108,8 @@ def _read_index(file: Path) -> dict[str, str]:
         raise OpdlmError(f"{file}: expected JSON with a weight_map; found {type(error).__name__}: {error}") from None
     if outside := sorted(name for name in files if Path(name).name != name):  # they are written to by name later on
         raise OpdlmError(f"{file}: {outside[0]!r} is not the name of a file in its folder")
+    if others := sorted(name for name in files if not name.endswith(".safetensors")):  # transformers would unpickle it
+        raise OpdlmError(f"{file}: names {others[0]!r}; expected .safetensors files only, pickles are not opened here")
     return names
 
 

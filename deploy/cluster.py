@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,15 @@ from actors.queue_actor import start_queue
 from actors.rollout_actor import start_rollout_actor
 from actors.teacher_actor import start_teacher_actor
 from common.config import OpdlmConfig
+from common.config.checks import is_loopback
 from common.config.schema import ResourcesConfig
 from common.errors import ConfigError, OpdlmError
+
+log = logging.getLogger("opdlm.cluster")
+
+_AUTH_MODE = "RAY_AUTH_MODE"
+_MINIMUM_RAY = (2, 60)
+"""As in pyproject.toml: a Ray that it starts has token authentication on unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +80,15 @@ def connect(config: OpdlmConfig) -> None:
 
 
 def join_or_start(resources: ResourcesConfig, asked: Demands) -> None:
-    """The same without the check; a local Ray gets the CPUs that are asked for, and one."""
+    """The same without the check; a local Ray gets the CPUs that are asked for, and one.
+
+    Raises:
+        OpdlmError: a Ray without token authentication by default, or no cluster at the address.
+        ConfigError: a dashboard that other machines reach, without authentication.
+    """
     if ray.is_initialized():
         return
+    check_security(resources, ray.__version__)
     logs = {"log_to_driver": resources.worker_logs, "logging_level": "warning"}
     needed = int(sum(count * each for _, count, each in asked["CPU"])) + 1
     # Not `auto`: it would find, and wait for, a cluster of this machine that died.
@@ -90,8 +104,30 @@ def join_or_start(resources: ResourcesConfig, asked: Demands) -> None:
             address="local",
             num_cpus=resources.local_cpus or needed,
             include_dashboard=resources.local_dashboard,
-            dashboard_host="127.0.0.1",
+            dashboard_host=resources.dashboard_host,
             **logs,
+        )
+    if os.environ.get(_AUTH_MODE, "").lower() != "token":  # Ray sets it where it turns authentication on
+        log.warning(
+            "Ray's token authentication is off: whoever reaches this cluster's ports can run code on it "
+            "(%s=token turns it on, for the head and for all who join)",
+            _AUTH_MODE,
+        )
+
+
+def check_security(resources: ResourcesConfig, version: str) -> None:
+    """Refuses what would let strangers in, before any Ray is started or joined. `version`: Ray's, as in `2.60.0`."""
+    if tuple(int(part) for part in version.split(".")[:2]) < _MINIMUM_RAY:
+        needed = ".".join(map(str, _MINIMUM_RAY))
+        raise OpdlmError(
+            f"ray: found {version}, whose token authentication may be missing or off; at least {needed} is needed: "
+            f"pip install -U 'ray[default,train]>={needed}'"
+        )
+    mode = os.environ.get(_AUTH_MODE, "token")  # unset: on in a Ray that is started here
+    if not is_loopback(resources.dashboard_host) and mode.lower() != "token":
+        raise ConfigError(
+            f"resources.dashboard_host: found {resources.dashboard_host!r} with {_AUTH_MODE}={mode}; other machines "
+            f"could run code here: use 127.0.0.1, or {_AUTH_MODE}=token"
         )
 
 

@@ -105,22 +105,19 @@ def read_responses(file: Path, expected: Recipe) -> GivenResponses | None:
     try:
         table = pq.read_table(file)
         made = json.loads((table.schema.metadata or {})[_KEY])
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        held, forward_tokens = dict(made["recipe"]), int(made["forward_tokens"])
+        ids = table.column("prompt_id").to_pylist()
+        responses = [np.array(r, dtype=np.int32) for r in table.column("response_ids").to_pylist()]
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"offline.cache: {file} is not a file of teacher responses of ours: {reason}") from None
-    differing = [
-        f"{k} (there {made['recipe'].get(k)!r}, here {v!r})"
-        for k, v in asdict(expected).items()
-        if made["recipe"].get(k) != v
-    ]
+    differing = [f"{k} (there {held.get(k)!r}, here {v!r})" for k, v in asdict(expected).items() if held.get(k) != v]
     if differing:
         raise ConfigError(
             f"offline.cache: {file} was made otherwise: {', '.join(differing)}; remove it, or give another"
             " offline.cache"
         )
-    ids = table.column("prompt_id").to_pylist()
-    responses = [np.array(r, dtype=np.int32) for r in table.column("response_ids").to_pylist()]
-    return GivenResponses(dict(zip(ids, responses, strict=True)), made["forward_tokens"], True)
+    return GivenResponses(dict(zip(ids, responses, strict=True)), forward_tokens, True)
 
 
 async def generate_responses(

@@ -10,11 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
 from common.config import OpdlmConfig, config_from_dict, dump_config
 from common.errors import ConfigError
+from common.files import read_yaml
 
 _MAY_CHANGE = (
     "resources",
@@ -74,7 +73,7 @@ def open_run(config: OpdlmConfig, resume: bool, data_digest: str) -> Checkpoint 
 
 def held_config(root: Path) -> dict[str, Any]:
     """The config of the run in a directory; settings that are newer than it have their defaults."""
-    return config_from_dict(yaml.safe_load((root / "config.yaml").read_text())).model_dump(mode="json")
+    return config_from_dict(read_yaml(root / "config.yaml")).model_dump(mode="json")
 
 
 def check_same_config(held: dict[str, Any], given: dict[str, Any], root: Path) -> None:

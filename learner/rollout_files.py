@@ -153,8 +153,14 @@ def _metadata(tensors: Any, file: Path) -> tuple[RolloutFacts, dict[int, dict[st
         raise OpdlmError(
             f"saved rollouts: {file} holds something else; expected a file of a run with run.dump_rollouts"
         )
-    record = json.loads(held)
-    return RolloutFacts(**record["facts"]), {fields["index"]: fields for fields in record["samples"]}
+    try:
+        record = json.loads(held)
+        facts = RolloutFacts(**record["facts"])
+        _TARGETS[facts.targets]
+        return facts, {fields["index"]: fields for fields in record["samples"]}
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise OpdlmError(f"saved rollouts: {file} cannot be read: its metadata `rollouts`: {reason}") from None
 
 
 def _fields(record: Trajectory | TeacherTargets) -> dict[str, Any]:

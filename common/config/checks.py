@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterator
+from typing import Any
 
+from common.config.redact import holds_secret, redact
 from common.config.schema import OpdlmConfig, Schedule
 from common.errors import ConfigError
 
 
 def check_config(config: OpdlmConfig) -> None:
     """Raises `ConfigError` with one line per contradiction between fields."""
-    checks = (_run, _data, _objective, _rollout, _teacher, _targets, _learner, _curriculum)
-    problems = [problem for check in checks for problem in check(config)]
+    checks = (_run, _data, _objective, _rollout, _teacher, _targets, _learner, _curriculum, _resources)
+    problems = [*_secrets(config.model_dump()), *(problem for check in checks for problem in check(config))]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _secrets(section: dict[str, Any], path: str = "") -> Iterator[str]:
+    """A run's config is written to its directory and to model cards, so that a secret in it would be published."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _secrets(value, f"{path}{key}.")
+        elif isinstance(value, str) and holds_secret(value):
+            yield f"{path}{key}: found credentials in {redact(value)!r}; leave them out and set HF_TOKEN instead"
 
 
 def _run(config: OpdlmConfig) -> Iterator[str]:
@@ -174,3 +186,27 @@ def _curriculum(config: OpdlmConfig) -> Iterator[str]:
         ends = [curriculum.threshold.start, curriculum.threshold.end or 0.0]
         if min(ends) < 0 or max(ends) > 1:
             yield f"curriculum.threshold: found {ends[0]:g} to {ends[1]:g}; a probability, so within 0 and 1"
+
+
+def _resources(config: OpdlmConfig) -> Iterator[str]:
+    resources = config.resources
+    if not is_loopback(resources.dashboard_host) and not resources.local_dashboard:
+        yield (
+            f"resources.dashboard_host: found {resources.dashboard_host!r} with resources.local_dashboard false; turn "
+            "that on or drop this"
+        )
+    if not is_loopback(resources.dashboard_host) and resources.ray_address:
+        yield (
+            f"resources.dashboard_host: found {resources.dashboard_host!r} with resources.ray_address; it is for a Ray "
+            "started here, a cluster's own dashboard is set where its head starts (ray start --dashboard-host)"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`; a name other than `localhost` is not known."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

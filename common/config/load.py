@@ -11,8 +11,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from common.config.checks import check_config
+from common.config.redact import redact
 from common.config.schema import OpdlmConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, OpdlmError
+from common.files import read_yaml
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> OpdlmConfig:
@@ -29,11 +31,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> OpdlmConfig:
     if not file.is_file():
         raise ConfigError(f"run file: {file} does not exist; give a YAML such as deploy/demo.yaml")
     try:
-        raw = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"run file: {file} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"run file: {file} holds a {type(raw).__name__}; expected sections such as `model:`")
+        raw = read_yaml(file)
+    except OpdlmError as error:
+        raise ConfigError(f"run file: {error}") from None
     for override in overrides:
         apply_override(raw, override)
     return config_from_dict(raw)
@@ -84,7 +84,7 @@ def _describe(item: Any) -> str:
         return f"{location}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{location}: missing; it has no default"
-    return f"{location}: {item['msg'][0].lower()}{item['msg'][1:]}; found {item['input']!r}"
+    return f"{location}: {item['msg'][0].lower()}{item['msg'][1:]}; found {redact(repr(item['input']))}"
 
 
 def _fields_at(parents: Sequence[str]) -> list[str]:

@@ -143,7 +143,10 @@ class ResourcesConfig(Section):
     local_cpus: PositiveInt | None = None
     """Logical CPUs of a Ray started here; may exceed the real ones. Empty: what the run asks for."""
     local_dashboard: bool = True
-    """Serve the Ray dashboard (on 127.0.0.1) of a Ray started here."""
+    """Serve the Ray dashboard of a Ray started here."""
+    dashboard_host: str = "127.0.0.1"
+    """Address that this dashboard listens on. One that other machines reach needs Ray's token authentication, which is
+    on unless RAY_AUTH_MODE says otherwise: whoever reaches the dashboard can run code."""
     worker_logs: bool = False
     """Repeat the actors' own log lines on this terminal; they are in Ray's session folder in any case."""
     actor_restarts: NonNegativeInt = 3

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from common.files import read_json, read_yaml
 
 _PAPER = "https://arxiv.org/abs/2606.06712"
 _PROMPT = "47+8-3="
@@ -121,9 +122,9 @@ def _run_of(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     files = folder.parent / "config.yaml", folder.parent / "report.json"
     if folder.name != "student" or not files[0].is_file():
         return {}, {}
-    run = yaml.safe_load(files[0].read_text())
+    run = read_yaml(files[0])
     run.pop("resources", None)  # says where it ran, not what was done
-    return run, json.loads(files[1].read_text()) if files[1].is_file() else {}
+    return run, read_json(files[1]) if files[1].is_file() else {}
 
 
 def _public(value: Any) -> Any:
