@@ -46,7 +46,8 @@ export RAY_ADDRESS=$address:$port
 
 ready() { # waits until the cluster has so many nodes, five minutes at most
   local deadline=$((SECONDS + 300))
-  until [ "$(ray list nodes --filter state=ALIVE --format json 2>/dev/null | grep -c '"node_id"')" -ge "$1" ]; do
+  # The list is one line of JSON.
+  until [ "$(ray list nodes --filter state=ALIVE --format json 2>/dev/null | grep -o '"node_id"' | wc -l)" -ge "$1" ]; do
     for step in "${started[@]}"; do
       kill -0 "$step" 2>/dev/null || { echo "slurm.sh: Ray ended on a node before the run; see its output above" >&2; return 1; }
     done
