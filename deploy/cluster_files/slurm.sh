@@ -37,6 +37,7 @@ finish() {
   rm -f "$RAY_AUTH_TOKEN_PATH"
 }
 trap finish EXIT
+trap 'exit 143' TERM INT # before the run there is nothing to save
 
 # The dashboard is on the head's loopback: ssh -L 8265:127.0.0.1:8265 HEAD
 srun --nodes=1 --ntasks=1 --overlap -w "$head" \
@@ -46,12 +47,13 @@ export RAY_ADDRESS=$address:$port
 
 ready() { # waits until the cluster has so many nodes, five minutes at most
   local deadline=$((SECONDS + 300))
-  until [ "$(ray list nodes --filter state=ALIVE --format json 2>/dev/null | grep -c '"node_id"')" -ge "$1" ]; do
+  # The list is one line of JSON.
+  until [ "$(ray list nodes --filter state=ALIVE --format json 2>/dev/null | grep -o '"node_id"' | wc -l)" -ge "$1" ]; do
     for step in "${started[@]}"; do
       kill -0 "$step" 2>/dev/null || { echo "slurm.sh: Ray ended on a node before the run; see its output above" >&2; return 1; }
     done
     if [ "$SECONDS" -ge "$deadline" ]; then
-      echo "slurm.sh: after 5 minutes the Ray cluster at $RAY_ADDRESS has fewer than $1 nodes; see its output above" >&2
+      echo "slurm.sh: after 5 minutes the Ray cluster at $RAY_ADDRESS has fewer than $1 nodes; see above" >&2
       return 1
     fi
     sleep 2

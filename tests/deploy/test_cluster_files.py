@@ -114,7 +114,7 @@ def slurm(tmp_path):
         "ray": """
             if [ "$1" = list ]; then
               n=$(grep -c '^ray start' "$CALLS"); [ "$n" -gt 1 ] && n=3
-              for ((i = 0; i < n; i++)); do echo '"node_id": 1'; done
+              for ((i = 0; i < n; i++)); do printf '{"node_id": "1"}, '; done
             else
               [ -n "${BROKEN:-}" ] && exit 1
               token=$(wc -c <"$RAY_AUTH_TOKEN_PATH") rights=$(stat -c %a "$RAY_AUTH_TOKEN_PATH")
