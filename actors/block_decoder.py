@@ -27,12 +27,17 @@ from actors.decode_slots import Slots
 from actors.kv_cache import SlotCache
 from actors.remasking import STRATEGIES, Step
 from actors.sampling import draw_candidates, hashed_uniform
+from actors.teacher_scoring import batches_by_length
 from common.grid import BlockGrid, block_index
 from common.masks import block_causal
 from common.models import hidden_states
 from common.types import DecodeStats, RolloutRequest, Trajectory
 
 _TOKEN_STREAM, _ORDER_STREAM = 0, 1  # two independent sequences of uniform numbers
+_PREFILL_TOKENS = 16384
+"""Most tokens, padding included, in one forward that recomputes keys and values; a longer sequence goes alone."""
+
+Renew = Callable[[], int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +85,16 @@ class BlockDecoder:
         requests: Sequence[RolloutRequest],
         weight_version: int = 0,
         observer: Callable[[StepView], None] | None = None,
+        renew: Renew | None = None,
     ) -> tuple[list[Trajectory], DecodeStats]:
-        """Decodes every request; trajectories come in the order of the requests."""
+        """Decodes every request; trajectories come in the order of the requests. `renew`: see `stream`."""
         started = time.perf_counter()
         self._forwards = self._forward_tokens = 0
-        by_index = {t.index: t for t in self.stream(requests, weight_version, observer)}
+        by_index = {t.index: t for t in self.stream(requests, weight_version, observer, renew)}
         trajectories = [by_index[request.index] for request in requests]
+        continued = [(t, t.token_versions) for t in trajectories if t.token_versions is not None]
         stats = DecodeStats(
-            weight_version=weight_version,
+            weight_version=min((t.weight_version for t in trajectories), default=weight_version),
             sequences=len(trajectories),
             response_tokens=sum(t.response_length for t in trajectories),
             denoising_steps=sum(t.denoising_steps for t in trajectories),
@@ -95,6 +102,9 @@ class BlockDecoder:
             forward_tokens=self._forward_tokens,
             seconds=time.perf_counter() - started,
             ended_by_eos=sum(t.finish_reason == "eos" for t in trajectories),
+            continued_sequences=len(continued),
+            continued_tokens=sum(int((v[: t.response_length] > t.weight_version).sum()) for t, v in continued),
+            version_spread_max=max((int(v.max()) - t.weight_version for t, v in continued), default=0),
         )
         return trajectories, stats
 
@@ -104,8 +114,14 @@ class BlockDecoder:
         requests: Sequence[RolloutRequest],
         weight_version: int = 0,
         observer: Callable[[StepView], None] | None = None,
+        renew: Renew | None = None,
     ) -> Iterator[Trajectory]:
         """Yields each trajectory as its sequence ends.
+
+        Args:
+            renew: called before each denoising step; may put new weights into the model, and then returns their
+                version. Sequences in work go on with them as if what is decoded so far had been given: a step depends
+                on the tokens and the weights alone, so no slot has to wait for a block's end.
 
         Raises:
             ValueError: a prompt is empty, or prompt and response do not fit into the model's context.
@@ -117,7 +133,11 @@ class BlockDecoder:
         cache = self._cache_for(slots.count, longest)
         pending = deque(requests)
         commit, width = 0, 0
+        slots.version = weight_version
         while pending or slots.requests:
+            if renew is not None and (version := renew()) is not None:
+                slots.renew(version)
+                self._prefill_again(slots, cache)
             fresh = slots.refill(pending, self.grid, self.settings.threshold)
             if fresh:
                 starts = [self.grid.first_block_start(slots.requests[row].prompt_ids.size) for row in fresh]
@@ -126,7 +146,7 @@ class BlockDecoder:
                 self._prefill(slots, cache, fresh, max(starts))
             finished, commit, width = self._step(slots, cache, commit, width, observer)
             for row in finished:
-                yield slots.harvest(row, weight_version, self.eos_ids, self.settings.ignore_eos)
+                yield slots.harvest(row, self.eos_ids, self.settings.ignore_eos)
 
     def _longest(self, requests: Sequence[RolloutRequest]) -> int:
         context = self.model.config.max_position_embeddings
@@ -152,8 +172,16 @@ class BlockDecoder:
             self._cache = SlotCache(self.model.config, slots, positions, weight.dtype, self.model.device)
         return self._cache
 
+    def _prefill_again(self, slots: Slots, cache: SlotCache) -> None:
+        """Keys and values of all finished blocks with new weights, in forwards of bounded size."""
+        rows, starts = list(slots.requests), slots.block_start.tolist()
+        lengths = [starts[row] for row in rows]
+        self._forward_tokens += sum(lengths)
+        for group in batches_by_length(lengths, _PREFILL_TOKENS):
+            self._prefill(slots, cache, [rows[i] for i in group], lengths[group[0]])
+
     def _prefill(self, slots: Slots, cache: SlotCache, fresh: list[int], longest: int) -> None:
-        """Keys and values of the new sequences' whole prompt blocks, `longest` tokens at most."""
+        """Keys and values of those sequences' blocks before the one in work, `longest` tokens at most."""
         if longest == 0:
             return
         rows = torch.tensor(fresh, device=slots.tokens.device)

@@ -20,6 +20,10 @@ class Slots:
         self.mask_id = mask_id
         self.requests: dict[int, RolloutRequest] = {}
         """Occupied slots."""
+        self.version = 0
+        """Weight version of the next denoising step."""
+        self._history: dict[int, list[tuple[int, int]]] = {}
+        """By occupied slot: (denoising steps before it, weight version) of each version that decoded it."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
@@ -44,6 +48,7 @@ class Slots:
             request = pending.popleft()
             length = request.prompt_ids.size
             self.requests[row] = request
+            self._history[row] = [(0, self.version)]
             self.tokens[row] = self.mask_id
             self.tokens[row, :length] = torch.from_numpy(request.prompt_ids.astype(np.int64)).to(self.tokens.device)
             self.reveal[row] = 0
@@ -58,12 +63,20 @@ class Slots:
             self.live[row] = True
         return free
 
-    def harvest(self, row: int, weight_version: int, eos_ids: torch.Tensor, ignore_eos: bool) -> Trajectory:
+    def renew(self, version: int) -> None:
+        """From the next denoising step on, all sequences are decoded with these weights."""
+        self.version = version
+        steps = self.step.tolist()
+        for row, history in self._history.items():
+            history.append((steps[row], version))
+
+    def harvest(self, row: int, eos_ids: torch.Tensor, ignore_eos: bool) -> Trajectory:
         """The finished sequence of a slot, which becomes free."""
         request = self.requests.pop(row)
         length, last = request.prompt_ids.size, int(self.reveal[row].nonzero()[-1]) + 1
         response = self.tokens[row, length:last].cpu().numpy().astype(np.int32)
         reveal = self.reveal[row, length:last].cpu().numpy().astype(np.int16)
+        versions = self._versions_of(row, reveal)
         stop = None if ignore_eos else _first_of(response[: request.max_new_tokens], eos_ids.tolist())
         return Trajectory(
             index=request.index,
@@ -72,10 +85,16 @@ class Slots:
             response_ids=response,
             reveal_step=reveal,
             response_length=min(len(response), request.max_new_tokens) if stop is None else stop + 1,
-            weight_version=weight_version,
+            weight_version=int(versions.min()),
             finish_reason="length" if stop is None else "eos",
             denoising_steps=int(reveal.max()),
+            token_versions=versions if versions.min() < versions.max() else None,
         )
+
+    def _versions_of(self, row: int, reveal: np.ndarray) -> np.ndarray:
+        """`[R'] int32`: a token revealed at step k has the last version that began after fewer than k steps."""
+        begins, versions = zip(*self._history.pop(row), strict=True)
+        return np.array(versions, dtype=np.int32)[np.searchsorted(begins, reveal) - 1]
 
 
 def _first_of(tokens: np.ndarray, wanted: Sequence[int]) -> int | None:

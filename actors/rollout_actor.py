@@ -2,10 +2,15 @@
 
 It serves nothing before it holds the weight version that a call names: each call carries the handle, so an actor that
 died and came back fetches the current version by itself.
+
+With `rollout.on_new_weights: finish` it does one call at a time, so a push waits behind what is being decoded. With
+`continue` it has a second thread, which takes a push in meanwhile; the thread that decodes puts it into the model
+between two denoising steps. Only one thread at a time has the model.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,15 +20,17 @@ import torch
 
 from actors.block_decoder import BlockDecoder
 from actors.decode_settings import DecodeSettings
+from actors.engine_guard import guarded, one_token_forward
+from common.config.schema import OnNewWeights
 from common.models import load_model, read_facts, require_mask
-from common.types import DecodeStats, RolloutRequest, Trajectory, WeightHandle
+from common.types import DecodeStats, RolloutRequest, Trajectory, WeightHandle, WeightPack
 from common.weights import load_weights
 
 
 class RolloutActor:
     """A student and one decoder per way of decoding."""
 
-    def __init__(self, student: str, dtype: str, threads: int) -> None:
+    def __init__(self, student: str, dtype: str, threads: int, on_new_weights: OnNewWeights = "finish") -> None:
         torch.set_num_threads(max(threads, 1))
         facts = read_facts(student)
         self._mask_id, self._eos_ids = require_mask(facts), facts.eos_ids
@@ -31,15 +38,34 @@ class RolloutActor:
         self._model = load_model(student, dtype).to(device)
         self._version = -1  # the start weights are pushed like any others, so that a broken path shows at once
         self._decoders: dict[tuple[DecodeSettings, int], BlockDecoder] = {}
+        self._continues = on_new_weights == "continue"
+        self._has_model = threading.Lock()
+        self._mailbox = threading.Lock()
+        self._arrived: tuple[int, WeightPack] | None = None
+        """Newest version that came and is not in the model yet."""
+
+    def ready(self) -> None:
+        """Returns once the student is loaded."""
+
+    def forget_weights(self) -> None:
+        """The run goes back to a checkpoint: versions newer than that one are of no use any more."""
+        with self._has_model, self._mailbox:
+            self._version, self._arrived = -1, None
 
     def load_weights(self, handle: WeightHandle) -> float:
-        """Takes a published version; returns the seconds it took. A version never goes backwards."""
+        """Takes a published version; returns the seconds it took. A version never goes backwards.
+
+        While a sequence is being decoded (`continue`) the weights are fetched now; what is decoded after the next
+        denoising step is decoded with them.
+        """
         started = time.perf_counter()
-        if handle.version <= self._version:
-            return 0.0
-        self._version = -1  # until all of it is loaded and checked
-        load_weights(self._model, ray.get(handle.pack[0]))
-        self._version = handle.version
+        self._receive(handle)
+        if self._has_model.acquire(blocking=not self._continues):
+            try:
+                with guarded("student", self._probe):
+                    self._renew()
+            finally:
+                self._has_model.release()
         return time.perf_counter() - started
 
     def decode(
@@ -52,18 +78,64 @@ class RolloutActor:
         Raises:
             ValueError: no handle, but published weights were loaded over the folder's.
         """
-        if handle is not None:
-            self.load_weights(handle)
-        elif self._version >= 0:
-            raise ValueError(f"the folder's own weights are gone: version {self._version} was loaded over them")
-        key = (settings, batch_size)
-        if key not in self._decoders:
-            self._decoders[key] = BlockDecoder(self._model, settings, self._mask_id, self._eos_ids, batch_size)
-        trajectories, stats = self._decoders[key].decode(requests, max(self._version, 0))
-        return (*trajectories, stats)
+        with self._has_model, guarded("student", self._probe):
+            if handle is not None:
+                self._receive(handle)
+            self._renew()
+            if handle is None and self._version >= 0:
+                raise ValueError(f"the folder's own weights are gone: version {self._version} was loaded over them")
+            key = (settings, batch_size)
+            if key not in self._decoders:
+                self._decoders[key] = BlockDecoder(self._model, settings, self._mask_id, self._eos_ids, batch_size)
+            renew = self._renew if self._continues and handle is not None else None
+            trajectories, stats = self._decoders[key].decode(requests, max(self._version, 0), renew=renew)
+            return (*trajectories, stats)
+
+    def _probe(self) -> None:
+        one_token_forward(self._model)
+
+    def _receive(self, handle: WeightHandle) -> None:
+        """Fetches a version, unless as new a one came before."""
+        with self._mailbox:
+            if handle.version <= self._newest():
+                return
+        pack = ray.get(handle.pack[0])  # outside: the decoding thread looks into the mailbox at every step
+        with self._mailbox:
+            if handle.version > self._newest():
+                self._arrived = handle.version, pack
+
+    def _newest(self) -> int:
+        return self._version if self._arrived is None else self._arrived[0]
+
+    def _renew(self) -> int | None:
+        """Puts what arrived into the model; its version, None where nothing did. For who has the model only."""
+        with self._mailbox:
+            arrived = self._arrived
+        if arrived is None:
+            return None
+        self._version = -1  # until all of it is loaded and checked
+        load_weights(self._model, arrived[1])
+        with self._mailbox:
+            self._version = arrived[0]
+            if self._arrived is arrived:  # it stays where loading failed: the next call must not do with older ones
+                self._arrived = None
+        return self._version
 
 
-def start_rollout_actor(name: str, student: str, dtype: str, cpus: float, gpus: float, restarts: int) -> Any:
-    """Starts one under its name; it may die `restarts` times, and Ray repeats the call that died with it."""
-    actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=restarts, max_task_retries=restarts)(RolloutActor)
-    return actor.options(name=name).remote(student, dtype, int(cpus))
+def start_rollout_actor(
+    name: str,
+    student: str,
+    dtype: str,
+    cpus: float,
+    gpus: float,
+    restarts: int,
+    on_new_weights: OnNewWeights = "finish",
+) -> Any:
+    """Starts one under its name; it may die `restarts` times. The pool repeats the call that died with it."""
+    actor = ray.remote(
+        num_cpus=cpus,
+        num_gpus=gpus,
+        max_restarts=restarts,
+        max_concurrency=2 if on_new_weights == "continue" else 1,  # a decode, and a push that comes meanwhile
+    )(RolloutActor)
+    return actor.options(name=name).remote(student, dtype, int(cpus), on_new_weights)

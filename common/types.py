@@ -50,9 +50,12 @@ class Trajectory:
     reveal_step: np.ndarray  # [R'] int16, from 1, rising over the whole response
     response_length: int
     weight_version: int
+    """That it was decoded with; the oldest, where new weights came meanwhile (`rollout.on_new_weights: continue`)."""
     finish_reason: FinishReason
     denoising_steps: int
     """Student forwards that revealed tokens of this sequence."""
+    token_versions: np.ndarray | None = None
+    """`[R'] int32`, the weight version that revealed each kept token. None: `weight_version`, all of them."""
 
     @property
     def response(self) -> np.ndarray:
@@ -146,3 +149,9 @@ class DecodeStats:
     seconds: float
     ended_by_eos: int = 0
     """Sequences that ended with an end-of-sequence token; the others ended at their length limit."""
+    continued_sequences: int = 0
+    """Sequences that were decoded with more than one weight version; `weight_version` is the oldest of all."""
+    continued_tokens: int = 0
+    """Their response tokens that came after a change of weights."""
+    version_spread_max: int = 0
+    """Most versions between the oldest and the newest token of one sequence."""

@@ -2,6 +2,7 @@
 
     RUN/rollouts/round-000012.safetensors
         INDEX.prompt_ids, INDEX.response_ids, INDEX.reveal_step     of each sample, as in `Trajectory`
+        INDEX.token_versions        only of a sample that several weight versions decoded
         INDEX.hidden | INDEX.logits | INDEX.token_ids, INDEX.logprobs    its targets
         metadata `rollouts`, a JSON: `facts` (what a run that trains on them must agree with), `samples` (small fields)
 
@@ -33,6 +34,7 @@ _TARGETS: dict[str, type[HiddenTargets] | type[LogitsTargets] | type[TopKTargets
     "tokens": TopKTargets,
 }
 _TRAJECTORY_ARRAYS = ("prompt_ids", "response_ids", "reveal_step")
+_VERSIONS = "token_versions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def save_round(file: Path, samples: Sequence[ScoredTrajectory], facts: RolloutFa
         index = sample.trajectory.index
         tensors = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
         arrays |= {f"{index}.{name}": np.ascontiguousarray(value) for name, value in tensors.items()}
-        small.append({name: value for name, value in fields.items() if name not in tensors})
+        small.append({name: value for name, value in fields.items() if name not in tensors and value is not None})
     metadata = {"rollouts": json.dumps({"facts": asdict(facts), "samples": small})}  # one key: their order is not fixed
     file.parent.mkdir(parents=True, exist_ok=True)
     staging = file.with_name(f".{file.name}.{os.getpid()}")
@@ -110,16 +112,14 @@ def load_samples(file: Path, indices: Sequence[int]) -> list[ScoredTrajectory]:
     """Those samples of a round, in that order; only their arrays are read."""
     with _opened(file) as tensors:
         facts, small = _metadata(tensors, file)
-        targets = _TARGETS[facts.targets]
+        targets, held = _TARGETS[facts.targets], set(tensors.keys())
         found = []
         for index in indices:
             fields = small[index]
-            arrays = {name: tensors.get_tensor(f"{index}.{name}") for name in _array_names(targets)}
-            found.append(
-                ScoredTrajectory(
-                    Trajectory(**_pick(Trajectory, fields | arrays)), targets(**_pick(targets, fields | arrays))
-                )
-            )
+            optional = [_VERSIONS] if f"{index}.{_VERSIONS}" in held else []
+            arrays = {name: tensors.get_tensor(f"{index}.{name}") for name in [*_array_names(targets), *optional]}
+            both = {_VERSIONS: None} | fields | arrays
+            found.append(ScoredTrajectory(Trajectory(**_pick(Trajectory, both)), targets(**_pick(targets, both))))
         return found
 
 

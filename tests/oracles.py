@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from actors.decode_settings import DecodeSettings
@@ -13,9 +16,17 @@ from common.types import RolloutRequest
 
 @torch.no_grad()
 def uncached_decode(
-    model, settings: DecodeSettings, mask_id: int, eos_ids: set[int], request: RolloutRequest
+    model,
+    settings: DecodeSettings,
+    mask_id: int,
+    eos_ids: set[int],
+    request: RolloutRequest,
+    later: Sequence[tuple[int, Any]] = (),
 ) -> tuple[list[int], list[int]]:
-    """One sequence, no cache, no batch: (kept response tokens, reveal steps)."""
+    """One sequence, no cache, no batch: (kept response tokens, reveal steps).
+
+    `later`: (denoising steps before it, model) of models that take over, in order.
+    """
     grid, size = BlockGrid(settings.block_size, settings.block_grid), settings.block_size
     prompt = request.prompt_ids.tolist()
     tokens, steps, step = list(prompt), [0] * len(prompt), 0
@@ -25,6 +36,8 @@ def uncached_decode(
         steps += [0] * (start + size - len(steps))
         block_step = 0
         while any(s == 0 for s in steps[max(start, len(prompt)) :]):
+            for begin, successor in later:
+                model = successor if step >= begin else model
             logits = full_forward(model, tokens, grid, len(prompt))[start:]
             logits[:, mask_id] = float("-inf")
             positions = torch.arange(start, start + size)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "sequential", "random"]
 Grid = Literal["absolute", "response"]
 Dtype = Literal["float32", "bfloat16"]
+OnNewWeights = Literal["finish", "continue"]
 Attention = Literal["auto", "sdpa", "flex_attention"]
 
 PositiveInt = Annotated[int, Field(ge=1)]

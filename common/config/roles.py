@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from common.config.base import Dtype, Grid, NonNegativeInt, PositiveInt, Probability, Section, Strategy
+from common.config.base import (
+    Dtype,
+    Grid,
+    NonNegativeInt,
+    OnNewWeights,
+    PositiveInt,
+    Probability,
+    Section,
+    Strategy,
+)
 
 
 class RolloutConfig(Section):
@@ -20,6 +29,10 @@ class RolloutConfig(Section):
     """GPUs that Ray reserves for one actor; 1 dedicates a GPU."""
     prompts_per_round: PositiveInt = 128
     """Prompts decoded with one weight version (the paper: 128)."""
+    prompts_per_call: PositiveInt | None = None
+    """Prompts that an actor is given at a time. Empty: its share of a round. Fewer (but at least `batch_size`, or slots
+    stay empty): the first are scored while the rest of a round is decoded. With `queue.max_staleness: 1` that is worth
+    up to a third of a round, where decoding, scoring and training take equally long."""
     batch_size: PositiveInt = 64
     """Sequences decoded side by side in one actor (slots); a slot is refilled as its sequence ends."""
     block_size: PositiveInt = 4
@@ -40,6 +53,11 @@ class RolloutConfig(Section):
     """Candidates come from the k likeliest tokens; 0 is all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Candidates come from the smallest set of tokens with this mass; 1 is all."""
+    on_new_weights: OnNewWeights = "finish"
+    """What becomes of sequences in work when new weights arrive (`queue.max_staleness` from 1 on). `finish`: they are
+    decoded to their end with the old ones, the push waits. `continue`: from the next denoising step on they are decoded
+    with the new ones; each token's version is recorded, a sample is as old as its oldest. What is decoded then depends
+    on when a push arrives: two runs with one seed differ."""
     max_new_tokens: PositiveInt = 4096
     """Longest response in tokens, whatever the curriculum says; never exceeded."""
 
@@ -73,7 +91,9 @@ class QueueConfig(Section):
     """The replay queue between decoding and training."""
 
     max_staleness: NonNegativeInt = 0
-    """Rounds that decoding may run ahead of training. 0: decode, score, train, push, strictly on-policy."""
+    """Rounds that decoding may run ahead of training. 0: decode, score, train, push, strictly on-policy: a round takes
+    their sum. At k, k + 1 rounds are on the way, and a round takes what its slowest role takes (a push is the rollout
+    actors' time too), or the sum / (k + 1) where that is more; see `rollout.prompts_per_call`."""
 
 
 class OptimizerConfig(Section):
@@ -139,7 +159,7 @@ class ResourcesConfig(Section):
     """The Ray cluster and the patience with it."""
 
     ray_address: str | None = None
-    """Cluster to join (`auto` inside `ray job submit`). Empty: the one in RAY_ADDRESS, else a local Ray is started."""
+    """Cluster to join. Empty: that of RAY_ADDRESS, which Ray sets in a submitted job, else a local Ray is started."""
     local_cpus: PositiveInt | None = None
     """Logical CPUs of a Ray started here; may exceed the real ones. Empty: what the run asks for."""
     local_dashboard: bool = True

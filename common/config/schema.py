@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from common.config.base import Attention, Dtype, Grid, NonNegativeInt, PositiveInt, Section, Strategy
+from common.config.base import Attention, Dtype, Grid, NonNegativeInt, OnNewWeights, PositiveInt, Section, Strategy
 from common.config.method import CurriculumConfig, Kind, ObjectiveConfig, OfflineConfig, Schedule, Selection
 from common.config.roles import (
     LearnerConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OfflineConfig",
+    "OnNewWeights",
     "OpdlmConfig",
     "OptimizerConfig",
     "QueueConfig",
@@ -140,7 +141,11 @@ class CheckpointConfig(Section):
     every_rounds: PositiveInt = 10
     """Rounds between checkpoints; one is also written at the end and on SIGTERM or SIGINT."""
     keep: PositiveInt = 2
-    """Newest checkpoints that stay on disk."""
+    """Newest checkpoints that stay on disk. While one is written there are `keep` + 1."""
+    max_failed_saves: NonNegativeInt = 2
+    """Checkpoints in a row that may fail to be written (a full disk); one more ends the run, and 0 ends it at the
+    first. The ones before stay whole. Meanwhile the queue keeps all samples since the last checkpoint in Ray's object
+    store, for a learner that dies. The last checkpoint of a run may never fail."""
 
 
 class EvaluationConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from actors.block_decoder import BlockDecoder
@@ -47,6 +47,8 @@ def test_equals_uncached_oracle(
         top_p=top_p,
     )
     requests = [request(p, i, limit, seed) for i, (p, limit) in enumerate(lengths)]
+    # Behind nothing but mask tokens every position is alike: an exact tie, which rounding breaks one way or the other.
+    assume(all(set(r.prompt_ids) != {MASK} for r in requests))
     trajectories, stats = BlockDecoder(model, how, MASK, [EOS], batch_size).decode(requests)
     for ours, asked in zip(trajectories, requests, strict=True):
         tokens, reveal = uncached_decode(model, how, MASK, {EOS}, asked)

@@ -42,6 +42,7 @@ def scored(index: int, kind: str, seed: int, prompt: int = 3, kept: int = 8, len
         weight_version=int(rng.integers(0, 5)),
         finish_reason="eos" if seed % 2 else "length",
         denoising_steps=int(rng.integers(1, 9)),
+        token_versions=rng.integers(5, 9, kept).astype(np.int32) if (seed + index) % 3 == 0 else None,
     )
     return ScoredTrajectory(trajectory, targets)
 
