@@ -10,6 +10,7 @@ import numpy as np
 import ray
 import torch
 
+from actors.engine_guard import guarded
 from actors.teacher_backends import make_backend
 from common.config.schema import TeacherConfig
 from common.types import ScoredTrajectory, Trajectory
@@ -41,7 +42,8 @@ class TeacherActor:
     def score(self, *trajectories: Trajectory) -> tuple[ScoredTrajectory | ScoreStats, ...]:
         """One return value a trajectory, then the statistics. Fails as a whole: a score is never made up."""
         started = time.perf_counter()
-        targets = self._backend.score(list(trajectories))
+        with guarded("teacher", self._backend.probe):
+            targets = self._backend.score(list(trajectories))
         scored = tuple(ScoredTrajectory(t, target) for t, target in zip(trajectories, targets, strict=True))
         arrays = [getattr(target, field) for target in targets for field in type(target).__slots__]
         nbytes = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
@@ -59,13 +61,14 @@ class TeacherActor:
     ) -> tuple[list[np.ndarray], float]:
         """Responses (greedy at temperature 0) and the seconds they took."""
         started = time.perf_counter()
-        responses = self._backend.generate(prompts, max_new_tokens, batch_size, temperature, seed)
+        with guarded("teacher", self._backend.probe):
+            responses = self._backend.generate(prompts, max_new_tokens, batch_size, temperature, seed)
         return responses, time.perf_counter() - started
 
 
 def start_teacher_actor(name: str, folder: str, config: TeacherConfig, restarts: int) -> Any:
-    """Starts one under its name."""
-    actor = ray.remote(
-        num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor, max_restarts=restarts, max_task_retries=restarts
-    )(TeacherActor)
+    """Starts one under its name; it may die `restarts` times. The pool repeats the call that died with it."""
+    actor = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor, max_restarts=restarts)(
+        TeacherActor
+    )
     return actor.options(name=name).remote(folder, config)

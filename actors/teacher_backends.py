@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from actors.ar_generate import generate
+from actors.engine_guard import one_token_forward
 from actors.teacher_scoring import score
 from common.config.schema import TeacherConfig
 from common.errors import OpdlmError
@@ -27,6 +28,10 @@ class TeacherBackend(Protocol):
         self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int, temperature: float, seed: int
     ) -> list[np.ndarray]:
         """Responses, `[R] int32` each; greedy at temperature 0."""
+        ...
+
+    def probe(self) -> None:
+        """Makes one token, to see whether the engine is alive; raises if it cannot (actors/engine_guard.py)."""
         ...
 
 
@@ -67,6 +72,10 @@ class TransformersTeacher:
     ) -> list[np.ndarray]:
         """See `actors/ar_generate.py`."""
         return generate(self._model, prompts, max_new_tokens, self._eos_ids, batch_size, temperature, seed)
+
+    def probe(self) -> None:
+        """See `TeacherBackend`."""
+        one_token_forward(self._model)
 
 
 def refuse_offload(device_map: Mapping[str, Any], folder: str) -> None:

@@ -105,6 +105,11 @@ class VllmTeacher:
         ]
         return [np.array(output.outputs[0].token_ids, dtype=np.int32) for output in self._run(prompts, hows)]
 
+    def probe(self) -> None:
+        """See `TeacherBackend`."""
+        how = self._sampling(max_tokens=1, temperature=0.0, detokenize=False)
+        self._run([np.zeros(1, dtype=np.int32)], how)
+
     def _run(self, prompts: list[np.ndarray], how: Any) -> list[Any]:
         return self._engine.generate([{"prompt_token_ids": p.tolist()} for p in prompts], how, use_tqdm=False)
 

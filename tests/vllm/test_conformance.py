@@ -73,3 +73,7 @@ def test_sampling_is_of_its_seed(teachers) -> None:
     assert [a.tolist() for a in first] == [a.tolist() for a in again]
     assert [a.tolist() for a in first] != [a.tolist() for a in other]
     assert all(0 < len(a) <= 20 and (a[:-1] != EOS).all() for a in first)
+
+
+def test_the_engine_answers_a_probe(teachers) -> None:
+    teachers[0].probe()
