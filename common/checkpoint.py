@@ -1,4 +1,4 @@
-"""Checkpoints that a crash at any byte cannot hurt: written aside, synced, checksummed, renamed.
+"""Checkpoints that neither a crash at any byte nor a full disk can hurt: written aside, synced, checksummed, renamed.
 
     RUN/checkpoints/round-000040/
         weights.safetensors     float32 weights by parameter name
@@ -28,6 +28,8 @@ from common.errors import OpdlmError
 log = logging.getLogger("opdlm.checkpoint")
 
 _MANIFEST = "manifest.json"
+_STAGING, _OLD = ".new-", ".old-"
+"""Names of folders that are no checkpoints yet, or no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,33 +46,42 @@ class Checkpoint:
 
 
 def save_checkpoint(root: Path, state: dict[str, Any], write_files: Callable[[Path], None], keep: int) -> Path:
-    """Writes one checkpoint and removes all but the newest `keep`.
+    """Writes one checkpoint, then removes the ones before it but for the newest `keep`, this one counted.
+
+    No earlier checkpoint is touched before the new one is whole; one that cannot be removed then is left to the next
+    save. Nobody else may be writing to `root`: what a writer that died left half done is removed first.
 
     Args:
         root: folder of the checkpoints.
         state: JSON-able; `rounds` names the checkpoint.
         write_files: writes the tensors into the folder it is given.
+
+    Raises:
+        OSError, SafetensorError: it could not be written (a full disk, say); the earlier ones are as they were.
     """
     final = root / f"round-{state['rounds']:06d}"
-    staging = root / f".{final.name}.{os.getpid()}"
+    staging = root / f"{_STAGING}{final.name}.{os.getpid()}"
     root.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    for left in root.glob(f"{_STAGING}*"):
+        _remove(left)
     try:
+        staging.mkdir()
         write_files(staging)
         (staging / "state.json").write_text(json.dumps(state, indent=1))
         manifest = {file.name: _fingerprint(file) for file in sorted(staging.iterdir())}
         (staging / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         for file in [*staging.iterdir(), staging]:
             _sync(file)
-        if final.exists():  # written by an earlier life of this round; the new one is at least as good
-            shutil.rmtree(final)
+        if final.exists():  # of an earlier life that went on from before it; by a rename, so that it goes at once
+            final.rename(root / f"{_OLD}{final.name}.{os.getpid()}")
         staging.rename(final)
         _sync(root)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    for old in list_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+    # Of rounds behind this one there are only damaged ones, that the run went back from: they do not count as kept.
+    earlier = [folder for folder in list_checkpoints(root) if folder.name <= final.name]
+    for unneeded in [*earlier[:-keep], *root.glob(f"{_OLD}*")]:
+        _remove(unneeded)
     return final
 
 
@@ -111,6 +122,13 @@ def damage(folder: Path) -> str | None:
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("%s is not needed any more, but cannot be removed: %s", folder, error)
 
 
 def _fingerprint(file: Path) -> dict[str, int]:

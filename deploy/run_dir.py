@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,12 @@ def config_digest(config: OpdlmConfig) -> str:
     return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
 
 
-def truncate_metrics(file: Path, rounds: int) -> None:
-    """Drops the records of rounds that will be trained again, and a line that a crash cut short."""
+HISTORY = frozenset({"failure", "actor_death", "learner_restart", "queue_death", "failed_save", "scale"})
+"""Kinds of records that say what happened to the run, not what it learned: training again does not undo them."""
+
+
+def truncate_metrics(file: Path, rounds: int, kept_kinds: frozenset[str] = HISTORY) -> None:
+    """Drops the records of rounds that will be trained again, and a line that a crash or a full disk cut short."""
     if not file.exists():
         return
     kept = []
@@ -117,6 +122,12 @@ def truncate_metrics(file: Path, rounds: int) -> None:
         except json.JSONDecodeError:
             break  # only the last line can be cut short
         # A step says which round it is part of; everything else how many rounds were trained by then.
-        if record["round"] < rounds + (record["kind"] not in ("step", "skipped_step")):
+        ends = rounds + (record["kind"] not in ("step", "skipped_step"))
+        if record["round"] < ends or record["kind"] in kept_kinds:
             kept.append(line + "\n")
-    file.write_text("".join(kept))
+    staging = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        staging.write_text("".join(kept))
+        staging.replace(file)
+    finally:
+        staging.unlink(missing_ok=True)

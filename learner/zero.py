@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,32 @@ def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
     return ((n, p) for n, p in engine.module.student.named_parameters() if p.requires_grad)
 
 
-def save_state(engine: Any, folder: Path | None) -> None:
-    """Writes float32 weights and AdamW moments of what is trained, whole, under the parameters' names; collective.
+@dataclass(frozen=True, slots=True)
+class TrainedState:
+    """Float32 weights and AdamW moments of what is trained, whole, on the CPU."""
+
+    weights: dict[str, torch.Tensor]
+    """By the parameter's name."""
+    moments: dict[str, torch.Tensor]
+    """By `exp_avg.NAME`, `exp_avg_sq.NAME`."""
+    adam_step: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for t in (*self.weights.values(), *self.moments.values()))
+
+    def write(self, folder: Path) -> None:
+        """Two safetensors files; see `common/checkpoint.py`."""
+        save_file(self.weights, folder / "weights.safetensors")
+        save_file(self.moments, folder / "optimizer.safetensors", metadata={"step": str(self.adam_step)})
+
+
+def gather_state(engine: Any, keep: bool) -> TrainedState | None:
+    """Collects the state that `load_state` puts back; a collective call that touches no disk.
 
     Args:
-        folder: where the writing rank writes; None on the others.
+        keep: this rank wants it; the others, which only help, get None.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -112,12 +134,10 @@ def save_state(engine: Any, folder: Path | None) -> None:
     for name, parameter in _trained(engine):
         whole = safe_get_full_fp32_param(parameter)
         states = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
-        if folder is not None:
+        if keep:
             weights[name] = whole.detach().cpu().clone()
             moments |= {f"{key}.{name}": value.detach().cpu().clone() for key, value in states.items()}
-    if folder is not None:
-        save_file(weights, folder / "weights.safetensors")
-        save_file(moments, folder / "optimizer.safetensors", metadata={"step": str(_adam_step(engine))})
+    return TrainedState(weights, moments, _adam_step(engine)) if keep else None
 
 
 def load_state(engine: Any, folder: Path) -> None:

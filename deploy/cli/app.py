@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -34,13 +35,21 @@ Thinking = Annotated[
 ]
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """A user's mistake is printed as it is, without a traceback, and exits with 2."""
+    """A user's mistake, or a full disk, is printed as it is, without a traceback, and exits with 2."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         yield
     except OpdlmError as error:
         for line in str(error).splitlines():
             print(f"opdlm: {line}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        print(f"opdlm: {error.filename or 'a file'} cannot be written: {error.strerror}; make room", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -1,4 +1,4 @@
-"""Checkpoints survive a crash at any byte. `pytest tests/common/test_checkpoint.py`"""
+"""Checkpoints survive a crash at any byte and a full disk. `pytest tests/common/test_checkpoint.py`"""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from common.checkpoint import damage, latest_checkpoint, list_checkpoints, save_checkpoint
 from common.errors import OpdlmError
+from tests.full_disk import no_file_above, small_disk
 
 
 def _write(value: float):
@@ -94,6 +96,91 @@ def test_crash_at_any_operation_leaves_the_last_good_one(tmp_path, monkeypatch, 
     assert found.rounds == 2 if survived else found.rounds in (1, 2)
     _save(tmp_path, 2)
     assert latest_checkpoint(tmp_path).rounds == 2
+
+
+def _contents(root: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(("numbers", "note"), [(2000, 1), (1, 8000)], ids=["weights", "state"])
+def test_a_full_disk_hurts_no_earlier_checkpoint(tmp_path, numbers, note) -> None:
+    """Neither keep=1 nor a save of the same round once more costs what is there."""
+    _save(tmp_path, 1)
+    _save(tmp_path, 2)
+    before = _contents(tmp_path)
+    weights = {"w": torch.zeros(numbers)}
+    for rounds in (2, 3):
+        with no_file_above(4096), pytest.raises((OSError, SafetensorError), match="File too large"):
+            save_checkpoint(
+                tmp_path,
+                {"rounds": rounds, "note": "x" * note},
+                lambda folder: save_file(weights, folder / "weights.safetensors"),
+                keep=1,
+            )
+        assert _contents(tmp_path) == before
+        assert {p.name for p in tmp_path.iterdir()} == {"round-000001", "round-000002"}
+    _save(tmp_path, 3, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["round-000003"]
+
+
+def test_a_disk_that_is_full_for_real(tmp_path) -> None:
+    with small_disk(tmp_path / "disk", megabytes=1) as disk:
+        root = disk.folder / "checkpoints"
+        _save(root, 1)
+        before = _contents(root)
+        for leave in (65536, 8192, 4096, 0):  # fails at a file's data, a file, the folder
+            disk.fill(leave)
+            with pytest.raises((OSError, SafetensorError), match="No space left"):
+                save_checkpoint(
+                    root,
+                    {"rounds": 2},
+                    lambda folder: save_file({"w": torch.zeros(1 << 16)}, folder / "weights.safetensors"),
+                    keep=1,
+                )
+            assert _contents(root) == before
+            disk.empty()
+        _save(root, 2, keep=1)
+        assert latest_checkpoint(root).rounds == 2
+
+
+def test_what_cannot_be_removed_fails_no_save(tmp_path, monkeypatch, caplog) -> None:
+    import shutil
+
+    for rounds in (1, 2):
+        _save(tmp_path, rounds)
+
+    def refuse(folder, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(16, "Device or resource busy", str(folder))
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(shutil, "rmtree", refuse)
+        _save(tmp_path, 3, keep=1)
+    assert caplog.text.count("cannot be removed") == 2
+    assert latest_checkpoint(tmp_path).rounds == 3
+    _save(tmp_path, 4, keep=1)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["round-000004"]
+
+
+def test_damaged_checkpoints_of_later_rounds_do_not_count_as_kept(tmp_path) -> None:
+    """The run went back from round 3 to round 1; with keep=1, round 2 must stay when it is written, not round 3."""
+    _save(tmp_path, 1)
+    (_save(tmp_path, 3) / "state.json").unlink()
+    assert latest_checkpoint(tmp_path).rounds == 1
+    _save(tmp_path, 2, keep=1)
+    assert latest_checkpoint(tmp_path).rounds == 2
+    _save(tmp_path, 3, keep=1)
+    assert latest_checkpoint(tmp_path).rounds == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["round-000003"]
+
+
+def test_what_a_dead_writer_left_is_removed(tmp_path) -> None:
+    """It takes room that the next save may need."""
+    for name in (".new-round-000001.1234", ".old-round-000001.1234"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "weights.safetensors").write_bytes(b"half")
+    _save(tmp_path, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["round-000001"]
 
 
 def test_a_pickle_in_a_checkpoint_is_not_executed(tmp_path) -> None:

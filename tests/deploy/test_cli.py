@@ -11,11 +11,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
 from common.models import load_tokenizer, read_facts
 from deploy.cli import app
+from deploy.cli.app import clear_errors
 from tests.tiny import save_teacher, tiny_model
 
 runner = CliRunner()
@@ -229,3 +231,13 @@ def test_convert_refuses_to_overwrite(chain_teacher, tmp_path) -> None:
     assert "is not JSON" in opdlm("convert", broken, tmp_path / "dst", code=2)
     assert not (tmp_path / "dst").exists()
     assert json.loads((chain_teacher / "config.json").read_text())["model_type"] == "qwen3"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line(capsys) -> None:
+    with pytest.raises(typer.Exit) as ended, clear_errors():
+        Path("/dev/full").write_text("x")
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err == "opdlm: a file cannot be written: No space left on device; make room\n"
+    with pytest.raises(FileNotFoundError), clear_errors():
+        Path("/no/such/folder/file").write_text("x")

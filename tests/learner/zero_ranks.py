@@ -102,9 +102,11 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
         step, figures = make_step(engine, config), []
         for i in range(first, STEPS):
             if i == SAVED_AFTER and save is not None:
-                if rank == 0:
+                held = zero.gather_state(engine, keep=rank == 0)
+                assert (held is not None) == (rank == 0)
+                if held is not None:
                     save.mkdir()
-                zero.save_state(engine, save if rank == 0 else None)
+                    held.write(save)
                 dist.barrier()
             outcome = step(data[i][rank::world], data[i][0], RATE)
             figures.append((outcome.loss, outcome.grad_norm, outcome.rows, outcome.rows_without_loss))

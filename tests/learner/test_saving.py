@@ -1,0 +1,106 @@
+"""Two real ZeRO ranks whose first one's disk is full: both go on, or both end. `pytest tests/learner/test_saving.py`"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from common.checkpoint import damage, list_checkpoints
+from learner.distill import DistillModule
+from tests.full_disk import no_file_above
+from tests.learner import zero_ranks
+
+pytestmark = pytest.mark.zero
+
+WORLD = 2
+
+
+def run_rank(rank: int, port: int, folder: str) -> None:
+    """What each rank saw, in `folder`/RANK.json by ZeRO stage."""
+    warnings.filterwarnings("ignore")
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank)
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    from learner import zero
+    from learner.saving import GiveUp, Saver
+
+    data, seen = zero_ranks.batches(), {}
+    for stage in (2, 3):
+        root = Path(folder) / f"zero-{stage}"
+        config = zero_ranks.learner_config(stage, WORLD, micro_batch_rows=2)
+        engine = zero.initialise(DistillModule(zero_ranks.student(), zero_ranks.OBJECTIVE, 3), config, "float32")
+        step, saver, told = zero_ranks.make_step(engine, config), Saver(engine, root, keep=1, max_failed=1), []
+
+        def save(rounds: int, last: bool = False, saver=saver, told=told) -> None:
+            problem = saver.save({"rounds": rounds})
+            try:
+                if problem:
+                    saver.end_if_due(problem, rounds, last)
+                told.append(problem)
+            except GiveUp as end:
+                told.append(f"GiveUp: {end}")
+
+        def train(i: int, step=step) -> float:
+            return step(data[i][rank::WORLD], data[i][0], zero_ranks.RATE).loss
+
+        losses = [train(0)]
+        save(1)
+        with no_file_above(2000 if rank == 0 else 1 << 30):  # the second rank's disk is fine, and it writes nothing
+            losses.append(train(1))
+            save(2)
+            losses.append(train(2))
+            save(3)
+            save(4, last=True)
+        save(3)
+        with no_file_above(2000):
+            save(4)
+            save(4, last=True)
+        losses.append(train(3))
+        saver.root = Path(folder) / "results.lock" / "below"  # no folder can be made there: fails before any file
+        save(5, last=True)
+        seen[stage] = {"told": told, "losses": losses, "left": sorted(p.name for p in root.iterdir())}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(seen))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saving")
+    (folder / "results.lock").touch()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(run_rank, args=(port, str(folder)), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_ranks_go_on_or_end_alike(folder, stage) -> None:
+    first, second = (json.loads((folder / f"{rank}.json").read_text())[stage] for rank in range(WORLD))
+    expected = [None, "failed", "GiveUp", "GiveUp", None, "failed", "GiveUp", "GiveUp"]
+    for rank in (first, second):
+        kinds = [told and ("GiveUp" if told.startswith("GiveUp") else "failed") for told in rank["told"]]
+        assert kinds == expected
+    assert first["losses"] == second["losses"], "a save that fails changes nothing in what is trained"
+    whole = folder / f"zero-{stage}" / "round-000001"
+    _, failed, twice, last, _, _, _, nowhere = first["told"]
+    assert "File too large" in failed
+    assert "MB to write" in failed
+    assert "the checkpoint of round 3 was not written (2 in a row, checkpoint.max_failed_saves 1)" in twice
+    assert f"the newest whole checkpoint is {whole}; make room and go on with --resume" in twice
+    assert "the checkpoint of round 4 was not written (the run's last)" in last
+    assert "Not a directory" in nowhere
+    assert first["left"] == ["round-000003"]
+    (kept,) = list_checkpoints(folder / f"zero-{stage}")
+    assert damage(kept) is None
