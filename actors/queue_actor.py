@@ -8,11 +8,13 @@ coordinator: step metrics). Every method that waits wakes up on any change; call
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.replay_queue import ReplayQueue
 from common.types import WeightHandle, WeightPack
@@ -30,6 +32,10 @@ class ReplayQueueActor:
         self._arrived: dict[int, float] = {}
         """When each sample that waits for the learner was accepted."""
         self._wait_seconds = 0.0
+        self._lost = 0
+        self._waiting = 0
+        """Learner ranks that wait for a round."""
+        self._coordinator_seen = time.monotonic()
         self._stop = False
         self._handed_over = False
         self._listening = True
@@ -38,9 +44,15 @@ class ReplayQueueActor:
     # --- coordinator's side -------------------------------------------------------------------------------------
 
     async def lease(self, most: int) -> list[int]:
-        """Waits for free slots; sample indices to decode. Empty: nothing is left to decode, or a stop was asked."""
-        await self._until(lambda: self._stop or self._queue.exhausted or self._queue.free_slots > 0)
-        return [] if self._stop else self._queue.lease(most)
+        """Waits for free slots or lost samples; sample indices to decode. Empty: the learner has ended.
+
+        After a stop only lost samples are leased: the round that was begun is finished.
+        """
+        queue = self._queue
+        await self._until(lambda: self._ended or queue.lost > 0 or (queue.free_slots > 0 and not self._stop))
+        if self._ended:
+            return []
+        return queue.lease_lost(most) if self._stop else queue.lease(most)
 
     async def put(self, indices: list[int], weight_version: int, samples: list[Any]) -> list[bool]:
         """Accepts finished samples (references); which of them were accepted."""
@@ -60,14 +72,19 @@ class ReplayQueueActor:
         self._queue.weights_taken(version)
         self._wake()
 
-    async def drain_events(self) -> list[dict[str, Any]]:
-        """Waits for events of the learner and hands them over; empty when the learner has ended and all is told.
+    async def drain_events(self, patience_seconds: float) -> list[dict[str, Any]] | None:
+        """Waits for events of the learner and hands them over; None when the learner has ended and all is told.
 
-        Who asks again has written what was handed over before.
+        Empty after so many seconds without any. Who asks again has written what was handed over before, and lives.
         """
         self._handed_over = False
+        self._coordinator_seen = time.monotonic()
         self._wake()
-        await self._until(lambda: bool(self._events) or self._ended)
+        with contextlib.suppress(TimeoutError):  # then there are none
+            async with asyncio.timeout(patience_seconds):
+                await self._until(lambda: bool(self._events) or self._ended)
+        if self._ended and not self._events:
+            return None
         events, self._events = self._events, []
         self._handed_over = bool(events)
         return events
@@ -98,6 +115,8 @@ class ReplayQueueActor:
             "queue_wait_seconds_mean": self._wait_seconds,
             "refused_duplicate": queue.refused["duplicate"],
             "refused_stale": queue.refused["stale"],
+            "learner_waits": self._waiting > 0,
+            "samples_made_again": self._lost,
             "weight_version": queue.version,
         }
 
@@ -108,7 +127,11 @@ class ReplayQueueActor:
 
         What the first rank is told, every rank is told.
         """
-        await self._until(lambda: self._queue.is_ready(round_) or self._stop)
+        self._waiting += 1
+        try:
+            await self._until(lambda: self._queue.is_ready(round_) or self._stop)
+        finally:
+            self._waiting -= 1
         if self._stop and round_ not in self._queue.handed_rounds:
             return None
         if round_ not in self._queue.handed_rounds:
@@ -116,6 +139,18 @@ class ReplayQueueActor:
             waited = [now - self._arrived.pop(index) for index in self._queue.indices_of(round_)]
             self._wait_seconds = sum(waited) / len(waited)
         return self._queue.take_round(round_), self._queue.staleness(round_)
+
+    async def coordinator_silent_seconds(self) -> float:
+        """How long the coordinator, whose waits have time limits of their own, has not been heard of."""
+        return time.monotonic() - self._coordinator_seen
+
+    async def replace(self, index: int, lost: list[Any]) -> list[Any]:
+        """Waits until a sample whose data is gone was made again. `lost`, and what is returned: its one reference."""
+        if self._queue.lose(index, lost[0]):
+            self._lost += 1
+            self._wake()
+        await self._until(lambda: self._queue.sample(index) is not None)
+        return [self._queue.sample(index)]
 
     async def publish(self, version: int, pack: WeightPack) -> None:
         """New weights; an older version (a restarted learner repeating itself) changes nothing.
@@ -136,6 +171,14 @@ class ReplayQueueActor:
         """Waits until the coordinator has written every event so far: no checkpoint covers a step without a record."""
         await self._until(lambda: not self._listening or not (self._events or self._handed_over))
 
+    async def give_up(self, reason: str) -> None:
+        """The learner ends, and with it the run, as a failure."""
+        self._reason_to_give_up = reason
+
+    async def reason_to_give_up(self) -> str | None:
+        """Why the learner ended the run as a failure; None where it did not."""
+        return self._reason_to_give_up
+
     async def tell(self, event: dict[str, Any]) -> None:
         """A record for the metrics."""
         self._events.append(event)
@@ -144,6 +187,7 @@ class ReplayQueueActor:
     # --- waiting ------------------------------------------------------------------------------------------------
 
     _ended = False
+    _reason_to_give_up: str | None = None
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -154,7 +198,11 @@ class ReplayQueueActor:
         self._changed = asyncio.Event()
 
 
-def start_queue(prompts_per_round: int, max_staleness: int, total: int, first_round: int) -> Any:
-    """Starts the actor under its name."""
+def start_queue(prompts_per_round: int, max_staleness: int, total: int, first_round: int, name: str = NAME) -> Any:
+    """Starts the actor under a name, beside the driver: where that node dies, the run has ended anyway."""
     actor = ray.remote(num_cpus=0, max_concurrency=64)(ReplayQueueActor)
-    return actor.options(name=NAME).remote(prompts_per_round, max_staleness, total, first_round)
+    # Not soft: Ray 2.60 then put it on another node, although this one had room.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return actor.options(name=name, scheduling_strategy=here).remote(
+        prompts_per_round, max_staleness, total, first_round
+    )

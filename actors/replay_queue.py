@@ -3,7 +3,8 @@
 A sample is an index in the run's order of prompts; round r is the indices `[r N, (r+1) N)`. Its life:
 
     leased ──put──► ready ──take_round──► taken ──published──► trained ──committed──► forgotten
-       ▲ a free slot                                             (weights r+1 exist)   (a checkpoint holds them)
+       ▲ a free slot      │ lose                                 (weights r+1 exist)   (a checkpoint holds them)
+       └──────────────────┘ its data died with a node: made again in its slot
 
 Slots bound staleness: round r may be leased only after the rollout actors took weights of version r - max_staleness
 or newer. There are `(max_staleness + 1) x N` slots, so the queue is bounded by construction and never drops.
@@ -42,6 +43,7 @@ class ReplayQueue:
         self.refused: dict[str, int] = {"duplicate": 0, "stale": 0}
         self._first = self._next = min(first_round * prompts_per_round, total)
         self._leased: set[int] = set()
+        self._lost: list[int] = []
         self._samples: dict[int, tuple[int, Any]] = {}  # index -> (weight version, sample), until committed
 
     def round_of(self, index: int) -> int:
@@ -68,14 +70,14 @@ class ReplayQueue:
         return max(self._next - freed, 0)
 
     @property
-    def exhausted(self) -> bool:
-        """Every sample of the run has been leased."""
-        return self._next >= self.total
-
-    @property
     def depth(self) -> int:
         """Samples ready and not yet taken by the learner."""
         return sum(self.round_of(index) not in self.handed_rounds for index in self._samples)
+
+    @property
+    def lost(self) -> int:
+        """Samples whose data is gone and that wait to be leased again."""
+        return len(self._lost)
 
     @property
     def leased(self) -> int:
@@ -83,11 +85,33 @@ class ReplayQueue:
         return len(self._leased)
 
     def lease(self, most: int) -> list[int]:
-        """The next samples to decode, in order: as many as slots are free, at most `most`; may be empty."""
-        indices = list(range(self._next, self._next + min(most, self.free_slots)))
+        """The next samples to decode, in order: as many as slots are free, at most `most`; may be empty.
+
+        Lost ones come first: they still have their slots, and the learner waits for them.
+        """
+        again = self.lease_lost(most)
+        indices = list(range(self._next, self._next + min(most - len(again), self.free_slots)))
         self._next += len(indices)
         self._leased.update(indices)
-        return indices
+        return again + indices
+
+    def lease_lost(self, most: int) -> list[int]:
+        """Lost samples to make again, at most `most`."""
+        again, self._lost = self._lost[:most], self._lost[most:]
+        self._leased.update(again)
+        return again
+
+    def lose(self, index: int, sample: Any) -> bool:
+        """A sample's data is gone. False: that was known, and another sample stands or comes in its place."""
+        if self.sample(index) != sample:
+            return False
+        del self._samples[index]
+        self._lost.append(index)
+        return True
+
+    def sample(self, index: int) -> Any:
+        """The accepted sample of an index; None while there is none, or where a checkpoint covers it."""
+        return self._samples.get(index, (0, None))[1]
 
     def put(self, index: int, weight_version: int, sample: Any) -> bool:
         """Accepts a finished sample; False (and counted) if it was already accepted or is too stale."""
@@ -113,7 +137,7 @@ class ReplayQueue:
         return [self._samples[index][1] for index in self.indices_of(round_)]
 
     def staleness(self, round_: int) -> list[int]:
-        """Rounds between decoding and training, per sample of a ready round."""
+        """Rounds between decoding and training, per sample of a ready round; below 0 where one was made again later."""
         return [round_ - self._samples[index][0] for index in self.indices_of(round_)]
 
     def published(self, version: int) -> None:

@@ -85,8 +85,8 @@ class ActorDecoder(Decoder):
     async def _decode(
         self, part: list[RolloutRequest], settings: DecodeSettings, batch_size: int
     ) -> tuple[list[np.ndarray], int]:
-        refs, stats = await self._pool.call("decode", part, None, settings, batch_size, outputs=len(part))
-        return [(await ref).response for ref in refs], stats.denoising_steps
+        decoded, stats = await self._pool.fetch("decode", part, None, settings, batch_size, outputs=len(part))
+        return [trajectory.response for trajectory in decoded], stats.denoising_steps
 
     async def _generate(
         self, part: list[RolloutRequest], settings: DecodeSettings, batch_size: int

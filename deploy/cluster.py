@@ -15,7 +15,7 @@ from actors.rollout_actor import start_rollout_actor
 from actors.teacher_actor import start_teacher_actor
 from common.config import OpdlmConfig
 from common.config.checks import is_loopback
-from common.config.schema import ResourcesConfig
+from common.config.schema import OnNewWeights, ResourcesConfig
 from common.errors import ConfigError, OpdlmError
 
 log = logging.getLogger("opdlm.cluster")
@@ -25,24 +25,28 @@ _MINIMUM_RAY = (2, 60)
 """As in pyproject.toml: a Ray that it starts has token authentication on unless told otherwise."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Roles:
     """The actors of a run."""
 
     queue: Any
+    """Another one after a queue has died."""
     rollouts: ActorPool
     teachers: ActorPool
     evaluators: ActorPool | None = None
     """Spare rollout actors for periodic evaluations (`evaluation.actors`)."""
 
     def sizes(self) -> dict[str, int]:
-        """How many actors of each kind there are now, for the metrics."""
-        return {"rollout_actors": len(self.rollouts.actors), "teacher_actors": len(self.teachers.actors)}
+        """How many actors of each kind can work now, for the metrics."""
+        return {"rollout_actors": self.rollouts.serving, "teacher_actors": self.teachers.serving}
+
+    def pools(self) -> list[ActorPool]:
+        """All pools that there are."""
+        return [pool for pool in (self.rollouts, self.teachers, self.evaluators) if pool is not None]
 
     def stop(self) -> None:
         """Ends them all."""
-        pools = [pool for pool in (self.rollouts, self.teachers, self.evaluators) if pool]
-        stop_actors([self.queue, *(actor for pool in pools for actor in pool.actors.values())])
+        stop_actors([self.queue, *(actor for pool in self.pools() for actor in pool.actors.values())])
 
 
 Demands = dict[str, list[tuple[str, int, float]]]
@@ -93,6 +97,12 @@ def join_or_start(resources: ResourcesConfig, asked: Demands) -> None:
     needed = int(sum(count * each for _, count, each in asked["CPU"])) + 1
     # Not `auto`: it would find, and wait for, a cluster of this machine that died.
     address = resources.ray_address or os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{'resources.ray_address' if resources.ray_address else 'RAY_ADDRESS'}: found {address}, a dashboard's "
+            "address; that is for `ray job submit` (--address or RAY_API_SERVER_ADDRESS), a run that joins by itself "
+            "needs the head's host:port"
+        )
     if address:
         try:
             ray.init(address=address, **logs)
@@ -156,18 +166,26 @@ def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int)
     if config.run.replay is not None:
         return Roles(queue, ActorPool({}, timeout, retries), ActorPool({}, timeout, retries))
 
-    def students(name: str, count: int) -> dict[str, Any]:
-        each = (config.model.dtype, rollout.cpus_per_actor, rollout.gpus_per_actor, resources.actor_restarts)
-        return {f"{name}-{i}": start_rollout_actor(f"{name}-{i}", student, *each) for i in range(count)}
+    def students(name: str, count: int, on_new_weights: OnNewWeights) -> dict[str, Any]:
+        return {f"{name}-{i}": start_rollout(config, f"{name}-{i}", student, on_new_weights) for i in range(count)}
 
-    teachers = {
-        f"teacher-{i}": start_teacher_actor(f"teacher-{i}", config.model.teacher, teacher, resources.actor_restarts)
-        for i in range(teacher.actors)
-    }
-    rollouts, spare = students("rollout", rollout.actors), students("eval", config.evaluation.actors)
+    spares = config.evaluation.actors
+    teachers = {f"teacher-{i}": start_teacher(config, f"teacher-{i}") for i in range(teacher.actors)}
+    rollouts, spare = students("rollout", rollout.actors, rollout.on_new_weights), students("eval", spares, "finish")
     return Roles(
         queue,
         ActorPool(rollouts, timeout, retries),
         ActorPool(teachers, timeout, retries),
         ActorPool(spare, timeout, retries) if spare else None,
     )
+
+
+def start_rollout(config: OpdlmConfig, name: str, student: str, on_new_weights: OnNewWeights) -> Any:
+    """One rollout actor of a run; `student`: folder of its start weights."""
+    each = (config.rollout.cpus_per_actor, config.rollout.gpus_per_actor, config.resources.actor_restarts)
+    return start_rollout_actor(name, student, config.model.dtype, *each, on_new_weights)
+
+
+def start_teacher(config: OpdlmConfig, name: str) -> Any:
+    """One teacher actor of a run."""
+    return start_teacher_actor(name, config.model.teacher, config.teacher, config.resources.actor_restarts)

@@ -11,27 +11,39 @@
 
 `produce` may run `max_staleness` rounds ahead of the learner: a slot is freed only by `push`, after the weights that
 its sample helped to make were taken. A stop (SIGINT, SIGTERM, an error in any loop) goes to the queue: nothing more
-is leased, the learner finishes its round, saves and ends, and that ends the other loops.
+is leased, the learner finishes its round, saves and ends, and that ends the other loops. Deaths of rollout and teacher
+actors stay in their pools; the death of the queue ends all loops (see `deploy/lives.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from common.config import OpdlmConfig
 from common.errors import OpdlmError
 from common.types import WeightHandle
 from deploy.cluster import Roles
 from deploy.sources import SampleSource
+from deploy.store_room import StoreWait, store_is_full
 from deploy.telemetry import Telemetry
 from deploy.threads import in_daemon_thread
 
+_HEARTBEAT_SECONDS = 10.0
+"""Between two signs of the coordinator's life to the learner, at most."""
+
+_LIMIT = "(resources.call_timeout_seconds); is there room in the cluster for its ranks?"
+
 Hook = Callable[[WeightHandle], Awaitable[None]]
+
+
+class LearnerSilent(OpdlmError):
+    """The learner hangs: nobody waits for its end."""
 
 
 class Coordinator:
@@ -55,13 +67,15 @@ class Coordinator:
         together: asyncio.Future[Any] = asyncio.gather(*loops)  # before the learner has ended, it ends only by failing
         ends: list[asyncio.Future[Any]] = [learner, together]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        if not learner.done():
-            await self.stop()
+        if not learner.done() and not isinstance(together.exception(), LearnerSilent):
+            with contextlib.suppress(RayActorError):  # of a dead queue the learner learns by itself
+                await self.stop()
             await asyncio.wait([learner])
         # After a stop, what is being decoded or pushed is of no use. Else these loops end by themselves.
-        for task in loops if learner.exception() or together.done() else producing if self._stopping else []:
+        for task in loops if together.done() or learner.exception() else producing if self._stopping else []:
             task.cancel()
-        for error in await asyncio.gather(together, *loops, learner, return_exceptions=True):
+        ended = [learner] if learner.done() else []
+        for error in await asyncio.gather(together, *loops, *ended, return_exceptions=True):
             while isinstance(error, ExceptionGroup):
                 error = error.exceptions[0]
             if isinstance(error, Exception):
@@ -73,26 +87,38 @@ class Coordinator:
         await self.roles.queue.request_stop.remote()
 
     async def _produce(self) -> None:
-        chunk = -(-self.config.rollout.prompts_per_round // max(len(self.roles.rollouts.actors), 1))
         async with asyncio.TaskGroup() as tasks:
-            while indices := await self.roles.queue.lease.remote(chunk):
+            while indices := await self.roles.queue.lease.remote(self._chunk()):
                 tasks.create_task(self._sample(indices))
+
+    def _chunk(self) -> int:
+        """Prompts of one call: at most the share of a round of each actor that serves at the moment."""
+        rollout = self.config.rollout
+        share = -(-rollout.prompts_per_round // max(self.roles.rollouts.serving, 1))
+        return min(rollout.prompts_per_call or share, share)
 
     async def _sample(self, indices: list[int]) -> None:
         assert self.weights is not None, "slots are free only after the first push"
-        for attempt in range(1, self.config.resources.sample_attempts + 1):
+        attempt, store = 1, StoreWait(self.config.resources.call_timeout_seconds)
+        while True:
             try:
                 samples, version = await self.source.sample(indices, self.weights)
                 await self.roles.queue.put.remote(indices, version, samples)
                 return
+            except RayActorError:  # the queue itself: the pools keep their actors' deaths to themselves
+                raise
             except RayError as error:  # a failed score is an error and a retry, never zeros (METHOD.md section 3)
                 reason = str(error).strip().splitlines()[-1]
                 self.telemetry.failed(indices, attempt, reason, type(error).__name__)
+                if store_is_full(error):  # no fault of the samples: the learner must let go of some first
+                    await store.wait(f"samples {indices[0]} to {indices[-1]}")
+                    continue
                 if attempt == self.config.resources.sample_attempts:
                     raise OpdlmError(
                         f"samples {indices[0]} to {indices[-1]} failed {attempt} times (resources.sample_attempts): "
                         f"{reason}"
                     ) from error
+                attempt += 1
 
     async def _push(self) -> None:
         queue: Any = self.roles.queue
@@ -105,6 +131,13 @@ class Coordinator:
             await queue.weights_taken.remote(handle.version)
 
     async def _watch(self) -> None:
-        while events := await self.roles.queue.drain_events.remote():
+        heard, limit = time.monotonic(), self.config.resources.call_timeout_seconds
+        while (events := await self.roles.queue.drain_events.remote(min(_HEARTBEAT_SECONDS, limit))) is not None:
             state = await self.roles.queue.state.remote()
-            self.telemetry.learned(events, state | self.roles.sizes())
+            waits = state.pop("learner_waits")
+            if events:
+                self.telemetry.learned(events, state | self.roles.sizes())
+            if events or waits:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > limit:
+                raise LearnerSilent(f"learner: it neither trains nor waits for samples since {limit:g} s {_LIMIT}")

@@ -113,9 +113,9 @@ async def evaluate_student(
     size = -(-len(requests) // len(pool.actors))
     parts = [requests[i : i + size] for i in range(0, len(requests), size)]
     done = await asyncio.gather(
-        *(pool.call("decode", part, handle, settings, config.batch_size, outputs=len(part)) for part in parts)
+        *(pool.fetch("decode", part, handle, settings, config.batch_size, outputs=len(part)) for part in parts)
     )
-    trajectories: list[Any] = [await ref for refs, _ in done for ref in refs]
+    trajectories: list[Any] = [trajectory for decoded, _ in done for trajectory in decoded]
     stats = [stat for _, stat in done]
     return exam.result(
         [t.response for t in trajectories], [t.denoising_steps for t in trajectories], sum(s.seconds for s in stats)

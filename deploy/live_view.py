@@ -37,6 +37,8 @@ class LiveView:
         self._latest[key] = record
         if record["kind"] == "round":
             self._progress.update(self._task, completed=record["round"])
+        elif line := trouble(record):
+            self.live.console.print(line, soft_wrap=True, highlight=False)  # stays, above the table
 
     def _render(self) -> Group:
         step, round_ = self._latest.get("step", {}), self._latest.get("round", {})
@@ -66,8 +68,8 @@ class PlainView:
         """Prints what is worth a line."""
         if record["kind"] == "step":
             self._loss = record["loss"]
-        elif record["kind"] == "skipped_step":
-            self._print(f"step {record['step']} skipped: {record['reason']} ({record['in_a_row']} in a row)")
+        elif line := trouble(record):
+            self._print(line)
         elif record["kind"] == "generating":
             self._print(f"teacher responses: {record['done']:,} of {record['total']:,}")
         elif record["kind"] == "evaluation":
@@ -105,6 +107,22 @@ def open_view(console: Console, rounds: int, first_round: int) -> Iterator[LiveV
     view = LiveView(console, rounds, first_round)
     with view.live:
         yield view
+
+
+def trouble(record: dict[str, Any]) -> str | None:
+    """A line about what went wrong and did not end the run, or None."""
+    if record["kind"] == "skipped_step":
+        return f"step {record['step']} skipped: {record['reason']} ({record['in_a_row']} in a row)"
+    if record["kind"] == "actor_death":
+        return f"{record['actor']} died: {record['reason']}"
+    if record["kind"] == "queue_death":
+        return f"replay-queue died: {record['reason']}; going back to the last checkpoint"
+    if record["kind"] == "learner_restart":
+        again = f"{record['lost_steps']} optimizer steps are done again"
+        return f"the learner begins again after round {record['round']}; {again}"
+    if record["kind"] == "failed_save":
+        return f"checkpoint of round {record['round']} not written ({record['in_a_row']} in a row): {record['reason']}"
+    return None
 
 
 def _training_figures(step: dict[str, Any], round_: dict[str, Any]) -> list[tuple[str, str]]:

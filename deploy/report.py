@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from deploy.ledger import read_ledger
 from deploy.telemetry import read_records
 
 TEACHER, BEFORE, STATIC, DYNAMIC = "teacher", "student before", "student static", "student dynamic"
@@ -15,8 +16,11 @@ PERIODIC = "student"
 """Names of evaluation rows."""
 
 
-def write_report(run_dir: Path) -> Table:
-    """Writes both files; returns the table. Rows that were not evaluated are left out."""
+def write_report(run_dir: Path, samples: tuple[int, int] | None = None) -> Table:
+    """Writes both files; returns the table. Rows that were not evaluated are left out.
+
+    `samples`: in a round and in the run, for what became of each (`samples_trained`, `samples_lost`, ...).
+    """
     records = read_records(run_dir)
     rows = {r["row"]: r for r in records if r["kind"] == "evaluation"}
     rounds = [r for r in records if r["kind"] == "round"]
@@ -32,6 +36,7 @@ def write_report(run_dir: Path) -> Table:
         "weight_version": last["round"],
         "wall_seconds": records[-1]["wall_seconds"] if records else 0.0,
         "compute_flops": last.get("compute_flops", 0),
+        **(read_ledger(records, *samples).figures() if samples else {}),
         "by_task": {row: r["by_task"] for row, r in rows.items() if row != PERIODIC},
     }
     (run_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")

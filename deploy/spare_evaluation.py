@@ -36,6 +36,12 @@ class SpareEvaluations:
         """Waits for all of them. Raises what one of them raised."""
         await asyncio.gather(*self._tasks)
 
+    def drop(self) -> None:
+        """Ends all of them: the weights that they need are gone."""
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = []
+
     async def _run(self, handle: WeightHandle) -> None:
         try:
             async with self._one_at_a_time:

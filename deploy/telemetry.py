@@ -1,7 +1,9 @@
 """What a run says about itself: one record stream to metrics.jsonl, the live view, TensorBoard and Ray's metrics.
 
 Records have a `kind`: `data`, `step` (one optimizer step), `round`, `publish`, `checkpoint`, `evaluation`, `failure`,
-`offline` (given responses), `skipped_step` (a gradient that was not finite).
+`offline` (given responses), `skipped_step` (a gradient that was not finite), `failed_save` (of a checkpoint),
+`actor_death`, `learner_restart`, `queue_death`, `scale` (actors added or taken away). Each round and step is in
+`metrics.jsonl` once: what is trained again replaces what was trained before.
 Every number is computed where it arises (the decoder, the train step, ...) and only collected here.
 """
 
@@ -16,9 +18,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from actors.teacher_actor import ScoreStats
+from common.errors import OpdlmError
 from common.types import DecodeStats, WeightHandle
 from deploy.evaluation import EvaluationResult
 from deploy.prometheus import PrometheusSink
+from deploy.run_dir import HISTORY, truncate_metrics
 from deploy.sinks import Sink, TensorBoardSink
 
 log = logging.getLogger("opdlm.telemetry")
@@ -56,7 +60,9 @@ class Telemetry:
         self._flops = next((r["compute_flops"] for r in reversed(earlier) if "compute_flops" in r), 0)
         self._given_before = any(r["kind"] == "offline" for r in earlier)
         self._student_parameters, self._teacher_parameters = parameters
-        self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        self._records = run_dir / "metrics.jsonl"
+        self._file = self._records.open("a", buffering=1)
+        self._learner_starts = 0
         self._sinks: list[Sink] = [TensorBoardSink(run_dir, first_step), PrometheusSink(run_dir.name), *more]
         self._view = view
         self._started = time.perf_counter() - (earlier[-1]["wall_seconds"] if earlier else 0.0)
@@ -118,9 +124,25 @@ class Telemetry:
         """A weight version reached every rollout actor."""
         self._push_seconds, self._push_bytes = seconds, handle.nbytes
 
+    def actor_died(self, name: str, reason: str) -> None:
+        """A rollout or teacher actor died; Ray may bring it back."""
+        role = name.rpartition("-")[0]
+        self._happened("actor_death", actor=name, role=role, deaths=1, reason=reason)
+
+    def queue_died(self, reason: str) -> None:
+        """The replay queue died; the run goes back to its last checkpoint."""
+        self._happened("queue_death", deaths=1, reason=reason)
+
+    def scaled(self, **figures: Any) -> None:
+        """Actors were added or taken away on request, or the request was refused."""
+        self._happened("scale", **figures)
+
     def learned(self, events: list[dict[str, Any]], queue_state: dict[str, Any]) -> None:
         """Events of the learner, with the queue's state and the numbers of actors at the time."""
         for event in events:
+            if event["kind"] == "learner_start":
+                self._learner_started(event["round"], event["step"])
+                continue
             self._round, self._step = event["round"], event["step"]
             self._learner_seconds += sum(event.get(name, 0.0) for name in _LEARNER_BUSY)
             if event["kind"] == "round":
@@ -135,9 +157,28 @@ class Telemetry:
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:  # what it says of a record that it could not write was raised then
+            log.error("%s: %s", self._file.name, error)
         for sink in list(self._sinks):
             self._beside(sink, lambda sink: sink.close())
+
+    def _learner_started(self, round_: int, step: int) -> None:
+        """The worker group begins, or begins again, from a checkpoint: later steps of before do not count any more."""
+        self._learner_starts += 1
+        if self._learner_starts == 1:
+            return
+        lost_steps = self._step - step
+        self._file.close()
+        # Evaluations stay: their weight versions are not pushed a second time.
+        truncate_metrics(self._records, round_, HISTORY | {"evaluation"})
+        self._file = self._records.open("a", buffering=1)
+        self._round, self._step = round_, step
+        self._happened("learner_restart", restarts=1, lost_steps=lost_steps)
+
+    def _happened(self, kind: str, **figures: Any) -> None:
+        self._write({"kind": kind, "round": self._round, "step": self._step, **figures})
 
     def _round_figures(self, event: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - self._round_started
@@ -172,6 +213,9 @@ class Telemetry:
                 "response_tokens_mean": tokens / sequences,
                 "ended_by_eos_share": ended,
                 "ended_by_limit_share": 1 - ended,
+                "continued_sequences": sum(s.continued_sequences for s in self._decoded),
+                "continued_tokens": sum(s.continued_tokens for s in self._decoded),
+                "version_spread_max": max(s.version_spread_max for s in self._decoded),
             }
         if self._scored:
             tokens = sum(s.tokens for s in self._scored)
@@ -186,7 +230,13 @@ class Telemetry:
 
     def _write(self, record: dict[str, Any]) -> None:
         record = {"wall_seconds": round(self.wall_seconds, 3), **record}
-        self._file.write(json.dumps(record) + "\n")
+        try:
+            self._file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OpdlmError(
+                f"{self._file.name}: {error.strerror}; no record may be lost, so the run ends, with a checkpoint "
+                "if there is room for it; make room and go on with --resume"
+            ) from error
         for sink in list(self._sinks):
             self._beside(sink, lambda sink: sink.write(record))
         self._view.show(record)
@@ -214,6 +264,7 @@ def idle_share(busy_seconds: float, actors: int, seconds: float) -> float:
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run so far."""
+    """All records of a run so far; a last line that is being written, or that a crash cut short, is none yet."""
     file = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import functools
 import signal
 from pathlib import Path
 
@@ -21,10 +23,12 @@ from deploy.cluster import Roles, connect, start_roles
 from deploy.coordinator import Coordinator
 from deploy.evaluation import Exam, evaluate_student, evaluate_teacher
 from deploy.live_view import open_view
+from deploy.lives import outlive_queue
 from deploy.offline import GivenResponses
 from deploy.preflight import Preflight, examined_tasks, preflight, prepare_student
 from deploy.replay_source import ReplaySource
 from deploy.run_dir import config_digest, open_run
+from deploy.scaling import Scaler
 from deploy.sources import GivenSource, OnPolicySource, SampleSource
 from deploy.spare_evaluation import SpareEvaluations
 from deploy.telemetry import Telemetry, read_records
@@ -37,7 +41,7 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
     config = absolute(config)
     checked = preflight(config)
     for line in checked.prompts.refused[:10]:
-        console.print(f"refused prompt {line}", highlight=False)
+        console.print(f"refused prompt {line}", highlight=False, soft_wrap=True)
     if checked.prompts.refused:
         console.print(f"prompts refused: {len(checked.prompts.refused)}, kept: {len(checked.prompts.prompts)}")
     replay = config.run.replay is not None
@@ -50,7 +54,8 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
     first_step = int(checkpoint.state["optimizer_steps"]) if checkpoint else 0
     student = prepare_student(config)
     if checkpoint:
-        console.print(f"resuming from {checkpoint.folder} (round {first_round} of {checked.plan.rounds})")
+        where = f"{checkpoint.folder} (round {first_round} of {checked.plan.rounds})"
+        console.print(f"resuming from {where}", highlight=False, soft_wrap=True)
     wandb = [WandbSink(config)] if config.run.wandb_project is not None else []
     roles = start_roles(config, student, checked.plan.total, first_round)
     try:
@@ -58,6 +63,8 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
             parameters = count_parameters(student), count_parameters(config.model.teacher)
             telemetry = Telemetry(Path(config.run.dir), view, first_round, first_step, parameters, wandb)
             telemetry.data(len(checked.prompts.prompts), checked.prompts.refused, checked.order.digest)
+            for pool in roles.pools():
+                pool.on_death = telemetry.actor_died
             job = _Job(config, checked, roles, telemetry, student, given)
             try:
                 code = asyncio.run(job.run())
@@ -65,7 +72,7 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
                 telemetry.close()
     finally:
         roles.stop()
-    console.print(report.write_report(Path(config.run.dir)))
+    console.print(report.write_report(Path(config.run.dir), (checked.plan.prompts_per_round, checked.plan.total)))
     where = f"{config.run.dir}/report.json, report.png, metrics.jsonl, tensorboard/"
     console.print(f"written: {where}{'' if code else ', student/'}", highlight=False, soft_wrap=True)
     if code:
@@ -101,8 +108,7 @@ class _Job:
         self.settings = DecodeSettings.from_config(config.rollout)
         self.coordinator: Coordinator | None = None
         self._spare = SpareEvaluations(self._evaluate_periodically)
-        earlier = [r for r in read_records(Path(config.run.dir)) if r["kind"] == "evaluation"]
-        self._evaluated = {(r["row"], r["round"]) for r in earlier}
+        self._evaluated: set[tuple[str, int]] = set()
         """(row, version) of what an earlier life of the run has evaluated."""
         self.stopped_by = 0
         evaluation = config.evaluation
@@ -120,21 +126,32 @@ class _Job:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
-        name = f"{Path(self.config.run.dir).name}"
         self._preparing = asyncio.ensure_future(self._source())
         try:
             source = await self._preparing
         except asyncio.CancelledError:  # a signal while responses were generated: nothing has begun
             return 128 + self.stopped_by
-        self.coordinator = Coordinator(self.config, self.roles, source, self.telemetry, self._on_weights)
-        await self.coordinator.run(lambda: fit(self.setup, name))
+        scaling = asyncio.ensure_future(Scaler(self.config, self.roles, self.setup.student, self.telemetry).watch())
+        total = self.checked.plan.total
+        live = functools.partial(self._live, source)
+        await outlive_queue(self.config, self.roles, total, self.telemetry, live, lambda: self.stopped_by > 0)
+        scaling.cancel()
         await self._spare.finish()  # after a stop too: the checkpoint is written, and a resumed run would skip them
         if self.stopped_by:
             return 128 + self.stopped_by
-        if self._final is not None and self.coordinator.weights:
+        if self._final is not None and self.coordinator and self.coordinator.weights:
             await self._evaluate(report.STATIC, self._final, self.coordinator.weights)
             await self._evaluate(report.DYNAMIC, self._final, self.coordinator.weights)
         return 0
+
+    async def _live(self, source: SampleSource) -> None:
+        """One life of the loops; a second one evaluates what the first had not."""
+        self._spare.drop()
+        evaluations = [r for r in read_records(Path(self.config.run.dir)) if r["kind"] == "evaluation"]
+        self._evaluated = {(r["row"], r["round"]) for r in evaluations}
+        self.coordinator = Coordinator(self.config, self.roles, source, self.telemetry, self._on_weights)
+        setup = dataclasses.replace(self.setup, queue=self.roles.queue)
+        await self.coordinator.run(lambda: fit(setup, Path(self.config.run.dir).name))
 
     async def _source(self) -> SampleSource:
         """Saved samples, the student's rollouts, or given responses, which the teacher makes now if nobody has yet."""

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from common.config import OpdlmConfig
+from common.errors import OpdlmError
+
+_PATIENCE_SECONDS = 60.0
+"""For an answer of the queue actor, which is never busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +33,37 @@ class LearnerSetup:
 
 def train_loop(arguments: dict[str, LearnerSetup]) -> None:
     """Entry point of every rank."""
+    if _queue_is_gone(arguments["setup"].queue):
+        return  # nobody could be asked for samples; the coordinator begins anew with another queue and another group
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what run.deterministic needs on a GPU
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    from learner.worker import Learner  # torch, transformers, deepspeed: only in the ranks
+    from learner.worker import run_rank  # torch, transformers, deepspeed: only in the ranks
 
-    Learner(arguments["setup"]).run()
+    run_rank(arguments["setup"])
+
+
+def _queue_is_gone(queue: Any) -> bool:
+    import ray
+
+    try:
+        ray.get(queue.state.remote(), timeout=_PATIENCE_SECONDS)
+    except ray.exceptions.RayActorError:
+        return True
+    return False
 
 
 def fit(setup: LearnerSetup, experiment: str) -> None:
-    """Runs the worker group to its end; blocks. Restarts it up to `learner.max_failures` times."""
+    """Runs the worker group to its end; blocks. Restarts it up to `learner.max_failures` times.
+
+    Raises:
+        OpdlmError: the group ended the run itself, for a reason that a restart would not mend.
+    """
+    import ray
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    learner = OpdlmConfig.model_validate(setup.config).learner
+    config = OpdlmConfig.model_validate(setup.config)
+    learner = config.learner
     on_gpu = learner.gpus_per_worker > 0
     resources: dict[str, float] = {"CPU": learner.cpus_per_worker}
     if on_gpu:
@@ -58,3 +80,5 @@ def fit(setup: LearnerSetup, experiment: str) -> None:
         ),
     )
     trainer.fit()
+    if reason := ray.get(setup.queue.reason_to_give_up.remote(), timeout=config.resources.call_timeout_seconds):
+        raise OpdlmError(reason)

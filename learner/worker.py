@@ -4,12 +4,14 @@
                                                        ▲ None: a stop was asked; save and end
 
 A rank that dies takes the group down; Ray Train starts it again, and it goes on here from the last checkpoint, with
-the same samples (the queue keeps them until a checkpoint covers them).
+the same samples (the queue keeps them until a checkpoint covers them). A sample whose data died with a node is made
+again while the rank waits.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
+from ray.exceptions import ObjectLostError
 
-from common.checkpoint import latest_checkpoint, save_checkpoint
+from common.checkpoint import latest_checkpoint
 from common.config import OpdlmConfig, config_from_dict
 from common.convert import save_model
 from common.errors import OpdlmError
@@ -34,6 +37,7 @@ from learner.lora import add_adapters, save_adapter
 from learner.plan import TrainingPlan
 from learner.rollout_files import facts_of, round_file
 from learner.rollout_tasks import start_dump
+from learner.saving import GiveUp, Saver
 from learner.schedule import learning_rate
 from learner.train_step import StepResult, TrainStep
 
@@ -51,6 +55,8 @@ class Learner:
         torch.set_num_threads(max(int(config.learner.cpus_per_worker), 1))
         torch.manual_seed(config.run.seed)
         torch.use_deterministic_algorithms(config.run.deterministic)
+        # Filling memory that nobody reads is for finding such reads; DeepSpeed allocates 2 GB of it in each backward.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.plan = TrainingPlan(
             setup.total_samples, config.rollout.prompts_per_round, config.learner.batch_size, config.run.seed
         )
@@ -71,6 +77,8 @@ class Learner:
             self._teacher_head(),
             config.run.seed,
         )
+        checkpoint = config.checkpoint
+        self.saver = Saver(self.engine, self.run_dir / "checkpoints", checkpoint.keep, checkpoint.max_failed_saves)
         self.rounds = self.optimizer_steps = self.rollout_tokens = self._skipped_in_a_row = 0
 
     def run(self) -> None:
@@ -79,29 +87,48 @@ class Learner:
         pack = self._publish()
         while self.rounds < self.plan.rounds:
             waiting = time.perf_counter()
-            taken = self._ask(self.queue.take_round.remote(self.rounds), f"round {self.rounds}")
+            taken = self._take_round()
             if taken is None:
                 break
             references, staleness = taken
             self._train_round(references, staleness, time.perf_counter() - waiting)
             pack = self._publish()
-            if self.rounds % self.config.checkpoint.every_rounds == 0:
-                self._save()
-                saved = self.rounds
+            if self.rounds % self.config.checkpoint.every_rounds == 0 and self.rounds < self.plan.rounds:
+                saved = self.rounds if self._save() else saved
         if saved != self.rounds:
-            self._save()
+            self._save(last=True)
         if self.rounds == self.plan.rounds:
             self._export(pack)
+        dist.barrier()
+
+    def _take_round(self) -> tuple[list[Any], list[int]] | None:
+        """Waits for the round as long as somebody works on it: the coordinator's waits have limits of their own."""
+        limit = self.config.resources.call_timeout_seconds
+        while True:
+            try:
+                return ray.get(self.queue.take_round.remote(self.rounds), timeout=limit)
+            except ray.exceptions.GetTimeoutError:
+                silent = self._ask(self.queue.coordinator_silent_seconds.remote(), "the replay queue")
+                if silent > limit:
+                    raise OpdlmError(
+                        f"learner rank {self.rank} waited for round {self.rounds}, and the coordinator has been silent "
+                        f"for {silent:.0f} s (resources.call_timeout_seconds {limit:g})"
+                    ) from None
+
+    def give_up(self, reason: str) -> None:
+        """Has the driver end the run with this, once it has written what it was told before."""
+        if self.rank == 0:
+            self._ask(self.queue.events_written.remote(), "the coordinator to write its metrics")
+            self._ask(self.queue.give_up.remote(reason), "giving up")
         dist.barrier()
 
     def _train_round(self, references: list[Any], staleness: list[int], waited: float) -> None:
         started = time.perf_counter()
         dump = self._start_dump(references)
         tokens = forward_tokens = 0
-        for places in self.plan.batches(self.rounds, len(references)):
-            mine = places[self.rank :: self.world]
-            share: list[ScoredTrajectory] = self._ask([references[i] for i in mine], "scored trajectories")
-            spare = share[0] if share else self._ask(references[places[0]], "a scored trajectory")
+        for places in (batch.tolist() for batch in self.plan.batches(self.rounds, len(references))):
+            share = self._fetch(references, places[self.rank :: self.world])
+            spare = share[0] if share else self._fetch(references, places[:1])[0]
             rate = learning_rate(
                 self.optimizer_steps, self.plan.steps_before(self.plan.rounds), self.config.learner.optimizer
             )
@@ -109,13 +136,14 @@ class Learner:
             self.optimizer_steps += 1
             forward_tokens += result.tokens - result.padding_tokens
             tokens += sum(s.trajectory.response_length for s in share)
+            samples = [self._first_sample + place for place in places]
             if result.skipped:
-                self._skip(result)
+                self._skip(result, samples)
             else:
                 self._skipped_in_a_row = 0
-                self._tell_step(result, rate)
-        if dump is not None:  # before a checkpoint can cover the round
-            self._ask(dump, "writing the round's rollouts")
+                self._tell_step(result, rate, samples)
+        # Before a checkpoint can cover the round.
+        self.saver.require(f"{self.run_dir}/rollouts", lambda: dump and self._ask(dump, "writing the round's rollouts"))
         total = torch.tensor([tokens], dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(total)
         self.rounds += 1
@@ -131,14 +159,42 @@ class Learner:
             train_seconds=time.perf_counter() - started,
         )
 
-    def _skip(self, result: StepResult) -> None:
+    @property
+    def _first_sample(self) -> int:
+        return self.rounds * self.plan.prompts_per_round
+
+    def _fetch(self, references: list[Any], places: Sequence[int]) -> list[ScoredTrajectory]:
+        """Samples by their places in the round. `references` are replaced where a sample had to be made again.
+
+        Raises:
+            OpdlmError: a sample came under another's index.
+        """
+        try:
+            samples = self._ask([references[place] for place in places], "scored trajectories")
+        except ObjectLostError:
+            samples = [self._fetch_one(references, place) for place in places]
+        for place, sample in zip(places, samples, strict=True):
+            if (found := sample.trajectory.index) != self._first_sample + place:
+                raise OpdlmError(f"sample {found} came where sample {self._first_sample + place} belongs")
+        return samples
+
+    def _fetch_one(self, references: list[Any], place: int) -> ScoredTrajectory:
+        index = self._first_sample + place
+        while True:
+            try:
+                return self._ask(references[place], "a scored trajectory")
+            except ObjectLostError:
+                again = self.queue.replace.remote(index, [references[place]])
+                (references[place],) = self._ask(again, f"sample {index}, whose data died, to be made again")
+
+    def _skip(self, result: StepResult, samples: list[int]) -> None:
         """Counts a step whose gradient was not finite; ends the run after too many in a row."""
         self._skipped_in_a_row += 1
         reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
-        self._tell(kind="skipped_step", in_a_row=self._skipped_in_a_row, reason=reason)
+        self._tell(kind="skipped_step", steps=1, in_a_row=self._skipped_in_a_row, reason=reason, samples=samples)
         most = self.config.learner.max_skipped_steps
         if self._skipped_in_a_row > most:
-            raise OpdlmError(
+            raise GiveUp(
                 f"optimizer step {self.optimizer_steps}: {reason}, {self._skipped_in_a_row} in a row "
                 f"(learner.max_skipped_steps {most}); the last checkpoint in {self.run_dir} is from before them"
             )
@@ -173,30 +229,36 @@ class Learner:
     def _restore(self) -> int | None:
         """Loads the last checkpoint, if there is one; returns its round."""
         checkpoint = latest_checkpoint(self.run_dir / "checkpoints")
-        if checkpoint is None:
-            return None
-        zero.load_state(self.engine, checkpoint.folder)
-        self.rounds = checkpoint.rounds
-        self.optimizer_steps = int(checkpoint.state["optimizer_steps"])
-        self.rollout_tokens = int(checkpoint.state["rollout_tokens"])
-        return self.rounds
+        if checkpoint is not None:
+            zero.load_state(self.engine, checkpoint.folder)
+            self.rounds = checkpoint.rounds
+            self.optimizer_steps = int(checkpoint.state["optimizer_steps"])
+            self.rollout_tokens = int(checkpoint.state["rollout_tokens"])
+        self._tell(kind="learner_start")
+        return self.rounds if checkpoint else None
 
-    def _save(self) -> None:
-        """Writes a checkpoint; a collective call. The queue then lets go of what it covers."""
+    def _save(self, last: bool = False) -> bool:
+        """Writes a checkpoint; a collective call. The queue then lets go of what it covers.
+
+        Returns: whether it was written; where not, the queue keeps the samples and the run goes on.
+
+        Raises:
+            GiveUp: it was not, and the run may not go on (`checkpoint.max_failed_saves`, or `last`).
+        """
         started = time.perf_counter()
         if self.rank == 0:
             self._ask(self.queue.events_written.remote(), "the coordinator to write its metrics")
-            save_checkpoint(
-                self.run_dir / "checkpoints",
-                self._state(),
-                lambda folder: zero.save_state(self.engine, folder),
-                self.config.checkpoint.keep,
-            )
+        problem = self.saver.save(self._state())
+        seconds = time.perf_counter() - started
+        if problem is not None:
+            failed = {"saves": 1, "in_a_row": self.saver.failed_in_a_row, "reason": problem}
+            self._tell(kind="failed_save", checkpoint_seconds=seconds, **failed)
+            self.saver.end_if_due(problem, self.rounds, last)
+            return False
+        if self.rank == 0:
             self._ask(self.queue.committed.remote(self.rounds), "committing a checkpoint")
-            self._tell(kind="checkpoint", checkpoint_seconds=time.perf_counter() - started)
-        else:
-            zero.save_state(self.engine, None)
-        dist.barrier()
+            self._tell(kind="checkpoint", checkpoint_seconds=seconds)
+        return True
 
     def _state(self) -> dict[str, Any]:
         # Data order, decoding and state selection are functions of (seed, index): the cursor is their random state.
@@ -219,22 +281,29 @@ class Learner:
         if lora is not None and not adapter.exists():
             student = self.engine.module.student
             dist.barrier()  # nobody makes the folder before everybody has looked
-            save_adapter(student, lora, self.setup.student, adapter if self.rank == 0 else None, zero.gathered)
+            folder = adapter if self.rank == 0 else None
+            self.saver.require(
+                str(adapter), lambda: save_adapter(student, lora, self.setup.student, folder, zero.gathered)
+            )
         destination = self.run_dir / "student"
-        if pack is None or destination.exists():
-            return
-        model = load_model(self.setup.student, self.config.model.dtype)
-        load_weights(model, pack)
-        save_model(model, load_tokenizer(self.setup.student), destination)
+
+        def write() -> None:
+            if pack is None or destination.exists():
+                return
+            model = load_model(self.setup.student, self.config.model.dtype)
+            load_weights(model, pack)
+            save_model(model, load_tokenizer(self.setup.student), destination)
+
+        self.saver.require(str(destination), write)
 
     def _teacher_head(self) -> torch.Tensor | None:
         if self.config.teacher.targets != "hidden" or self.config.objective.kind == "cft":
             return None
         return load_output_matrix(self.config.model.teacher, self.config.teacher.dtype).to(self.engine.device)
 
-    def _tell_step(self, result: StepResult, rate: float) -> None:
+    def _tell_step(self, result: StepResult, rate: float, samples: list[int]) -> None:
         kl = {"forward_kl_nats": result.loss} if self.config.objective.loss_is_forward_kl else {}
-        self._tell(kind="step", learning_rate=rate, **asdict(result), **kl)
+        self._tell(kind="step", learning_rate=rate, samples=samples, **asdict(result), **kl)
 
     def _tell(self, **event: Any) -> None:
         if self.rank == 0:
@@ -248,6 +317,15 @@ class Learner:
             raise OpdlmError(
                 f"learner rank {self.rank} waited {limit:g} s for {what} (resources.call_timeout_seconds)"
             ) from None
+
+
+def run_rank(setup: LearnerSetup) -> None:
+    """One rank from its start to its end. An end that a restart would not mend is told, not raised."""
+    learner = Learner(setup)
+    try:
+        learner.run()
+    except GiveUp as reason:
+        learner.give_up(str(reason))
 
 
 def _attention(config: OpdlmConfig) -> str:

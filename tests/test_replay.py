@@ -18,7 +18,7 @@ from deploy.telemetry import read_records
 from deploy.train_job import train
 from learner.rollout_files import RolloutFacts, load_samples, round_file, save_round
 from tests.learner.test_rollout_files import scored
-from tests.test_run import losses, run_config
+from tests.runs import losses, run_config
 
 ROUNDS = 3
 

@@ -3,55 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import ray
 from rich.console import Console
 
 from common.checkpoint import latest_checkpoint, list_checkpoints, save_checkpoint
-from common.config import OpdlmConfig, config_from_dict, dump_config
+from common.config import dump_config
 from common.errors import ConfigError
 from common.models import load_model
 from deploy.telemetry import read_records
 from deploy.train_job import train
+from tests.runs import ROUNDS, losses, run_config, run_until
 
 pytestmark = pytest.mark.ray
-
-ROUNDS = 6
-
-
-def run_config(teacher: Path, run_dir: Path, **sections) -> OpdlmConfig:
-    """A run of seconds: a random teacher of a few thousand parameters."""
-    base = {
-        "run": {"dir": str(run_dir), "rounds": ROUNDS, "deterministic": True},
-        "model": {"teacher": str(teacher), "dtype": "float32"},
-        "data": {"task": "chain", "prompts": 20},
-        "rollout": {"prompts_per_round": 8, "batch_size": 4, "max_new_tokens": 9},
-        "teacher": {"dtype": "float32"},
-        "learner": {"workers": 2, "batch_size": 4, "micro_batch_rows": 2, "optimizer": {"lr": 1e-3}},
-        "objective": {"exclude_eos": False},
-        "checkpoint": {"every_rounds": 1, "keep": 20},
-        "evaluation": {"final_problems": 5, "max_new_tokens": 9},
-    }
-    for name, section in sections.items():
-        base[name] = base.get(name, {}) | section
-    return config_from_dict(base)
-
-
-def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
-    """(loss, gradient norm) by optimizer step; a step that was run twice must have given the same."""
-    found: dict[int, tuple[float, float]] = {}
-    for record in read_records(run_dir):
-        if record["kind"] == "step":
-            assert record["step"] not in found, f"step {record['step']} is in the metrics twice"
-            found[record["step"]] = (record["loss"], record["grad_norm"])
-    return found
 
 
 def test_two_rounds_with_staleness(ray_cluster, chain_teacher, tmp_path) -> None:
@@ -71,6 +38,7 @@ def test_two_rounds_with_staleness(ray_cluster, chain_teacher, tmp_path) -> None
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["weight_version"] == 2
     assert report["optimizer_steps"] == 4
+    assert [report[f"samples_{what}"] for what in ("trained", "lost", "trained_twice", "skipped")] == [16, 0, 0, 0]
     assert report["rollout_tokens"] == sum(r["round_tokens"] for r in rounds) > 0
     assert 0 <= report["student_exact_match_dynamic"] <= 1
     assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -105,15 +73,6 @@ def test_given_responses_are_made_once_and_trained_on(ray_cluster, chain_teacher
         assert all(r["loss"] > 0 for r in records if r["kind"] == "step")
 
 
-@pytest.fixture(scope="module")
-def whole(ray_cluster, chain_teacher, tmp_path_factory) -> Path:
-    """An unbroken run."""
-    folder = tmp_path_factory.mktemp("unbroken") / "whole"
-    assert train(run_config(chain_teacher, folder), resume=False, console=Console(quiet=True)) == 0
-    assert len(losses(folder)) == 2 * ROUNDS
-    return folder
-
-
 def test_stop_kill_and_resume_give_the_losses_of_an_unbroken_run(chain_teacher, whole, tmp_path) -> None:
     """SIGTERM, then SIGKILL of the driver, each followed by --resume: step by step the same losses, to the bit."""
     broken, expected = tmp_path / "broken", losses(whole)
@@ -131,38 +90,6 @@ def test_stop_kill_and_resume_give_the_losses_of_an_unbroken_run(chain_teacher, 
     assert all(ours[name].equal(theirs[name]) for name in theirs)
     state = latest_checkpoint(broken / "checkpoints").state
     assert (state["rounds"], state["next_sample"]) == (ROUNDS, ROUNDS * 8)
-
-
-def test_a_rollout_actor_and_a_teacher_die_and_nothing_changes(chain_teacher, whole, tmp_path) -> None:
-    """SIGKILL of both while they may be at work: Ray restarts them, the calls are repeated, the losses are the same."""
-    run_dir = tmp_path / "run"
-    process = start(run_config(chain_teacher, run_dir), resume=False)
-    try:
-        wait_for_rounds(run_dir, 1, process)
-        kill_one("RolloutActor", "rollout-0")
-        wait_for_rounds(run_dir, 2, process)
-        kill_one("TeacherActor", "teacher-0")
-        assert process.wait(timeout=400) == 0
-    finally:
-        process.kill()
-        process.wait()
-    assert losses(run_dir) == losses(whole)
-
-
-def test_learner_rank_killed_restarts_from_its_checkpoint(ray_cluster, chain_teacher, tmp_path) -> None:
-    """SIGKILL of one rank: Ray Train restarts the group, the queue hands out the same rounds again."""
-    run_dir = tmp_path / "run"
-    process = start(run_config(chain_teacher, run_dir, checkpoint={"every_rounds": 2}), resume=False)
-    try:
-        wait_for_rounds(run_dir, 3, process)
-        kill_one("RayTrainWorker")
-        assert process.wait(timeout=400) == 0
-    finally:
-        process.kill()
-        process.wait()
-    steps = [r["step"] for r in read_records(run_dir) if r["kind"] == "step"]
-    assert set(steps) == set(range(1, 2 * ROUNDS + 1))
-    assert json.loads((run_dir / "report.json").read_text())["weight_version"] == ROUNDS
 
 
 def test_resume_refuses_another_config_and_a_run_refuses_to_be_overwritten(
@@ -194,56 +121,6 @@ def test_more_gpus_than_there_are(ray_cluster, chain_teacher, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"the run asks for 3 GPUs \(rollout 3 x 1\), the cluster has 0"):
         train(config, resume=False, console=Console(quiet=True))
     assert not (tmp_path / "run").exists()
-
-
-def start(config: OpdlmConfig, resume: bool) -> subprocess.Popen:
-    """`opdlm train` in a process of its own."""
-    file = Path(config.run.dir).with_suffix(".yaml")
-    file.write_text(dump_config(config))
-    command = [sys.executable, "-m", "deploy.cli", "train", str(file)] + (["--resume"] if resume else [])
-    return subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL)
-
-
-def run_until(config: OpdlmConfig, resume: bool, rounds: int, send: signal.Signals) -> int:
-    """Starts a run, sends a signal once so many rounds have a checkpoint, returns the exit code."""
-    process = start(config, resume)
-    try:
-        wait_for_rounds(Path(config.run.dir), rounds, process)
-        process.send_signal(send)
-        return process.wait(timeout=300)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_for_rounds(run_dir: Path, rounds: int, process: subprocess.Popen) -> None:
-    """Waits until that many rounds were trained and, where checkpoints are each round, saved."""
-    limit = time.monotonic() + 400
-    while time.monotonic() < limit:
-        assert process.poll() is None, f"the run ended with {process.returncode} before round {rounds}"
-        file = run_dir / "metrics.jsonl"
-        done = [json.loads(x) for x in file.read_text().splitlines() if x.endswith("}")] if file.exists() else []
-        if any(r["kind"] == "checkpoint" and r["round"] >= rounds - 1 for r in done) and any(
-            r["kind"] == "round" and r["round"] >= rounds for r in done
-        ):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no round {rounds} in 400 s")
-
-
-def kill_one(*titles: str) -> None:
-    """SIGKILL to one actor process of this machine, by the titles that Ray gives it."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                title = (entry / "cmdline").read_bytes().decode()
-            except OSError:
-                continue  # ended meanwhile
-            if title.startswith("ray::") and any(t in title for t in titles):
-                found.append(int(entry.name))
-    assert found, f"no process of {titles}"
-    os.kill(found[0], signal.SIGKILL)
 
 
 def test_cluster_is_left_clean(ray_cluster) -> None:

@@ -75,6 +75,14 @@ def test_what_ray_is_asked_for_and_the_warning(monkeypatch, caplog, mode, lines,
     assert sum("token authentication is off" in record.message for record in caplog.records) == lines
 
 
+def test_a_dashboards_address_is_not_a_clusters(monkeypatch) -> None:
+    """What `ray job submit` takes in RAY_ADDRESS, `opdlm train` beside it cannot join."""
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS: found http://127\.0\.0\.1:8265, a dashboard's address"):
+        cluster.join_or_start(ResourcesConfig(), {"CPU": [], "GPU": []})
+
+
 # --- secrets ------------------------------------------------------------------------------------------------------
 
 

@@ -6,11 +6,12 @@ The queue is the real one; actors and learner are coroutines that take as long a
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ray.exceptions import RayError
+from ray.exceptions import OutOfDiskError, RayError, RayTaskError
 
 from actors.pool import ActorPool
 from actors.queue_actor import ReplayQueueActor
@@ -22,7 +23,9 @@ from common.types import DecodeStats, WeightHandle, WeightPack
 from deploy.cluster import Roles
 from deploy.coordinator import Coordinator
 from deploy.sources import OnPolicySource
+from deploy.store_room import StoreWait
 from deploy.telemetry import Telemetry, read_records
+from tests.full_disk import no_file_above
 
 N, ROUNDS = 4, 5
 
@@ -48,7 +51,10 @@ class _Method:
         call = asyncio.ensure_future(self._function(*arguments), loop=self._loop)
         if self._outputs == 1:
             return call
-        return [asyncio.ensure_future(_part(call, i), loop=self._loop) for i in range(self._outputs)]
+        parts = [asyncio.ensure_future(_part(call, i), loop=self._loop) for i in range(self._outputs)]
+        for part in parts:  # of a call that failed only the last is asked, which asyncio would complain of
+            part.add_done_callback(lambda part: part.cancelled() or part.exception())
+        return parts
 
 
 async def _part(call, i: int):
@@ -75,14 +81,14 @@ class Rollout:
 class Teacher:
     """Scores nothing; fails `times` times at one sample."""
 
-    def __init__(self, fail_at: int | None = None, times: int = 0) -> None:
-        self.fail_at, self.times = fail_at, times
+    def __init__(self, fail_at: int | None = None, times: int = 0, error: Exception | None = None) -> None:
+        self.fail_at, self.times, self.error = fail_at, times, error or RayError("out of memory")
 
     async def score(self, *samples):
         indices = [await s for s in samples]
         if self.fail_at in indices and self.times > 0:
             self.times -= 1
-            raise RayError("out of memory")
+            raise self.error
         return (*indices, ScoreStats(1, 1, 0.1, 1))
 
 
@@ -179,6 +185,92 @@ def test_a_score_that_fails_is_tried_again_and_told(tmp_path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_samples_whose_data_died_are_decoded_and_scored_again(tmp_path, staleness) -> None:
+    """Also in the last round, when nothing else is left to decode."""
+
+    async def scenario() -> None:
+        rollout = Rollout()
+        setup = Setup(tmp_path, staleness, rollout, Teacher())
+
+        def learn() -> None:
+            def ask(coroutine):
+                return asyncio.run_coroutine_threadsafe(coroutine, setup.loop).result(timeout=30)
+
+            ask(setup.queue.publish(0, WeightPack(0, (), {}, 0)))
+            for round_ in range(ROUNDS):
+                samples, _ = ask(setup.queue.take_round(round_))
+                if round_ in (1, ROUNDS - 1):
+                    first, again = samples[0], ask(setup.queue.replace(round_ * N, [samples[0]]))
+                    assert again[0] is not first
+                    assert ask(_value(again[0])) == round_ * N
+                ask(setup.queue.publish(round_ + 1, WeightPack(round_ + 1, (), {}, 0)))
+
+        await asyncio.wait_for(setup.coordinator.run(learn), timeout=30)
+        decoded = [index for index, _ in rollout.decoded]
+        assert sorted(decoded) == sorted([*range(N * ROUNDS), N, (ROUNDS - 1) * N])
+
+    asyncio.run(scenario())
+
+
+def test_a_learner_that_hangs_is_named(tmp_path, monkeypatch) -> None:
+    async def scenario() -> None:
+        setup = Setup(tmp_path, 0, Rollout(), Teacher())
+        hanging = threading.Event()
+        config = setup.coordinator.config
+        patience = config.resources.model_copy(update={"call_timeout_seconds": 0.2})
+        setup.coordinator.config = config.model_copy(update={"resources": patience})
+        try:
+            with pytest.raises(OpdlmError, match=r"learner: it neither trains nor waits for samples since 0\.2 s"):
+                await asyncio.wait_for(setup.coordinator.run(lambda: hanging.wait(60)), timeout=30)
+        finally:
+            hanging.set()
+
+    asyncio.run(scenario())
+
+
+def store_full() -> RayTaskError:
+    """As it arrives from an actor whose outputs found no room."""
+    return RayTaskError("score", "Traceback ...", OutOfDiskError("Local disk is full"))
+
+
+def test_a_full_object_store_uses_up_no_attempts(tmp_path, monkeypatch) -> None:
+    waits: list[float] = []
+
+    class Impatient(StoreWait):
+        def __init__(self, limit_seconds: float) -> None:
+            super().__init__(limit_seconds, first_seconds=0.01)
+
+        async def wait(self, what: str) -> None:
+            waits.append(self._next)
+            await super().wait(what)
+
+    monkeypatch.setattr("deploy.coordinator.StoreWait", Impatient)
+
+    async def scenario() -> None:
+        setup = Setup(tmp_path, 0, Rollout(), Teacher(fail_at=N, times=5, error=store_full()))
+        await asyncio.wait_for(setup.coordinator.run(setup.learn), timeout=30)
+        assert [i for indices in setup.trained for i in indices] == list(range(N * ROUNDS))
+
+    asyncio.run(scenario())
+    assert waits == [0.01, 0.02, 0.04, 0.08, 0.16]
+    failures = [r for r in read_records(tmp_path) if r["kind"] == "failure"]
+    assert [(f["samples"], f["attempt"]) for f in failures] == [(N, 1)] * 5
+
+
+def test_a_store_that_stays_full_ends_the_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("deploy.coordinator.StoreWait", lambda _: StoreWait(0.05, first_seconds=0.01))
+
+    async def scenario() -> None:
+        setup = Setup(tmp_path, 0, Rollout(), Teacher(fail_at=N, times=10**9, error=store_full()))
+        message = rf"samples {N} to {2 * N - 1}: Ray's object store and its disk were full for 0.05 s"
+        with pytest.raises(OpdlmError, match=message):
+            await asyncio.wait_for(setup.coordinator.run(setup.learn), timeout=30)
+        assert setup.trained == [list(range(N))]
+
+    asyncio.run(scenario())
+
+
 def test_a_failing_learner_ends_the_run_with_its_error(tmp_path) -> None:
     async def scenario() -> None:
         setup = Setup(tmp_path, 0, Rollout(), Teacher())
@@ -201,5 +293,29 @@ def test_a_stop_does_not_wait_for_what_is_being_decoded(tmp_path) -> None:
         await setup.coordinator.stop()
         await asyncio.wait_for(running, timeout=30)
         assert setup.trained == []
+
+    asyncio.run(scenario())
+
+
+def test_metrics_that_cannot_be_written_end_the_run_and_hold_up_nobody(tmp_path) -> None:
+    async def scenario() -> None:
+        setup = Setup(tmp_path, 0, Rollout(), Teacher())
+
+        def ask(coroutine):
+            return asyncio.run_coroutine_threadsafe(coroutine, setup.loop).result(timeout=30)
+
+        def learn() -> None:
+            ask(setup.queue.publish(0, WeightPack(0, (), {}, 0)))
+            ask(setup.queue.take_round(0))
+            ask(setup.queue.tell({"kind": "step", "round": 0, "step": 1, "note": "x" * 200}))
+            ask(setup.queue.events_written())  # what the learner waits for before it saves
+            assert ask(setup.queue.take_round(1)) is None
+            setup.trained.append([])
+
+        message = r"metrics.jsonl: File too large; .* with a checkpoint if there is room for it; .* --resume"
+        with no_file_above(100), pytest.raises(OpdlmError, match=message):
+            await asyncio.wait_for(setup.coordinator.run(learn), timeout=30)
+        setup.coordinator.telemetry.close()
+        assert setup.trained, "the learner did not come to its end"
 
     asyncio.run(scenario())

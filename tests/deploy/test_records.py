@@ -22,6 +22,7 @@ from deploy.live_view import LiveView, PlainView
 from deploy.report import DYNAMIC, PERIODIC, STATIC, TEACHER, write_report
 from deploy.run_dir import truncate_metrics
 from deploy.telemetry import Telemetry, idle_share, read_records
+from tests.full_disk import no_file_above
 
 QUEUE = {"queue_depth": 3, "queue_leased": 0, "queue_free_slots": 5, "weight_version": 1}
 STEP = {"kind": "step", "loss": 1.5, "grad_norm": 2.0, "learning_rate": 1e-3}
@@ -204,3 +205,15 @@ def test_a_wait_that_takes_too_long_names_the_role() -> None:
 
     with pytest.raises(OpdlmError, match=r"teacher-0\.wait: no answer in 0\.01 s .resources\.call_timeout_seconds."):
         asyncio.run(scenario())
+
+
+def test_metrics_survive_a_disk_that_is_full_when_a_run_is_resumed(tmp_path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"kind": "step", "round": round_, "note": "x" * 50}) + "\n" for round_ in range(20)]
+    file.write_text("".join(lines))
+    with no_file_above(500), pytest.raises(OSError, match="File too large"):
+        truncate_metrics(file, 15)
+    assert file.read_text() == "".join(lines)
+    truncate_metrics(file, 15)
+    assert file.read_text() == "".join(lines[:15])
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,56 @@
+"""The ledger of a run: which samples its weights have seen, from the records of its optimizer steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What became of the samples of the rounds that were trained. Sample i is the run's i-th prompt, epoch by epoch."""
+
+    trained: int
+    """Samples in optimizer steps that were made."""
+    skipped: int
+    """Samples of steps that were skipped because their gradient was not finite."""
+    twice: list[int]
+    """Samples in more than one step."""
+    lost: list[int]
+    """Samples of a trained round in no step."""
+
+    def figures(self) -> dict[str, int]:
+        """Counts, for the report."""
+        return {
+            "samples_trained": self.trained,
+            "samples_skipped": self.skipped,
+            "samples_trained_twice": len(self.twice),
+            "samples_lost": len(self.lost),
+        }
+
+
+def read_ledger(records: Iterable[dict[str, Any]], prompts_per_round: int, total: int) -> Ledger:
+    """Counts samples over the records of `metrics.jsonl`, which holds a step that was trained again once.
+
+    Args:
+        total: samples in the whole run; those of the rounds that have a `round` record are due.
+    """
+    times: Counter[int] = Counter()
+    skipped = rounds = 0
+    for record in records:
+        if record["kind"] == "step":
+            times.update(record["samples"])
+        elif record["kind"] == "skipped_step":
+            times.update(record["samples"])
+            skipped += len(record["samples"])
+        elif record["kind"] == "round":
+            rounds = max(rounds, record["round"])
+    due = range(min(rounds * prompts_per_round, total))
+    return Ledger(
+        trained=sum(times.values()) - skipped,
+        skipped=skipped,
+        twice=sorted(index for index, count in times.items() if count > 1),
+        lost=[index for index in due if not times[index]],
+    )

@@ -1,0 +1,186 @@
+"""Actors that die, come back, are added and taken away, without Ray. `pytest tests/actors/test_pool.py`"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+from actors.pool import ActorPool
+from common.errors import OpdlmError
+
+
+class FakeActor:
+    """An actor handle. `work(x)` gives `(x, name)`; a dead one is back once it was asked `away` times."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.alive, self.gone, self.away = True, False, 3
+        self.at_work = self.most_at_work = 0
+        self.hold: asyncio.Event | None = None
+
+    def __getattr__(self, method: str) -> _Method:
+        return _Method(getattr(self, f"do_{method}"))
+
+    def die(self, for_good: bool = False) -> None:
+        self.alive, self.gone = False, for_good
+        if self.hold:
+            self.hold.set()
+
+    async def do_ready(self) -> None:
+        self.away -= 1
+        if self.away == 0 and not self.gone:
+            self.alive = True
+        self._check()
+
+    async def do_work(self, x: int) -> tuple[int, str]:
+        self._check()
+        self.at_work += 1
+        self.most_at_work = max(self.most_at_work, self.at_work)
+        if self.hold:
+            await self.hold.wait()
+        await asyncio.sleep(0)
+        self.at_work -= 1
+        self._check()
+        return x, self.name
+
+    def _check(self) -> None:
+        if self.gone:
+            raise ActorDiedError()
+        if not self.alive:
+            raise ActorUnavailableError("restarting", b"0" * 16)
+
+
+class _Method:
+    def __init__(self, function: Callable[..., Awaitable[object]]) -> None:
+        self._function = function
+
+    def options(self, num_returns: int) -> _Method:
+        return self
+
+    def remote(self, *arguments: object) -> asyncio.Future:
+        return asyncio.ensure_future(self._function(*arguments))
+
+
+@pytest.fixture(autouse=True)
+def killed(monkeypatch) -> list[FakeActor]:
+    """Actors that were ended by the pool."""
+    ended: list[FakeActor] = []
+    monkeypatch.setattr("actors.pool.ray.kill", ended.append)
+    monkeypatch.setattr("actors.pool._LONGEST_PAUSE_SECONDS", 0.001)
+    return ended
+
+
+def pool_of(*actors: FakeActor, timeout: float = 30) -> tuple[ActorPool, list[str]]:
+    """A pool, and the names that it tells of as dead."""
+    pool, deaths = ActorPool({a.name: a for a in actors}, timeout, 2), []
+    pool.on_death = lambda name, reason: deaths.append(name)
+    return pool, deaths
+
+
+async def work(pool: ActorPool, count: int) -> list[tuple[int, str]]:
+    return [small for _, small in await asyncio.gather(*(pool.call("work", x) for x in range(count)))]
+
+
+def test_a_call_that_dies_goes_to_another_actor_and_the_dead_one_comes_back() -> None:
+    async def scenario() -> None:
+        one, two = FakeActor("one"), FakeActor("two")
+        pool, deaths = pool_of(one, two)
+        one.hold = asyncio.Event()
+        answers = asyncio.create_task(work(pool, 6))
+        while not one.at_work:
+            await asyncio.sleep(0)
+        one.die()
+        assert [x for x, _ in await answers] == list(range(6)), "nothing is lost"
+        assert {who for _, who in await answers} == {"two"}
+        assert deaths == ["one"]
+        one.hold = None
+        while pool._away:
+            await asyncio.sleep(0.001)
+        assert {who for _, who in await work(pool, 4)} == {"one", "two"}
+        assert (one.most_at_work, two.most_at_work) == (1, 1), "one call at a time"
+
+    asyncio.run(scenario())
+
+
+def test_a_push_does_not_wait_for_an_actor_that_is_away() -> None:
+    async def scenario() -> None:
+        one, two = FakeActor("one"), FakeActor("two")
+        one.away = 10**9  # a node that does not come back
+        pool, deaths = pool_of(one, two)
+        one.die()
+        await pool.broadcast("work", 0)  # finds out
+        await asyncio.wait_for(pool.broadcast("work", 0), timeout=10)
+        assert deaths == ["one"], "one death is told once"
+        assert await work(pool, 2) == [(0, "two"), (1, "two")]
+
+    asyncio.run(scenario())
+
+
+def test_an_idle_actor_that_died_and_came_back_is_not_in_line_twice() -> None:
+    async def scenario() -> None:
+        one = FakeActor("one")
+        pool, _ = pool_of(one)
+        one.die()
+        await pool.broadcast("work", 0)
+        while pool._away:
+            await asyncio.sleep(0.001)
+        await work(pool, 5)
+        assert one.most_at_work == 1
+
+    asyncio.run(scenario())
+
+
+def test_the_last_actor_gone_for_good_ends_every_waiting_call() -> None:
+    async def scenario() -> None:
+        one = FakeActor("one")
+        pool, _ = pool_of(one)
+        one.die(for_good=True)
+        results = await asyncio.wait_for(
+            asyncio.gather(*(pool.call("work", x) for x in range(3)), return_exceptions=True), 10
+        )
+        assert all(isinstance(r, OpdlmError) and "resources.actor_restarts 2" in str(r) for r in results), results
+
+    asyncio.run(scenario())
+
+
+def test_nobody_comes_back_in_time() -> None:
+    async def scenario() -> None:
+        one = FakeActor("one")
+        one.away = 10**9
+        pool, _ = pool_of(one, timeout=0.02)
+        one.die()
+        with pytest.raises(OpdlmError, match=r"one: not back after 0.02 s .resources.call_timeout_seconds."):
+            await pool.call("work", 0)
+
+    asyncio.run(scenario())
+
+
+def test_added_actors_serve_once_ready_and_retired_ones_finish_their_call(killed) -> None:
+    async def scenario() -> None:
+        one, two = FakeActor("one"), FakeActor("two")
+        pool, deaths = pool_of(one)
+        two.alive = False
+        pool.add("two", two)
+        assert {who for _, who in await work(pool, 2)} == {"one"}
+        while pool._away:
+            await asyncio.sleep(0.001)
+        assert {who for _, who in await work(pool, 2)} == {"one", "two"}
+        one.hold = asyncio.Event()
+        answers = asyncio.create_task(work(pool, 3))
+        while not one.at_work:
+            await asyncio.sleep(0)
+        retiring = asyncio.create_task(pool.retire("one"))
+        await asyncio.sleep(0.01)
+        assert not retiring.done(), "it is at work"
+        assert killed == []
+        one.hold.set()
+        await retiring
+        assert killed == [one]
+        assert sorted(x for x, _ in await answers) == [0, 1, 2]
+        assert {who for _, who in await work(pool, 3)} == {"two"}
+        assert deaths == [], "going by request is no death"
+
+    asyncio.run(scenario())

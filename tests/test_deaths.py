@@ -1,0 +1,145 @@
+"""Every role of a run dies in turn, by SIGKILL, through real Ray; actors come and go. `pytest tests/test_deaths.py`
+
+The driver's death is in `test_run.py`; all of them at random, for longer: `make chaos`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.config import OpdlmConfig
+from common.errors import OpdlmError
+from deploy.ledger import read_ledger
+from deploy.scaling import request_scale
+from deploy.telemetry import read_records
+from tests.runs import ROUNDS, losses, run_config, start, wait_for_rounds
+
+pytestmark = pytest.mark.ray
+
+N = 8
+"""Prompts of a round in `run_config`."""
+
+
+@contextlib.contextmanager
+def running(config: OpdlmConfig) -> Iterator[subprocess.Popen]:
+    """`opdlm train` in a process of its own, ended at the latest here."""
+    process = start(config, resume=False)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def assert_sound(run_dir: Path) -> Counter[str]:
+    """Every sample of the run was trained exactly once, no version fell; kinds of records and how many there are."""
+    records = read_records(run_dir)
+    ledger = read_ledger(records, N, ROUNDS * N)
+    assert (ledger.trained, ledger.lost, ledger.twice) == (ROUNDS * N, [], [])
+    versions = [r["weight_version"] for r in records if r["kind"] == "publish"]
+    assert versions == sorted(versions)
+    assert json.loads((run_dir / "report.json").read_text())["weight_version"] == ROUNDS
+    return Counter(r["kind"] for r in records)
+
+
+def test_a_rollout_actor_and_a_teacher_die(chain_teacher, whole, victims, tmp_path) -> None:
+    """While they may be at work: Ray restarts them, the calls are repeated, the losses are the same."""
+    run_dir = tmp_path / "run"
+    with running(run_config(chain_teacher, run_dir)) as process:
+        wait_for_rounds(run_dir, 1, process)
+        victims.kill("rollout")
+        wait_for_rounds(run_dir, 2, process)
+        victims.kill("teacher")
+        assert process.wait(timeout=400) == 0
+    assert_sound(run_dir)
+    assert losses(run_dir) == losses(whole)
+    assert {r["role"] for r in read_records(run_dir) if r["kind"] == "actor_death"} == {"rollout", "teacher"}
+
+
+def test_a_learner_rank_dies(chain_teacher, whole, victims, tmp_path) -> None:
+    """Ray Train restarts the group from its last checkpoint, the queue hands out the same rounds again."""
+    run_dir = tmp_path / "run"
+    with running(run_config(chain_teacher, run_dir, checkpoint={"every_rounds": 2})) as process:
+        wait_for_rounds(run_dir, 3, process)
+        victims.kill("learner")
+        assert process.wait(timeout=400) == 0
+    assert assert_sound(run_dir)["learner_restart"] == 1
+    assert losses(run_dir) == losses(whole)
+
+
+def test_the_queue_dies(chain_teacher, whole, victims, tmp_path) -> None:
+    """The run goes back to its last checkpoint with a new queue and a new learner; the actors stay."""
+    run_dir = tmp_path / "run"
+    with running(run_config(chain_teacher, run_dir, checkpoint={"every_rounds": 2})) as process:
+        wait_for_rounds(run_dir, 1, process)
+        actors = {(role, p.pid) for role, p in victims.all() if role in ("rollout", "teacher")}
+        victims.kill("queue")
+        wait_for_rounds(run_dir, 3, process)
+        assert actors <= {(role, p.pid) for role, p in victims.all()}
+        assert process.wait(timeout=400) == 0
+    assert assert_sound(run_dir)["queue_death"] == 1
+    assert losses(run_dir) == losses(whole)
+
+
+def test_a_node_dies(cluster, chain_teacher, tmp_path) -> None:
+    """Actors, perhaps ranks, and samples on it die together; what is left of the cluster does the rest."""
+    node = cluster.add_node(num_cpus=8)
+    run_dir = tmp_path / "run"
+    more = {"rollout": {"actors": 3, "prompts_per_call": 4}, "teacher": {"actors": 3}}
+    with running(run_config(chain_teacher, run_dir, **more, evaluation={"final_problems": 0})) as process:
+        wait_for_rounds(run_dir, 1, process)
+        cluster.remove_node(node, allow_graceful=False)
+        assert process.wait(timeout=500) == 0
+    kinds = assert_sound(run_dir)
+    assert kinds["actor_death"] + kinds["learner_restart"] >= 1, "nothing of the run was on the node"
+
+
+def test_actors_are_added_and_taken_away_while_it_runs(ray_cluster, chain_teacher, victims, tmp_path) -> None:
+    run_dir = tmp_path / "run"
+    config = run_config(
+        chain_teacher,
+        run_dir,
+        run={"rounds": 5000},
+        learner={"workers": 1},
+        checkpoint={"every_rounds": 1, "keep": 2},
+        evaluation={"final_problems": 0},
+    )
+
+    def serving() -> dict[str, int]:
+        latest = [r for r in read_records(run_dir) if r["kind"] == "round"][-1]
+        return {role: latest[f"{role}_actors"] for role in ("rollout", "teacher")}
+
+    def wait_until_serving(**wanted: int) -> None:
+        limit = time.monotonic() + 200
+        while serving() != wanted:
+            assert time.monotonic() < limit, f"{serving()} instead of {wanted}"
+            time.sleep(0.2)
+
+    with pytest.raises(OpdlmError, match="holds no run"):
+        request_scale(run_dir, {"rollout": 2}, 1)
+    with running(config) as process:
+        wait_for_rounds(run_dir, 1, process)
+        assert request_scale(run_dir, {"rollout": 3, "teacher": 2}, 120) == {"rollout": [1, 3], "teacher": [1, 2]}
+        wait_until_serving(rollout=3, teacher=2)
+        with pytest.raises(
+            OpdlmError, match=r"opdlm scale: the run asks for 42 CPUs \(rollout 40 x 1 \+ teacher 1 x 1"
+        ):
+            request_scale(run_dir, {"rollout": 40, "teacher": 1}, 120)
+        assert request_scale(run_dir, {"rollout": 1}, 120) == {"rollout": [3, 1]}
+        wait_until_serving(rollout=1, teacher=2)
+        assert sum(role == "rollout" for role, _ in victims.all()) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=300) == 128 + signal.SIGTERM
+    records = read_records(run_dir)
+    ledger = read_ledger(records, N, 5000 * N)
+    assert (ledger.lost, ledger.twice) == ([], [])
+    assert not [r for r in records if r["kind"] == "actor_death"], "going by request is no death"
