@@ -1,4 +1,4 @@
-"""`opdlm trace`: commands about a run directory."""
+"""`opdlm trace`, `scale`: commands about a run directory."""
 
 from __future__ import annotations
 
@@ -51,3 +51,28 @@ def trace(
             student, prompt or [], samples, strategy, threshold, temperature, max_new_tokens, top, page
         )
         run_trace(run, options, out)
+
+
+@app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a run that goes on.")],
+    rollout: Annotated[int | None, typer.Option(help="Rollout actors from now on.")] = None,
+    teacher: Annotated[int | None, typer.Option(help="Teacher actors from now on.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the run's answer.")] = 600.0,
+) -> None:
+    """Add rollout or teacher actors to a run, or take some away, without stopping it.
+
+    New ones serve as soon as their model is loaded; those that go finish the call they are busy with. The numbers hold
+    until the run ends; a resumed run has those of its run file. Learner workers need a resume: `opdlm train RUN.yaml
+    --resume --set learner.workers=N`.
+
+    Example:
+
+        opdlm scale runs/demo --rollout 6 --teacher 2
+    """
+    with clear_errors():
+        from deploy.scaling import request_scale
+
+        wanted = {role: count for role, count in (("rollout", rollout), ("teacher", teacher)) if count is not None}
+        for role, (before, after) in request_scale(run, wanted, timeout).items():
+            out.print(f"{role} actors: {before} → {after}", highlight=False)

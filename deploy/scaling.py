@@ -1,0 +1,134 @@
+"""`opdlm scale`: rollout and teacher actors added to a run, or taken away, while it goes on.
+
+The request is a file in the run directory, so that it reaches the driver wherever that runs (in this terminal, in a
+job of the cluster) without a port or a token; the answer is a record in `metrics.jsonl`.
+
+    opdlm scale ──RUN/scale.json──► driver: checks against the cluster, changes pools ──record `scale`──► opdlm scale
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from actors.pool import ActorPool
+from common.config import OpdlmConfig
+from common.errors import ConfigError, OpdlmError
+from deploy.cluster import Roles, check_demands, demands, start_rollout, start_teacher
+from deploy.telemetry import Telemetry, read_records
+
+log = logging.getLogger("opdlm.scaling")
+
+_FILE = "scale.json"
+_POLL_SECONDS = 1.0
+
+
+def request_scale(run_dir: Path, wanted: dict[str, int], patience_seconds: float) -> dict[str, Any]:
+    """Asks a running run for other numbers of actors; waits for its answer.
+
+    Args:
+        wanted: actors by role, `rollout` and `teacher`; what is left out stays.
+
+    Returns: by role, `[before, after]`.
+
+    Raises:
+        OpdlmError: no run there, no answer in time, or the run refuses (its reason).
+    """
+    if not (run_dir / "metrics.jsonl").exists():
+        raise OpdlmError(f"RUN: {run_dir} holds no run; give the run.dir of one that is running")
+    if not wanted:
+        raise OpdlmError("nothing was asked for; give --rollout N, --teacher N, or both")
+    if too_few := [f"--{role}: found {count}; at least 1" for role, count in wanted.items() if count < 1]:
+        raise OpdlmError(too_few[0])
+    request = uuid.uuid4().hex
+    aside = run_dir / f".{_FILE}.{request}"
+    aside.write_text(json.dumps({"request": request, "actors": wanted}))
+    aside.replace(run_dir / _FILE)
+    deadline = time.monotonic() + patience_seconds
+    while time.monotonic() < deadline:
+        for record in read_records(run_dir):
+            if record["kind"] == "scale" and record["request"] == request:
+                if record["refused"]:
+                    raise OpdlmError(record["refused"])
+                return {role: record[role] for role in wanted}
+        time.sleep(_POLL_SECONDS / 2)
+    (run_dir / _FILE).unlink(missing_ok=True)
+    raise OpdlmError(f"RUN: {run_dir} gave no answer in {patience_seconds:g} s (--timeout); is it running?")
+
+
+class Scaler:
+    """The driver's side. Numbers of actors that were asked for hold until the run's process ends.
+
+    Args:
+        student: folder of the student's start weights, for new rollout actors.
+    """
+
+    def __init__(self, config: OpdlmConfig, roles: Roles, student: str, telemetry: Telemetry) -> None:
+        self._config, self._telemetry = config, telemetry
+        self._file = Path(config.run.dir) / _FILE
+        self._file.unlink(missing_ok=True)  # of an earlier life: the run file says how many there are now
+        self._pools = {"rollout": roles.rollouts, "teacher": roles.teachers}
+        self._start: dict[str, Callable[[str], Any]] = {
+            "rollout": lambda name: start_rollout(config, name, student, config.rollout.on_new_weights),
+            "teacher": lambda name: start_teacher(config, name),
+        }
+        self._named = {role: len(pool.actors) for role, pool in self._pools.items()}
+
+    async def watch(self) -> None:
+        """Answers requests until it is cancelled."""
+        while True:
+            await asyncio.sleep(_POLL_SECONDS)
+            if self._file.exists():
+                text = self._file.read_text()
+                self._file.unlink()
+                try:
+                    asked = json.loads(text)
+                    request = str(asked["request"])
+                    wanted = {role: int(asked["actors"][role]) for role in self._pools if role in asked["actors"]}
+                except (ValueError, TypeError, KeyError):
+                    log.warning("%s is no request of `opdlm scale`: %.100r", self._file, text)
+                    continue
+                await self._answer(request, wanted)
+
+    async def _answer(self, request: str, wanted: dict[str, int]) -> None:
+        try:
+            self._check(wanted)
+        except ConfigError as error:
+            self._telemetry.scaled(request=request, refused=str(error))
+            return
+        changes = {}
+        for role, count in wanted.items():
+            pool = self._pools[role]
+            before = len(pool.actors)
+            self._grow(role, pool, count)
+            await self._shrink(pool, count)
+            changes[role] = [before, len(pool.actors)]
+        log.info("scaled: %s", changes)
+        self._telemetry.scaled(request=request, refused="", **changes)
+
+    def _check(self, wanted: dict[str, int]) -> None:
+        config = self._config
+        if config.run.replay is not None:
+            raise ConfigError("run.replay: a replay has no rollout and no teacher actors")
+        counts = {role: wanted.get(role, len(pool.actors)) for role, pool in self._pools.items()}
+        changed = {
+            "rollout": config.rollout.model_copy(update={"actors": counts["rollout"]}),
+            "teacher": config.teacher.model_copy(update={"actors": counts["teacher"]}),
+        }
+        check_demands(demands(config.model_copy(update=changed)), "opdlm scale")
+
+    def _grow(self, role: str, pool: ActorPool, count: int) -> None:
+        for _ in range(count - len(pool.actors)):
+            name = f"{role}-{self._named[role]}"
+            self._named[role] += 1
+            pool.add(name, self._start[role](name))
+
+    async def _shrink(self, pool: ActorPool, count: int) -> None:
+        """The youngest go first, each after the call that it is busy with."""
+        await asyncio.gather(*(pool.retire(name) for name in list(pool.actors)[count:]))
