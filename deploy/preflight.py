@@ -18,6 +18,7 @@ from common.prompts import PromptOrder, PromptSet, load_prompts
 from common.shards import read_shards
 from common.tasks import get_task
 from common.vocabulary import check_tokenizers
+from deploy.job_paths import check_job_paths
 from deploy.replay_source import check_replay
 from learner.plan import TrainingPlan
 
@@ -37,6 +38,7 @@ class Preflight:
 
 def preflight(config: OpdlmConfig) -> Preflight:
     """Checks a config against the files that it names; writes nothing."""
+    check_job_paths(config)
     teacher = read_facts(config.model.teacher)
     student = read_facts(config.model.student) if config.model.student else teacher
     tokenizer = load_tokenizer(config.model.student or config.model.teacher)
