@@ -8,8 +8,8 @@ A figure is a level, a number of its record alone that adds up over records, or 
     {"kind": "round", "rollout_tokens": ...}  Counter opdlm_round_rollout_tokens  ray_opdlm_round_rollout_tokens_total
     its `step`, `round`                       Counter opdlm_steps, opdlm_rounds   ray_opdlm_steps_total, ...
 
-Tags: `run`, the name of the run directory; `row` of an evaluation; `reason` of a failure, the kind of error.
-Ray adds the prefix `ray_` and the suffix `_total`, and hands figures on every 10 s.
+Tags: `run`, the name of the run directory; `row` of an evaluation; `reason` of a failure, the kind of error; `role` of
+a death. Ray adds the prefix `ray_` and the suffix `_total`, and hands figures on every 10 s.
 """
 
 from __future__ import annotations
@@ -23,13 +23,25 @@ from deploy.sinks import figures
 
 ADDED = {
     "step": {"rows", "rows_without_loss", "loss_positions", "tokens", "padding_tokens"},
-    "round": {"round_tokens", "train_forward_tokens", "rollout_forward_tokens", "teacher_forward_tokens"},
+    "round": {
+        "round_tokens",
+        "train_forward_tokens",
+        "rollout_forward_tokens",
+        "teacher_forward_tokens",
+        "continued_sequences",
+        "continued_tokens",
+    },
     "failure": {"samples"},
+    "skipped_step": {"steps"},
+    "actor_death": {"deaths"},
+    "queue_death": {"deaths"},
+    "learner_restart": {"restarts", "lost_steps"},
+    "failed_save": {"saves"},
 }
 """Figures that say what happened since the record before: counters go up by them."""
-RUNNING = {"round": {"rollout_tokens", "compute_flops", "refused_duplicate", "refused_stale"}}
+RUNNING = {"round": {"rollout_tokens", "compute_flops", "refused_duplicate", "refused_stale", "samples_made_again"}}
 """Figures that are totals of the run already: counters follow them."""
-_TAGS = {"row": "row", "error": "reason"}
+_TAGS = {"row": "row", "error": "reason", "role": "role"}
 """Texts of a record that become tags."""
 
 

@@ -31,6 +31,8 @@ from tests.deploy.test_records import ROUND, Listener, result
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "opdlm.json"
 ACTORS = {"rollout_actors": 2, "teacher_actors": 1}
 RUN = "metrics-run"
+LOST = 9.0
+"""Loss of a step that is trained again, so that `metrics.jsonl` no longer has it."""
 
 
 def expressions() -> list[str]:
@@ -45,7 +47,7 @@ def names() -> set[str]:
 
 
 async def _queue_state() -> dict:
-    """Of a real queue that took four samples, one of them twice, refused one as stale, and handed a round over."""
+    """Of a real queue that took four samples, one of them twice, refused one as stale, handed one on, lost one."""
     queue = ReplayQueueActor(4, 1, 12, 0)
     await queue.weights_taken(0)
     assert await queue.lease(8) == list(range(8))
@@ -53,6 +55,10 @@ async def _queue_state() -> dict:
     assert await queue.put([0], 0, ["a"]) == [False]
     assert await queue.put([4], -1, ["e"]) == [False]
     await queue.take_round(0)
+    waiting = asyncio.ensure_future(queue.replace(2, ["c"]))
+    assert await queue.lease(8) == [2]
+    assert await queue.put([2], 0, ["c"]) == [True]
+    assert await waiting == ["c"]
     return await queue.state()
 
 
@@ -61,6 +67,17 @@ def tell(telemetry: Telemetry) -> None:
     state = asyncio.run(_queue_state()) | ACTORS
     telemetry.data(12, ["row 3: too long"], "digest")
     telemetry.given(4, 100, cached=False, cut=1)
+    start = {"kind": "learner_start", "round": 0, "step": 0}
+    lost = {"kind": "step", "round": 0, "step": 2, "loss": LOST}
+    telemetry.learned([start, lost, start], state)  # of its starts only those after the first are worth a record
+    place = {"round": 0, "step": 0, "in_a_row": 1, "reason": "why"}
+    skipped, unsaved = (
+        {"kind": "skipped_step", "steps": 1},
+        {"kind": "failed_save", "saves": 1, "checkpoint_seconds": 0.2},
+    )
+    telemetry.learned([skipped | place, unsaved | place, unsaved | place | {"in_a_row": 2}], state)
+    telemetry.actor_died("rollout-1", "killed")
+    telemetry.queue_died("killed")
     telemetry.failed([0, 1, 2], 1, "ValueError: no such thing", "RayTaskError(ValueError)")
     step = {"kind": "step", "learning_rate": 1e-3, **asdict(StepResult(1.5, 2.0, 7, 1, 30, 800, 50, 0.2))}
     for round_ in (1, 2):
@@ -133,6 +150,11 @@ def test_levels_and_totals(tmp_path, values) -> None:
     assert values["ray_opdlm_round_refused_stale_total"] == {run: 1}
     assert values["ray_opdlm_round_refused_duplicate_total"] == {run: 1}
     assert values["ray_opdlm_failure_samples_total"] == {(RUN, "RayTaskError(ValueError)"): 3}
+    assert values["ray_opdlm_actor_death_deaths_total"] == {(RUN, "rollout"): 1}
+    assert values["ray_opdlm_learner_restart_restarts_total"] == {run: 1}
+    assert values["ray_opdlm_learner_restart_lost_steps_total"] == {run: 2}
+    assert values["ray_opdlm_skipped_step_steps_total"] == {run: 1}
+    assert values["ray_opdlm_failed_save_saves_total"] == {run: 2}
     assert values["ray_opdlm_evaluation_exact_match"] == {(RUN, PERIODIC): 0.5}
     assert values["ray_opdlm_steps_total"] == {run: 2}
     rounds = [r for r in listener.records if r["kind"] == "round"]
@@ -165,7 +187,8 @@ def test_a_sink_that_fails_ends_no_run(tmp_path, values, monkeypatch, caplog) ->
         telemetry.close()
     assert [r.getMessage() for r in caplog.records] == ["PrometheusSink failed and gets no more records"]
     assert sum(r["kind"] == "round" for r in listener.records) == 2
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(listener.records)
+    surviving = [r for r in listener.records if r.get("loss") != LOST]
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == surviving
 
 
 def test_the_dashboard_is_whole() -> None:
