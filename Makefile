@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 -x /testing/ ray torch deepspeed
 
-.PHONY: demo test test-vllm lint bench format clean
+.PHONY: demo test test-vllm chaos soak lint bench format clean
 
 demo: $(VENV)/.installed models/chain-teacher  ## Train a teacher, turn it into a diffusion model, report.
 	rm -rf runs/demo
@@ -22,6 +22,14 @@ test: $(VENV)/.installed-dev  ## All tests.
 
 test-vllm: $(VLLM_VENV)/.installed  ## The vLLM teacher against the transformers one, in an environment of its own (3.3 GB).
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+chaos: $(VENV)/.installed-dev models/chain-teacher  ## 40 rounds of the demo, unbroken and under random kills, side by side.
+	rm -rf runs/chaos
+	$(BIN)/python -m tests.chaos
+
+soak: $(VENV)/.installed-dev models/chain-teacher  ## 30 minutes of the demo under random kills.
+	rm -rf runs/soak
+	$(BIN)/python -m tests.chaos --minutes 30 --pause 45 --staleness 1 --out runs/soak
 
 lint: $(VENV)/.installed-dev  ## Format, lint, types.
 	$(BIN)/ruff format --check .
