@@ -130,12 +130,16 @@ def start_rollout_actor(
     gpus: float,
     restarts: int,
     on_new_weights: OnNewWeights = "finish",
+    **where: Any,
 ) -> Any:
-    """Starts one under its name; it may die `restarts` times. The pool repeats the call that died with it."""
+    """Starts one under its name; it may die `restarts` times. The pool repeats the call that died with it.
+
+    `where`: more options of Ray's, for its place.
+    """
     actor = ray.remote(
         num_cpus=cpus,
         num_gpus=gpus,
         max_restarts=restarts,
         max_concurrency=2 if on_new_weights == "continue" else 1,  # a decode, and a push that comes meanwhile
     )(RolloutActor)
-    return actor.options(name=name).remote(student, dtype, int(cpus), on_new_weights)
+    return actor.options(name=name, **where).remote(student, dtype, int(cpus), on_new_weights)

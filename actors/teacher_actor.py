@@ -66,9 +66,12 @@ class TeacherActor:
         return responses, time.perf_counter() - started
 
 
-def start_teacher_actor(name: str, folder: str, config: TeacherConfig, restarts: int) -> Any:
-    """Starts one under its name; it may die `restarts` times. The pool repeats the call that died with it."""
+def start_teacher_actor(name: str, folder: str, config: TeacherConfig, restarts: int, **where: Any) -> Any:
+    """Starts one under its name; it may die `restarts` times. The pool repeats the call that died with it.
+
+    `where`: more options of Ray's, for its place.
+    """
     actor = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor, max_restarts=restarts)(
         TeacherActor
     )
-    return actor.options(name=name).remote(folder, config)
+    return actor.options(name=name, **where).remote(folder, config)

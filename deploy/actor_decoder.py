@@ -21,7 +21,8 @@ from common.config.schema import ResourcesConfig, TeacherConfig
 from common.models import read_config
 from common.types import RolloutRequest
 from deploy.checkpoint_decoder import Answers, Decoder, cut_to_limits
-from deploy.cluster import check_demands, join_or_start
+from deploy.cluster import join_or_start
+from deploy.placement import check_demands
 
 _PARTS_PER_ACTOR = 4
 """Calls that an actor gets of a large set of prompts: few, so that slots are refilled; not one, so that none idles."""

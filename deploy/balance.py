@@ -54,7 +54,9 @@ class Balance:
     teacher_seconds: float
     learner_seconds: float
     round_seconds: float
-    """Their sum at `max_staleness` 0; else the longest, where a push occupies the rollout actors."""
+    """Their sum at `max_staleness` 0. At k, the longest, where a push occupies the rollout actors, or the sum / (k + 1)
+    where that is more, as k + 1 rounds are on the way (a small `rollout.prompts_per_call` comes closer to the longest).
+    """
     tokens_per_second: float
     bottleneck: str
 
@@ -120,7 +122,7 @@ def balance(config: OpdlmConfig, rates: Rates, rollout_actors: int) -> Balance:
         "learner": tokens / (rates.learner * config.learner.workers),
     }
     busy = {**seconds, "rollout": seconds["rollout"] + rates.push_seconds}
-    total = sum(busy.values()) if config.queue.max_staleness == 0 else max(busy.values())
+    total = max(*busy.values(), sum(busy.values()) / (config.queue.max_staleness + 1))
     return Balance(
         rollout_actors=rollout_actors,
         slots=slots_of(config, rollout_actors),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -17,6 +18,7 @@ from common.config import OpdlmConfig
 from common.config.checks import is_loopback
 from common.config.schema import OnNewWeights, ResourcesConfig
 from common.errors import ConfigError, OpdlmError
+from deploy.placement import Demands, Places, check_room, demands, reserve
 
 log = logging.getLogger("opdlm.cluster")
 
@@ -35,6 +37,8 @@ class Roles:
     teachers: ActorPool
     evaluators: ActorPool | None = None
     """Spare rollout actors for periodic evaluations (`evaluation.actors`)."""
+    places: Mapping[str, Places] = field(default_factory=dict)
+    """By role, where its actors go."""
 
     def sizes(self) -> dict[str, int]:
         """How many actors of each kind can work now, for the metrics."""
@@ -47,40 +51,14 @@ class Roles:
     def stop(self) -> None:
         """Ends them all."""
         stop_actors([self.queue, *(actor for pool in self.pools() for actor in pool.actors.values())])
-
-
-Demands = dict[str, list[tuple[str, int, float]]]
-"""Who asks for what: `{"CPU": [(role, count, each), ...], "GPU": ...}`."""
-
-
-def demands(config: OpdlmConfig) -> Demands:
-    """What the roles of a run ask for."""
-    rollout, teacher, learner, spare = config.rollout, config.teacher, config.learner, config.evaluation.actors
-    if config.run.replay is not None:
-        return {
-            "CPU": [("learner", learner.workers, learner.cpus_per_worker)],
-            "GPU": [("learner", learner.workers, learner.gpus_per_worker)],
-        }
-    return {
-        "CPU": [
-            ("rollout", rollout.actors, rollout.cpus_per_actor),
-            ("teacher", teacher.actors, teacher.cpus_per_actor),
-            ("learner", learner.workers, learner.cpus_per_worker),
-            ("evaluation", spare, rollout.cpus_per_actor),
-        ],
-        "GPU": [
-            ("rollout", rollout.actors, rollout.gpus_per_actor),
-            ("teacher", teacher.actors, teacher.gpus_per_actor),
-            ("learner", learner.workers, learner.gpus_per_worker),
-            ("evaluation", spare, rollout.gpus_per_actor),
-        ],
-    }
+        for places in self.places.values():
+            places.free()
 
 
 def connect(config: OpdlmConfig) -> None:
     """Joins the cluster of `resources.ray_address` (or RAY_ADDRESS), else starts a local one; checks its size."""
     join_or_start(config.resources, demands(config))
-    check_demands(demands(config), "resources")
+    check_room(config, "resources")
 
 
 def join_or_start(resources: ResourcesConfig, asked: Demands) -> None:
@@ -141,51 +119,47 @@ def check_security(resources: ResourcesConfig, version: str) -> None:
         )
 
 
-def check_demands(demanded: Demands, where: str) -> None:
-    """Raises `ConfigError` with the arithmetic where the roles ask for more than the cluster has."""
-    available = ray.cluster_resources()
-    for kind, rows in demanded.items():
-        asked = sum(count * each for _, count, each in rows)
-        there = available.get(kind, 0.0)
-        if asked > there:
-            terms = " + ".join(f"{role} {count} x {each:g}" for role, count, each in rows if count * each)
-            raise ConfigError(
-                f"{where}: the run asks for {asked:g} {kind}s ({terms}), the cluster has {there:g}; "
-                "lower the actor counts or add nodes"
-            )
-
-
 def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int) -> Roles:
     """Starts queue, rollout actors and teacher actors under the names that the dashboard shows.
 
     A replay needs the queue alone; its pools are empty.
     """
     rollout, teacher, resources = config.rollout, config.teacher, config.resources
-    queue = start_queue(rollout.prompts_per_round, config.queue.max_staleness, total, first_round)
     timeout, retries = resources.call_timeout_seconds, resources.actor_restarts
+    places = reserve(config)
+    queue = start_queue(rollout.prompts_per_round, config.queue.max_staleness, total, first_round)
     if config.run.replay is not None:
         return Roles(queue, ActorPool({}, timeout, retries), ActorPool({}, timeout, retries))
 
-    def students(name: str, count: int, on_new_weights: OnNewWeights) -> dict[str, Any]:
-        return {f"{name}-{i}": start_rollout(config, f"{name}-{i}", student, on_new_weights) for i in range(count)}
+    def students(role: str, name: str, count: int, on_new_weights: OnNewWeights) -> dict[str, Any]:
+        names = [f"{name}-{i}" for i in range(count)]
+        where = [places[role].options(i) for i in range(count)]
+        return {n: start_rollout(config, n, student, on_new_weights, w) for n, w in zip(names, where, strict=True)}
 
-    spares = config.evaluation.actors
-    teachers = {f"teacher-{i}": start_teacher(config, f"teacher-{i}") for i in range(teacher.actors)}
-    rollouts, spare = students("rollout", rollout.actors, rollout.on_new_weights), students("eval", spares, "finish")
+    teachers = {
+        f"teacher-{i}": start_teacher(config, f"teacher-{i}", places["teacher"].options(i))
+        for i in range(teacher.actors)
+    }
+    rollouts = students("rollout", "rollout", rollout.actors, rollout.on_new_weights)
+    spare = students("evaluation", "eval", config.evaluation.actors, "finish")
     return Roles(
         queue,
         ActorPool(rollouts, timeout, retries),
         ActorPool(teachers, timeout, retries),
         ActorPool(spare, timeout, retries) if spare else None,
+        places,
     )
 
 
-def start_rollout(config: OpdlmConfig, name: str, student: str, on_new_weights: OnNewWeights) -> Any:
-    """One rollout actor of a run; `student`: folder of its start weights."""
+def start_rollout(
+    config: OpdlmConfig, name: str, student: str, on_new_weights: OnNewWeights, where: Mapping[str, Any]
+) -> Any:
+    """One rollout actor of a run; `student`: folder of its start weights; `where`: see `Places.options`."""
     each = (config.rollout.cpus_per_actor, config.rollout.gpus_per_actor, config.resources.actor_restarts)
-    return start_rollout_actor(name, student, config.model.dtype, *each, on_new_weights)
+    return start_rollout_actor(name, student, config.model.dtype, *each, on_new_weights, **where)
 
 
-def start_teacher(config: OpdlmConfig, name: str) -> Any:
-    """One teacher actor of a run."""
-    return start_teacher_actor(name, config.model.teacher, config.teacher, config.resources.actor_restarts)
+def start_teacher(config: OpdlmConfig, name: str, where: Mapping[str, Any]) -> Any:
+    """One teacher actor of a run; `where`: see `Places.options`."""
+    restarts = config.resources.actor_restarts
+    return start_teacher_actor(name, config.model.teacher, config.teacher, restarts, **where)

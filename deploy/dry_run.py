@@ -9,7 +9,7 @@ from rich.table import Table
 
 from common.config import OpdlmConfig
 from common.curriculum import length_limit
-from deploy.cluster import demands
+from deploy.placement import demands, plural, terms
 from deploy.preflight import preflight
 
 
@@ -36,8 +36,9 @@ def show_plan(config: OpdlmConfig, console: Console) -> None:
     ):
         table.add_row(name, value)
     for kind, rows in demands(config).items():
-        asked = " + ".join(f"{role} {count} x {each:g}" for role, count, each in rows if count * each)
-        table.add_row(f"{kind}s asked for", f"{sum(c * e for _, c, e in rows):g}" + (f" = {asked}" if asked else ""))
+        asked = terms(rows)
+        total = sum(count * each for _, count, each in rows)
+        table.add_row(f"{plural(kind)} asked for", f"{total:g}" + (f" = {asked}" if asked else ""))
     console.print(table)
     for line in checked.prompts.refused[:10]:
         console.print(f"refused prompt {line}", highlight=False)

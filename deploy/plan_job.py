@@ -19,7 +19,6 @@ from common.errors import OpdlmError
 from common.grid import BlockGrid
 from common.models import load_tokenizer, read_config
 from deploy.balance import Balance, Rates, balance_to_plain, balances, read_rates
-from deploy.cluster import Demands, demands
 from deploy.memory_plan import (
     Lengths,
     RoleMemory,
@@ -30,6 +29,7 @@ from deploy.memory_plan import (
     teacher_memory,
     to_plain,
 )
+from deploy.placement import Demands, demands, placement_lines
 from deploy.preflight import Preflight, preflight
 
 GIB = 2**30
@@ -103,6 +103,8 @@ def show_plan(config: OpdlmConfig, rates_of: Path | None, json_file: Path | None
         raise OpdlmError(f"--json: the folder {json_file.parent} does not exist; make it, or give another file")
     width = min(console.width, _WIDTH)
     console.print(_resources(plan.demands), width=width)
+    for line in placement_lines(config):
+        console.print(line, width=width, highlight=False)
     for memory in plan.memory:
         console.print(_memory(memory), width=width)
     for line in sharing(plan):
@@ -146,7 +148,8 @@ def advice(config: OpdlmConfig, rates: Rates, rows: Sequence[Balance]) -> list[s
     """What the table says, in words."""
     now = rows[0]
     staleness = config.queue.max_staleness
-    how = "take turns: a round is their sum" if staleness == 0 else "overlap: a round is as long as the longest of them"
+    overlap = f"overlap: a round is as long as the longest of them, or their sum / {staleness + 1} where that is more"
+    how = "take turns: a round is their sum" if staleness == 0 else overlap
     lines = [f"bottleneck: {now.bottleneck}; at max_staleness {staleness} the roles {how}"]
     changed = [row for row in rows if row.slots < rates.slots]
     if changed:

@@ -13,14 +13,15 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from actors.pool import ActorPool
 from common.config import OpdlmConfig
 from common.errors import ConfigError, OpdlmError
-from deploy.cluster import Roles, check_demands, demands, start_rollout, start_teacher
+from deploy.cluster import Roles, start_rollout, start_teacher
+from deploy.placement import check_room
 from deploy.telemetry import Telemetry, read_records
 
 log = logging.getLogger("opdlm.scaling")
@@ -74,9 +75,10 @@ class Scaler:
         self._file = Path(config.run.dir) / _FILE
         self._file.unlink(missing_ok=True)  # of an earlier life: the run file says how many there are now
         self._pools = {"rollout": roles.rollouts, "teacher": roles.teachers}
-        self._start: dict[str, Callable[[str], Any]] = {
-            "rollout": lambda name: start_rollout(config, name, student, config.rollout.on_new_weights),
-            "teacher": lambda name: start_teacher(config, name),
+        self._places = roles.places
+        self._start: dict[str, Callable[[str, Mapping[str, Any]], Any]] = {
+            "rollout": lambda name, where: start_rollout(config, name, student, config.rollout.on_new_weights, where),
+            "teacher": lambda name, where: start_teacher(config, name, where),
         }
         self._named = {role: len(pool.actors) for role, pool in self._pools.items()}
 
@@ -121,13 +123,13 @@ class Scaler:
             "rollout": config.rollout.model_copy(update={"actors": counts["rollout"]}),
             "teacher": config.teacher.model_copy(update={"actors": counts["teacher"]}),
         }
-        check_demands(demands(config.model_copy(update=changed)), "opdlm scale")
+        check_room(config.model_copy(update=changed), "opdlm scale")
 
     def _grow(self, role: str, pool: ActorPool, count: int) -> None:
         for _ in range(count - len(pool.actors)):
             name = f"{role}-{self._named[role]}"
             self._named[role] += 1
-            pool.add(name, self._start[role](name))
+            pool.add(name, self._start[role](name, self._places[role].options(len(pool.actors))))
 
     async def _shrink(self, pool: ActorPool, count: int) -> None:
         """The youngest go first, each after the call that it is busy with."""

@@ -65,14 +65,18 @@ def fit(setup: LearnerSetup, experiment: str) -> None:
     config = OpdlmConfig.model_validate(setup.config)
     learner = config.learner
     on_gpu = learner.gpus_per_worker > 0
-    resources: dict[str, float] = {"CPU": learner.cpus_per_worker}
-    if on_gpu:
-        resources["GPU"] = learner.gpus_per_worker
+    where = learner.placement
+    each = {"CPU": 0.0} | where.resources(learner.cpus_per_worker, learner.gpus_per_worker)  # Ray Train's default is 1
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"setup": setup},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        scaling_config=train.ScalingConfig(num_workers=learner.workers, use_gpu=on_gpu, resources_per_worker=resources),
+        scaling_config=train.ScalingConfig(
+            num_workers=learner.workers,
+            use_gpu=on_gpu,
+            resources_per_worker=each,
+            placement_strategy="PACK" if where.group == "none" else where.group.upper(),
+        ),
         run_config=train.RunConfig(
             name=experiment,
             storage_path=str(Path(setup.config["run"]["dir"]).resolve() / "ray_train"),

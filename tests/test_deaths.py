@@ -11,9 +11,11 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from common.config import OpdlmConfig
@@ -40,6 +42,21 @@ def running(config: OpdlmConfig) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
+def records_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    return [r for r in read_records(run_dir) if r["kind"] == kind]
+
+
+def kill_at_work(actor: psutil.Process, run_dir: Path) -> None:
+    """SIGKILL to the only actor of its role in the middle of a call: it is stopped until the whole run waits for it."""
+    actor.suspend()
+    records, still_since = -1, time.monotonic()
+    while time.monotonic() - still_since < 5:
+        if len(found := read_records(run_dir)) != records:
+            records, still_since = len(found), time.monotonic()
+        time.sleep(0.1)
+    actor.kill()
+
+
 def assert_sound(run_dir: Path) -> Counter[str]:
     """Every sample of the run was trained exactly once, no version fell; kinds of records and how many there are."""
     records = read_records(run_dir)
@@ -52,17 +69,18 @@ def assert_sound(run_dir: Path) -> Counter[str]:
 
 
 def test_a_rollout_actor_and_a_teacher_die(chain_teacher, whole, victims, tmp_path) -> None:
-    """While they may be at work: Ray restarts them, the calls are repeated, the losses are the same."""
+    """Mid-batch, mid-score: Ray restarts them, the calls are repeated, the losses are the same."""
     run_dir = tmp_path / "run"
     with running(run_config(chain_teacher, run_dir)) as process:
-        wait_for_rounds(run_dir, 1, process)
-        victims.kill("rollout")
-        wait_for_rounds(run_dir, 2, process)
-        victims.kill("teacher")
+        for role in ("rollout", "teacher"):
+            rounds = len(records_of(run_dir, "round")) + 1  # it takes the actor that died before to train one more
+            victim = victims.find(role)
+            wait_for_rounds(run_dir, rounds, process)
+            kill_at_work(victim, run_dir)
         assert process.wait(timeout=400) == 0
     assert_sound(run_dir)
     assert losses(run_dir) == losses(whole)
-    assert {r["role"] for r in read_records(run_dir) if r["kind"] == "actor_death"} == {"rollout", "teacher"}
+    assert [r["role"] for r in records_of(run_dir, "actor_death")] == ["rollout", "teacher"]
 
 
 def test_a_learner_rank_dies(chain_teacher, whole, victims, tmp_path) -> None:
@@ -115,13 +133,17 @@ def test_actors_are_added_and_taken_away_while_it_runs(ray_cluster, chain_teache
     )
 
     def serving() -> dict[str, int]:
-        latest = [r for r in read_records(run_dir) if r["kind"] == "round"][-1]
+        latest = records_of(run_dir, "round")[-1]
         return {role: latest[f"{role}_actors"] for role in ("rollout", "teacher")}
 
-    def wait_until_serving(**wanted: int) -> None:
+    def processes() -> dict[str, int]:
+        alive = Counter(role for role, _ in victims.all())
+        return {role: alive[role] for role in ("rollout", "teacher")}
+
+    def wait_until(count: Callable[[], dict[str, int]], **wanted: int) -> None:
         limit = time.monotonic() + 200
-        while serving() != wanted:
-            assert time.monotonic() < limit, f"{serving()} instead of {wanted}"
+        while count() != wanted:
+            assert time.monotonic() < limit, f"{count()} instead of {wanted}"
             time.sleep(0.2)
 
     with pytest.raises(OpdlmError, match="holds no run"):
@@ -129,17 +151,16 @@ def test_actors_are_added_and_taken_away_while_it_runs(ray_cluster, chain_teache
     with running(config) as process:
         wait_for_rounds(run_dir, 1, process)
         assert request_scale(run_dir, {"rollout": 3, "teacher": 2}, 120) == {"rollout": [1, 3], "teacher": [1, 2]}
-        wait_until_serving(rollout=3, teacher=2)
+        wait_until(serving, rollout=3, teacher=2)
         with pytest.raises(
             OpdlmError, match=r"opdlm scale: the run asks for 42 CPUs \(rollout 40 x 1 \+ teacher 1 x 1"
         ):
             request_scale(run_dir, {"rollout": 40, "teacher": 1}, 120)
         assert request_scale(run_dir, {"rollout": 1}, 120) == {"rollout": [3, 1]}
-        wait_until_serving(rollout=1, teacher=2)
-        assert sum(role == "rollout" for role, _ in victims.all()) == 1
+        wait_until(serving, rollout=1, teacher=2)
+        wait_until(processes, rollout=1, teacher=2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=300) == 128 + signal.SIGTERM
-    records = read_records(run_dir)
-    ledger = read_ledger(records, N, 5000 * N)
+    ledger = read_ledger(read_records(run_dir), N, 5000 * N)
     assert (ledger.lost, ledger.twice) == ([], [])
-    assert not [r for r in records if r["kind"] == "actor_death"], "going by request is no death"
+    assert not records_of(run_dir, "actor_death"), "going by request is no death"

@@ -12,7 +12,7 @@ from rich.console import Console
 from common.config import OpdlmConfig
 from common.errors import ConfigError
 from common.shards import weights_fingerprint
-from deploy.cluster import demands
+from deploy.placement import demands
 from deploy.preflight import preflight
 from deploy.telemetry import read_records
 from deploy.train_job import train

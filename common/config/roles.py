@@ -18,6 +18,27 @@ from common.config.base import (
 )
 
 
+class PlacementConfig(Section):
+    """Which nodes a role's processes run on. GPUs of their own or shared ones: `gpus_per_actor`, `gpus_per_worker`."""
+
+    accelerator_type: str | None = None
+    """Kind of GPU as Ray names it (`H100`; `ray status -v` lists what there is). Empty: any."""
+    node_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """What one process takes of resources that nodes were started with: `{decode: 1}` for the nodes of
+    `ray start --resources='{"decode": 8}'`."""
+    group: Literal["none", "pack", "spread", "strict_pack", "strict_spread"] = "none"
+    """Ray placement group, reserved as a whole before a model loads: `pack` on few nodes, `spread` over many, `strict_`
+    on just one, or on a node each. `none`: each process where Ray finds room (Ray Train, which runs the learner, then
+    packs)."""
+
+    def resources(self, cpus: float, gpus: float) -> dict[str, float]:
+        """What Ray reserves for one process, by Ray's names; nothing that is 0."""
+        asked = {"CPU": cpus, "GPU": gpus} | self.node_resources
+        if self.accelerator_type is not None:
+            asked[f"accelerator_type:{self.accelerator_type}"] = 0.001  # Ray's own way: each such node has 1 of it
+        return {name: amount for name, amount in asked.items() if amount > 0}
+
+
 class RolloutConfig(Section):
     """The student's decoding (METHOD.md section 2) and the pool of actors that does it."""
 
@@ -27,6 +48,8 @@ class RolloutConfig(Section):
     """Logical CPUs that Ray reserves for one actor."""
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0
     """GPUs that Ray reserves for one actor; 1 dedicates a GPU."""
+    placement: PlacementConfig = PlacementConfig()
+    """On which nodes."""
     prompts_per_round: PositiveInt = 128
     """Prompts decoded with one weight version (the paper: 128)."""
     prompts_per_call: PositiveInt | None = None
@@ -77,6 +100,8 @@ class TeacherConfig(Section):
     """Logical CPUs that Ray reserves for one actor."""
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0
     """GPUs that Ray reserves for one actor. Of a part of one, `vllm` takes as large a part of its memory."""
+    placement: PlacementConfig = PlacementConfig()
+    """On which nodes."""
     dtype: Dtype = "bfloat16"
     """Number format of the teacher's forward."""
     targets: Literal["hidden", "topk", "logits"] = "hidden"
@@ -137,6 +162,8 @@ class LearnerConfig(Section):
     """Logical CPUs that Ray reserves for one rank."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     """GPUs that Ray reserves for one rank: 0 or 1, or a part of one with `workers: 1` (all roles on one GPU)."""
+    placement: PlacementConfig = PlacementConfig()
+    """On which nodes."""
     batch_size: PositiveInt = 8
     """Trajectories in one optimizer step, over all ranks (paper: 8)."""
     micro_batch_rows: PositiveInt = 8

@@ -17,6 +17,7 @@ from common.config.method import CurriculumConfig, Kind, ObjectiveConfig, Offlin
 from common.config.roles import (
     LearnerConfig,
     OptimizerConfig,
+    PlacementConfig,
     QueueConfig,
     ResourcesConfig,
     RolloutConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "OnNewWeights",
     "OpdlmConfig",
     "OptimizerConfig",
+    "PlacementConfig",
     "QueueConfig",
     "ResourcesConfig",
     "RolloutConfig",

@@ -56,6 +56,7 @@ COMMANDS = [
     "lm-eval",
     "trace",
     "plan",
+    "scale",
 ]
 
 

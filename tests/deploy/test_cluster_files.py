@@ -21,7 +21,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from common.config import load_config
-from deploy.cluster import demands
+from deploy.placement import demands
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 FILES = DEPLOY / "cluster_files"

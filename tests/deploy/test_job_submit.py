@@ -62,7 +62,7 @@ class Cluster:
             *("--head", f"--port={gcs}", f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={client}"),
             f"--temp-dir={folder / 'head'}",
         )
-        self.node = f"--address=127.0.0.1:{gcs}", f"--temp-dir={folder / 'node'}"
+        self.node = f"--address=127.0.0.1:{gcs}", f"--temp-dir={folder / 'node'}", '--resources={"train": 2}'
 
     @contextmanager
     def start(self, options: tuple[str, ...], ready: Callable[[], bool]) -> Iterator[None]:
@@ -188,6 +188,8 @@ def demo(command: list[str], run_dir: Path, teacher: Path, *options: str) -> lis
         "rollout.cpus_per_actor": 1,
         "teacher.cpus_per_actor": 1,
         "learner.batch_size": 4,
+        "learner.placement.node_resources": "{train: 1}",
+        "rollout.placement.group": "pack",
         "checkpoint.every_rounds": ROUNDS,
         "evaluation.every_rounds": "null",
         "evaluation.final_problems": 0,
@@ -238,6 +240,8 @@ def test_a_job_uses_both_nodes_ends_in_a_checkpoint_when_stopped_and_goes_on(clu
     assert ours <= {name for name, _ in places}
     nodes = cluster.alive_nodes()
     assert len(nodes) == 2
+    (second,) = (node["node_id"] for node in cluster.state("nodes") if "train" in node["resources_total"])
+    assert {node for name, node in places if name == "RayTrainWorker"} == {second}, "as learner.placement has it"
     assert {node for name, node in places if name in ours - {"replay-queue"}} == nodes
 
     assert cluster.ask("/api/jobs/first")["status"] == "STOPPED"

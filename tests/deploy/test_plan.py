@@ -62,7 +62,10 @@ def test_balance_by_hand(measured) -> None:
     assert [row.bottleneck for row in sequential] == ["rollout", "rollout", "rollout", "learner"]
     assert sequential[0].tokens_per_second == pytest.approx(800 / 22.1)
     overlapped = balances(config_with(**settings, queue={"max_staleness": 1}), read_rates(measured))
-    assert [row.round_seconds for row in overlapped] == pytest.approx([16.5, 8.5, 4.5, 4.0])  # the push is rollout's
+    # The push is rollout's; with many actors two rounds on the way keep no role busy all the time.
+    assert [row.round_seconds for row in overlapped] == pytest.approx([16.5, 8.5, 10.1 / 2, 8.5 / 2])
+    ahead = balances(config_with(**settings, queue={"max_staleness": 2}), read_rates(measured))
+    assert [row.round_seconds for row in ahead] == pytest.approx([16.5, 8.5, 4.5, 4.0])
     more = config_with(rollout={"prompts_per_round": 20}, learner={"workers": 4}, teacher={"actors": 2})
     row = balances(more, read_rates(measured))[0]
     assert (row.teacher_seconds, row.learner_seconds) == pytest.approx((0.8, 1.0))

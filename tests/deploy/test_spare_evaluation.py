@@ -9,8 +9,8 @@ import pytest
 from common.config import config_from_dict
 from common.errors import ConfigError
 from common.types import WeightHandle
-from deploy.cluster import demands
 from deploy.evaluation import EvaluationResult
+from deploy.placement import demands
 from deploy.report import PERIODIC
 from deploy.spare_evaluation import MOST_WAITING, SpareEvaluations
 from deploy.telemetry import read_records
