@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
-# --no-compile: pip byte-compiles everything on one core, which takes longer than the rest of the installation. What
-# Ray's many processes would else all compile at once at the first start is compiled here, on all cores.
+# Ray starts many processes, and what is not byte-compiled each of them compiles for itself. pip does it on one core,
+# which takes longer than the rest of the installation: --no-compile, and then here on all cores. (transformers has
+# hundreds of models, so those few that are used compile when they are.)
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
-COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 -x /testing/ ray torch deepspeed
+COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 -x '/(testing|tests|models)/' .
 
 .PHONY: demo test test-vllm chaos soak lint bench format clean
 
