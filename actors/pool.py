@@ -18,19 +18,35 @@ from typing import Any
 
 import ray
 from ray.exceptions import (
+    ActorPlacementGroupRemoved,
     ActorUnavailableError,
+    ActorUnschedulableError,
     GetTimeoutError,
+    NodeDiedError,
     ObjectLostError,
+    OutOfMemoryError,
     RayActorError,
+    RayError,
     RaySystemError,
     RayTaskError,
+    RuntimeEnvSetupError,
 )
 
-from common.errors import OpdlmError
+from common.errors import OpdlmError, first_line
 
 log = logging.getLogger("opdlm.pool")
 
 _LONGEST_PAUSE_SECONDS = 5.0
+
+DEATHS = (
+    RayActorError,
+    NodeDiedError,
+    OutOfMemoryError,  # Ray's memory monitor ended it
+    ActorUnschedulableError,
+    ActorPlacementGroupRemoved,
+    RuntimeEnvSetupError,
+)
+"""How Ray says that an actor is dead, of which it has more kinds than `RayActorError`."""
 
 OnDeath = Callable[[str, str], None]
 """Told the actor's name and why, each time that one dies."""
@@ -82,15 +98,12 @@ class ActorPool:
                 refs = getattr(self.actors[name], method).options(num_returns=outputs + 1).remote(*args)
                 *kept, small = refs if outputs else [refs]
                 answer = await self._answer(small, f"{name}.{method}")
-            except RayActorError as error:
-                if isinstance(error, RayTaskError):  # it lives, and tells of another that died
+            except BaseException as error:
+                if not _is_death(error):
                     self._serve(name)
                     raise
                 self._lose(name, error)
                 continue
-            except BaseException:
-                self._serve(name)
-                raise
             self._serve(name)
             return kept, answer
 
@@ -101,7 +114,7 @@ class ActorPool:
             try:
                 return [await self._answer(ref, f"an output of {method}") for ref in refs], small
             except ObjectLostError as error:
-                log.warning("an output of %s is lost, it is made again: %s", method, _first_line(error))
+                log.warning("an output of %s is lost, it is made again: %s", method, first_line(error))
 
     async def broadcast(self, method: str, *args: Any) -> None:
         """Runs a method on every actor that is there, behind what each is doing; waits for all of them."""
@@ -109,7 +122,9 @@ class ActorPool:
         async def on(name: str, actor: Any) -> None:
             try:
                 await self._answer(getattr(actor, method).remote(*args), f"{name}.{method}")
-            except RayActorError as error:
+            except RayError as error:
+                if not _is_death(error):
+                    raise
                 self._lose(name, error)
 
         there = {name: actor for name, actor in self.actors.items() if name not in self._away}
@@ -160,12 +175,12 @@ class ActorPool:
                 self._idle[name].clear()
                 return name
 
-    def _lose(self, name: str, error: Exception) -> None:
+    def _lose(self, name: str, error: BaseException) -> None:
         """It died. Ray may be bringing it back."""
         self._idle[name].set()
         if name not in self.actors or name in self._away:
             return  # retired, or known already
-        reason = _first_line(error)
+        reason = first_line(error)
         log.warning("%s died: %s", name, reason)
         self.on_death(name, reason)
         self._away[name] = asyncio.create_task(self._come_back(name))
@@ -178,7 +193,7 @@ class ActorPool:
             except ActorUnavailableError:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-            except RayActorError as error:
+            except RayError as error:
                 self._bury(name, error)
                 return
             else:
@@ -189,32 +204,34 @@ class ActorPool:
     def _bury(self, name: str, error: Exception) -> None:
         """An actor that used up its restarts leaves the pool; the others do its work."""
         del self.actors[name], self._away[name]
-        log.warning("%s is gone for good: %s; %d of its kind are left", name, _first_line(error), len(self.actors))
+        log.warning("%s is gone for good: %s; %d of its kind are left", name, first_line(error), len(self.actors))
         if not self.actors:
             self._all_gone = OpdlmError(
                 f"{name}: died more often than resources.actor_restarts {self.restarts} allows, and was the last of "
-                f"its kind: {_first_line(error)}"
+                f"its kind: {first_line(error)}"
             )
             self._free.put_nowait(None)
 
     async def _answer(self, ref: Any, what: str) -> Any:
         try:
-            return await asyncio.wait_for(_value(ref), self.timeout_seconds)
+            return await asyncio.wait_for(value_of(ref), self.timeout_seconds)
         except (TimeoutError, GetTimeoutError):
             raise OpdlmError(
                 f"{what}: no answer in {self.timeout_seconds:g} s (resources.call_timeout_seconds); "
                 "is the cluster alive, and the time enough for one call?"
             ) from None
         except RaySystemError as error:
-            raise OpdlmError(f"{what}: {_first_line(error)}") from error
+            raise OpdlmError(f"{what}: {first_line(error)}") from error
 
 
-async def _value(ref: Any) -> Any:
+def _is_death(error: BaseException) -> bool:
+    """Whether an actor's answer says that it is dead; a living one may tell of another that is."""
+    return isinstance(error, DEATHS) and not isinstance(error, RayTaskError)
+
+
+async def value_of(ref: Any) -> Any:
+    """What a reference stands for; a coroutine, for `asyncio.wait_for`."""
     return await ref
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def stop_actors(actors: list[Any]) -> None:

@@ -129,7 +129,8 @@ class ReplayQueueActor:
         """
         self._waiting += 1
         try:
-            await self._until(lambda: self._queue.is_ready(round_) or self._stop)
+            begun = self._queue.handed_rounds  # a round that was begun is finished, whatever of it must be made again
+            await self._until(lambda: self._queue.is_ready(round_) or (self._stop and round_ not in begun))
         finally:
             self._waiting -= 1
         if self._stop and round_ not in self._queue.handed_rounds:
@@ -200,7 +201,8 @@ class ReplayQueueActor:
 
 def start_queue(prompts_per_round: int, max_staleness: int, total: int, first_round: int, name: str = NAME) -> Any:
     """Starts the actor under a name, beside the driver: where that node dies, the run has ended anyway."""
-    actor = ray.remote(num_cpus=0, max_concurrency=64)(ReplayQueueActor)
+    # Room for all who wait at one time: ranks, and calls whose callers gave up or died.
+    actor = ray.remote(num_cpus=0, max_concurrency=10_000)(ReplayQueueActor)
     # Not soft: Ray 2.60 then put it on another node, although this one had room.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return actor.options(name=name, scheduling_strategy=here).remote(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config.schema import DataConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, first_line
 from common.tasks import get_task, problems
 
 _OTHER_FORMS = (".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst")
@@ -98,7 +98,7 @@ def _table(data: DataConfig, file: Path) -> Iterator[tuple[int, Mapping[str, Any
     except ConfigError:
         raise
     except Exception as error:  # whatever a data file or the hub can do wrong, the user reads one line
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ConfigError(f"data.path: {file} could not be read as a data set: {reason}") from error
     yield from enumerate(table, start=1)
 

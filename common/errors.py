@@ -9,3 +9,8 @@ class OpdlmError(Exception):
 
 class ConfigError(OpdlmError):
     """A setting that cannot be right, named by its path in the YAML (`rollout.block_size`)."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for an error of ours; its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

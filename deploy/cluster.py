@@ -17,7 +17,7 @@ from actors.teacher_actor import start_teacher_actor
 from common.config import OpdlmConfig
 from common.config.checks import is_loopback
 from common.config.schema import OnNewWeights, ResourcesConfig
-from common.errors import ConfigError, OpdlmError
+from common.errors import ConfigError, OpdlmError, first_line
 from deploy.placement import Demands, Places, check_room, demands, reserve
 
 log = logging.getLogger("opdlm.cluster")
@@ -85,7 +85,7 @@ def join_or_start(resources: ResourcesConfig, asked: Demands) -> None:
         try:
             ray.init(address=address, **logs)
         except ConnectionError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise OpdlmError(f"resources.ray_address: no cluster answers at {address}: {reason}") from None
     else:
         ray.init(

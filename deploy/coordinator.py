@@ -19,20 +19,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from common.config import OpdlmConfig
 from common.errors import OpdlmError
+from common.object_store import StoreWait, store_is_full
 from common.types import WeightHandle
 from deploy.cluster import Roles
 from deploy.sources import SampleSource
-from deploy.store_room import StoreWait, store_is_full
 from deploy.telemetry import Telemetry
 from deploy.threads import in_daemon_thread
+
+log = logging.getLogger("opdlm.coordinator")
 
 _HEARTBEAT_SECONDS = 10.0
 """Between two signs of the coordinator's life to the learner, at most."""
@@ -60,7 +64,7 @@ class Coordinator:
     async def run(self, fit: Callable[[], None]) -> None:
         """Runs to the end of the learner; `fit` blocks in a thread meanwhile."""
         producing = [asyncio.create_task(loop()) for loop in (self._produce, self._push)]
-        loops = [*producing, asyncio.create_task(self._watch())]
+        loops = [*producing, asyncio.create_task(self._watch(self.telemetry.learned))]
         loops[-1].add_done_callback(lambda _: self.roles.queue.nobody_listens.remote())
         learner = in_daemon_thread(fit)
         learner.add_done_callback(lambda _: self.roles.queue.learner_ended.remote())
@@ -70,7 +74,7 @@ class Coordinator:
         if not learner.done() and not isinstance(together.exception(), LearnerSilent):
             with contextlib.suppress(RayActorError):  # of a dead queue the learner learns by itself
                 await self.stop()
-            await asyncio.wait([learner])
+            await self._outlast(learner, loops[-1])
         # After a stop, what is being decoded or pushed is of no use. Else these loops end by themselves.
         for task in loops if together.done() or learner.exception() else producing if self._stopping else []:
             task.cancel()
@@ -80,6 +84,21 @@ class Coordinator:
                 error = error.exceptions[0]
             if isinstance(error, Exception):
                 raise error
+
+    async def _outlast(self, learner: asyncio.Future[Any], watch: asyncio.Task[None]) -> None:
+        """Waits for the end of a learner that was told to stop, as long as it is heard of. A loop has failed."""
+        if watch.done():
+            watch = asyncio.create_task(self._watch(lambda events, state: None))
+        await asyncio.wait([learner, watch], return_when=asyncio.FIRST_COMPLETED)
+        if not watch.done():
+            return
+        reason = str(watch.exception())
+        if not isinstance(watch.exception(), LearnerSilent):  # the learner has just ended, or the queue is dead
+            limit = self.config.resources.call_timeout_seconds
+            await asyncio.wait([learner], timeout=limit)
+            reason = f"learner: it has not ended {limit:g} s after the replay queue {_LIMIT}"
+        if not learner.done():
+            log.error("the run ends without a last checkpoint: %s", reason)
 
     async def stop(self) -> None:
         """Asks for an end with a checkpoint."""
@@ -111,7 +130,7 @@ class Coordinator:
                 reason = str(error).strip().splitlines()[-1]
                 self.telemetry.failed(indices, attempt, reason, type(error).__name__)
                 if store_is_full(error):  # no fault of the samples: the learner must let go of some first
-                    await store.wait(f"samples {indices[0]} to {indices[-1]}")
+                    await asyncio.sleep(store.pause(f"samples {indices[0]} to {indices[-1]}"))
                     continue
                 if attempt == self.config.resources.sample_attempts:
                     raise OpdlmError(
@@ -124,19 +143,34 @@ class Coordinator:
         queue: Any = self.roles.queue
         while handle := await queue.next_weights.remote(self.weights.version if self.weights else -1):
             started = time.perf_counter()
-            await self.roles.rollouts.broadcast("load_weights", handle)
+            await self._load_everywhere(handle)
             self.weights = handle
             self.telemetry.pushed(handle, time.perf_counter() - started)
             await self.on_weights(handle)
             await queue.weights_taken.remote(handle.version)
 
-    async def _watch(self) -> None:
+    async def _load_everywhere(self, handle: WeightHandle) -> None:
+        """Again where an actor could not take it, out of memory once, say: those that have the version do nothing."""
+        for attempt in itertools.count(1):
+            try:
+                await self.roles.rollouts.broadcast("load_weights", handle)
+                return
+            except RayTaskError as error:
+                reason = str(error).strip().splitlines()[-1]
+                self.telemetry.failed([], attempt, reason, type(error).__name__)
+                if attempt == self.config.resources.sample_attempts:
+                    raise OpdlmError(
+                        f"weights of version {handle.version} failed to load {attempt} times "
+                        f"(resources.sample_attempts): {reason}"
+                    ) from error
+
+    async def _watch(self, tell: Callable[[list[dict[str, Any]], dict[str, Any]], None]) -> None:
         heard, limit = time.monotonic(), self.config.resources.call_timeout_seconds
         while (events := await self.roles.queue.drain_events.remote(min(_HEARTBEAT_SECONDS, limit))) is not None:
             state = await self.roles.queue.state.remote()
             waits = state.pop("learner_waits")
             if events:
-                self.telemetry.learned(events, state | self.roles.sizes())
+                tell(events, state | self.roles.sizes())
             if events or waits:
                 heard = time.monotonic()
             elif time.monotonic() - heard > limit:

@@ -110,7 +110,7 @@ async def evaluate_student(
 ) -> EvaluationResult:
     """Decodes the exam over all rollout actors with one weight version."""
     requests = exam.requests(config.max_new_tokens)
-    size = -(-len(requests) // len(pool.actors))
+    size = -(-len(requests) // max(len(pool.actors), 1))  # the pool itself says that none is left
     parts = [requests[i : i + size] for i in range(0, len(requests), size)]
     done = await asyncio.gather(
         *(pool.fetch("decode", part, handle, settings, config.batch_size, outputs=len(part)) for part in parts)

@@ -40,11 +40,10 @@ def read_ledger(records: Iterable[dict[str, Any]], prompts_per_round: int, total
     times: Counter[int] = Counter()
     skipped = rounds = 0
     for record in records:
-        if record["kind"] == "step":
-            times.update(record["samples"])
-        elif record["kind"] == "skipped_step":
-            times.update(record["samples"])
-            skipped += len(record["samples"])
+        if record["kind"] in ("step", "skipped_step"):
+            samples = record.get("samples", ())  # older runs did not record them
+            times.update(samples)
+            skipped += len(samples) if record["kind"] == "skipped_step" else 0
         elif record["kind"] == "round":
             rounds = max(rounds, record["round"])
     due = range(min(rounds * prompts_per_round, total))

@@ -16,11 +16,11 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from actors.pool import stop_actors
+from actors.pool import stop_actors, value_of
 from actors.queue_actor import NAME, start_queue
 from common.checkpoint import latest_checkpoint
 from common.config import OpdlmConfig
-from common.errors import OpdlmError
+from common.errors import OpdlmError, first_line
 from deploy.cluster import Roles
 from deploy.telemetry import Telemetry
 
@@ -67,9 +67,7 @@ async def outlive_queue(
             )
         checkpoint = latest_checkpoint(Path(config.run.dir) / "checkpoints")
         rollout, first_round = config.rollout, checkpoint.rounds if checkpoint else 0
-        stop_actors(
-            [roles.queue]
-        )  # one that hangs is not dead yet; and Ray gives a dead one's name free in its own time
+        stop_actors([roles.queue])  # one that hangs is not dead yet; and Ray frees a dead one's name in its own time
         limits = (rollout.prompts_per_round, config.queue.max_staleness, total, first_round)
         roles.queue = start_queue(*limits, name=f"{NAME}-{deaths + 1}")
         for pool in (roles.rollouts, roles.evaluators):
@@ -80,13 +78,9 @@ async def outlive_queue(
 async def _death_of(queue: Any) -> str | None:
     """Why the queue is dead; None if it answers."""
     try:
-        await asyncio.wait_for(_value(queue.state.remote()), _PATIENCE_SECONDS)
+        await asyncio.wait_for(value_of(queue.state.remote()), _PATIENCE_SECONDS)
     except RayActorError as error:
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     except TimeoutError:
         return f"no answer in {_PATIENCE_SECONDS:g} s"
     return None
-
-
-async def _value(reference: Any) -> Any:
-    return await reference

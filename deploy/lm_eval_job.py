@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from common.errors import OpdlmError
+from common.errors import OpdlmError, first_line
 from deploy.eval_job import EvalOptions, check_output, open_decoder, write_json
 
 
@@ -100,7 +100,7 @@ def load_tasks(harness: HarnessOptions, folder: Path) -> tuple[Any, list[Any]]:
         try:
             loaded = manager.load([name])
         except (OSError, ValueError) as error:  # the data: no network, no such file, another format
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise OpdlmError(f"--lm-eval: the data of task {name!r} cannot be loaded: {reason}") from error
         for task in loaded["tasks"].values():
             if task.OUTPUT_TYPE != "generate_until":

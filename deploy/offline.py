@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 
 from actors.pool import ActorPool
 from common.config import OpdlmConfig
-from common.errors import ConfigError, OpdlmError
+from common.errors import ConfigError, OpdlmError, first_line
 from common.prompts import Prompt
 from common.shards import weights_fingerprint
 
@@ -109,7 +109,7 @@ def read_responses(file: Path, expected: Recipe) -> GivenResponses | None:
         ids = table.column("prompt_id").to_pylist()
         responses = [np.array(r, dtype=np.int32) for r in table.column("response_ids").to_pylist()]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"offline.cache: {file} is not a file of teacher responses of ours: {reason}") from None
     differing = [f"{k} (there {held.get(k)!r}, here {v!r})" for k, v in asdict(expected).items() if held.get(k) != v]
     if differing:

@@ -9,6 +9,7 @@ job of the cluster) without a port or a token; the answer is a record in `metric
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -19,7 +20,7 @@ from typing import Any
 
 from actors.pool import ActorPool
 from common.config import OpdlmConfig
-from common.errors import ConfigError, OpdlmError
+from common.errors import ConfigError, OpdlmError, first_line
 from deploy.cluster import Roles, start_rollout, start_teacher
 from deploy.placement import check_room
 from deploy.telemetry import Telemetry, read_records
@@ -59,7 +60,9 @@ def request_scale(run_dir: Path, wanted: dict[str, int], patience_seconds: float
                     raise OpdlmError(record["refused"])
                 return {role: record[role] for role in wanted}
         time.sleep(_POLL_SECONDS / 2)
-    (run_dir / _FILE).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if request in (run_dir / _FILE).read_text():  # not another's, which came meanwhile
+            (run_dir / _FILE).unlink()
     raise OpdlmError(f"RUN: {run_dir} gave no answer in {patience_seconds:g} s (--timeout); is it running?")
 
 
@@ -86,31 +89,33 @@ class Scaler:
         """Answers requests until it is cancelled."""
         while True:
             await asyncio.sleep(_POLL_SECONDS)
-            if self._file.exists():
-                text = self._file.read_text()
-                self._file.unlink()
-                try:
-                    asked = json.loads(text)
-                    request = str(asked["request"])
-                    wanted = {role: int(asked["actors"][role]) for role in self._pools if role in asked["actors"]}
-                except (ValueError, TypeError, KeyError):
-                    log.warning("%s is no request of `opdlm scale`: %.100r", self._file, text)
-                    continue
-                await self._answer(request, wanted)
+            if not self._file.exists():
+                continue
+            try:
+                taken = self._file.rename(self._file.with_name(f".{_FILE}.taken"))  # another may come meanwhile
+                asked = json.loads(taken.read_bytes())
+                request = str(asked["request"])
+                wanted = {role: int(asked["actors"][role]) for role in self._pools if role in asked["actors"]}
+            except (OSError, ValueError, TypeError, KeyError) as error:  # or who asked has taken it back
+                log.warning("%s is no request of `opdlm scale`: %r", self._file, error)
+                continue
+            await self._answer(request, wanted)
 
     async def _answer(self, request: str, wanted: dict[str, int]) -> None:
+        changes = {}
         try:
             self._check(wanted)
-        except ConfigError as error:
-            self._telemetry.scaled(request=request, refused=str(error))
+            for role, count in wanted.items():
+                pool = self._pools[role]
+                before = len(pool.actors)
+                self._grow(role, pool, count)
+                await self._shrink(pool, count)
+                changes[role] = [before, len(pool.actors)]
+        except Exception as error:  # whatever it is, who asked is told, and the run goes on
+            if not isinstance(error, ConfigError):
+                log.exception("scaling to %s failed after %s", wanted, changes)
+            self._telemetry.scaled(request=request, refused=first_line(error))
             return
-        changes = {}
-        for role, count in wanted.items():
-            pool = self._pools[role]
-            before = len(pool.actors)
-            self._grow(role, pool, count)
-            await self._shrink(pool, count)
-            changes[role] = [before, len(pool.actors)]
         log.info("scaled: %s", changes)
         self._telemetry.scaled(request=request, refused="", **changes)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,9 @@ from deploy.run_dir import HISTORY, truncate_metrics
 from deploy.sinks import Sink, TensorBoardSink
 
 log = logging.getLogger("opdlm.telemetry")
+
+QUEUE_TOTALS = ("refused_duplicate", "refused_stale", "samples_made_again")
+"""Counts of one queue actor; those of a run are their sums over all queues that it had."""
 
 
 class View(Protocol):
@@ -63,6 +67,9 @@ class Telemetry:
         self._records = run_dir / "metrics.jsonl"
         self._file = self._records.open("a", buffering=1)
         self._learner_starts = 0
+        self._of_queue: dict[str, int] = {}
+        before: dict[str, Any] = next((r for r in reversed(earlier) if r["kind"] == "round"), {})
+        self._of_dead_queues = Counter({name: before[name] for name in QUEUE_TOTALS if name in before})
         self._sinks: list[Sink] = [TensorBoardSink(run_dir, first_step), PrometheusSink(run_dir.name), *more]
         self._view = view
         self._started = time.perf_counter() - (earlier[-1]["wall_seconds"] if earlier else 0.0)
@@ -131,6 +138,8 @@ class Telemetry:
 
     def queue_died(self, reason: str) -> None:
         """The replay queue died; the run goes back to its last checkpoint."""
+        self._of_dead_queues.update(self._of_queue)
+        self._of_queue = {}
         self._happened("queue_death", deaths=1, reason=reason)
 
     def scaled(self, **figures: Any) -> None:
@@ -139,6 +148,8 @@ class Telemetry:
 
     def learned(self, events: list[dict[str, Any]], queue_state: dict[str, Any]) -> None:
         """Events of the learner, with the queue's state and the numbers of actors at the time."""
+        self._of_queue = {name: queue_state[name] for name in QUEUE_TOTALS if name in queue_state}
+        queue_state = queue_state | {n: total + self._of_dead_queues[n] for n, total in self._of_queue.items()}
         for event in events:
             if event["kind"] == "learner_start":
                 self._learner_started(event["round"], event["step"])

@@ -146,12 +146,15 @@ class _Job:
 
     async def _live(self, source: SampleSource) -> None:
         """One life of the loops; a second one evaluates what the first had not."""
-        self._spare.drop()
         evaluations = [r for r in read_records(Path(self.config.run.dir)) if r["kind"] == "evaluation"]
         self._evaluated = {(r["row"], r["round"]) for r in evaluations}
         self.coordinator = Coordinator(self.config, self.roles, source, self.telemetry, self._on_weights)
         setup = dataclasses.replace(self.setup, queue=self.roles.queue)
-        await self.coordinator.run(lambda: fit(setup, Path(self.config.run.dir).name))
+        try:
+            await self.coordinator.run(lambda: fit(setup, Path(self.config.run.dir).name))
+        except BaseException:
+            self._spare.drop()  # before another life takes the evaluators' weights back
+            raise
 
     async def _source(self) -> SampleSource:
         """Saved samples, the student's rollouts, or given responses, which the teacher makes now if nobody has yet."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import OpdlmConfig
-from common.errors import OpdlmError
+from common.errors import OpdlmError, first_line
 from deploy.sinks import figures, path_of
 
 _STEP = "optimizer_step"
@@ -35,7 +35,7 @@ class WandbSink:
                 settings=wandb.Settings(console="off"),  # the live view owns the terminal
             )
         except wandb.Error as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise OpdlmError(
                 f"run.wandb_project: wandb does not start: {reason} (WANDB_MODE=offline needs no login and no network)"
             ) from error

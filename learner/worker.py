@@ -19,7 +19,7 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import ObjectLostError
+from ray.exceptions import ObjectLostError, RayError
 
 from common.checkpoint import latest_checkpoint
 from common.config import OpdlmConfig, config_from_dict
@@ -27,6 +27,7 @@ from common.convert import save_model
 from common.errors import OpdlmError
 from common.grid import BlockGrid
 from common.models import load_model, load_output_matrix, load_tokenizer, read_facts, require_mask
+from common.object_store import StoreWait, store_is_full
 from common.shards import weights_fingerprint
 from common.types import ScoredTrajectory, WeightPack
 from common.weights import load_weights, pack_weights
@@ -217,7 +218,7 @@ class Learner:
                 continue
             return None
         pack = pack_weights(self.rounds, named)
-        self._ask(self.queue.publish.remote(self.rounds, pack), "publishing weights")
+        self._hand_over(pack)
         self._tell(
             kind="publish",
             weight_version=self.rounds,
@@ -225,6 +226,18 @@ class Learner:
             nbytes=pack.nbytes,
         )
         return pack
+
+    def _hand_over(self, pack: WeightPack) -> None:
+        """Publishes the weights; waits for room where the object store is full, as the producers do."""
+        store = StoreWait(self.config.resources.call_timeout_seconds)
+        while True:
+            try:
+                self._ask(self.queue.publish.remote(self.rounds, pack), "publishing weights")
+                return
+            except RayError as error:
+                if not store_is_full(error):
+                    raise
+                time.sleep(store.pause(f"weights of version {self.rounds}"))
 
     def _restore(self) -> int | None:
         """Loads the last checkpoint, if there is one; returns its round."""

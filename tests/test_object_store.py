@@ -44,20 +44,12 @@ def wide_config(teacher: Path, run_dir: Path, **sections) -> OpdlmConfig:
 
 
 @contextmanager
-def small_store(**environment: str) -> Iterator[dict[str, str]]:
+def small_store() -> Iterator[dict[str, str]]:
     """The environment of a driver for a cluster of its own, whose object store is small."""
     from ray.cluster_utils import Cluster
 
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
     arguments = {"num_cpus": 8, "num_gpus": 0, "include_dashboard": False, "object_store_memory": STORE_MEGABYTES << 20}
-    try:
-        cluster = Cluster(
-            head_node_args=arguments | {"object_store_memory": STORE_MEGABYTES << 20}, initialize_head=True
-        )
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    cluster = Cluster(head_node_args=arguments, initialize_head=True)
     try:
         yield os.environ | {"RAY_ADDRESS": cluster.address}
     finally:

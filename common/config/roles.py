@@ -27,9 +27,9 @@ class PlacementConfig(Section):
     """What one process takes of resources that nodes were started with: `{decode: 1}` for the nodes of
     `ray start --resources='{"decode": 8}'`."""
     group: Literal["none", "pack", "spread", "strict_pack", "strict_spread"] = "none"
-    """Ray placement group, reserved as a whole before a model loads: `pack` on few nodes, `spread` over many, `strict_`
-    on just one, or on a node each. `none`: each process where Ray finds room (Ray Train, which runs the learner, then
-    packs)."""
+    """Ray placement group, which the role's processes get as a whole or not at all: `pack` on few nodes, `spread` over
+    many, `strict_` on just one, or on a node each. `none`: each process where Ray finds room (Ray Train, which runs the
+    learner, then packs)."""
 
     def resources(self, cpus: float, gpus: float) -> dict[str, float]:
         """What Ray reserves for one process, by Ray's names; nothing that is 0."""

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
-from actors.pool import ActorPool
+from actors.pool import DEATHS, ActorPool
 from common.errors import OpdlmError
 
 
@@ -24,8 +24,8 @@ class FakeActor:
     def __getattr__(self, method: str) -> _Method:
         return _Method(getattr(self, f"do_{method}"))
 
-    def die(self, for_good: bool = False) -> None:
-        self.alive, self.gone = False, for_good
+    def die(self, for_good: bool = False, says: type[RayError] = RayActorError) -> None:
+        self.alive, self.gone, self.says = False, for_good, says
         if self.hold:
             self.hold.set()
 
@@ -48,7 +48,7 @@ class FakeActor:
 
     def _check(self) -> None:
         if self.gone:
-            raise ActorDiedError()
+            raise self.says("it is dead")
         if not self.alive:
             raise ActorUnavailableError("restarting", b"0" * 16)
 
@@ -129,6 +129,39 @@ def test_an_idle_actor_that_died_and_came_back_is_not_in_line_twice() -> None:
             await asyncio.sleep(0.001)
         await work(pool, 5)
         assert one.most_at_work == 1
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("says", DEATHS)
+def test_a_death_is_one_however_ray_calls_it(says) -> None:
+    async def scenario() -> None:
+        one, two = FakeActor("one"), FakeActor("two")
+        pool, deaths = pool_of(one, two)
+        one.die(for_good=True, says=says)
+        assert {who for _, who in await work(pool, 4)} == {"two"}
+        while pool._away:
+            await asyncio.sleep(0.001)
+        assert (list(pool.actors), deaths) == (["two"], ["one"])
+        one, two = FakeActor("one"), FakeActor("two")
+        pool, deaths = pool_of(one, two)
+        one.die(for_good=True, says=says)
+        await pool.broadcast("work", 0)
+        assert deaths == ["one"], "a push finds out too, and does not fail"
+
+    asyncio.run(scenario())
+
+
+def test_a_living_actor_that_tells_of_anothers_death_stays() -> None:
+    async def scenario() -> None:
+        one = FakeActor("one")
+        pool, deaths = pool_of(one)
+        told = RayTaskError("work", "", ActorDiedError()).as_instanceof_cause()
+        one._check = lambda: (_ for _ in ()).throw(told)  # type: ignore[method-assign]
+        for ask in (pool.call, pool.broadcast):
+            with pytest.raises(RayActorError):
+                await ask("work", 0)
+        assert (list(pool.actors), deaths, pool.serving) == (["one"], [], 1)
 
     asyncio.run(scenario())
 

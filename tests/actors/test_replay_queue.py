@@ -248,6 +248,30 @@ def test_stop_lets_a_begun_round_finish_on_every_rank(no_object_store) -> None:
     asyncio.run(scenario())
 
 
+def test_a_begun_round_waits_for_a_lost_sample_after_a_stop_too(no_object_store) -> None:
+    """A node died, a stop came, and then the learner's group began again."""
+
+    async def scenario() -> None:
+        queue = ReplayQueueActor(2, 0, 4, 0)
+        await queue.publish(0, WeightPack(0, (), {}, 0))
+        await queue.weights_taken(0)
+        await queue.put(await queue.lease(2), 0, ["a", "b"])
+        await queue.take_round(0)
+        replacing = asyncio.create_task(queue.replace(1, ["b"]))
+        await asyncio.sleep(0)
+        await queue.request_stop()
+        again = asyncio.create_task(queue.take_round(0))
+        await asyncio.sleep(0.01)
+        assert not again.done()
+        assert await queue.lease(2) == [1]
+        await queue.put([1], 0, ["new b"])
+        assert await again == (["a", "new b"], [0, 0])
+        assert await replacing == ["new b"]
+        assert await queue.take_round(1) is None
+
+    asyncio.run(scenario())
+
+
 def test_a_checkpoint_waits_until_its_events_are_written() -> None:
     async def scenario() -> None:
         actor = ReplayQueueActor(prompts_per_round=1, max_staleness=0, total=4, first_round=0)

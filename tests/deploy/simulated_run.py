@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ray.exceptions import RayActorError
 
 from actors.pool import ActorPool
 from actors.queue_actor import ReplayQueueActor
@@ -93,6 +94,9 @@ class SimulatedRollout:
             self.run.decoded += [(r.index, version) for r in requests]
             return (*[r.index for r in requests], DecodeStats(version, len(requests), 1, 1, 1, 1, 0.1))
 
+    async def ready(self) -> None:
+        raise RayActorError  # asked of one that died: it does not come back
+
     async def _load(self, handle: WeightHandle) -> float:
         if handle.version > self.version:
             await asyncio.sleep(self.run.stages.push)
@@ -113,6 +117,9 @@ class SimulatedTeacher:
             await self.run.take_time(self.run.stages.score, len(indices), self.run.shape.teachers)
             self.run.fault(self.name)
             return (*indices, ScoreStats(1, 1, 0.1, 1))
+
+    async def ready(self) -> None:
+        raise RayActorError
 
 
 class SimulatedRun:

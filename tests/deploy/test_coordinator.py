@@ -11,19 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ray.exceptions import OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfDiskError, RayError, RayTaskError
 
 from actors.pool import ActorPool
 from actors.queue_actor import ReplayQueueActor
 from actors.teacher_actor import ScoreStats
 from common.config import config_from_dict
 from common.errors import OpdlmError
+from common.object_store import StoreWait
 from common.prompts import Prompt, PromptOrder
 from common.types import DecodeStats, WeightHandle, WeightPack
 from deploy.cluster import Roles
 from deploy.coordinator import Coordinator
 from deploy.sources import OnPolicySource
-from deploy.store_room import StoreWait
 from deploy.telemetry import Telemetry, read_records
 from tests.full_disk import no_file_above
 
@@ -241,9 +241,9 @@ def test_a_full_object_store_uses_up_no_attempts(tmp_path, monkeypatch) -> None:
         def __init__(self, limit_seconds: float) -> None:
             super().__init__(limit_seconds, first_seconds=0.01)
 
-        async def wait(self, what: str) -> None:
-            waits.append(self._next)
-            await super().wait(what)
+        def pause(self, what: str) -> float:
+            waits.append(super().pause(what))
+            return waits[-1]
 
     monkeypatch.setattr("deploy.coordinator.StoreWait", Impatient)
 
@@ -269,6 +269,70 @@ def test_a_store_that_stays_full_ends_the_run(tmp_path, monkeypatch) -> None:
         assert setup.trained == [list(range(N))]
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("queue_dies", [False, True])
+def test_a_learner_that_hangs_after_another_loop_has_failed_is_not_waited_for(tmp_path, queue_dies, caplog) -> None:
+    """The last teacher is gone; the learner, told to stop, neither ends nor is heard of."""
+    hangs = threading.Event()
+
+    async def scenario() -> None:
+        setup = Setup(tmp_path, 0, Rollout(), Teacher(fail_at=0, times=10**9))
+        coordinator = setup.coordinator
+        resources = coordinator.config.resources.model_copy(update={"call_timeout_seconds": 0.2})
+        coordinator.config = coordinator.config.model_copy(update={"resources": resources})
+
+        def learn() -> None:
+            asyncio.run_coroutine_threadsafe(setup.queue.publish(0, WeightPack(0, (), {}, 0)), setup.loop).result(
+                timeout=30
+            )
+            hangs.wait(60)
+
+        async def dead(*_: object) -> None:
+            raise ActorDiedError
+
+        async def stop() -> None:
+            if queue_dies:
+                setup.queue.drain_events = dead
+            await ReplayQueueActor.request_stop(setup.queue)
+
+        setup.queue.request_stop = stop
+        with pytest.raises(OpdlmError, match="samples 0 to 3 failed 3 times"):
+            await asyncio.wait_for(coordinator.run(learn), timeout=30)
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        hangs.set()
+    assert "the run ends without a last checkpoint: learner: it " in caplog.text
+
+
+def test_a_push_that_fails_once_is_tried_again_and_one_that_always_fails_ends_the_run(tmp_path) -> None:
+    class Forgetful(Rollout):
+        def __init__(self, times: int) -> None:
+            super().__init__()
+            self.times = times
+
+        async def load_weights(self, handle: WeightHandle) -> float:
+            if handle.version == 1 and self.times:
+                self.times -= 1
+                raise RayTaskError("load_weights", "CUDA out of memory", RuntimeError("CUDA out of memory"))
+            return await super().load_weights(handle)
+
+    async def scenario(times: int) -> list[list[int]]:
+        setup = Setup(tmp_path / str(times), 0, Forgetful(times), Teacher())
+        await asyncio.wait_for(setup.coordinator.run(setup.learn), timeout=30)
+        return setup.trained
+
+    for times in (2, 3):
+        (tmp_path / str(times)).mkdir()
+    assert len(asyncio.run(scenario(2))) == ROUNDS
+    failures = [r for r in read_records(tmp_path / "2") if r["kind"] == "failure"]
+    assert [(f["samples"], f["attempt"]) for f in failures] == [(0, 1), (0, 2)]
+    with pytest.raises(
+        OpdlmError, match=r"weights of version 1 failed to load 3 times .resources.sample_attempts.: CUDA"
+    ):
+        asyncio.run(scenario(3))
 
 
 def test_a_failing_learner_ends_the_run_with_its_error(tmp_path) -> None:

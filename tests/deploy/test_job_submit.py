@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 RUNTIME_ENV = "deploy/cluster_files/runtime_env.yaml"
 MODULE = ["python", "-m", "deploy.cli"]
 INSTALLED = ["opdlm"] if Path(sys.executable).with_name("opdlm").exists() else MODULE
-ROUNDS = 20
+ROUNDS = 60
 START_ATTEMPTS = 5
 CPUS = 3  # of each node; the run asks for 4, so one node is not enough
 

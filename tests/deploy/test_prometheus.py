@@ -147,8 +147,8 @@ def test_levels_and_totals(tmp_path, values) -> None:
     assert values["ray_opdlm_step_loss"] == {run: 1.5}
     assert values["ray_opdlm_step_tokens_total"] == {run: 1600}
     assert values["ray_opdlm_round_rollout_tokens_total"] == {run: 160}, "a total of the run, not a sum of totals"
-    assert values["ray_opdlm_round_refused_stale_total"] == {run: 1}
-    assert values["ray_opdlm_round_refused_duplicate_total"] == {run: 1}
+    assert values["ray_opdlm_round_refused_stale_total"] == {run: 2}, "by the queue that died, and by the next one"
+    assert values["ray_opdlm_round_refused_duplicate_total"] == {run: 2}
     assert values["ray_opdlm_failure_samples_total"] == {(RUN, "RayTaskError(ValueError)"): 3}
     assert values["ray_opdlm_actor_death_deaths_total"] == {(RUN, "rollout"): 1}
     assert values["ray_opdlm_learner_restart_restarts_total"] == {run: 1}

@@ -1,4 +1,5 @@
-"""Back-pressure of Ray's object store: whoever finds it full waits for room instead of using up attempts.
+"""Back-pressure of Ray's object store: whoever finds it full waits for room instead of using up attempts. Of Ray, it
+knows the errors.
 
 Ray moves objects that do not fit to disk and back by itself. Where the disk is full too (above
 `local_fs_capacity_threshold`, 95 %), what an actor would return is not stored, and its call fails. A call of several
@@ -7,7 +8,6 @@ outputs fails as a whole: Ray stores them in order, and the small value that the
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError
@@ -27,19 +27,19 @@ def store_is_full(error: BaseException | None) -> bool:
 
 
 class StoreWait:
-    """Waits between attempts at one thing: first seconds, doubling up to a minute, then ever so long in all.
+    """Pauses between attempts at one thing: first seconds, doubling up to a minute, and so long in all.
 
     Args:
-        limit_seconds: longest time from the first wait on (`resources.call_timeout_seconds`).
-        first_seconds: the first wait.
+        limit_seconds: longest time from the first pause on (`resources.call_timeout_seconds`).
+        first_seconds: the first pause.
     """
 
     def __init__(self, limit_seconds: float, first_seconds: float = 1.0) -> None:
         self._limit, self._next = limit_seconds, first_seconds
         self._started: float | None = None
 
-    async def wait(self, what: str) -> None:
-        """Waits once more.
+    def pause(self, what: str) -> float:
+        """Seconds to wait before the next attempt.
 
         Raises:
             OpdlmError: there was no room for `limit_seconds`.
@@ -54,5 +54,5 @@ class StoreWait:
                 "cluster more object store or spill space, or lower checkpoint.every_rounds, queue.max_staleness, "
                 "rollout.prompts_per_round or the size of teacher.targets"
             )
-        await asyncio.sleep(min(self._next, left))
-        self._next = min(2 * self._next, LONGEST_WAIT_SECONDS)
+        seconds, self._next = min(self._next, left), min(2 * self._next, LONGEST_WAIT_SECONDS)
+        return seconds
