@@ -127,8 +127,7 @@ class Coordinator:
             except RayActorError:  # the queue itself: the pools keep their actors' deaths to themselves
                 raise
             except RayError as error:  # a failed score is an error and a retry, never zeros (METHOD.md section 3)
-                reason = str(error).strip().splitlines()[-1]
-                self.telemetry.failed(indices, attempt, reason, type(error).__name__)
+                reason = self._failed(indices, attempt, error)
                 if store_is_full(error):  # no fault of the samples: the learner must let go of some first
                     await asyncio.sleep(store.pause(f"samples {indices[0]} to {indices[-1]}"))
                     continue
@@ -138,6 +137,12 @@ class Coordinator:
                         f"{reason}"
                     ) from error
                 attempt += 1
+
+    def _failed(self, indices: list[int], attempt: int, error: RayError) -> str:
+        """Records a call that failed; its last line, which says why."""
+        reason = str(error).strip().splitlines()[-1]
+        self.telemetry.failed(indices, attempt, reason, type(error).__name__)
+        return reason
 
     async def _push(self) -> None:
         queue: Any = self.roles.queue
@@ -156,8 +161,7 @@ class Coordinator:
                 await self.roles.rollouts.broadcast("load_weights", handle)
                 return
             except RayTaskError as error:
-                reason = str(error).strip().splitlines()[-1]
-                self.telemetry.failed([], attempt, reason, type(error).__name__)
+                reason = self._failed([], attempt, error)
                 if attempt == self.config.resources.sample_attempts:
                     raise OpdlmError(
                         f"weights of version {handle.version} failed to load {attempt} times "
