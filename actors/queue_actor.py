@@ -116,6 +116,7 @@ class ReplayQueueActor:
             "refused_duplicate": queue.refused["duplicate"],
             "refused_stale": queue.refused["stale"],
             "learner_waits": self._waiting > 0,
+            "committed_rounds": queue.committed_rounds,
             "samples_made_again": self._lost,
             "weight_version": queue.version,
         }

@@ -32,6 +32,7 @@ from common.errors import OpdlmError
 from common.object_store import StoreWait, store_is_full
 from common.types import WeightHandle
 from deploy.cluster import Roles
+from deploy.sample_keeper import SampleKeeper
 from deploy.sources import SampleSource
 from deploy.telemetry import Telemetry
 from deploy.threads import in_daemon_thread
@@ -59,6 +60,7 @@ class Coordinator:
         self.config, self.roles, self.source = config, roles, source
         self.telemetry, self.on_weights = telemetry, on_weights
         self.weights: WeightHandle | None = None
+        self._keeper = SampleKeeper(config.rollout.prompts_per_round)
         self._stopping = False
 
     async def run(self, fit: Callable[[], None]) -> None:
@@ -122,6 +124,7 @@ class Coordinator:
         while True:
             try:
                 samples, version = await self.source.sample(indices, self.weights)
+                self._keeper.keep(indices, samples)
                 await self.roles.queue.put.remote(indices, version, samples)
                 return
             except RayActorError:  # the queue itself: the pools keep their actors' deaths to themselves
@@ -173,6 +176,7 @@ class Coordinator:
         while (events := await self.roles.queue.drain_events.remote(min(_HEARTBEAT_SECONDS, limit))) is not None:
             state = await self.roles.queue.state.remote()
             waits = state.pop("learner_waits")
+            self._keeper.committed(state.pop("committed_rounds"))
             if events:
                 tell(events, state | self.roles.sizes())
             if events or waits:
