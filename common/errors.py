@@ -14,3 +14,8 @@ class ConfigError(OpdlmError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for an error of ours; its kind where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text: of a Ray error, which quotes a traceback, the one that says why."""
+    return str(error).strip().splitlines()[-1]

@@ -28,7 +28,7 @@ from typing import Any
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from common.config import OpdlmConfig
-from common.errors import OpdlmError
+from common.errors import OpdlmError, last_line
 from common.object_store import StoreWait, store_is_full
 from common.types import WeightHandle
 from deploy.cluster import Roles
@@ -143,7 +143,7 @@ class Coordinator:
 
     def _failed(self, indices: list[int], attempt: int, error: RayError) -> str:
         """Records a call that failed; its last line, which says why."""
-        reason = str(error).strip().splitlines()[-1]
+        reason = last_line(error)
         self.telemetry.failed(indices, attempt, reason, type(error).__name__)
         return reason
 

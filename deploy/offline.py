@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 
 from actors.pool import ActorPool
 from common.config import OpdlmConfig
-from common.errors import ConfigError, OpdlmError, first_line
+from common.errors import ConfigError, OpdlmError, first_line, last_line
 from common.prompts import Prompt
 from common.shards import weights_fingerprint
 
@@ -179,7 +179,7 @@ async def _ask(
             )
             return responses
         except RayError as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = last_line(error)
             log.warning("teacher responses from %s on, attempt %d: %s", chunk[0].prompt_id, attempt, reason)
             if attempt == attempts:
                 raise OpdlmError(

@@ -11,31 +11,27 @@ again while the rank waits.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import ObjectLostError, RayError
 
 from common.checkpoint import latest_checkpoint
 from common.config import OpdlmConfig, config_from_dict
 from common.convert import save_model
-from common.errors import OpdlmError
 from common.grid import BlockGrid
 from common.models import load_model, load_output_matrix, load_tokenizer, read_facts, require_mask
-from common.object_store import StoreWait, store_is_full
 from common.shards import weights_fingerprint
-from common.types import ScoredTrajectory, WeightPack
+from common.types import WeightPack
 from common.weights import load_weights, pack_weights
 from learner import zero
 from learner.distill import DistillModule
 from learner.group import LearnerSetup
 from learner.lora import add_adapters, save_adapter
 from learner.plan import TrainingPlan
+from learner.queue_client import QueueClient
 from learner.rollout_files import facts_of, round_file
 from learner.rollout_tasks import start_dump
 from learner.saving import GiveUp, Saver
@@ -51,8 +47,8 @@ class Learner:
         self.config: OpdlmConfig = config_from_dict(setup.config)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.run_dir = Path(self.config.run.dir)
-        self.queue = setup.queue
         config = self.config
+        self.queue = QueueClient(setup.queue, self.rank, config.resources.call_timeout_seconds)
         torch.set_num_threads(max(int(config.learner.cpus_per_worker), 1))
         torch.manual_seed(config.run.seed)
         torch.use_deterministic_algorithms(config.run.deterministic)
@@ -88,7 +84,7 @@ class Learner:
         pack = self._publish()
         while self.rounds < self.plan.rounds:
             waiting = time.perf_counter()
-            taken = self._take_round()
+            taken = self.queue.take_round(self.rounds)
             if taken is None:
                 break
             references, staleness = taken
@@ -102,25 +98,10 @@ class Learner:
             self._export(pack)
         dist.barrier()
 
-    def _take_round(self) -> tuple[list[Any], list[int]] | None:
-        """Waits for the round as long as somebody works on it: the coordinator's waits have limits of their own."""
-        limit = self.config.resources.call_timeout_seconds
-        while True:
-            try:
-                return ray.get(self.queue.take_round.remote(self.rounds), timeout=limit)
-            except ray.exceptions.GetTimeoutError:
-                silent = self._ask(self.queue.coordinator_silent_seconds.remote(), "the replay queue")
-                if silent > limit:
-                    raise OpdlmError(
-                        f"learner rank {self.rank} waited for round {self.rounds}, and the coordinator has been silent "
-                        f"for {silent:.0f} s (resources.call_timeout_seconds {limit:g})"
-                    ) from None
-
     def give_up(self, reason: str) -> None:
         """Has the driver end the run with this, once it has written what it was told before."""
         if self.rank == 0:
-            self._ask(self.queue.events_written.remote(), "the coordinator to write its metrics")
-            self._ask(self.queue.give_up.remote(reason), "giving up")
+            self.queue.give_up(reason)
         dist.barrier()
 
     def _train_round(self, references: list[Any], staleness: list[int], waited: float) -> None:
@@ -128,8 +109,8 @@ class Learner:
         dump = self._start_dump(references)
         tokens = forward_tokens = 0
         for places in (batch.tolist() for batch in self.plan.batches(self.rounds, len(references))):
-            share = self._fetch(references, places[self.rank :: self.world])
-            spare = share[0] if share else self._fetch(references, places[:1])[0]
+            share = self.queue.fetch(references, places[self.rank :: self.world], self._first_sample)
+            spare = share[0] if share else self.queue.fetch(references, places[:1], self._first_sample)[0]
             rate = learning_rate(
                 self.optimizer_steps, self.plan.steps_before(self.plan.rounds), self.config.learner.optimizer
             )
@@ -144,7 +125,9 @@ class Learner:
                 self._skipped_in_a_row = 0
                 self._tell_step(result, rate, samples)
         # Before a checkpoint can cover the round.
-        self.saver.require(f"{self.run_dir}/rollouts", lambda: dump and self._ask(dump, "writing the round's rollouts"))
+        self.saver.require(
+            f"{self.run_dir}/rollouts", lambda: dump and self.queue.ask(dump, "writing the round's rollouts")
+        )
         total = torch.tensor([tokens], dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(total)
         self.rounds += 1
@@ -163,30 +146,6 @@ class Learner:
     @property
     def _first_sample(self) -> int:
         return self.rounds * self.plan.prompts_per_round
-
-    def _fetch(self, references: list[Any], places: Sequence[int]) -> list[ScoredTrajectory]:
-        """Samples by their places in the round. `references` are replaced where a sample had to be made again.
-
-        Raises:
-            OpdlmError: a sample came under another's index.
-        """
-        try:
-            samples = self._ask([references[place] for place in places], "scored trajectories")
-        except ObjectLostError:
-            samples = [self._fetch_one(references, place) for place in places]
-        for place, sample in zip(places, samples, strict=True):
-            if (found := sample.trajectory.index) != self._first_sample + place:
-                raise OpdlmError(f"sample {found} came where sample {self._first_sample + place} belongs")
-        return samples
-
-    def _fetch_one(self, references: list[Any], place: int) -> ScoredTrajectory:
-        index = self._first_sample + place
-        while True:
-            try:
-                return self._ask(references[place], "a scored trajectory")
-            except ObjectLostError:
-                again = self.queue.replace.remote(index, [references[place]])
-                (references[place],) = self._ask(again, f"sample {index}, whose data died, to be made again")
 
     def _skip(self, result: StepResult, samples: list[int]) -> None:
         """Counts a step whose gradient was not finite; ends the run after too many in a row."""
@@ -218,7 +177,7 @@ class Learner:
                 continue
             return None
         pack = pack_weights(self.rounds, named)
-        self._hand_over(pack)
+        self.queue.publish(pack)
         self._tell(
             kind="publish",
             weight_version=self.rounds,
@@ -226,18 +185,6 @@ class Learner:
             nbytes=pack.nbytes,
         )
         return pack
-
-    def _hand_over(self, pack: WeightPack) -> None:
-        """Publishes the weights; waits for room where the object store is full, as the producers do."""
-        store = StoreWait(self.config.resources.call_timeout_seconds)
-        while True:
-            try:
-                self._ask(self.queue.publish.remote(self.rounds, pack), "publishing weights")
-                return
-            except RayError as error:
-                if not store_is_full(error):
-                    raise
-                time.sleep(store.pause(f"weights of version {self.rounds}"))
 
     def _restore(self) -> int | None:
         """Loads the last checkpoint, if there is one; returns its round."""
@@ -260,7 +207,7 @@ class Learner:
         """
         started = time.perf_counter()
         if self.rank == 0:
-            self._ask(self.queue.events_written.remote(), "the coordinator to write its metrics")
+            self.queue.wait_until_written()
         problem = self.saver.save(self._state())
         seconds = time.perf_counter() - started
         if problem is not None:
@@ -269,7 +216,7 @@ class Learner:
             self.saver.end_if_due(problem, self.rounds, last)
             return False
         if self.rank == 0:
-            self._ask(self.queue.committed.remote(self.rounds), "committing a checkpoint")
+            self.queue.committed(self.rounds)
             self._tell(kind="checkpoint", checkpoint_seconds=seconds)
         return True
 
@@ -320,16 +267,7 @@ class Learner:
 
     def _tell(self, **event: Any) -> None:
         if self.rank == 0:
-            self.queue.tell.remote({"round": self.rounds, "step": self.optimizer_steps, **event})
-
-    def _ask(self, reference: Any, what: str) -> Any:
-        limit = self.config.resources.call_timeout_seconds
-        try:
-            return ray.get(reference, timeout=limit)
-        except ray.exceptions.GetTimeoutError:
-            raise OpdlmError(
-                f"learner rank {self.rank} waited {limit:g} s for {what} (resources.call_timeout_seconds)"
-            ) from None
+            self.queue.tell({"round": self.rounds, "step": self.optimizer_steps, **event})
 
 
 def run_rank(setup: LearnerSetup) -> None:

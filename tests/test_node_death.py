@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from ray.cluster_utils import Cluster
 
 from actors.queue_actor import start_queue
 from common.types import HiddenTargets, ScoredTrajectory, WeightPack
-from learner.worker import Learner
+from learner.queue_client import QueueClient
 from tests.tiny import trajectory
 
 pytestmark = pytest.mark.ray
@@ -63,12 +62,9 @@ def test_samples_that_died_with_a_node_are_made_again(two_nodes) -> None:
 
     producing = threading.Thread(target=coordinate)
     producing.start()
-    learner = Learner.__new__(Learner)  # one rank's way to its samples, without a model
-    learner.queue, learner.rank, learner.rounds = queue, 0, 0
-    learner.plan = SimpleNamespace(prompts_per_round=4)
-    learner.config = SimpleNamespace(resources=SimpleNamespace(call_timeout_seconds=120))
-    taken, _ = learner._take_round()
-    assert [s.trajectory.index for s in learner._fetch(taken, [3, 0, 1, 2])] == [3, 0, 1, 2]
+    rank = QueueClient(queue, 0, timeout_seconds=120)
+    taken, _ = rank.take_round(0)
+    assert [s.trajectory.index for s in rank.fetch(taken, [3, 0, 1, 2], first_sample=0)] == [3, 0, 1, 2]
     ray.get(queue.learner_ended.remote())
     producing.join()
     assert sorted(made_again) == [1, 3]

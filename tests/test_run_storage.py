@@ -6,6 +6,7 @@ import contextlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,16 +42,21 @@ def on_record(monkeypatch) -> Callable[[Callable[[dict[str, Any]], None]], None]
     return install
 
 
+def fill_after_round_1(record: dict[str, Any], run_dir: Path, disk) -> None:
+    """Puts a run's checkpoints on a small disk, and fills it once the first one is there."""
+    if record["kind"] == "data":
+        (run_dir / "checkpoints").symlink_to(disk.folder)
+    if (record["kind"], record["round"]) == ("checkpoint", 1):
+        disk.fill()
+
+
 def test_a_save_that_fails_passes_and_the_next_one_covers_it(
     ray_cluster, chain_teacher, whole, disk, on_record, tmp_path
 ) -> None:
     run_dir = tmp_path / "run"
 
     def show(record: dict[str, Any]) -> None:
-        if record["kind"] == "data":
-            (run_dir / "checkpoints").symlink_to(disk.folder)
-        if (record["kind"], record["round"]) == ("checkpoint", 1):
-            disk.fill()
+        fill_after_round_1(record, run_dir, disk)
         if record["kind"] == "failed_save":
             disk.empty()
 
@@ -70,13 +76,7 @@ def test_too_many_failed_saves_end_the_run_and_it_goes_on_from_the_last_whole_ch
 ) -> None:
     run_dir = tmp_path / "run"
 
-    def show(record: dict[str, Any]) -> None:
-        if record["kind"] == "data":
-            (run_dir / "checkpoints").symlink_to(disk.folder)
-        if (record["kind"], record["round"]) == ("checkpoint", 1):
-            disk.fill()
-
-    on_record(show)
+    on_record(lambda record: fill_after_round_1(record, run_dir, disk))
     config = run_config(chain_teacher, run_dir, checkpoint={"max_failed_saves": 1, "keep": 1}, evaluation=NO_EVALUATION)
     message = (
         r"the checkpoint of round 3 was not written \(2 in a row, checkpoint.max_failed_saves 1\): .*No space left on "

@@ -9,7 +9,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTa
 
 from common.errors import OpdlmError
 from common.types import WeightPack
-from learner.worker import Learner
+from learner.queue_client import QueueClient
 
 PACK = WeightPack(3, (), {}, 0)
 
@@ -18,7 +18,7 @@ PACK = WeightPack(3, (), {}, 0)
 def waits(monkeypatch) -> list[float]:
     """The learner's pauses, which take no time."""
     seconds: list[float] = []
-    monkeypatch.setattr("learner.worker.time.sleep", seconds.append)
+    monkeypatch.setattr("learner.queue_client.time.sleep", seconds.append)
     return seconds
 
 
@@ -30,12 +30,9 @@ def publish(monkeypatch, answers: list[Exception | None], limit: float = 1800) -
         if error := answers[len(given) - 1]:
             raise error
 
-    monkeypatch.setattr("learner.worker.ray.get", get)
-    learner = Learner.__new__(Learner)
-    learner.rank, learner.rounds = 0, 3
-    learner.config = SimpleNamespace(resources=SimpleNamespace(call_timeout_seconds=limit))
-    learner.queue = SimpleNamespace(publish=SimpleNamespace(remote=lambda version, pack: given.append(pack)))
-    learner._hand_over(PACK)
+    monkeypatch.setattr("learner.queue_client.ray.get", get)
+    queue = SimpleNamespace(publish=SimpleNamespace(remote=lambda version, pack: given.append(pack)))
+    QueueClient(queue, 0, limit).publish(PACK)
     return given
 
 

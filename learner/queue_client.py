@@ -1,0 +1,111 @@
+"""A rank's side of the replay queue: rounds and samples in, weights and records out. Every wait names what for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayError
+
+from common.errors import OpdlmError
+from common.object_store import StoreWait, store_is_full
+from common.types import ScoredTrajectory, WeightPack
+
+
+class QueueClient:
+    """Calls to the queue actor.
+
+    Args:
+        queue: handle of the actor.
+        rank: of this process, for errors.
+        timeout_seconds: longest wait for anything but a round (`resources.call_timeout_seconds`).
+    """
+
+    def __init__(self, queue: Any, rank: int, timeout_seconds: float) -> None:
+        self._queue, self._rank, self._limit = queue, rank, timeout_seconds
+
+    def ask(self, reference: Any, what: str) -> Any:
+        """The value of a reference, or a list's values.
+
+        Raises:
+            OpdlmError: no answer in time.
+        """
+        try:
+            return ray.get(reference, timeout=self._limit)
+        except GetTimeoutError:
+            raise OpdlmError(
+                f"learner rank {self._rank} waited {self._limit:g} s for {what} (resources.call_timeout_seconds)"
+            ) from None
+
+    def take_round(self, round_: int) -> tuple[list[Any], list[int]] | None:
+        """Waits for a round as long as somebody works on it: the coordinator's waits have limits of their own.
+
+        Returns: (references by place in the round, staleness of each); None: stop before this round.
+        """
+        while True:
+            try:
+                return ray.get(self._queue.take_round.remote(round_), timeout=self._limit)
+            except GetTimeoutError:
+                silent = self.ask(self._queue.coordinator_silent_seconds.remote(), "the replay queue")
+                if silent > self._limit:
+                    raise OpdlmError(
+                        f"learner rank {self._rank} waited for round {round_}, and the coordinator has been silent "
+                        f"for {silent:.0f} s (resources.call_timeout_seconds {self._limit:g})"
+                    ) from None
+
+    def fetch(self, references: list[Any], places: Sequence[int], first_sample: int) -> list[ScoredTrajectory]:
+        """Samples by their places in the round. `references` are replaced where a sample had to be made again.
+
+        Args:
+            first_sample: index of the round's first sample.
+
+        Raises:
+            OpdlmError: a sample came under another's index.
+        """
+        try:
+            samples = self.ask([references[place] for place in places], "scored trajectories")
+        except ObjectLostError:
+            samples = [self._fetch_one(references, place, first_sample + place) for place in places]
+        for place, sample in zip(places, samples, strict=True):
+            if (found := sample.trajectory.index) != first_sample + place:
+                raise OpdlmError(f"sample {found} came where sample {first_sample + place} belongs")
+        return samples
+
+    def _fetch_one(self, references: list[Any], place: int, index: int) -> ScoredTrajectory:
+        while True:
+            try:
+                return self.ask(references[place], "a scored trajectory")
+            except ObjectLostError:
+                again = self._queue.replace.remote(index, [references[place]])
+                (references[place],) = self.ask(again, f"sample {index}, whose data died, to be made again")
+
+    def publish(self, pack: WeightPack) -> None:
+        """Hands weights over; waits for room where the object store is full, as the producers do."""
+        store = StoreWait(self._limit)
+        while True:
+            try:
+                self.ask(self._queue.publish.remote(pack.version, pack), "publishing weights")
+                return
+            except RayError as error:
+                if not store_is_full(error):
+                    raise
+                time.sleep(store.pause(f"weights of version {pack.version}"))
+
+    def committed(self, rounds: int) -> None:
+        """A checkpoint covers this many rounds: the queue lets go of them."""
+        self.ask(self._queue.committed.remote(rounds), "committing a checkpoint")
+
+    def wait_until_written(self) -> None:
+        """Until the coordinator has written what it was told so far."""
+        self.ask(self._queue.events_written.remote(), "the coordinator to write its metrics")
+
+    def give_up(self, reason: str) -> None:
+        """Has the driver end the run with this, once it has written what it was told before."""
+        self.wait_until_written()
+        self.ask(self._queue.give_up.remote(reason), "giving up")
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """A record for the metrics."""
+        self._queue.tell.remote(event)
