@@ -1,8 +1,9 @@
 """Who attends to whom (METHOD.md sections 1, 2, 4), once as dense booleans and once for flex_attention.
 
-Decoder: a cached token sees every token of earlier blocks and of its own block. Training row
-`[clean | noisy]`: clean tokens are block-causal among themselves; noisy block b sees the clean blocks < b and all of
-noisy block b. Both follow from two numbers a token: its block and whether it is noisy.
+Decoder: a cached token sees every token of earlier blocks and of its own block. Training row `[clean | noisy]`: clean
+tokens are block-causal among themselves; noisy block b sees the clean blocks < b and all of noisy block b. A line of a
+micro-batch may hold several such rows, and several noisy copies behind one clean half. Who sees whom follows from three
+numbers a token: its sample, its copy (0 the clean one), its block.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from collections.abc import Callable
 
 import torch
 
-PAD_BLOCK = -1
-"""Block of a padding token in a training row: nobody sees it, and it sees only itself."""
+Numbers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of tokens: sample, copy, block, and index in their line."""
+
+PADDING = -1
+"""Sample of a padding token: nobody sees it, and it sees only itself."""
 
 
 def block_causal(query_blocks: torch.Tensor, key_blocks: torch.Tensor) -> torch.Tensor:
@@ -20,40 +24,36 @@ def block_causal(query_blocks: torch.Tensor, key_blocks: torch.Tensor) -> torch.
     return (key_blocks[:, None, :] <= query_blocks[:, :, None])[:, None]
 
 
-def training_mask(blocks: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+def training_mask(samples: torch.Tensor, copies: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """Dense mask of training rows: the oracle, and what runs on CPU.
 
     Args:
-        blocks: `[B, T]` int64, block of each token, `PAD_BLOCK` for padding.
-        noisy: `[B, T]` bool, True for the noisy copy.
+        samples: `[B, T]` int64, which of the line's samples a token belongs to; `PADDING` for none.
+        copies: `[B, T]` int64, 0 for the clean copy of its response, k for the k-th noisy one.
+        blocks: `[B, T]` int64, its block.
 
     Returns: `[B, 1, T, T]` bool, True where the query (dim 2) sees the key (dim 3).
     """
-    query = (blocks[:, :, None], noisy[:, :, None])
-    key = (blocks[:, None, :], noisy[:, None, :])
     index = torch.arange(blocks.shape[1], device=blocks.device)
-    return _visible(*query, *key, index[:, None], index[None, :])[:, None]
+    query = samples[:, :, None], copies[:, :, None], blocks[:, :, None], index[:, None]
+    key = samples[:, None, :], copies[:, None, :], blocks[:, None, :], index[None, :]
+    return _visible(query, key)[:, None]
 
 
-def training_mask_mod(blocks: torch.Tensor, noisy: torch.Tensor) -> Callable[..., torch.Tensor]:
+def training_mask_mod(samples: torch.Tensor, copies: torch.Tensor, blocks: torch.Tensor) -> Callable[..., torch.Tensor]:
     """The same mask as a flex_attention `mask_mod(b, h, q, k)`; nothing of size `[T, T]` is built."""
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return _visible(blocks[b, q], noisy[b, q], blocks[b, k], noisy[b, k], q, k)
+        query = samples[b, q], copies[b, q], blocks[b, q], q
+        return _visible(query, (samples[b, k], copies[b, k], blocks[b, k], k))
 
     return mask_mod
 
 
-def _visible(
-    q_block: torch.Tensor,
-    q_noisy: torch.Tensor,
-    k_block: torch.Tensor,
-    k_noisy: torch.Tensor,
-    q_index: torch.Tensor,
-    k_index: torch.Tensor,
-) -> torch.Tensor:
-    earlier_clean = ~k_noisy & (k_block < q_block)
-    same_copy_same_block = (k_noisy == q_noisy) & (k_block == q_block)
-    real = (k_block != PAD_BLOCK) & (q_block != PAD_BLOCK)
+def _visible(query: Numbers, key: Numbers) -> torch.Tensor:
+    (q_sample, q_copy, q_block, q_index), (k_sample, k_copy, k_block, k_index) = query, key
+    earlier_clean = (k_copy == 0) & (k_block < q_block)
+    same_copy_same_block = (k_copy == q_copy) & (k_block == q_block)
+    together = (k_sample == q_sample) & (q_sample != PADDING)
     # Padding sees itself, so that no softmax is over nothing.
-    return (real & (earlier_clean | same_copy_same_block)) | (q_index == k_index)
+    return (together & (earlier_clean | same_copy_same_block)) | (q_index == k_index)

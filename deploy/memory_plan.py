@@ -186,7 +186,7 @@ def learner_memory(
         [
             *zero_terms(config, student.parameters + (adapters or 0), adapters or student.parameters),
             *_activations(config, student, lengths, size),
-            *_losses(config, student, teacher),
+            *_losses(config, student, teacher, trains_matrix=adapters is None),
         ],
     )
 
@@ -255,8 +255,8 @@ def _activations(config: OpdlmConfig, student: ModelSize, lengths: Lengths, size
     return terms
 
 
-def _losses(config: OpdlmConfig, student: ModelSize, teacher: ModelSize) -> list[Term]:
-    """`_losses` of `learner/distill.py`, and the teacher's output matrix where targets are hidden states."""
+def _losses(config: OpdlmConfig, student: ModelSize, teacher: ModelSize, trains_matrix: bool) -> list[Term]:
+    """`learner/chunked_loss.py`, and the teacher's output matrix where targets are hidden states."""
     chunk, terms = config.learner.logits_chunk, []
     scored = config.objective.kind != "cft"
     if scored and config.teacher.targets == "hidden":
@@ -267,7 +267,11 @@ def _losses(config: OpdlmConfig, student: ModelSize, teacher: ModelSize) -> list
     what = f"{chunk:,} positions x {student.vocabulary:,} x 4 B" + (" x 2" if both == 2 else "")
     terms.append(Term("logits chunk", what, chunk * student.vocabulary * 4 * both))
     what = f"{chunk:,} positions x {student.vocabulary:,} x 4 B x 2"
-    terms.append(Term("its backward pass", what, chunk * student.vocabulary * 8, estimate=True))
+    terms.append(Term("its gradient", what, chunk * student.vocabulary * 8, estimate=True))
+    if trains_matrix and config.learner.zero.stage > 1:  # at stage 1 it is one of the gradients that are kept
+        size = BYTES[config.model.dtype]
+        what = f"{student.vocabulary:,} x {student.width:,} x {size} B"
+        terms.append(Term("output matrix's gradient", what, student.vocabulary * student.width * size))
     return terms
 
 

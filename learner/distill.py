@@ -1,7 +1,8 @@
 """The module that DeepSpeed trains: rows in, weighted sum of losses out, without `[B, P+2R, V]` ever existing.
 
 Hidden states are gathered at the loss positions first; the output matrix is then applied to `logits_chunk` positions
-at a time, and each chunk's logits are dropped and recomputed in the backward pass. Memory does not grow with V x R.
+at a time, and each chunk's logits become a part of the gradients before the next ones are made (`chunked_loss.py`).
+Memory does not grow with V x R.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from common.config.schema import ObjectiveConfig
 from common.masks import training_mask, training_mask_mod
 from common.models import hidden_states
-from learner.rows import MicroBatch
+from learner.chunked_loss import chunked_loss
+from learner.packing import MicroBatch
 from learner.targets import PositionTargets
 
 
@@ -44,25 +45,16 @@ class DistillModule(nn.Module):
         `weights`: `[N]` float32, what each loss position counts.
         """
         hidden = hidden_states(self.student, batch.input_ids, batch.position_ids, self._mask(batch))
-        hidden = hidden[batch.loss_row, batch.loss_column]
-        parts = [
-            checkpoint(self._losses, hidden[part], targets[part], use_reentrant=False)
-            for start in range(0, max(len(hidden), 1), self.logits_chunk)
-            for part in [slice(start, start + self.logits_chunk)]
-        ]
-        losses = torch.cat(parts)
-        return (losses * weights).sum(), losses.detach()
-
-    def _losses(self, hidden: torch.Tensor, targets: PositionTargets) -> torch.Tensor:
+        hidden = hidden[batch.loss_line, batch.loss_column]
         # The matrix, not the module: ranks differ in their number of chunks, and ZeRO-3 gathers at each module call.
-        logits = torch.nn.functional.linear(hidden, self.student.lm_head.weight)
-        return targets.losses(logits, self.objective)
+        matrix = self.student.lm_head.weight
+        return chunked_loss(hidden, matrix, targets, weights, self.objective, self.logits_chunk)
 
     def _mask(self, batch: MicroBatch) -> Any:
         if self.attention != "flex_attention":
-            return training_mask(batch.blocks, batch.noisy)
+            return training_mask(batch.samples, batch.copies, batch.blocks)
         from torch.nn.attention.flex_attention import create_block_mask
 
         rows, length = batch.blocks.shape
-        mask_mod = training_mask_mod(batch.blocks, batch.noisy)
+        mask_mod = training_mask_mod(batch.samples, batch.copies, batch.blocks)
         return create_block_mask(mask_mod, rows, None, length, length, device=str(batch.blocks.device), _compile=True)

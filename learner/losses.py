@@ -20,6 +20,28 @@ def forward_kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     return torch.where(p > 0, p * (teacher.masked_fill(p == 0, 0.0) - student), 0.0).sum(-1)
 
 
+def forward_kl_with_gradient(
+    teacher: torch.Tensor, student: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(teacher || student) from logits, and the gradient of `sum(weights * KL)` with regard to the student's.
+
+    With p and q the two distributions the gradient is `weights * (q - p)`, exactly. Both arguments are overwritten,
+    and one more tensor of their size is made.
+
+    Args:
+        teacher, student: logits, `[N, C]` float32.
+        weights: `[N]` float32.
+
+    Returns: (`[N]` nats; `[N, C]`).
+    """
+    log_p = teacher.sub_(teacher.logsumexp(-1, keepdim=True)).clamp_(min=-1e30)  # p = 0 times a finite number is 0
+    log_q = student.sub_(student.logsumexp(-1, keepdim=True))
+    ratio = log_p - log_q
+    p = log_p.exp_()
+    losses = torch.linalg.vecdot(p, ratio)
+    return losses, log_q.exp_().sub_(p).mul_(weights[:, None])
+
+
 def reverse_kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     """KL(student || teacher); the teacher's log-probabilities are cut off at log 1e-38, so it is finite."""
     return (student.exp() * (student - teacher.clamp(min=_LOG_TINY))).sum(-1)

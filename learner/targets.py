@@ -11,7 +11,7 @@ import torch
 from common.config.schema import ObjectiveConfig
 from common.tensors import array_to_tensor
 from common.types import LogitsTargets, TeacherTargets, TopKTargets
-from learner.losses import divergence, restrict_to_top_k
+from learner.losses import divergence, forward_kl_with_gradient, restrict_to_top_k
 from learner.rows import Row
 
 
@@ -47,12 +47,36 @@ class PositionTargets:
         if self.token_ids is not None:
             return divergence(*restrict_to_top_k(self.token_ids, self.values, student, objective.tail), objective)
         with torch.no_grad():
-            logits = self.values if self.head is None else self.values.to(self.head.dtype) @ self.head.T
-            teacher = logits.float().log_softmax(-1)
+            teacher = self._logits().log_softmax(-1)
         if objective.top_k == 0:
             return divergence(teacher, student, objective)
         top, ids = teacher.topk(min(objective.top_k, teacher.shape[-1]), dim=-1)
         return divergence(*restrict_to_top_k(ids, top, student, objective.tail), objective)
+
+    def losses_with_gradient(
+        self, student_logits: torch.Tensor, weights: torch.Tensor, objective: ObjectiveConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`losses`, and the gradient of `sum(weights * losses)` with regard to the logits, `[N, V']` float32.
+
+        Outside autograd. The logits may be overwritten. The forward KL over the full vocabulary, the usual case, has a
+        closed form in place; for all others autograd does it.
+        """
+        forward = objective.divergence == "kl" and objective.reverse_weight == 0
+        if forward and objective.top_k == 0 and self.token_ids is None:
+            outcomes, more = student_logits[:, : self.vocab_size].float(), student_logits.shape[1] - self.vocab_size
+            losses, gradient = forward_kl_with_gradient(self._logits(), outcomes, weights)
+            return losses, torch.nn.functional.pad(gradient, (0, more)) if more else gradient
+        with torch.enable_grad():
+            logits = student_logits.detach().float().requires_grad_()
+            losses = self.losses(logits, objective)
+            (gradient,) = torch.autograd.grad((losses * weights).sum(), logits)
+        return losses.detach(), gradient
+
+    def _logits(self) -> torch.Tensor:
+        """The teacher's, `[N, V]` float32, a tensor that the caller may overwrite. Not for top-K targets."""
+        if self.head is not None:
+            return (self.values.to(self.head.dtype) @ self.head.T).float()
+        return self.values.to(torch.float32, copy=True)
 
 
 def gather_targets(

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from common.config.schema import LearnerConfig, ObjectiveConfig
 from common.grid import BlockGrid
 from common.types import ScoredTrajectory
-from learner.rows import MicroBatch, Row, build_rows, collate
+from learner.packing import MicroBatch, pack
+from learner.rows import Row, build_rows
 from learner.targets import gather_targets
 
 
@@ -52,6 +53,7 @@ class TrainStep:
             `backward`, `step`, `set_gradient_accumulation_boundary`, `get_global_grad_norm`, `device`; its step
             is none where the gradient is not finite, and `optimizer.overflow` then says so.
         teacher_head: the teacher's output matrix `[V, D]`, for hidden-state targets.
+        one_line: how rows are packed; see `learner/packing.py`.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class TrainStep:
         mask_id: int,
         teacher_head: torch.Tensor | None,
         seed: int,
+        one_line: bool = False,
     ) -> None:
         self.engine = engine
         self.learner = learner
@@ -71,6 +74,7 @@ class TrainStep:
         self.mask_id = mask_id
         self.teacher_head = teacher_head
         self.seed = seed
+        self.one_line = one_line
 
     def __call__(self, share: Sequence[ScoredTrajectory], spare: ScoredTrajectory, learning_rate: float) -> StepResult:
         """Trains on this rank's share of the batch, which may be empty. A collective call.
@@ -81,7 +85,7 @@ class TrainStep:
         rows = [row for scored in share for row in self._rows(scored)]
         useful = sorted((r for r in rows if len(r.loss_positions)), key=lambda r: -len(r.input_ids))
         size = self.learner.micro_batch_rows
-        micro = [collate(useful[i : i + size]) for i in range(0, len(useful), size)]
+        micro = [self._pack(useful[i : i + size]) for i in range(0, len(useful), size)]
         positions = sum(len(r.loss_positions) for r in useful)
         counts = self._sum([len(useful), len(rows) - len(useful), positions])
         total_rows, without_loss, total_positions = (int(c) for c in counts)
@@ -93,15 +97,15 @@ class TrainStep:
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss, idle = 0.0, collate(self._rows(spare)[:1])
+        loss, idle = 0.0, self._pack(self._rows(spare)[:1])
         for i in range(forwards):
             batch = micro[i] if i < len(micro) else idle
             weights = self._weights(batch, total_rows, total_positions) * (i < len(micro))
             self.engine.set_gradient_accumulation_boundary(i == forwards - 1)
             loss += self._backward(batch, weights)
         self.engine.step()
-        tokens = sum(b.input_ids.numel() for b in micro)
-        sums = self._sum([loss, tokens, tokens - sum(len(r.input_ids) for r in useful)])
+        tokens, padding = sum(b.input_ids.numel() for b in micro), sum(b.padding_tokens for b in micro)
+        sums = self._sum([loss, tokens, padding])
         return StepResult(
             loss=float(sums[0]),
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
@@ -118,6 +122,9 @@ class TrainStep:
         # Seeded by the sample alone: the same states whichever rank and whichever life of the job builds them.
         rng = np.random.default_rng([self.seed, scored.trajectory.index])
         return build_rows(scored, self.grid, self.objective, self.mask_id, rng)
+
+    def _pack(self, rows: Sequence[Row]) -> MicroBatch:
+        return pack(rows, self.one_line)
 
     def _weights(self, batch: MicroBatch, total_rows: int, total_positions: int) -> torch.Tensor:
         if self.objective.reduction == "token":

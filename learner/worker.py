@@ -73,6 +73,7 @@ class Learner:
             require_mask(read_facts(setup.student)),
             self._teacher_head(),
             config.run.seed,
+            one_line=attention == "flex_attention",
         )
         checkpoint = config.checkpoint
         self.saver = Saver(self.engine, self.run_dir / "checkpoints", checkpoint.keep, checkpoint.max_failed_saves)
@@ -263,7 +264,8 @@ class Learner:
 
     def _tell_step(self, result: StepResult, rate: float, samples: list[int]) -> None:
         kl = {"forward_kl_nats": result.loss} if self.config.objective.loss_is_forward_kl else {}
-        self._tell(kind="step", learning_rate=rate, samples=samples, **asdict(result), **kl)
+        share = result.padding_tokens / max(result.tokens, 1)
+        self._tell(kind="step", learning_rate=rate, samples=samples, padding_share=share, **asdict(result), **kl)
 
     def _tell(self, **event: Any) -> None:
         if self.rank == 0:

@@ -17,7 +17,8 @@ from common.grid import BlockGrid
 from common.models import load_model
 from common.types import RolloutRequest, ScoredTrajectory
 from learner.distill import DistillModule
-from learner.rows import build_row, build_rows, collate
+from learner.packing import collate
+from learner.rows import build_row, build_rows
 from learner.targets import gather_targets
 from tests import golden_files
 

@@ -17,7 +17,8 @@ from actors.remasking import STRATEGIES
 from common.config.schema import ObjectiveConfig
 from common.masks import training_mask
 from common.models import hidden_states
-from learner.rows import build_rows, collate
+from learner.packing import collate
+from learner.rows import build_rows
 from tests.golden_files import unscored
 from tests.tiny import EOS, MASK, OTHER_FAMILIES, request, tiny_model
 
@@ -56,7 +57,7 @@ def test_training_forward_sees_what_the_decoder_saw(
         rows = build_rows(unscored(t), decoder.grid, objective, MASK, np.random.default_rng(0))
         batch = collate(rows)
         with torch.no_grad():
-            mask = training_mask(batch.blocks, batch.noisy)
+            mask = training_mask(batch.samples, batch.copies, batch.blocks)
             logits = model.lm_head(hidden_states(model, batch.input_ids, batch.position_ids, mask)).float()
         logits[..., MASK] = float("-inf")
         start, length = len(batch.rows[0].input_ids) - len(t.response_ids), len(t.prompt_ids)

@@ -167,7 +167,8 @@ class LearnerConfig(Section):
     batch_size: PositiveInt = 8
     """Trajectories in one optimizer step, over all ranks (paper: 8)."""
     micro_batch_rows: PositiveInt = 8
-    """Training rows in one forward of one rank; the rest of its share is accumulated."""
+    """Training rows in one forward of one rank, packed into lines with little padding; the rest of its share is
+    accumulated."""
     logits_chunk: PositiveInt = 1024
     """Loss positions whose full-vocabulary logits exist at one time; memory, not result, depends on it."""
     gradient_checkpointing: bool = False

@@ -13,7 +13,8 @@ from common.config.schema import ObjectiveConfig
 from common.grid import BlockGrid, block_index
 from common.masks import training_mask, training_mask_mod
 from common.models import hidden_states
-from learner.rows import Row, build_rows, collate
+from learner.packing import collate
+from learner.rows import Row, build_rows
 from tests.golden_files import unscored
 from tests.tiny import MASK, tiny_model, trajectory
 
@@ -51,13 +52,15 @@ def test_training_mask_is_the_rule_spelled_out(size, kind, prompt, response) -> 
     """Dense mask and flex mask both equal METHOD.md section 4, token by token, padding included."""
     grid = BlockGrid(size, kind)
     batch = collate(_rows(grid, prompt, response) + _rows(grid, prompt + 2, response + 1))
-    ours = training_mask(batch.blocks, batch.noisy)[:, 0]
+    ours = training_mask(batch.samples, batch.copies, batch.blocks)[:, 0]
     length = batch.blocks.shape[1]
-    flex = create_mask(training_mask_mod(batch.blocks, batch.noisy), 2, None, length, length, device="cpu")[:, 0]
+    flex = create_mask(
+        training_mask_mod(batch.samples, batch.copies, batch.blocks), 2, None, length, length, device="cpu"
+    )[:, 0]
     assert torch.equal(ours, flex)
     for row in range(2):
         real = len(batch.rows[row].input_ids)
-        blocks, noisy = batch.blocks[row].tolist(), batch.noisy[row].tolist()
+        blocks, noisy = batch.blocks[row].tolist(), (batch.copies[row] > 0).tolist()
         for q in range(length):
             for k in range(length):
                 if q >= real or k >= real:
@@ -76,8 +79,8 @@ def test_masked_position_never_depends_on_its_own_token_or_on_later_blocks(kind,
     model, grid = tiny_model(5), BlockGrid(4, kind)
     (row,) = _rows(grid, prompt, 11)
     batch = collate([row])
-    clean = int((~batch.noisy[0]).sum())
-    mask = training_mask(batch.blocks, batch.noisy)
+    clean = int((batch.copies[0] == 0).sum())
+    mask = training_mask(batch.samples, batch.copies, batch.blocks)
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -90,6 +93,6 @@ def test_masked_position_never_depends_on_its_own_token_or_on_later_blocks(kind,
             changed = batch.input_ids.clone()
             changed[0, other] = (changed[0, other] + 7) % 30
             same = torch.equal(logits(changed)[column], before[column])
-            other_block, other_noisy = int(batch.blocks[0, other]), bool(batch.noisy[0, other])
+            other_block, other_noisy = int(batch.blocks[0, other]), bool(batch.copies[0, other])
             visible = other_block == block if other_noisy else other_block < block
             assert same == (not visible), (column, other)

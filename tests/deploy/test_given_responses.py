@@ -21,7 +21,8 @@ from common.types import ScoredTrajectory, WeightHandle
 from deploy import offline
 from deploy.sources import GivenSource, given_trajectory
 from learner.distill import DistillModule
-from learner.rows import build_rows, collate
+from learner.packing import collate
+from learner.rows import build_rows
 from learner.targets import gather_targets
 from tests.tiny import EOS, MASK, VOCABULARY, request, save_teacher, tiny_model
 

@@ -181,6 +181,7 @@ def test_losses_follow_the_targets(tmp_path) -> None:
 
     hidden = terms()
     assert (hidden["logits chunk"], hidden["teacher's output matrix"]) == (2 * chunk, 32 * 16 * 2)
+    assert hidden["output matrix's gradient"] == 32 * 16 * 2
     top_k = terms(teacher={"targets": "topk"}, objective={"top_k": 4})
     assert (top_k["logits chunk"], "teacher's output matrix" in top_k) == (chunk, False)
     assert hidden["attention mask"] == 8 * 160 * 160

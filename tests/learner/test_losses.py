@@ -12,9 +12,11 @@ from actors.teacher_scoring import score
 from common.config.schema import ObjectiveConfig
 from common.grid import BlockGrid
 from common.types import ScoredTrajectory
+from learner.chunked_loss import chunked_loss
 from learner.distill import DistillModule
 from learner.losses import divergence, forward_kl, jensen_shannon, restrict_to_top_k, reverse_kl
-from learner.rows import build_rows, collate
+from learner.packing import collate
+from learner.rows import build_rows
 from learner.targets import gather_targets
 from tests.tiny import EOS, MASK, tiny_model, trajectory
 
@@ -120,7 +122,7 @@ def test_target_kinds_agree(objective) -> None:
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_do_not_depend_on_chunks_or_checkpointing(chunk, checkpointing) -> None:
-    """Recomputing layers and logit chunks gives the gradient of the direct formulation, written out here."""
+    """With recomputed layers and chunk by chunk, the gradient is that of the direct formulation, written out here."""
     objective, teacher = ObjectiveConfig(exclude_eos=False), tiny_model(1)
     student = tiny_model(2)
     batch, targets = _batch("logits", objective, teacher)
@@ -129,9 +131,9 @@ def test_gradients_do_not_depend_on_chunks_or_checkpointing(chunk, checkpointing
     from common.masks import training_mask
     from common.models import hidden_states
 
-    mask = training_mask(batch.blocks, batch.noisy)
+    mask = training_mask(batch.samples, batch.copies, batch.blocks)
     logits = student.lm_head(hidden_states(student, batch.input_ids, batch.position_ids, mask))
-    at_loss = logits[batch.loss_row, batch.loss_column].log_softmax(-1)
+    at_loss = logits[batch.loss_line, batch.loss_column].log_softmax(-1)
     direct = (
         torch.nn.functional.kl_div(at_loss, targets.values.log_softmax(-1), log_target=True, reduction="none").sum(-1)
         * weights
@@ -148,6 +150,46 @@ def test_gradients_do_not_depend_on_chunks_or_checkpointing(chunk, checkpointing
     torch.testing.assert_close(loss, direct, rtol=1e-5, atol=1e-6)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, ObjectiveConfig(top_k=4), ObjectiveConfig(top_k=4, tail="bucket")])
+@pytest.mark.parametrize("kind", ["hidden", "logits", "topk"])
+@pytest.mark.parametrize("rows", [31, 32])
+def test_gradients_taken_at_once_are_those_of_autograd(objective, kind, rows) -> None:
+    """Also where a teacher's probability is 0, and where the student has a row more than the teacher."""
+    batch, targets = _batch(kind, objective, tiny_model(1, vocab_size=31))
+    if kind == "logits":
+        targets.values[::2, 3:9] = float("-inf")
+    logits = 5 * torch.randn(len(batch.loss_row), rows, requires_grad=True)
+    weights = torch.rand(len(batch.loss_row))
+    expected = targets.losses(logits, objective)
+    (gradient,) = torch.autograd.grad((expected * weights).sum(), logits)
+    losses, ours = targets.losses_with_gradient(logits.detach().clone(), weights, objective)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_targets_outlive_the_gradients() -> None:
+    """A chunk's logits may be overwritten; the targets' may not."""
+    _, targets = _batch("logits", ObjectiveConfig(), tiny_model(1))
+    before = targets.values.clone()
+    targets.losses_with_gradient(torch.randn(before.shape), torch.ones(len(before)), ObjectiveConfig())
+    assert torch.equal(targets.values, before)
+
+
+def test_a_loss_goes_backward_once_and_is_scaled_by_what_comes_from_above() -> None:
+    batch, targets = _batch("logits", ObjectiveConfig(), tiny_model(1))
+    hidden, matrix = torch.randn(len(batch.loss_row), 16), torch.randn(32, 16)
+    gradients = []
+    for scale in (1.0, 3.0):
+        leaves = hidden.clone().requires_grad_(), matrix.clone().requires_grad_()
+        loss, _ = chunked_loss(*leaves, targets, torch.ones(len(hidden)), ObjectiveConfig(), 4)
+        (scale * loss).backward(retain_graph=True)
+        gradients.append([leaf.grad.clone() for leaf in leaves])
+        with pytest.raises(RuntimeError, match="one backward pass"):
+            loss.backward()
+    for once, thrice in zip(*gradients, strict=True):
+        torch.testing.assert_close(thrice, 3 * once)
 
 
 def test_added_mask_row_is_no_outcome() -> None:

@@ -19,7 +19,8 @@ from common.masks import training_mask
 from common.models import check_vocabularies, hidden_states, load_model, load_output_matrix, read_facts
 from common.types import ScoredTrajectory
 from learner.distill import DistillModule
-from learner.rows import build_rows, collate
+from learner.packing import collate
+from learner.rows import build_rows
 from learner.targets import gather_targets
 from tests.tiny import request, save_teacher
 
@@ -57,9 +58,9 @@ def _batch(trajectories, teacher, student, kind: str, objective: ObjectiveConfig
 
 def _by_hand(batch, teacher, student) -> torch.Tensor:
     """KL(teacher || student) at each loss position from both models' plain logits."""
-    mask = training_mask(batch.blocks, batch.noisy)
+    mask = training_mask(batch.samples, batch.copies, batch.blocks)
     logits = student.lm_head(hidden_states(student, batch.input_ids, batch.position_ids, mask))
-    ours = logits[batch.loss_row, batch.loss_column, :VOCABULARY].log_softmax(-1)
+    ours = logits[batch.loss_line, batch.loss_column, :VOCABULARY].log_softmax(-1)
     theirs = []
     for row in batch.rows:
         t = row.scored.trajectory

@@ -14,7 +14,8 @@ from common.errors import OpdlmError
 from common.grid import BlockGrid
 from learner.distill import DistillModule
 from learner.lora import add_adapters, merged_parameters, whole_already
-from learner.rows import build_rows, collate
+from learner.packing import collate
+from learner.rows import build_rows
 from learner.targets import gather_targets
 from tests.learner import zero_ranks
 from tests.tiny import MASK, tiny_model
