@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import nn
 
+from common.checksum import checksum
 from common.tensors import array_to_tensor, tensor_to_array
 from common.types import TensorPlace, WeightPack
 
@@ -18,16 +18,16 @@ def pack_weights(version: int, named: Iterable[tuple[str, torch.Tensor]]) -> Wei
     places: list[TensorPlace] = []
     pieces: dict[str, list[np.ndarray]] = {}
     used: dict[str, int] = {}
-    checksum = 0
+    total = 0
     for name, tensor in named:
+        total = checksum(tensor, total)
         array = tensor_to_array(tensor)
         kind = array.dtype.name
         places.append(TensorPlace(name, tuple(array.shape), kind, used.get(kind, 0)))
         used[kind] = used.get(kind, 0) + array.size
         pieces.setdefault(kind, []).append(array.reshape(-1))
-        checksum = _checksum(array, checksum)
     buffers = {kind: np.concatenate(parts) for kind, parts in pieces.items()}
-    return WeightPack(version, tuple(places), buffers, checksum)
+    return WeightPack(version, tuple(places), buffers, total)
 
 
 @torch.no_grad()
@@ -40,25 +40,29 @@ def load_weights(model: nn.Module, pack: WeightPack) -> None:
     parameters = dict(model.named_parameters())
     if missing := set(parameters) ^ {place.name for place in pack.places}:
         raise ValueError(f"weights version {pack.version}: model and pack differ in {sorted(missing)[:3]}")
-    checksum = 0
+    total = 0
     for place, array in _unpack(pack):
         parameter = parameters[place.name]
         if tuple(parameter.shape) != place.shape:
             raise ValueError(f"weights version {pack.version}: {place.name} is {place.shape}, not {parameter.shape}")
-        parameter.copy_(array_to_tensor(array))
-        checksum = _checksum(tensor_to_array(parameter), checksum)
-    if checksum != pack.checksum:
+        _fill(parameter, array)
+        total = checksum(parameter, total)
+    if total != pack.checksum:
         raise ValueError(
-            f"weights version {pack.version}: checksum {checksum:#010x} after loading, {pack.checksum:#010x} when "
+            f"weights version {pack.version}: checksum {total:#018x} after loading, {pack.checksum:#018x} when "
             "packed; the transfer was damaged or the model's number format differs from the learner's"
         )
+
+
+def _fill(parameter: nn.Parameter, array: np.ndarray) -> None:
+    """Straight from the object store's memory where both are in this machine's."""
+    if parameter.is_cpu and parameter.is_contiguous() and (own := tensor_to_array(parameter)).dtype == array.dtype:
+        np.copyto(own, array)
+    else:
+        parameter.copy_(array_to_tensor(array))
 
 
 def _unpack(pack: WeightPack) -> Iterator[tuple[TensorPlace, np.ndarray]]:
     for place in pack.places:
         size = int(np.prod(place.shape, dtype=np.int64))
         yield place, pack.buffers[place.dtype][place.start : place.start + size].reshape(place.shape)
-
-
-def _checksum(array: np.ndarray, running: int) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, running)

@@ -1,0 +1,145 @@
+"""From "optimizer step done" to "every rollout actor has the weights", against the bare copies that this needs.
+
+    make bench        # or: python -m tests.benchmarks.weight_push [--gigabytes 0.1 1] [--nodes 1 2] [--repetitions 5]
+
+A push through Ray's object store must copy all bytes into the store once and out of it once an actor (all actors at
+the same time), and once more between two nodes. The measured push is the run's own: `pack_weights`, the replay queue's
+`publish`, `load_weights` with its checksum on each of two actors. Both nodes are on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from typing import Any
+
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from actors.queue_actor import ReplayQueueActor
+from common.types import WeightHandle
+from common.weights import load_weights, pack_weights
+from learner.queue_client import QueueClient
+from tests.benchmarks.measure import Ratio, write_json
+
+ACTORS, TENSOR_VALUES = 2, 4 << 20
+
+
+def weights(nbytes: int) -> nn.ParameterList:
+    """Float32 parameters of 16 MB each."""
+    count = max(round(nbytes / 4 / TENSOR_VALUES), 1)
+    return nn.ParameterList(nn.Parameter(torch.randn(TENSOR_VALUES), requires_grad=False) for _ in range(count))
+
+
+class Learner:
+    """Holds weights and publishes them."""
+
+    def __init__(self, queue: Any, nbytes: int) -> None:
+        torch.set_num_threads(1)
+        self.weights, self.queue, self.version = weights(nbytes), QueueClient(queue, 0, 600.0), -1
+
+    def publish(self) -> dict[str, float]:
+        """Packs and hands over a new version; seconds of both."""
+        self.version += 1
+        self.weights[0].add_(1e-3)
+        started = time.perf_counter()
+        pack = pack_weights(self.version, self.weights.named_parameters())
+        packed = time.perf_counter()
+        self.queue.publish(pack)
+        return {"pack": packed - started, "hand_over": time.perf_counter() - packed}
+
+    def copy_seconds(self) -> float:
+        """All bytes, into fresh memory, as the object store's are."""
+        return _copy_seconds(self.weights, None)
+
+
+class Rollout:
+    """Holds weights and takes new ones."""
+
+    def __init__(self, nbytes: int) -> None:
+        torch.set_num_threads(1)
+        self.weights, self.buffer = weights(nbytes), weights(nbytes)
+
+    def load(self, handle: WeightHandle) -> float:
+        """As `RolloutActor.load_weights`."""
+        started = time.perf_counter()
+        load_weights(self.weights, ray.get(handle.pack[0]))
+        return time.perf_counter() - started
+
+    def copy_seconds(self) -> float:
+        """All bytes, into the memory of a model."""
+        return _copy_seconds(self.buffer, self.weights)
+
+
+def _copy_seconds(source: nn.ParameterList, into: nn.ParameterList | None) -> float:
+    started = time.perf_counter()
+    for place, tensor in enumerate(source):
+        if into is None:
+            tensor.detach().clone()
+        else:
+            into[place].copy_(tensor)
+    return time.perf_counter() - started
+
+
+def push(gigabytes: float, nodes: int, repetitions: int) -> dict[str, Any]:
+    """All repetitions of one size; the first, which warms up, is left out."""
+    nbytes = int(gigabytes * 1e9)
+    store = int(min(3.2 * nbytes + 5e8, 9e9))
+    head = {"num_cpus": 8, "num_gpus": 0, "include_dashboard": False, "object_store_memory": store}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    if nodes == 2:
+        cluster.add_node(num_cpus=8, resources={"second": 8}, object_store_memory=store)
+    try:
+        os.environ["RAY_ADDRESS"] = cluster.address
+        ray.init(address=cluster.address, log_to_driver=False)
+        there = {"resources": {"second": 1}} if nodes == 2 else {}
+        queue = ray.remote(ReplayQueueActor).options(num_cpus=0).remote(1, 0, 1, 0)
+        learner = ray.remote(Learner).options(num_cpus=1).remote(queue, nbytes)
+        rollouts = [ray.remote(Rollout).options(num_cpus=1, **there).remote(nbytes) for _ in range(ACTORS)]
+        found = [_one_push(queue, learner, rollouts, version, nodes) for version in range(repetitions + 1)][1:]
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    return {"gigabytes": gigabytes, "nodes": nodes, "pushes": found}
+
+
+def _one_push(queue: Any, learner: Any, rollouts: list[Any], version: int, nodes: int) -> dict[str, float]:
+    into_store = ray.get(learner.copy_seconds.remote())
+    out_of_store = max(ray.get([actor.copy_seconds.remote() for actor in rollouts]))
+    started = time.perf_counter()
+    parts = ray.get(learner.publish.remote())
+    handle = ray.get(queue.next_weights.remote(version - 1))
+    load = max(ray.get([actor.load.remote(handle) for actor in rollouts]))
+    bare = into_store * nodes + out_of_store  # between nodes once more into fresh memory
+    return {"seconds": time.perf_counter() - started, "bare_seconds": bare, "load": load, **parts}
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.1, 1.0])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2], choices=[1, 2])
+    parser.add_argument("--repetitions", type=int, default=5)
+    chosen = parser.parse_args()
+    table = Table(title=f"push of float32 weights to {ACTORS} rollout actors, {chosen.repetitions} repetitions")
+    for name in ("nodes", "GB", "seconds", "pack", "hand over", "load", "bare copies", "times the bare copies"):
+        table.add_column(name, justify="right")
+    lines = [push(size, nodes, chosen.repetitions) for nodes in chosen.nodes for size in chosen.gigabytes]
+    for line in lines:
+        pushes = line["pushes"]
+        ratio = Ratio([p["seconds"] / p["bare_seconds"] for p in pushes])
+        means = [sum(p[key] for p in pushes) / len(pushes) for key in ("seconds", "pack", "hand_over", "load")]
+        bare = sum(p["bare_seconds"] for p in pushes) / len(pushes)
+        table.add_row(str(line["nodes"]), f"{line['gigabytes']:g}", *(f"{s:.2f}" for s in (*means, bare)), str(ratio))
+    console = Console(width=140)
+    console.print(table)
+    console.print(f"written: {write_json('weight_push', lines)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The checksum of weights. `pytest tests/common/test_checksum.py`"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from common.checksum import checksum
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+
+
+def _by_hand(data: bytes) -> int:
+    """The definition, word by word in Python."""
+    words = np.frombuffer(data + bytes(-len(data) % 8), np.uint64).tolist()
+    whole, running = len(data) // 8, 0
+    blocks = [words[i : i + 65536] for i in range(0, whole, 65536)] if whole else []
+    if blocks and len(blocks[-1]) + 65536 * (len(blocks) - 1) > whole:
+        blocks[-1] = blocks[-1][: whole % 65536]
+    blocks += [words[whole:]] if words[whole:] else []
+    for block in blocks:
+        total = sum(word * ((place * 0x9E3779B97F4A7C15) | 1) for place, word in enumerate(block, start=1))
+        running = (running * 0x100000001B3 + total) % 2**64
+    return running
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1000, 524_288, 600_001])
+def test_it_is_what_its_definition_says(size) -> None:
+    data = np.random.default_rng(size).integers(0, 256, size).astype(np.uint8)
+    assert checksum(torch.from_numpy(data)) == _by_hand(data.tobytes())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_changed_value_shows(dtype) -> None:
+    tensor = (torch.randn(70_001) * 50).to(dtype)
+    before = checksum(tensor)
+    for place in (0, 1, 65_535, 65_536, 70_000):
+        changed = tensor.clone()
+        changed[place] += 1 if changed[place] < 100 else -1
+        assert checksum(changed) != before
+
+
+def test_order_counts() -> None:
+    tensor = torch.arange(200_000, dtype=torch.float32)
+    a, b = torch.randn(5), torch.randn(6)
+    assert checksum(tensor.flip(0)) != checksum(tensor)
+    assert checksum(torch.cat([tensor[131_072:], tensor[:131_072]])) != checksum(tensor)
+    assert checksum(b, checksum(a)) != checksum(a, checksum(b))
+
+
+def test_layout_in_memory_does_not_count() -> None:
+    tensor = torch.randn(30, 40)
+    assert checksum(tensor.T.contiguous().T) == checksum(tensor)
