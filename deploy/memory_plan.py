@@ -250,8 +250,8 @@ def _activations(config: OpdlmConfig, student: ModelSize, lengths: Lengths, size
     on_gpu = learner.gpus_per_worker > 0
     if config.model.attention == "sdpa" or (config.model.attention == "auto" and not on_gpu):
         rows = learner.micro_batch_rows
-        what = f"{rows} rows x {lengths.row:,} x {lengths.row:,} x 1 B"
-        terms.append(Term("attention mask", what, rows * lengths.row**2))
+        what = f"{rows} rows x {lengths.row:,} x {lengths.row:,} x {size} B"
+        terms.append(Term("attention mask", what, rows * lengths.row**2 * size))
     return terms
 
 

@@ -55,11 +55,12 @@ class _ChunkedLoss(torch.autograd.Function):
         # Of an empty batch too: ranks of ZeRO must all have a gradient.
         of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         of_matrix = torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
+        positions = min(chunk, len(hidden))
+        memory, scratch = hidden.new_empty(positions, len(matrix)), targets.scratch_for(positions)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = torch.nn.functional.linear(hidden[part], matrix)
-            losses[part], of_logits = targets[part].losses_with_gradient(logits, weights[part], objective)
-            del logits
+            logits = torch.mm(hidden[part], matrix.T, out=memory[: len(hidden[part])])
+            losses[part], of_logits = targets[part].losses_with_gradient(logits, weights[part], objective, scratch)
             of_logits = of_logits.to(matrix.dtype)
             if of_hidden is not None:
                 torch.mm(of_logits, matrix, out=of_hidden[part])

@@ -52,7 +52,10 @@ class DistillModule(nn.Module):
 
     def _mask(self, batch: MicroBatch) -> Any:
         if self.attention != "flex_attention":
-            return training_mask(batch.samples, batch.copies, batch.blocks)
+            # Added to the scores: of a boolean mask each layer would make one of these, and keep it for its backward pass.
+            visible = training_mask(batch.samples, batch.copies, batch.blocks)
+            added = torch.zeros(visible.shape, dtype=self.student.dtype, device=visible.device)
+            return added.masked_fill_(~visible, float("-inf"))
         from torch.nn.attention.flex_attention import create_block_mask
 
         rows, length = batch.blocks.shape

@@ -54,17 +54,24 @@ class PositionTargets:
         return divergence(*restrict_to_top_k(ids, top, student, objective.tail), objective)
 
     def losses_with_gradient(
-        self, student_logits: torch.Tensor, weights: torch.Tensor, objective: ObjectiveConfig
+        self,
+        student_logits: torch.Tensor,
+        weights: torch.Tensor,
+        objective: ObjectiveConfig,
+        scratch: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`losses`, and the gradient of `sum(weights * losses)` with regard to the logits, `[N, V']` float32.
 
         Outside autograd. The logits may be overwritten. The forward KL over the full vocabulary, the usual case, has a
         closed form in place; for all others autograd does it.
+
+        Args:
+            scratch: of `scratch_for`, for the teacher's logits.
         """
         forward = objective.divergence == "kl" and objective.reverse_weight == 0
         if forward and objective.top_k == 0 and self.token_ids is None:
             outcomes, more = student_logits[:, : self.vocab_size].float(), student_logits.shape[1] - self.vocab_size
-            losses, gradient = forward_kl_with_gradient(self._logits(), outcomes, weights)
+            losses, gradient = forward_kl_with_gradient(self._logits(scratch), outcomes, weights)
             return losses, torch.nn.functional.pad(gradient, (0, more)) if more else gradient
         with torch.enable_grad():
             logits = student_logits.detach().float().requires_grad_()
@@ -72,11 +79,23 @@ class PositionTargets:
             (gradient,) = torch.autograd.grad((losses * weights).sum(), logits)
         return losses.detach(), gradient
 
-    def _logits(self) -> torch.Tensor:
+    def scratch_for(self, positions: int) -> torch.Tensor | None:
+        """Memory that chunks of so many positions may use one after the other; None where it would not help.
+
+        Fresh memory of that size costs a CPU more than the arithmetic on it.
+        """
+        if self.head is None or self.head.dtype is not torch.float32:
+            return None
+        return self.head.new_empty(positions, self.vocab_size)
+
+    def _logits(self, scratch: torch.Tensor | None = None) -> torch.Tensor:
         """The teacher's, `[N, V]` float32, a tensor that the caller may overwrite. Not for top-K targets."""
-        if self.head is not None:
-            return (self.values.to(self.head.dtype) @ self.head.T).float()
-        return self.values.to(torch.float32, copy=True)
+        if self.head is None:
+            return self.values.to(torch.float32, copy=True)
+        values = self.values.to(self.head.dtype)
+        if scratch is not None:
+            return torch.mm(values, self.head.T, out=scratch[: len(values)])
+        return (values @ self.head.T).float()
 
 
 def gather_targets(
