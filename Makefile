@@ -39,6 +39,8 @@ lint: $(VENV)/.installed-dev  ## Format, lint, types.
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev  ## Measurements; see tests/benchmarks/RESULTS.md.
+	$(BIN)/python -m tests.benchmarks.learner_step
+	$(BIN)/python -m tests.benchmarks.weight_push
 	$(BIN)/python -m tests.benchmarks.decoder
 
 format: $(VENV)/.installed-dev

@@ -52,7 +52,7 @@ class DistillModule(nn.Module):
 
     def _mask(self, batch: MicroBatch) -> Any:
         if self.attention != "flex_attention":
-            # Added to the scores: of a boolean mask each layer would make one of these, and keep it for its backward pass.
+            # Added to the scores: each layer would make one of these of a boolean mask, and keep it.
             visible = training_mask(batch.samples, batch.copies, batch.blocks)
             added = torch.zeros(visible.shape, dtype=self.student.dtype, device=visible.device)
             return added.masked_fill_(~visible, float("-inf"))
