@@ -27,7 +27,7 @@ class DistillModule(nn.Module):
         student: causal LM of transformers.
         objective: divergence, top-K, tail.
         logits_chunk: loss positions whose logits exist at one time.
-        attention: `sdpa` (dense boolean mask) or `flex_attention` (block mask, GPU).
+        attention: `sdpa` (dense mask) or `flex_attention` (block mask, GPU).
     """
 
     def __init__(self, student: Any, objective: ObjectiveConfig, logits_chunk: int, attention: str = "sdpa") -> None:
