@@ -59,7 +59,7 @@ def save_checkpoint(root: Path, state: dict[str, Any], write_files: Callable[[Pa
     Raises:
         OSError, SafetensorError: it could not be written (a full disk, say); the earlier ones are as they were.
     """
-    final = root / f"round-{state['rounds']:06d}"
+    final = root / _name(state["rounds"])
     staging = root / f"{_STAGING}{final.name}.{os.getpid()}"
     root.mkdir(parents=True, exist_ok=True)
     for left in root.glob(f"{_STAGING}*"):
@@ -85,13 +85,16 @@ def save_checkpoint(root: Path, state: dict[str, Any], write_files: Callable[[Pa
     return final
 
 
-def latest_checkpoint(root: Path) -> Checkpoint | None:
+def latest_checkpoint(root: Path, rounds: int | None = None) -> Checkpoint | None:
     """The newest checkpoint that is whole; damaged ones are named in the log and passed over.
+
+    Args:
+        rounds: leave out those of more rounds than this.
 
     Raises:
         OpdlmError: there are checkpoints, but none is whole (starting over in silence would lose the run).
     """
-    folders = list_checkpoints(root)
+    folders = [f for f in list_checkpoints(root) if rounds is None or f.name <= _name(rounds)]
     for folder in reversed(folders):
         problem = damage(folder)
         if problem is None:
@@ -100,6 +103,10 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
     if folders:
         raise OpdlmError(f"no whole checkpoint among {len(folders)} in {root}; newest: {damage(folders[-1])}")
     return None
+
+
+def _name(rounds: int) -> str:
+    return f"round-{rounds:06d}"
 
 
 def list_checkpoints(root: Path) -> list[Path]:

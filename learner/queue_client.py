@@ -93,6 +93,10 @@ class QueueClient:
                     raise
                 time.sleep(store.pause(f"weights of version {pack.version}"))
 
+    def committed_rounds(self) -> int:
+        """Rounds that need not be trained again: what the driver began with, or the last `committed`."""
+        return self.ask(self._queue.state.remote(), "the replay queue")["committed_rounds"]
+
     def committed(self, rounds: int) -> None:
         """A checkpoint covers this many rounds: the queue lets go of them."""
         self.ask(self._queue.committed.remote(rounds), "committing a checkpoint")

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from common.checkpoint import latest_checkpoint
 from common.config import OpdlmConfig, config_from_dict
 from common.convert import save_model
+from common.errors import OpdlmError
 from common.grid import BlockGrid
 from common.models import load_model, load_output_matrix, load_tokenizer, read_facts, require_mask
 from common.shards import weights_fingerprint
@@ -188,8 +189,20 @@ class Learner:
         return pack
 
     def _restore(self) -> int | None:
-        """Loads the last checkpoint, if there is one; returns its round."""
-        checkpoint = latest_checkpoint(self.run_dir / "checkpoints")
+        """Loads the last checkpoint that the queue knows of, if there is one; returns its round.
+
+        A newer one is of a life that outlived its driver for a moment: this life's records begin before it.
+
+        Raises:
+            OpdlmError: it is gone.
+        """
+        committed = self.queue.committed_rounds()
+        checkpoint = latest_checkpoint(self.run_dir / "checkpoints", committed)
+        if checkpoint is None and committed > 0:
+            raise OpdlmError(
+                f"the checkpoint of round {committed} in {self.run_dir}/checkpoints is gone; does another process work "
+                "in this run directory? Once it has ended, go on with --resume"
+            )
         if checkpoint is not None:
             zero.load_state(self.engine, checkpoint.folder)
             self.rounds = checkpoint.rounds

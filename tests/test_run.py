@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 
@@ -14,6 +15,7 @@ from common.checkpoint import latest_checkpoint, list_checkpoints, save_checkpoi
 from common.config import dump_config
 from common.errors import ConfigError
 from common.models import load_model
+from deploy.run_dir import open_run
 from deploy.telemetry import read_records
 from deploy.train_job import train
 from tests.runs import ROUNDS, losses, run_config, run_until
@@ -90,6 +92,23 @@ def test_stop_kill_and_resume_give_the_losses_of_an_unbroken_run(chain_teacher, 
     assert all(ours[name].equal(theirs[name]) for name in theirs)
     state = latest_checkpoint(broken / "checkpoints").state
     assert (state["rounds"], state["next_sample"]) == (ROUNDS, ROUNDS * 8)
+
+
+def test_a_checkpoint_that_a_dying_life_writes_after_the_resume_began_is_trained_again(
+    ray_cluster, chain_teacher, whole, tmp_path, monkeypatch
+) -> None:
+    """Its ranks outlive a killed driver for a moment; the new driver had looked for the last checkpoint before."""
+    run_dir, late = tmp_path / "run", f"round-{ROUNDS - 1:06d}"
+    shutil.copytree(whole, run_dir, ignore=shutil.ignore_patterns("student", late, f"round-{ROUNDS:06d}"))
+
+    def open_too_early(*arguments):
+        found = open_run(*arguments)
+        shutil.copytree(whole / "checkpoints" / late, run_dir / "checkpoints" / late)
+        return found
+
+    monkeypatch.setattr("deploy.train_job.open_run", open_too_early)
+    assert train(run_config(chain_teacher, run_dir), resume=True, console=Console(quiet=True)) == 0
+    assert losses(run_dir) == losses(whole)
 
 
 def test_resume_refuses_another_config_and_a_run_refuses_to_be_overwritten(

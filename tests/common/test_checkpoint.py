@@ -33,6 +33,10 @@ def test_newest_is_found_and_old_ones_go(tmp_path) -> None:
     assert found is not None
     assert (found.rounds, found.state["note"]) == (10, "state")
     assert latest_checkpoint(tmp_path / "none") is None
+    older = latest_checkpoint(tmp_path, rounds=9)
+    assert older is not None
+    assert older.rounds == 2
+    assert latest_checkpoint(tmp_path, rounds=1) is None
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "state.json", "manifest.json"])
