@@ -19,6 +19,7 @@ from rich.table import Table
 from common.tasks import get_task
 from deploy.checkpoint_decoder import Answers, CheckpointDecoder
 from deploy.evaluation import Exam
+from tests.benchmarks.measure import Ratio, back_to_back
 
 REPETITIONS, PROBLEMS, BATCH, LIMIT = 5, 256, 128, 40
 
@@ -30,7 +31,7 @@ def main(student_folder: str = "runs/demo/student", teacher_folder: str = "model
             sys.exit(f"bench: {folder} does not exist; run `make demo` first, or name STUDENT and TEACHER")
     torch.set_num_threads(1)
     student, teacher = CheckpointDecoder(Path(student_folder)), CheckpointDecoder(Path(teacher_folder))
-    exam = Exam(get_task("chain"), student.tokenizer, PROBLEMS)
+    exam = Exam([get_task("chain")], student.tokenizer, PROBLEMS)
     requests = exam.requests(LIMIT)
 
     def block(strategy) -> Answers:
@@ -41,27 +42,21 @@ def main(student_folder: str = "runs/demo/student", teacher_folder: str = "model
         "block decoding, static": lambda: block("low_confidence_static"),
         "block decoding, dynamic 0.9": lambda: block("low_confidence_dynamic"),
     }
-    speeds: dict[str, list[float]] = {name: [] for name in arms}
-    per_step: dict[str, float] = {}
-    for repetition in range(REPETITIONS + 1):  # the first one warms up
-        for name, run in arms.items():
-            answers = run()
-            per_step[name] = answers.tokens_per_step
-            if repetition:
-                speeds[name].append(sum(len(r) for r in answers.responses) / answers.seconds)
+    answers: dict[str, list[Answers]] = back_to_back(arms, REPETITIONS)
+    speeds = {
+        name: [sum(len(r) for r in one.responses) / one.seconds for one in found] for name, found in answers.items()
+    }
     table = Table(title=f"{PROBLEMS} problems, batch {BATCH}, one thread, {REPETITIONS} repetitions")
     table.add_column("arm")
-    for title in ("tokens per step", "tokens per second", "ratio to generate", "spread of the ratio"):
+    for title in ("tokens per step", "tokens per second", "ratio to generate"):
         table.add_column(title, justify="right")
     base = next(iter(speeds.values()))
     for name, values in speeds.items():
-        ratios = [v / b for v, b in zip(values, base, strict=True)]
         table.add_row(
             name,
-            f"{per_step[name]:.2f}",
+            f"{answers[name][0].tokens_per_step:.2f}",
             f"{statistics.median(values):,.0f}",
-            f"{statistics.median(ratios):.2f}",
-            f"{min(ratios):.2f} to {max(ratios):.2f}",
+            str(Ratio([v / b for v, b in zip(values, base, strict=True)])),
         )
     Console(width=120).print(table)
 

@@ -1,4 +1,4 @@
-"""What all measurements share: peak memory of a part of the process, ratios with their spread, table + JSON + PNG."""
+"""What all measurements share: peak memory of a part of the process, repetitions, ratios with their spread, JSON."""
 
 from __future__ import annotations
 

@@ -77,10 +77,10 @@ class Rollout:
 
 
 def _copy_seconds(source: nn.ParameterList, into: nn.ParameterList | None) -> float:
-    started = time.perf_counter()
+    started, fresh = time.perf_counter(), []
     for place, tensor in enumerate(source):
         if into is None:
-            tensor.detach().clone()
+            fresh.append(tensor.detach().clone())  # kept, or the next one would have the same memory
         else:
             into[place].copy_(tensor)
     return time.perf_counter() - started

@@ -36,10 +36,10 @@ def _rows(states: str, shapes: list[tuple[int, int]], kind: str = "absolute") ->
     return [row for row in rows if len(row.loss_positions)]
 
 
-def _gradients(batch, one: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def _gradients(batch) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     student, objective = tiny_model(2), ObjectiveConfig(exclude_eos=False)
     targets = gather_targets(batch.rows, TEACHER.lm_head.weight.detach(), objective)
-    weights = one + torch.arange(len(batch.loss_row)) % 3
+    weights = 1.0 + torch.arange(len(batch.loss_row)) % 3
     loss, losses = DistillModule(student, objective, 7)(batch, targets, weights)
     loss.backward()
     return loss.detach(), losses, [p.grad for p in student.parameters()]
