@@ -25,8 +25,10 @@ import torch
 from actors.decode_settings import DecodeSettings
 from actors.decode_slots import Slots
 from actors.kv_cache import SlotCache
-from actors.remasking import STRATEGIES, Step
+from actors.remasking import STRATEGIES, Step, entropy_of
 from actors.sampling import draw_candidates, hashed_uniform
+from actors.slot_attention import NAME as SLOT_ATTENTION
+from actors.slot_attention import Lanes
 from actors.teacher_scoring import batches_by_length
 from common.grid import BlockGrid, block_index
 from common.masks import block_causal
@@ -35,7 +37,11 @@ from common.types import DecodeStats, RolloutRequest, Trajectory
 
 _TOKEN_STREAM, _ORDER_STREAM = 0, 1  # two independent sequences of uniform numbers
 _PREFILL_TOKENS = 16384
-"""Most tokens, padding included, in one forward that recomputes keys and values; a longer sequence goes alone."""
+"""Most tokens, padding included, in one forward that computes keys and values; a longer sequence goes alone."""
+_REFILL_SHARE = 1 / 4
+"""Of the slots, that have to be free before they are filled again (tests/benchmarks/RESULTS.md)."""
+_WIDTH_STEP = 16
+"""Attended positions are a multiple of it: kernels like aligned masks."""
 
 Renew = Callable[[], int | None]
 
@@ -77,6 +83,7 @@ class BlockDecoder:
         self.batch_size = batch_size
         self.grid = BlockGrid(settings.block_size, settings.block_grid)
         self._strategy = STRATEGIES[settings.strategy]
+        model.set_attn_implementation(SLOT_ATTENTION)  # `sdpa` for everyone but this decoder
         self._cache: SlotCache | None = None
         self._forwards = self._forward_tokens = 0
 
@@ -129,24 +136,24 @@ class BlockDecoder:
         longest = self._longest(requests)
         if not requests:
             return
-        slots = Slots(min(self.batch_size, len(requests)), longest, self.mask_id, self.model.device)
-        cache = self._cache_for(slots.count, longest)
+        slots = Slots(
+            min(self.batch_size, len(requests)), longest, self.grid.block_size, self.mask_id, self.model.device
+        )
+        cache = self._cache_for(slots.capacity, longest)
         pending = deque(requests)
-        commit, width = 0, 0
         slots.version = weight_version
-        while pending or slots.requests:
+        while pending or slots.live:
             if renew is not None and (version := renew()) is not None:
                 slots.renew(version)
-                self._prefill_again(slots, cache)
-            fresh = slots.refill(pending, self.grid, self.settings.threshold)
-            if fresh:
-                starts = [self.grid.first_block_start(slots.requests[row].prompt_ids.size) for row in fresh]
-                width = max(width, max(starts) + self.grid.block_size + 1)
-                self._forward_tokens += sum(starts)
-                self._prefill(slots, cache, fresh, max(starts))
-            finished, commit, width = self._step(slots, cache, commit, width, observer)
-            for row in finished:
-                yield slots.harvest(row, self.eos_ids, self.settings.ignore_eos)
+                self._prefill(slots, cache, range(slots.live))
+            # A free slot costs nothing, a forward for one prompt reads all weights: so several at a time.
+            enough = min(len(pending), max(1, int(slots.capacity * _REFILL_SHARE)))
+            if pending and (not slots.live or slots.capacity - slots.live >= enough):
+                self._prefill(slots, cache, slots.refill(pending, self.grid, self.settings.threshold))
+            finished = self._step(slots, cache, observer)
+            if finished:
+                yield from slots.harvest(finished, self.eos_ids.tolist(), self.settings.ignore_eos)
+                slots.free(finished, cache)
 
     def _longest(self, requests: Sequence[RolloutRequest]) -> int:
         context = self.model.config.max_position_embeddings
@@ -172,93 +179,84 @@ class BlockDecoder:
             self._cache = SlotCache(self.model.config, slots, positions, weight.dtype, self.model.device)
         return self._cache
 
-    def _prefill_again(self, slots: Slots, cache: SlotCache) -> None:
-        """Keys and values of all finished blocks with new weights, in forwards of bounded size."""
-        rows, starts = list(slots.requests), slots.block_start.tolist()
-        lengths = [starts[row] for row in rows]
+    def _prefill(self, slots: Slots, cache: SlotCache, rows: Sequence[int]) -> None:
+        """Keys and values of those slots' blocks before the one in work, in forwards of bounded size."""
+        rows = [row for row in rows if slots.starts[row]]
+        lengths = [int(slots.starts[row]) for row in rows]
         self._forward_tokens += sum(lengths)
         for group in batches_by_length(lengths, _PREFILL_TOKENS):
-            self._prefill(slots, cache, [rows[i] for i in group], lengths[group[0]])
+            chosen, longest = [rows[i] for i in group], lengths[group[0]]
+            offsets = [[self.grid.offset(slots.requests[row].prompt_ids.size)] for row in chosen]
+            where, offset = torch.tensor(chosen, device=slots.device), torch.tensor(offsets, device=slots.device)
+            positions = torch.arange(longest, device=slots.device).expand(len(chosen), -1)
+            # What a shorter sequence has after its end belongs to later blocks: no token before it sees that.
+            blocks = block_index(positions, offset, self.grid.block_size)
+            cache.aim(where, positions, None)
+            tokens = slots.tokens[where, :longest]
+            hidden_states(self.model, tokens, positions, block_causal(blocks, blocks), cache)
 
-    def _prefill(self, slots: Slots, cache: SlotCache, fresh: list[int], longest: int) -> None:
-        """Keys and values of those sequences' blocks before the one in work, `longest` tokens at most."""
-        if longest == 0:
-            return
-        rows = torch.tensor(fresh, device=slots.tokens.device)
-        lengths = slots.block_start[rows]
-        positions = torch.arange(longest, device=rows.device).expand(len(fresh), -1)
-        self._forward(slots, cache, positions, positions < lengths[:, None], longest + 1, rows)
-
-    def _forward(
-        self,
-        slots: Slots,
-        cache: SlotCache,
-        positions: torch.Tensor,  # [n, Q] int64
-        real: torch.Tensor,  # [n, Q] bool; the rest is padding
-        width: int,
-        rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Runs the student on the tokens at `positions`, writing their keys and values; `[n, Q, D]`."""
-        positions = positions.masked_fill(~real, 0)
-        offset, tokens = (slots.offset, slots.tokens) if rows is None else (slots.offset[rows], slots.tokens[rows])
-        key_blocks = block_index(
-            torch.arange(-1, width - 1, device=positions.device)[None], offset[:, None], self.grid.block_size
-        )
-        key_blocks[:, 0] = torch.iinfo(torch.int64).max  # the padding's column
-        query_blocks = block_index(positions, offset[:, None], self.grid.block_size)
-        cache.aim((positions + 1).masked_fill(~real, 0), width, rows)
-        return hidden_states(
-            self.model, tokens.gather(1, positions), positions, block_causal(query_blocks, key_blocks), cache
-        )
-
-    def _step(
-        self, slots: Slots, cache: SlotCache, commit: int, width: int, observer: Callable[[StepView], None] | None
-    ) -> tuple[list[int], int, int]:
-        """One denoising step of all slots -> (finished slots, blocks that wait to be committed, next width)."""
-        block = self.grid.block_size
+    def _forward(self, slots: Slots, cache: SlotCache, window: torch.Tensor) -> torch.Tensor:
+        """The blocks at `window` `[n, S]`, and in the same forward the blocks to be committed; `[n, S, D]`."""
+        n, block = window.shape
+        committing = np.flatnonzero(slots.commits[:n])
+        rows, positions, commit = torch.arange(n, device=window.device), window, None
+        if committing.size:
+            commit = torch.from_numpy(committing).to(window.device)
+            rows, positions = torch.cat([rows, commit]), torch.cat([window, window[commit] - block])
         self._forwards += 1
-        self._forward_tokens += block * (len(slots.requests) + commit)
-        window = slots.block_start[:, None] + torch.arange(block, device=slots.tokens.device)  # [B, S]
-        live = slots.live[:, None].expand(-1, block)
-        if commit:
-            positions = torch.cat([window - block, window], dim=1)
-            real = torch.cat([slots.commit[:, None].expand(-1, block) & live, live], dim=1)
-            hidden = self._forward(slots, cache, positions, real, width)[:, block:]
-        else:
-            hidden = self._forward(slots, cache, window, live, width)
-        logits = self.model.lm_head(hidden).float()
-        mask_logit = logits[..., self.mask_id].clone()
-        logits[..., self.mask_id] = float("-inf")
+        self._forward_tokens += positions.numel()
+        end = int(slots.starts[:n].max()) + block
+        width = min(-(-end // _WIDTH_STEP) * _WIDTH_STEP, cache.positions)
+        lanes, config = Lanes(n, block, commit), self.model.config
+        group = config.num_attention_heads // config.num_key_value_heads
+        mask = lanes.mask(slots.block_start + block, width, group, cache.keys.dtype)
+        cache.aim(rows, positions, (n, width))
+        tokens = slots.tokens[rows[:, None], positions]
+        return hidden_states(self.model, tokens, positions, mask, cache, lanes=lanes)[:n]
 
-        old_reveal = slots.reveal.gather(1, window)
-        masked = live & (window >= slots.prompt_length[:, None]) & (old_reveal == 0)
-        candidates, confidence = self._candidates(slots, window, logits)
-        revealed = self._strategy(self._strategy_step(slots, window, masked, confidence, logits))
-        old_tokens = slots.tokens.gather(1, window)
+    def _step(self, slots: Slots, cache: SlotCache, observer: Callable[[StepView], None] | None) -> list[int]:
+        """One denoising step of all slots; those that are finished with it."""
+        n, block = slots.live, self.grid.block_size
+        window = slots.block_start[:, None] + torch.arange(block, device=slots.device)  # [n, S]
+        hidden = self._forward(slots, cache, window).flatten(0, 1)
+        # Output matrix and sampling for masked positions only; an observer sees all.
+        asked = slots.masked[:n] if observer is None else np.ones((n, block), dtype=bool)
+        index = torch.from_numpy(np.flatnonzero(asked)).to(window.device)
+        logits = self.model.lm_head(hidden[index]).float()
+        mask_logit = logits[:, self.mask_id].clone()
+        logits[:, self.mask_id] = float("-inf")
+
+        def spread(values: torch.Tensor) -> torch.Tensor:
+            """`[m]`, of the asked positions -> `[n, S]`."""
+            return values.new_zeros(n * block).index_copy_(0, index, values).view(n, block)
+
+        old_reveal, old_tokens = slots.reveal.gather(1, window), slots.tokens.gather(1, window)
+        masked = (window >= slots.prompt_length[:, None]) & (old_reveal == 0)
+        drawn, probability = self._candidates(slots, window, index, logits)
+        candidates, confidence = spread(drawn), spread(probability)
+        revealed = self._strategy(
+            self._strategy_step(slots, window, masked, confidence, lambda: spread(entropy_of(logits)))
+        )
         new_tokens = torch.where(revealed, candidates, old_tokens)
-        slots.step += slots.live
-        slots.block_step += slots.live
+        slots.step.add_(1)
+        slots.block_step.add_(1)
         slots.tokens.scatter_(1, window, new_tokens)
         slots.reveal.scatter_(1, window, torch.where(revealed, slots.step[:, None], old_reveal))
         if observer is not None:
-            rows = slots.live.nonzero()[:, 0]
-            shown = (window, old_tokens, masked, revealed, candidates, confidence, logits, mask_logit)
-            observer(
-                StepView(
-                    [slots.requests[row].index for row in rows.tolist()],
-                    slots.step[rows].tolist(),
-                    *(tensor[rows].cpu() for tensor in shown),
-                )
-            )
+            seen = logits.view(n, block, -1), mask_logit.view(n, block)
+            shown = (window, old_tokens, masked, revealed, candidates, confidence, *seen)
+            steps, numbers = slots.step.tolist(), [request.index for request in slots.requests]
+            observer(StepView(numbers, steps, *(tensor.cpu() for tensor in shown)))
         return self._advance(slots, window, new_tokens, masked & ~revealed)
 
     def _candidates(
-        self, slots: Slots, window: torch.Tensor, logits: torch.Tensor
+        self, slots: Slots, window: torch.Tensor, index: torch.Tensor, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Candidate and confidence of each asked position, `[m]` each."""
         settings = self.settings
-        uniform = hashed_uniform(slots.seed[:, None], window, slots.step[:, None], _TOKEN_STREAM)
+        uniform = hashed_uniform(slots.seed[:, None], window, slots.step[:, None], _TOKEN_STREAM).flatten()[index]
         candidates = draw_candidates(logits, uniform, settings.temperature, settings.top_k, settings.top_p)
-        chosen = logits.gather(-1, candidates[..., None]).squeeze(-1)
+        chosen = logits.gather(-1, candidates[:, None]).squeeze(-1)
         return candidates, (chosen - logits.logsumexp(dim=-1)).exp()
 
     def _strategy_step(
@@ -267,7 +265,7 @@ class BlockDecoder:
         window: torch.Tensor,
         masked: torch.Tensor,
         confidence: torch.Tensor,
-        logits: torch.Tensor,
+        entropy: Callable[[], torch.Tensor],
     ) -> Step:
         steps_left = (self.settings.steps_per_block - slots.block_step).clamp(min=1)
         return Step(
@@ -276,24 +274,25 @@ class BlockDecoder:
             static_count=torch.div(masked.sum(1) + steps_left - 1, steps_left, rounding_mode="floor"),
             threshold=slots.threshold,
             entropy_budget=self.settings.entropy_budget,
-            logits=logits,
+            entropy=entropy,
             noise=lambda: hashed_uniform(slots.seed[:, None], window, slots.step[:, None], _ORDER_STREAM),
         )
 
     def _advance(
         self, slots: Slots, window: torch.Tensor, tokens: torch.Tensor, still_masked: torch.Tensor
-    ) -> tuple[list[int], int, int]:
-        block = self.grid.block_size
-        done = slots.live & ~still_masked.any(dim=1)
+    ) -> list[int]:
+        """Finished blocks are left behind; the slots whose sequence is finished."""
+        n, block = window.shape
+        done = ~still_masked.any(dim=1)
         ended = slots.block_start + block >= slots.end
         if not self.settings.ignore_eos:
             in_response = window >= slots.prompt_length[:, None]
             ended = ended | (torch.isin(tokens, self.eos_ids) & in_response).any(dim=1)
-        finished = done & ended
-        slots.commit = done & ~ended
-        slots.live = slots.live & ~finished
-        slots.block_start = slots.block_start + block * slots.commit
-        slots.block_step = slots.block_step.masked_fill(done, 0)
-        # The one host-device synchronisation of a step.
-        flags = torch.stack([finished, slots.commit, slots.live * slots.block_start]).cpu().numpy()
-        return np.flatnonzero(flags[0]).tolist(), int(flags[1].sum()), int(flags[2].max()) + block + 1
+        commit = done & ~ended
+        slots.block_start.add_(block * commit)
+        slots.block_step.masked_fill_(done, 0)
+        state = torch.stack([done & ended, commit, slots.block_start], dim=1)
+        # The one host-device synchronisation of a step. After a finished block all of the next one is masked.
+        known = torch.cat([state, still_masked | commit[:, None]], dim=1).cpu().numpy()
+        slots.commits[:n], slots.starts[:n], slots.masked[:n] = known[:, 1], known[:, 2], known[:, 3:]
+        return np.flatnonzero(known[:, 0]).tolist()

@@ -21,7 +21,7 @@ class Step:
     static_count: torch.Tensor  # [B] int64: masks divided over the remaining steps of the block, rounded up
     threshold: torch.Tensor  # [B] float32: of low_confidence_dynamic
     entropy_budget: float  # nats
-    logits: torch.Tensor  # [B, S, V] float32, the mask token at minus infinity
+    entropy: Callable[[], torch.Tensor]  # [B, S] float32 of the predictions, in nats, computed when asked for
     noise: Callable[[], torch.Tensor]  # [B, S] float64 uniform numbers, drawn when asked for
 
 
@@ -38,13 +38,17 @@ def low_confidence_dynamic(step: Step) -> torch.Tensor:
 
 def entropy_bounded(step: Step) -> torch.Tensor:
     """Positions in order of rising entropy while the running sum stays inside the budget; at least one."""
-    log_p = step.logits.log_softmax(dim=-1)
-    entropy = -(log_p.exp() * log_p.masked_fill(log_p == float("-inf"), 0.0)).sum(dim=-1)
-    entropy = entropy.masked_fill(~step.masked, float("inf"))
+    entropy = step.entropy().masked_fill(~step.masked, float("inf"))
     ordered, order = entropy.sort(dim=-1, stable=True)
     inside = ordered.cumsum(dim=-1) <= step.entropy_budget
     inside[:, 0] = True
     return torch.zeros_like(step.masked).scatter(-1, order, inside) & step.masked
+
+
+def entropy_of(logits: torch.Tensor) -> torch.Tensor:
+    """`[..., V]` float32, minus infinity where impossible -> `[...]`, in nats."""
+    log_p = logits.log_softmax(dim=-1)
+    return -(log_p.exp() * log_p.masked_fill(log_p == float("-inf"), 0.0)).sum(dim=-1)
 
 
 def sequential(step: Step) -> torch.Tensor:

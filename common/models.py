@@ -169,6 +169,7 @@ def hidden_states(
     position_ids: torch.Tensor | None = None,
     mask: Any = None,
     cache: Any = None,
+    **attention: Any,
 ) -> torch.Tensor:
     """Final hidden states, before the output matrix.
 
@@ -177,11 +178,17 @@ def hidden_states(
         position_ids: `[B, T]` int64; None counts from 0.
         mask: `[B, 1, T, T']` bool (True = attended) or a flex BlockMask; None is causal.
         cache: object with `update(keys, values, layer)`.
+        attention: more keyword arguments for the attention function.
 
     Returns: `[B, T, D]` in the model's dtype.
     """
     output = model.model(
-        input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=False
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=False,
+        **attention,
     )
     return output.last_hidden_state
 

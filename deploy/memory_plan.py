@@ -118,10 +118,10 @@ def adapter_parameters(folder: str | Path, lora: LoraConfig) -> int:
 
 
 def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) -> RoleMemory:
-    """A rollout actor: `actors/kv_cache.py` (one column more than positions), `_step` of `actors/block_decoder.py`."""
+    """A rollout actor: `actors/kv_cache.py` and `_step` of `actors/block_decoder.py`."""
     rollout, size = config.rollout, BYTES[config.model.dtype]
     slots = min(rollout.batch_size, -(-rollout.prompts_per_round // rollout.actors))
-    cache = slots * (lengths.end + 1) * student.layers * 2 * student.kv_heads * student.head_dim * size
+    cache = slots * lengths.end * student.layers * 2 * student.kv_heads * student.head_dim * size
     return RoleMemory(
         "rollout",
         rollout.gpus_per_actor,
@@ -129,7 +129,7 @@ def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) ->
             _weights(student.parameters, config.model.dtype),
             Term(
                 "key/value cache",
-                f"{slots} slots x {lengths.end + 1:,} positions x {student.layers} layers x 2 x "
+                f"{slots} slots x {lengths.end:,} positions x {student.layers} layers x 2 x "
                 f"{student.kv_heads} heads x {student.head_dim} x {size} B",
                 cache,
             ),

@@ -52,7 +52,7 @@ def uncached_decode(
                 static_count=torch.tensor([-(-int(masked.sum()) // left)]),
                 threshold=torch.tensor([settings.threshold]),
                 entropy_budget=settings.entropy_budget,
-                logits=logits[None],
+                entropy=lambda logits=logits: torch.distributions.Categorical(logits=logits).entropy()[None],
                 noise=lambda seed=seed, positions=positions, step=step: hashed_uniform(seed, positions, step, 1)[None],
             )
             step, block_step = step + 1, block_step + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actors.remasking import STRATEGIES, Step
+from actors.remasking import STRATEGIES, Step, entropy_of
 from actors.sampling import draw_candidates, filter_logits, hashed_uniform
 
 
@@ -63,7 +63,7 @@ def _step(confidence: list[float], masked: list[bool], count: int, logits: torch
         masked=torch.tensor([masked]),
         confidence=torch.tensor([confidence]),
         static_count=torch.tensor([count]),
-        logits=torch.zeros(1, len(masked), 4) if logits is None else logits[None],
+        entropy=lambda: entropy_of(torch.zeros(1, len(masked), 4) if logits is None else logits[None]),
         noise=lambda: torch.tensor([[0.3, 0.9, 0.1, 0.5]], dtype=torch.float64),
         **options,
     )

@@ -1,65 +1,277 @@
-"""Tokens per second of block decoding against transformers' `generate` of the AR teacher, same prompts, one process.
+"""Block decoding against what one would use instead. Same weights, same prompts, same batch, one process.
 
-    make demo && make bench        # or: python -m tests.benchmarks.decoder [STUDENT] [TEACHER]
+    make bench        # or: python -m tests.benchmarks.decoder [--student DIR --teacher DIR] [--threads 2]
 
-Each repetition times all arms back to back; the ratio of a repetition is taken within it, since machines are noisy.
+(a) transformers' `generate` of the autoregressive twin; (b) a plain block decoder (`plain_decoder.py`: static batch, a
+commit forward of its own). Random weights in the shape of Qwen3-0.6B, bfloat16, at the threshold that gives 3.8 tokens
+a step; then, where `make demo` has left one, the demo's student. Arms run back to back; ratios are taken within a
+repetition, since machines are noisy.
 """
 
 from __future__ import annotations
 
-import statistics
-import sys
-from dataclasses import replace
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoModelForCausalLM, Qwen3Config
 
+from actors.ar_generate import generate
+from actors.block_decoder import BlockDecoder
+from actors.decode_settings import DecodeSettings
 from common.tasks import get_task
-from deploy.checkpoint_decoder import Answers, CheckpointDecoder
+from common.types import RolloutRequest
+from deploy.checkpoint_decoder import CheckpointDecoder
 from deploy.evaluation import Exam
-from tests.benchmarks.measure import Ratio, back_to_back
+from tests.benchmarks.measure import OUT, Ratio, back_to_back, write_json
+from tests.benchmarks.plain_decoder import plain_decode
 
-REPETITIONS, PROBLEMS, BATCH, LIMIT = 5, 256, 128, 40
+V, P, S = 151_936, 64, 4
+MASK = V - 1
+TOKENS_PER_STEP = 3.8
+BATCHES, EQUAL, MIXED = (1, 2, 4, 8), 48, 24
+DEMO_BATCHES, DEMO_LIMIT = (8, 32, 128), 40
 
 
-def main(student_folder: str = "runs/demo/student", teacher_folder: str = "models/chain-teacher") -> None:
-    """Measures and prints one table."""
-    for folder in (student_folder, teacher_folder):
-        if not Path(folder).is_dir():
-            sys.exit(f"bench: {folder} does not exist; run `make demo` first, or name STUDENT and TEACHER")
-    torch.set_num_threads(1)
-    student, teacher = CheckpointDecoder(Path(student_folder)), CheckpointDecoder(Path(teacher_folder))
-    exam = Exam([get_task("chain")], student.tokenizer, PROBLEMS)
-    requests = exam.requests(LIMIT)
+@dataclass(frozen=True)
+class Run:
+    """What one arm did in one repetition."""
 
-    def block(strategy) -> Answers:
-        return student.decode(requests, replace(student.base.greedy(strategy), threshold=0.9), BATCH)
+    tokens: int
+    steps: int
+    seconds: float
+    inside: float
+    """Seconds inside the model: its layers, and its output matrix."""
 
+    @property
+    def speed(self) -> float:
+        """Response tokens per second."""
+        return self.tokens / self.seconds
+
+
+class Inside:
+    """Adds up the time that is spent inside a model's layers and output matrix."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds = 0.0
+        self._started = 0.0
+        for part in (model.model, model.lm_head):
+            part.register_forward_pre_hook(self._enter)
+            part.register_forward_hook(self._leave)
+
+    def _enter(self, *_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def _leave(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+    def measure(self, run: Callable[[], tuple[int, int]]) -> Run:
+        """Times what returns (response tokens, denoising steps)."""
+        self.seconds, started = 0.0, time.perf_counter()
+        tokens, steps = run()
+        return Run(tokens, steps, time.perf_counter() - started, self.seconds)
+
+
+def random_model() -> Any:
+    """Random weights in the shape of Qwen3-0.6B."""
+    config = Qwen3Config(
+        vocab_size=V,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    assert sum(p.numel() for p in model.parameters()) == 596_049_920  # as the public checkpoint
+    return model
+
+
+def requests(limits: list[int]) -> list[RolloutRequest]:
+    """Random prompts of P tokens."""
+    rng = np.random.default_rng(0)
+    return [
+        RolloutRequest(i, str(i), rng.integers(0, MASK, P).astype(np.int32), n, seed=i) for i, n in enumerate(limits)
+    ]
+
+
+def decode(model: Any, asked: list[RolloutRequest], threshold: float, batch: int) -> tuple[int, int]:
+    """Ours, without an end-of-sequence token."""
+    how = DecodeSettings(block_size=S, threshold=threshold, ignore_eos=True)
+    _, stats = BlockDecoder(model, how, MASK, [0], batch).decode(asked)
+    return stats.response_tokens, stats.denoising_steps
+
+
+def plain(model: Any, asked: list[RolloutRequest], threshold: float, batch: int) -> tuple[int, int]:
+    """The plain block decoder; steps are not counted."""
+    responses = plain_decode(model, asked, S, threshold, MASK, batch)
+    return sum(map(len, responses)), 0
+
+
+def autoregressive(model: Any, prompts: list[np.ndarray], limit: int, batch: int) -> tuple[int, int]:
+    """`generate`, up to the limit for everyone: random weights never say the end-of-sequence token asked for."""
+    responses = generate(model, prompts, limit, [V + 1], batch)
+    tokens = sum(map(len, responses))
+    return tokens, tokens
+
+
+def threshold_for(model: Any, tokens_per_step: float) -> float:
+    """By bisection: the threshold at which random weights decode so fast."""
+    asked, low, high = requests([EQUAL] * 2), -20.0, 0.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        tokens, steps = decode(model, asked, 2.0**middle, 2)
+        low, high = (middle, high) if tokens / steps > tokens_per_step else (low, middle)
+    return 2.0**low
+
+
+def random_weights(repetitions: int) -> list[dict]:
+    """Equal responses at several batches; then responses of mixed lengths."""
+    model = random_model()
+    inside = Inside(model)
+    threshold = threshold_for(model, TOKENS_PER_STEP)
+    lines = []
+    for batch in BATCHES:
+        asked = requests([EQUAL] * batch)
+        prompts = [r.prompt_ids for r in asked]
+        arms = {
+            "generate": lambda p=prompts, b=batch: autoregressive(model, p, EQUAL, b),
+            "plain": lambda a=asked, b=batch: plain(model, a, threshold, b),
+            "ours": lambda a=asked, b=batch: decode(model, a, threshold, b),
+        }
+        lines += compared(f"Qwen3-0.6B shape, {EQUAL} tokens each", batch, inside, arms, repetitions)
+    limits = np.random.default_rng(2).lognormal(3.0, 0.8, MIXED).clip(4, 160).astype(int).tolist()
+    asked = requests(limits)
     arms = {
-        "autoregressive generate (teacher)": lambda: teacher.generate(exam.prompt_ids, LIMIT, BATCH),
-        "block decoding, static": lambda: block("low_confidence_static"),
-        "block decoding, dynamic 0.9": lambda: block("low_confidence_dynamic"),
+        "plain": lambda: plain(model, asked, threshold, max(BATCHES)),
+        "ours": lambda: decode(model, asked, threshold, max(BATCHES)),
     }
-    answers: dict[str, list[Answers]] = back_to_back(arms, REPETITIONS)
-    speeds = {
-        name: [sum(len(r) for r in one.responses) / one.seconds for one in found] for name, found in answers.items()
-    }
-    table = Table(title=f"{PROBLEMS} problems, batch {BATCH}, one thread, {REPETITIONS} repetitions")
-    table.add_column("arm")
-    for title in ("tokens per step", "tokens per second", "ratio to generate"):
-        table.add_column(title, justify="right")
-    base = next(iter(speeds.values()))
-    for name, values in speeds.items():
+    what = f"Qwen3-0.6B shape, {min(limits)} to {max(limits)} tokens, median {int(np.median(limits))}"
+    return lines + compared(what, max(BATCHES), inside, arms, repetitions)
+
+
+def demo(student_folder: Path, teacher_folder: Path, repetitions: int) -> list[dict]:
+    """The demo's student against its teacher."""
+    student, teacher = CheckpointDecoder(student_folder), CheckpointDecoder(teacher_folder)
+    exam = Exam([get_task("chain")], student.tokenizer, 256)
+    asked, inside = exam.requests(DEMO_LIMIT), Inside(student.model)
+
+    def block(strategy: Any, batch: int) -> tuple[int, int]:
+        answers = student.decode(asked, replace(student.base.greedy(strategy), threshold=0.9), batch)
+        return answers.tokens, answers.denoising_steps
+
+    def causal(batch: int) -> tuple[int, int]:
+        answers = teacher.generate(exam.prompt_ids, DEMO_LIMIT, batch)
+        return answers.tokens, answers.tokens
+
+    lines = []
+    for batch in DEMO_BATCHES:
+        arms = {
+            "generate": lambda b=batch: causal(b),
+            "ours, static": lambda b=batch: block("low_confidence_static", b),
+            "ours": lambda b=batch: block("low_confidence_dynamic", b),
+        }
+        lines += compared("demo", batch, inside, arms, repetitions)
+    return lines
+
+
+def compared(
+    what: str, batch: int, inside: Inside, arms: dict[str, Callable[[], tuple[int, int]]], repetitions: int
+) -> list[dict]:
+    """All arms back to back; a line of the table for each."""
+    runs = back_to_back({name: lambda run=run: inside.measure(run) for name, run in arms.items()}, repetitions)
+    return [
+        {
+            "what": what,
+            "batch": batch,
+            "arm": name,
+            "tokens_per_step": found[0].tokens / found[0].steps if found[0].steps else None,
+            "tokens_per_second": [run.speed for run in found],
+            "share_outside_model": [1 - run.inside / run.seconds for run in found] if name != "generate" else None,
+            "times": {
+                other: [run.speed / base.speed for run, base in zip(found, runs[other], strict=True)]
+                for other in ("generate", "plain")
+                if other in runs and other != name
+            },
+        }
+        for name, found in runs.items()
+    ]
+
+
+def show(lines: list[dict], title: str) -> Table:
+    """The figures."""
+    table = Table(title=title)
+    table.add_column("what")
+    for name in ("batch", "arm", "tokens per step", "tokens/s", "times (a) generate", "times (b) plain", "outside"):
+        table.add_column(name, justify="right")
+    for line in lines:
+        step, outside, times = line["tokens_per_step"], line["share_outside_model"], line["times"]
         table.add_row(
-            name,
-            f"{answers[name][0].tokens_per_step:.2f}",
-            f"{statistics.median(values):,.0f}",
-            str(Ratio([v / b for v, b in zip(values, base, strict=True)])),
+            line["what"],
+            str(line["batch"]),
+            line["arm"],
+            f"{step:.2f}" if step else "",
+            f"{Ratio(line['tokens_per_second']).median:,.0f}",
+            str(Ratio(times["generate"])) if "generate" in times else "",
+            str(Ratio(times["plain"])) if "plain" in times else "",
+            f"{Ratio(outside).median:.0%}" if outside else "",
         )
-    Console(width=120).print(table)
+    return table
+
+
+def plot(lines: list[dict]) -> None:
+    """`runs/bench/decoder.png`: how often `generate`'s speed, by batch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for what in dict.fromkeys(line["what"] for line in lines):
+        ours = [x for x in lines if x["what"] == what and x["arm"] == "ours" and "generate" in x["times"]]
+        ratios = [Ratio(line["times"]["generate"]) for line in ours]
+        if ratios:
+            spread = [[r.median - min(r.values) for r in ratios], [max(r.values) - r.median for r in ratios]]
+            axes.errorbar([x["batch"] for x in ours], [r.median for r in ratios], spread, marker="o", label=what)
+    axes.axhline(1.0, color="grey", linestyle="--")
+    axes.set(xlabel="batch", ylabel="tokens per second, times `generate`", xscale="log", title="block decoding, S = 4")
+    axes.legend()
+    figure.savefig(OUT / "decoder.png", dpi=120)
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", type=Path, default=Path("runs/demo/student"))
+    parser.add_argument("--teacher", type=Path, default=Path("models/chain-teacher"))
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=["random", "demo"], help="one of the two models")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    console, lines = Console(width=150), []
+    if chosen.only != "demo":
+        lines += random_weights(chosen.repetitions)
+    if chosen.only != "random":
+        if chosen.student.is_dir() and chosen.teacher.is_dir():
+            lines += demo(chosen.student, chosen.teacher, chosen.repetitions)
+        else:
+            console.print(f"left out: {chosen.student} or {chosen.teacher} does not exist; `make demo` makes both")
+    title = f"P = {P}, S = {S}, {chosen.threads} threads, {chosen.repetitions} repetitions, median (range)"
+    console.print(show(lines, title))
+    written = write_json("decoder", {"title": title, "lines": lines})
+    plot(lines)
+    console.print(f"written: {written}, {OUT}/decoder.png")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -66,7 +66,7 @@ def test_a_mask_token_that_conversion_adds_is_counted(tmp_path, tied) -> None:
 
 @pytest.mark.parametrize(("prompts_per_round", "actors", "slots"), [(8, 1, 4), (8, 3, 3)])
 def test_the_cache_is_what_a_decoder_allocates(tmp_path, prompts_per_round, actors, slots) -> None:
-    """Slots are the batch, or what an actor's part of a round fills of it; a column more than positions."""
+    """Slots are the batch, or what an actor's part of a round fills of it."""
     model = tiny_model()
     model.save_pretrained(tmp_path)
     settings = {"actors": actors, "prompts_per_round": prompts_per_round, "batch_size": 4, "max_new_tokens": 12}

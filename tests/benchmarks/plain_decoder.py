@@ -1,0 +1,66 @@
+"""Block decoding as one writes it first: a static batch, a forward a denoising step, another one for the commit.
+
+What `tests/benchmarks/decoder.py` compares with; `tests/benchmarks/test_plain_decoder.py` holds it to the real one.
+Prompts of one length that fills whole blocks, greedy, `low_confidence_dynamic`, no end-of-sequence token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from common.types import RolloutRequest
+
+
+@torch.inference_mode()
+def plain_decode(
+    model: Any, requests: Sequence[RolloutRequest], block: int, threshold: float, mask_id: int, batch_size: int
+) -> list[list[int]]:
+    """Response tokens up to each request's limit; a batch ends with its longest response."""
+    responses = []
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        decoded = _batch(model, batch, block, threshold, mask_id)
+        responses += [row[: r.max_new_tokens] for row, r in zip(decoded.tolist(), batch, strict=True)]
+    return responses
+
+
+def _batch(model: Any, batch: Sequence[RolloutRequest], block: int, threshold: float, mask_id: int) -> torch.Tensor:
+    prompts = torch.stack([torch.from_numpy(request.prompt_ids).long() for request in batch])
+    rows, length = prompts.shape
+    cache = DynamicCache(config=model.config)
+    blocks = torch.arange(length) // block
+    visible = (blocks[None, :] <= blocks[:, None]).expand(rows, 1, -1, -1)
+    model.model(input_ids=prompts, attention_mask=visible, past_key_values=cache, use_cache=True)
+    done: list[torch.Tensor] = []
+    for first in range(length, length + max(request.max_new_tokens for request in batch), block):
+        tokens = torch.full((rows, block), mask_id)
+        everything = torch.ones(rows, 1, block, first + block, dtype=torch.bool)
+        positions = torch.arange(first, first + block).expand(rows, -1)
+
+        def forward(
+            ids: torch.Tensor, mask: torch.Tensor = everything, where: torch.Tensor = positions
+        ) -> torch.Tensor:
+            return model(
+                input_ids=ids, attention_mask=mask, position_ids=where, past_key_values=cache, use_cache=True
+            ).logits.float()
+
+        for step in range(block):
+            masked = tokens == mask_id
+            if not masked.any():
+                break
+            logits = forward(tokens)
+            cache.crop(-block)  # what noisy tokens left
+            logits[..., mask_id] = float("-inf")
+            confidence, candidates = logits.softmax(-1).max(-1)
+            confidence = confidence.masked_fill(~masked, -1.0)
+            least = -(-masked.sum(1, keepdim=True) // (block - step))
+            rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            revealed = masked & ((confidence > threshold) | (rank < least))
+            tokens = torch.where(revealed, candidates, tokens)
+        forward(tokens)
+        done.append(tokens)
+    return torch.cat(done, dim=1)
