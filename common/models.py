@@ -165,20 +165,20 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 def hidden_states(
     model: Any,
-    input_ids: torch.Tensor,
+    input_ids: torch.Tensor | None,
     position_ids: torch.Tensor | None = None,
     mask: Any = None,
     cache: Any = None,
-    **attention: Any,
+    **others: Any,
 ) -> torch.Tensor:
     """Final hidden states, before the output matrix.
 
     Args:
-        input_ids: `[B, T]` int64.
+        input_ids: `[B, T]` int64; None with `inputs_embeds`.
         position_ids: `[B, T]` int64; None counts from 0.
         mask: `[B, 1, T, T']` bool (True = attended) or a flex BlockMask; None is causal.
         cache: object with `update(keys, values, layer)`.
-        attention: more keyword arguments for the attention function.
+        others: `inputs_embeds` `[B, T, D]` in place of ids; what else the attention function takes.
 
     Returns: `[B, T, D]` in the model's dtype.
     """
@@ -188,7 +188,7 @@ def hidden_states(
         position_ids=position_ids,
         past_key_values=cache,
         use_cache=False,
-        **attention,
+        **others,
     )
     return output.last_hidden_state
 

@@ -12,6 +12,11 @@ def tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
 
 
+def array_dtype(tensor: torch.Tensor) -> str:
+    """Numpy's name of the number format that `tensor_to_array` gives."""
+    return "uint16" if tensor.dtype is torch.bfloat16 else str(tensor.dtype).removeprefix("torch.")
+
+
 def array_to_tensor(array: np.ndarray) -> torch.Tensor:
     """A copy of the array as a tensor (the object store's memory is read-only); uint16 becomes bfloat16."""
     tensor = torch.from_numpy(array.copy())

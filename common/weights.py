@@ -9,25 +9,42 @@ import torch
 from torch import nn
 
 from common.checksum import checksum
-from common.tensors import array_to_tensor, tensor_to_array
+from common.tensors import array_dtype, array_to_tensor, tensor_to_array
 from common.types import TensorPlace, WeightPack
 
 
+class WeightPacker:
+    """Packs the weights of one model, version after version, into the same memory.
+
+    Memory that is touched for the first time costs more than the copy into it. A pack is good until the next one.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def pack(self, version: int, named: Iterable[tuple[str, torch.Tensor]]) -> WeightPack:
+        """Packs parameters, in the order given, which may be a generator that gathers them one by one."""
+        places: list[TensorPlace] = []
+        pieces: dict[str, list[np.ndarray]] = {}
+        used: dict[str, int] = {}
+        total = 0
+        for name, tensor in named:
+            total = checksum(tensor, total)
+            kind, start = array_dtype(tensor), used.get(array_dtype(tensor), 0)
+            used[kind] = start + tensor.numel()
+            places.append(TensorPlace(name, tuple(tensor.shape), kind, start))
+            if kind in self._buffers:
+                place = torch.from_numpy(self._buffers[kind][start : used[kind]])
+                place.view(tensor.dtype).copy_(tensor.detach().flatten())
+            else:
+                pieces.setdefault(kind, []).append(tensor_to_array(tensor).reshape(-1))
+        self._buffers |= {kind: np.concatenate(parts) for kind, parts in pieces.items()}
+        return WeightPack(version, tuple(places), dict(self._buffers), total)
+
+
 def pack_weights(version: int, named: Iterable[tuple[str, torch.Tensor]]) -> WeightPack:
-    """Packs parameters, in the order given, which may be a generator that gathers them one by one."""
-    places: list[TensorPlace] = []
-    pieces: dict[str, list[np.ndarray]] = {}
-    used: dict[str, int] = {}
-    total = 0
-    for name, tensor in named:
-        total = checksum(tensor, total)
-        array = tensor_to_array(tensor)
-        kind = array.dtype.name
-        places.append(TensorPlace(name, tuple(array.shape), kind, used.get(kind, 0)))
-        used[kind] = used.get(kind, 0) + array.size
-        pieces.setdefault(kind, []).append(array.reshape(-1))
-    buffers = {kind: np.concatenate(parts) for kind, parts in pieces.items()}
-    return WeightPack(version, tuple(places), buffers, total)
+    """One pack, in memory of its own."""
+    return WeightPacker().pack(version, named)
 
 
 @torch.no_grad()

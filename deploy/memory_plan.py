@@ -178,8 +178,9 @@ def teacher_memory(config: OpdlmConfig, teacher: ModelSize, lengths: Lengths) ->
 def learner_memory(
     config: OpdlmConfig, student: ModelSize, teacher: ModelSize, adapters: int | None, lengths: Lengths
 ) -> RoleMemory:
-    """One ZeRO rank: `learner/zero.py` and `learner/distill.py`. `adapters`: what LoRA trains; None: everything."""
+    """One ZeRO rank: `learner/zero.py`, `learner/distill.py`, `WeightPacker`. `adapters`: what LoRA trains, or None."""
     learner, size = config.learner, BYTES[config.model.dtype]
+    pushed = f"{student.parameters:,} x {size} B, the first rank only"
     return RoleMemory(
         "learner",
         learner.gpus_per_worker,
@@ -187,6 +188,7 @@ def learner_memory(
             *zero_terms(config, student.parameters + (adapters or 0), adapters or student.parameters),
             *_activations(config, student, lengths, size),
             *_losses(config, student, teacher, trains_matrix=adapters is None),
+            Term("packed weights", pushed, student.parameters * size, on_host=learner.gpus_per_worker > 0),
         ],
     )
 

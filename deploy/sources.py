@@ -44,7 +44,7 @@ class OnPolicySource:
     async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[Any], int]:
         """See `SampleSource`."""
         batch, count = self.config.rollout.batch_size, len(indices)
-        requests = [self._request(index) for index in indices]
+        requests = [rollout_request(self.config, self.order, index) for index in indices]
         trajectories, decoded = await self.rollouts.call(
             "decode", requests, weights, self.settings, batch, outputs=count
         )
@@ -53,16 +53,18 @@ class OnPolicySource:
         self.telemetry.scored(stats)
         return scored, decoded.weight_version
 
-    def _request(self, index: int) -> RolloutRequest:
-        prompt, round_ = self.order[index], index // self.config.rollout.prompts_per_round
-        return RolloutRequest(
-            index=index,
-            prompt_id=prompt.prompt_id,
-            prompt_ids=prompt.ids,
-            max_new_tokens=length_limit(self.config, round_, prompt.domain, prompt.max_new_tokens),
-            seed=self.config.run.seed * 1_000_003 + index,
-            threshold=dynamic_threshold(self.config, round_),
-        )
+
+def rollout_request(config: OpdlmConfig, order: PromptOrder, index: int) -> RolloutRequest:
+    """What is decoded for a sample: prompt, limit and threshold of its round, a seed of its own."""
+    prompt, round_ = order[index], index // config.rollout.prompts_per_round
+    return RolloutRequest(
+        index=index,
+        prompt_id=prompt.prompt_id,
+        prompt_ids=prompt.ids,
+        max_new_tokens=length_limit(config, round_, prompt.domain, prompt.max_new_tokens),
+        seed=config.run.seed * 1_000_003 + index,
+        threshold=dynamic_threshold(config, round_),
+    )
 
 
 class GivenSource:

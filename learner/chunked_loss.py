@@ -16,6 +16,7 @@ import torch
 
 from common.config.schema import ObjectiveConfig
 from learner.targets import PositionTargets
+from learner.tied_embedding import Sink
 
 
 def chunked_loss(
@@ -25,6 +26,7 @@ def chunked_loss(
     weights: torch.Tensor,
     objective: ObjectiveConfig,
     chunk: int,
+    sink: Sink | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted sum of the divergences, which may go through one backward pass.
 
@@ -34,10 +36,11 @@ def chunked_loss(
         targets: of N positions.
         weights: `[N]` float32, what each position counts.
         chunk: positions whose logits exist at one time.
+        sink: gets the matrix's gradient in the backward pass, in place of autograd.
 
     Returns: (scalar float32; the divergences `[N]` float32, which no gradient reaches).
     """
-    return _ChunkedLoss.apply(hidden, matrix, targets, weights, objective, chunk)
+    return _ChunkedLoss.apply(hidden, matrix, targets, weights, objective, chunk, sink)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -50,11 +53,13 @@ class _ChunkedLoss(torch.autograd.Function):
         weights: torch.Tensor,
         objective: ObjectiveConfig,
         chunk: int,
+        sink: Sink | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        # Of an empty batch too: ranks of ZeRO must all have a gradient.
-        of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        of_matrix = torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_matrix = torch.empty_like(matrix) if ctx.needs_input_grad[1] else None
+        if of_matrix is not None and not len(hidden):
+            of_matrix.zero_()  # of an empty batch too: ranks of ZeRO must all have a gradient
         positions = min(chunk, len(hidden))
         memory, scratch = hidden.new_empty(positions, len(matrix)), targets.scratch_for(positions)
         for start in range(0, len(hidden), chunk):
@@ -65,7 +70,9 @@ class _ChunkedLoss(torch.autograd.Function):
             if of_hidden is not None:
                 torch.mm(of_logits, matrix, out=of_hidden[part])
             if of_matrix is not None:
-                of_matrix.addmm_(of_logits.T, hidden[part])
+                # The first chunk overwrites: filling so large a matrix with zeros is a pass over memory of its own.
+                of_matrix.addmm_(of_logits.T, hidden[part], beta=int(start > 0))
+        ctx.sink = sink
         ctx.gradients = (of_hidden, of_matrix)
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
@@ -77,4 +84,6 @@ class _ChunkedLoss(torch.autograd.Function):
         # In place: they are the largest tensors of the step, and nobody else has them.
         scaled = [None if gradient is None else gradient.mul_(of_sum) for gradient in ctx.gradients]
         ctx.gradients = None
-        return (*scaled, None, None, None, None)
+        if ctx.sink is not None:
+            ctx.sink.gradient, scaled[1] = scaled[1], None
+        return (*scaled, None, None, None, None, None)

@@ -18,6 +18,7 @@ from common.models import hidden_states
 from learner.chunked_loss import chunked_loss
 from learner.packing import MicroBatch
 from learner.targets import PositionTargets
+from learner.tied_embedding import Sink, embed
 
 
 class DistillModule(nn.Module):
@@ -44,11 +45,17 @@ class DistillModule(nn.Module):
 
         `weights`: `[N]` float32, what each loss position counts.
         """
-        hidden = hidden_states(self.student, batch.input_ids, batch.position_ids, self._mask(batch))
-        hidden = hidden[batch.loss_line, batch.loss_column]
         # The matrix, not the module: ranks differ in their number of chunks, and ZeRO-3 gathers at each module call.
-        matrix = self.student.lm_head.weight
-        return chunked_loss(hidden, matrix, targets, weights, self.objective, self.logits_chunk)
+        matrix, embedding = self.student.lm_head.weight, self.student.get_input_embeddings()
+        if matrix is embedding.weight and matrix.requires_grad:
+            sink = Sink()
+            looked_up = embed(matrix, batch.input_ids, embedding.padding_idx, sink)
+            source: dict[str, Any] = {"input_ids": None, "inputs_embeds": looked_up}
+        else:
+            sink, source = None, {"input_ids": batch.input_ids}
+        hidden = hidden_states(self.student, position_ids=batch.position_ids, mask=self._mask(batch), **source)
+        hidden = hidden[batch.loss_line, batch.loss_column]
+        return chunked_loss(hidden, matrix, targets, weights, self.objective, self.logits_chunk, sink)
 
     def _mask(self, batch: MicroBatch) -> Any:
         if self.attention != "flex_attention":

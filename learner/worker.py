@@ -26,7 +26,7 @@ from common.grid import BlockGrid
 from common.models import load_model, load_output_matrix, load_tokenizer, read_facts, require_mask
 from common.shards import weights_fingerprint
 from common.types import WeightPack
-from common.weights import load_weights, pack_weights
+from common.weights import WeightPacker, load_weights
 from learner import zero
 from learner.distill import DistillModule
 from learner.group import LearnerSetup
@@ -78,6 +78,7 @@ class Learner:
         )
         checkpoint = config.checkpoint
         self.saver = Saver(self.engine, self.run_dir / "checkpoints", checkpoint.keep, checkpoint.max_failed_saves)
+        self.packer = WeightPacker()
         self.rounds = self.optimizer_steps = self.rollout_tokens = self._skipped_in_a_row = 0
 
     def run(self) -> None:
@@ -178,7 +179,7 @@ class Learner:
             for _ in named:  # ZeRO-3 gathers collectively
                 continue
             return None
-        pack = pack_weights(self.rounds, named)
+        pack = self.packer.pack(self.rounds, named)
         self.queue.publish(pack)
         self._tell(
             kind="publish",

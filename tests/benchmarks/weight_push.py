@@ -3,7 +3,7 @@
     make bench        # or: python -m tests.benchmarks.weight_push [--gigabytes 0.1 1] [--nodes 1 2] [--repetitions 5]
 
 A push through Ray's object store must copy all bytes into the store once and out of it once an actor (all actors at
-the same time), and once more between two nodes. The measured push is the run's own: `pack_weights`, the replay queue's
+the same time), and once more between two nodes. The measured push is the run's own: `WeightPacker`, the replay queue's
 `publish`, `load_weights` with its checksum on each of two actors. Both nodes are on this machine.
 """
 
@@ -23,7 +23,7 @@ from torch import nn
 
 from actors.queue_actor import ReplayQueueActor
 from common.types import WeightHandle
-from common.weights import load_weights, pack_weights
+from common.weights import WeightPacker, load_weights
 from learner.queue_client import QueueClient
 from tests.benchmarks.measure import Ratio, write_json
 
@@ -42,13 +42,14 @@ class Learner:
     def __init__(self, queue: Any, nbytes: int) -> None:
         torch.set_num_threads(1)
         self.weights, self.queue, self.version = weights(nbytes), QueueClient(queue, 0, 600.0), -1
+        self.packer = WeightPacker()
 
     def publish(self) -> dict[str, float]:
         """Packs and hands over a new version; seconds of both."""
         self.version += 1
         self.weights[0].add_(1e-3)
         started = time.perf_counter()
-        pack = pack_weights(self.version, self.weights.named_parameters())
+        pack = self.packer.pack(self.version, self.weights.named_parameters())
         packed = time.perf_counter()
         self.queue.publish(pack)
         return {"pack": packed - started, "hand_over": time.perf_counter() - packed}

@@ -23,7 +23,7 @@ from common.models import (
     require_mask,
 )
 from common.tensors import array_to_tensor, tensor_to_array
-from common.weights import WeightPack, load_weights, pack_weights
+from common.weights import WeightPack, WeightPacker, load_weights, pack_weights
 from tests import golden_files
 from tests.tiny import save_teacher, tiny_model
 
@@ -165,6 +165,18 @@ def test_weight_pack_round_trip(dtype) -> None:
     load_weights(target, pack)
     for (name, a), (_, b) in zip(source.named_parameters(), target.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_packer_packs_again_into_the_same_memory() -> None:
+    model, packer = tiny_model(1).to(torch.bfloat16), WeightPacker()
+    first = packer.pack(0, model.named_parameters()).buffers["uint16"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    again, fresh = packer.pack(1, model.named_parameters()), pack_weights(1, model.named_parameters())
+    assert again.buffers["uint16"] is first
+    assert np.array_equal(first, fresh.buffers["uint16"])
+    assert (again.places, again.checksum) == (fresh.places, fresh.checksum)
 
 
 def test_damaged_or_foreign_pack_is_refused() -> None:

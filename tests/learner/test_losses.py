@@ -18,6 +18,7 @@ from learner.losses import divergence, forward_kl, jensen_shannon, restrict_to_t
 from learner.packing import collate
 from learner.rows import build_rows
 from learner.targets import gather_targets
+from learner.tied_embedding import Sink, embed
 from tests.tiny import EOS, MASK, tiny_model, trajectory
 
 OBJECTIVES = [
@@ -96,7 +97,7 @@ def test_zero_teacher_probabilities_give_no_nan(objective, top_k, tail) -> None:
 def _batch(kind: str, objective: ObjectiveConfig, teacher, top_k: int = 31):
     trajectories = [
         trajectory([5, 6, 7], [8, 9, 10, 11, EOS, 13, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 7, 9], 5),
-        trajectory([5, 6, 7, 8], [9, 3, 3, 3], [1, 1, 2, 2]),
+        trajectory([5, 0, 7, 8], [9, 3, 3, 3], [1, 1, 2, 2]),  # a pad id in the prompt
     ]
     scored = [
         ScoredTrajectory(t, s) for t, s in zip(trajectories, score(teacher, trajectories, kind, top_k, 64), strict=True)
@@ -121,10 +122,11 @@ def test_target_kinds_agree(objective) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_do_not_depend_on_chunks_or_checkpointing(chunk, checkpointing) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_do_not_depend_on_chunks_or_checkpointing(chunk, checkpointing, tied) -> None:
     """With recomputed layers and chunk by chunk, the gradient is that of the direct formulation, written out here."""
     objective, teacher = ObjectiveConfig(exclude_eos=False), tiny_model(1)
-    student = tiny_model(2)
+    student = tiny_model(2, tied=tied)
     batch, targets = _batch("logits", objective, teacher)
     weights = torch.rand(len(batch.loss_row))
 
@@ -190,6 +192,18 @@ def test_a_loss_goes_backward_once_and_is_scaled_by_what_comes_from_above() -> N
             loss.backward()
     for once, thrice in zip(*gradients, strict=True):
         torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_rows_of_a_frequent_token_are_summed_in_float32() -> None:
+    """A thousand small gradients of one token beside a large one, which bfloat16 alone would swallow."""
+    weight, sink = torch.randn(6, 4).bfloat16().requires_grad_(), Sink()
+    rows = embed(weight, torch.full((1, 1001), 3), None, sink)
+    sink.gradient = torch.zeros_like(weight)
+    above = torch.full_like(rows, 1e-3)
+    above[0, 0] = 1.0
+    rows.backward(above)
+    torch.testing.assert_close(weight.grad[3], torch.full((4,), 2.0).bfloat16(), rtol=0.01, atol=0)
+    assert weight.grad[[0, 1, 2, 4, 5]].abs().sum() == 0
 
 
 def test_added_mask_row_is_no_outcome() -> None:

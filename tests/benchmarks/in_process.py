@@ -1,0 +1,141 @@
+"""A run's maths in one process, without Ray or DeepSpeed: decode, score, train, in turn, with the run's own parts.
+
+What the distributed loop is measured against (`loop.py`), and where settings are tried quickly (`learning.py`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from actors.block_decoder import BlockDecoder
+from actors.decode_settings import DecodeSettings
+from actors.teacher_scoring import score
+from common.config import OpdlmConfig
+from common.convert import convert
+from common.grid import BlockGrid
+from common.models import load_model, load_output_matrix, read_facts, require_mask
+from common.types import ScoredTrajectory
+from deploy.preflight import preflight
+from deploy.sources import rollout_request
+from learner.distill import DistillModule
+from learner.schedule import learning_rate
+from learner.train_step import TrainStep
+
+
+class PlainEngine:
+    """AdamW with what `TrainStep` asks of a DeepSpeed engine."""
+
+    def __init__(self, module: DistillModule, config: OpdlmConfig) -> None:
+        self.module, self.device = module, torch.device("cpu")
+        how = config.learner.optimizer
+        self._clip, self._norm = how.grad_clip, 0.0
+        self.optimizer: Any = torch.optim.AdamW(
+            module.parameters(), lr=how.lr, betas=how.betas, eps=how.eps, weight_decay=how.weight_decay
+        )
+        self.optimizer.overflow = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.module(*arguments)
+
+    def train(self) -> None:
+        """As a module's."""
+        self.module.train()
+
+    def set_gradient_accumulation_boundary(self, last: bool) -> None:
+        """Gradients add up by themselves."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """As a tensor's."""
+        loss.backward()
+
+    def get_global_grad_norm(self) -> float:
+        """Before clipping."""
+        return self._norm
+
+    def step(self) -> None:
+        """Clips, steps, forgets the gradients."""
+        self._norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._clip))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of the run."""
+
+    losses: list[float]
+    response_tokens: int
+    seconds: float
+    rollout_seconds: float
+    teacher_seconds: float
+    train_seconds: float
+
+
+class InProcess:
+    """A run of `max_staleness` 0."""
+
+    def __init__(self, config: OpdlmConfig, folder: Path) -> None:
+        self.config, checked = config, preflight(config)
+        self.order, self.plan = checked.order, checked.plan
+        student = folder / "student_init"
+        if not student.exists():
+            convert(config.model.teacher, student, config.rollout.block_size, config.rollout.block_grid)
+        facts = read_facts(student)
+        self.mask_id, self.eos_ids = require_mask(facts), facts.eos_ids
+        self.teacher = load_model(config.model.teacher, config.teacher.dtype)
+        self.student = load_model(student, config.model.dtype)
+        rollout = config.rollout
+        how = DecodeSettings.from_config(rollout)
+        self.decoder = BlockDecoder(self.student, how, self.mask_id, self.eos_ids, rollout.batch_size)
+        module = DistillModule(self.student, config.objective, config.learner.logits_chunk)
+        if not dist.is_initialized():
+            store = dist.FileStore(tempfile.mktemp(), 1)
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        self.step = TrainStep(
+            PlainEngine(module, config),
+            config.learner,
+            config.objective,
+            BlockGrid(rollout.block_size, rollout.block_grid),
+            self.mask_id,
+            load_output_matrix(config.model.teacher, config.teacher.dtype),
+            config.run.seed,
+        )
+
+    def rounds(self) -> Iterator[Round]:
+        """Trains round by round."""
+        per_round, steps = self.config.rollout.prompts_per_round, 0
+        for round_ in range(self.plan.rounds):
+            started = time.perf_counter()
+            indices = range(round_ * per_round, min((round_ + 1) * per_round, self.plan.total))
+            requests = [rollout_request(self.config, self.order, index) for index in indices]
+            self.student.eval()
+            trajectories, stats = self.decoder.decode(requests, round_)
+            decoded = time.perf_counter()
+            how = self.config.teacher
+            targets = score(self.teacher, trajectories, how.targets, how.top_k, how.batch_tokens)
+            scored = [ScoredTrajectory(t, target) for t, target in zip(trajectories, targets, strict=True)]
+            taught = time.perf_counter()
+            losses = []
+            for places in self.plan.batches(round_, len(scored)):
+                total = self.plan.steps_before(self.plan.rounds)
+                rate = learning_rate(steps, total, self.config.learner.optimizer)
+                share = [scored[place] for place in places]
+                losses.append(self.step(share, share[0], rate).loss)
+                steps += 1
+            ended = time.perf_counter()
+            yield Round(
+                losses,
+                stats.response_tokens,
+                ended - started,
+                decoded - started,
+                taught - decoded,
+                ended - taught,
+            )

@@ -1,0 +1,112 @@
+"""Scoring trajectories against a bare forward of the same tokens, and what each kind of target weighs on the wire.
+
+    make bench        # or: python -m tests.benchmarks.teacher [--repetitions 5] [--threads 2]
+
+The bare forward is `model(ids, output_hidden_states=True)` of transformers: all hidden states, all logits, nothing
+read. Beside it one without logits. Random weights in the shape of Qwen3-0.6B, bfloat16; the same batches for all arms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from actors.teacher_scoring import batches_by_length, score
+from common.types import Trajectory
+from tests.benchmarks.decoder import MASK, random_model
+from tests.benchmarks.measure import Ratio, back_to_back, write_json
+
+P, RESPONSES, BATCH_TOKENS, TOP_K = 64, (40, 64, 100, 128, 180, 256), 1024, 16
+KINDS = ("hidden", "topk", "logits")
+
+
+def trajectories() -> list[Trajectory]:
+    """Random tokens; scoring looks at nothing else."""
+    rng = np.random.default_rng(0)
+    return [
+        Trajectory(
+            index=index,
+            prompt_id=str(index),
+            prompt_ids=rng.integers(0, MASK, P).astype(np.int32),
+            response_ids=rng.integers(0, MASK, length).astype(np.int32),
+            reveal_step=np.ones(length, np.int16),
+            response_length=length,
+            weight_version=0,
+            finish_reason="length",
+            denoising_steps=length,
+        )
+        for index, length in enumerate(RESPONSES)
+    ]
+
+
+@torch.inference_mode()
+def bare(model: Any, asked: list[Trajectory], logits: bool) -> None:
+    """The forwards alone."""
+    lengths = [P + t.response_length - 1 for t in asked]
+    for batch in batches_by_length(lengths, BATCH_TOKENS):
+        ids = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.int64)
+        for row, i in enumerate(batch):
+            ids[row, : lengths[i]] = torch.from_numpy(np.concatenate([asked[i].prompt_ids, asked[i].response])[:-1])
+        model(input_ids=ids, output_hidden_states=True, use_cache=False, logits_to_keep=0 if logits else 1)
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    model, asked = random_model(), trajectories()
+    arms = {
+        "bare forward": lambda: bare(model, asked, logits=True),
+        "bare forward without logits": lambda: bare(model, asked, logits=False),
+        **{f"score, {kind}": lambda kind=kind: score(model, asked, kind, TOP_K, BATCH_TOKENS) for kind in KINDS},
+    }
+    seconds = back_to_back({name: lambda run=run: timed(run) for name, run in arms.items()}, chosen.repetitions)
+    tokens, positions = sum(P + t.response_length - 1 for t in asked), sum(t.response_length for t in asked)
+    weights = {
+        f"score, {kind}": sum(len(pickle.dumps(t, protocol=5)) for t in score(model, asked, kind, TOP_K, BATCH_TOKENS))
+        for kind in KINDS
+    }
+    title = f"{tokens:,} tokens in {len(asked)} trajectories, bfloat16, {chosen.threads} threads"
+    table = Table(title=f"{title}, {chosen.repetitions} repetitions")
+    table.add_column("arm")
+    for name in ("tokens/s", "times the bare forward's speed", "without its logits", "bytes per response token"):
+        table.add_column(name, justify="right")
+    lines = []
+    for name, taken in seconds.items():
+        ratios = [
+            Ratio([b / own for own, b in zip(taken, seconds[base], strict=True)])
+            for base in ("bare forward", "bare forward without logits")
+        ]
+        wire = weights[name] / positions if name in weights else None
+        lines.append({"arm": name, "seconds": taken, "bytes_per_response_token": wire})
+        table.add_row(
+            name,
+            f"{tokens / Ratio(taken).median:,.0f}",
+            *(str(ratio) for ratio in ratios),
+            f"{wire:,.0f}" if wire else "",
+        )
+    console = Console(width=150)
+    console.print(table)
+    console.print(f"written: {write_json('teacher', {'title': title, 'lines': lines})}")
+
+
+if __name__ == "__main__":
+    main()
