@@ -23,15 +23,16 @@ class BlockStates:
         blocks = (positions + grid.offset(prompt_length)) // grid.block_size
         self.block = blocks - blocks[0]
         """`[R']` block of each token, counted from the first response block."""
+        self.starts = np.flatnonzero(np.diff(self.block, prepend=-1))
+        """`[blocks]` index of each block's first token."""
+        order = np.lexsort((reveal_step, self.block))
+        begins = np.diff(reveal_step[order], prepend=0) != 0
+        begins[self.starts] = True  # the blocks are in order, before and after
+        self.count = np.add.reduceat(begins.astype(np.int64), self.starts)
+        """`[blocks]` number of states of each block."""
         self.rank = np.empty(len(reveal_step), dtype=np.int64)
         """`[R']` place of the token's reveal step among its block's distinct steps, from 1."""
-        self.count = np.empty(int(self.block[-1]) + 1, dtype=np.int64)
-        """`[blocks]` number of states of each block."""
-        for block in range(len(self.count)):
-            inside = self.block == block
-            distinct, place = np.unique(reveal_step[inside], return_inverse=True)
-            self.rank[inside] = place + 1
-            self.count[block] = len(distinct)
+        self.rank[order] = begins.cumsum() - (self.count.cumsum() - self.count)[self.block]
 
     def masked_in(self, state: np.ndarray | int) -> np.ndarray:
         """`[R']` bool: masked where the block is in the given state (one number, or one a block)."""
@@ -58,10 +59,9 @@ def random_mask(states: BlockStates, rng: np.random.Generator) -> list[np.ndarra
     ratio = rng.random(len(states.count))
     noise = rng.random(len(states.block))
     masked = noise < ratio[states.block]
-    for block in range(len(states.count)):
-        inside = np.flatnonzero(states.block == block)
-        if not masked[inside].any():
-            masked[inside[noise[inside].argmin()]] = True
+    none = ~np.logical_or.reduceat(masked, states.starts)
+    lowest = np.minimum.reduceat(noise, states.starts)
+    masked |= none[states.block] & (noise == lowest[states.block])
     return [masked]
 
 

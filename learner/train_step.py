@@ -97,9 +97,9 @@ class TrainStep:
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss, idle = 0.0, self._pack(self._rows(spare)[:1])
+        loss = 0.0
         for i in range(forwards):
-            batch = micro[i] if i < len(micro) else idle
+            batch = micro[i] if i < len(micro) else self._pack(self._rows(spare)[:1])
             weights = self._weights(batch, total_rows, total_positions) * (i < len(micro))
             self.engine.set_gradient_accumulation_boundary(i == forwards - 1)
             loss += self._backward(batch, weights)

@@ -31,14 +31,23 @@ RUN_FILE, WARM_UP = Path("deploy/demo.yaml"), 2
 
 def settings(rounds: int) -> list[str]:
     """What is changed of the run file."""
-    return [f"run.rounds={rounds}", f"run.dir={OUT}/loop", "evaluation.every_rounds=0", "evaluation.final_problems=0"]
+    return [
+        f"run.rounds={rounds}",
+        f"run.dir={OUT}/loop",
+        "evaluation.every_rounds=null",
+        "evaluation.final_problems=0",
+    ]
 
 
 def distributed(rounds: int) -> dict[str, Any]:
     """`opdlm train`, in a process of its own."""
     shutil.rmtree(OUT / "loop", ignore_errors=True)
-    command = [sys.executable, "-m", "deploy.cli", "train", str(RUN_FILE), *settings(rounds)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "deploy.cli", "train", str(RUN_FILE)]
+    command += [part for setting in settings(rounds) for part in ("--set", setting)]
+    log = OUT / "loop.log"
+    with log.open("w") as out:
+        if subprocess.run(command, stdout=out, stderr=out).returncode:
+            sys.exit(f"bench: the run failed; see {log}")
     records = read_records(OUT / "loop")
     found = [r for r in records if r["kind"] == "round"][WARM_UP:]
     parts = {
