@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,8 @@ DEATHS = (
 )
 """How Ray says that an actor is dead, of which it has more kinds than `RayActorError`."""
 
+OnAnswer = Callable[[str, str, float], None]
+"""Actor, method, seconds."""
 OnDeath = Callable[[str, str], None]
 """Told the actor's name and why, each time that one dies."""
 
@@ -67,6 +70,7 @@ class ActorPool:
         self.timeout_seconds = timeout_seconds
         self.restarts = restarts
         self.on_death: OnDeath = lambda name, reason: None
+        self.on_answer: OnAnswer = lambda name, method, seconds: None
         self._free: asyncio.Queue[str | None] = asyncio.Queue()  # None wakes whoever waits, to see that all are gone
         self._in_line: set[str] = set()
         """Names in `_free`: one that died there and came back is not to stand in it twice."""
@@ -94,6 +98,7 @@ class ActorPool:
         """
         while True:
             name = await self._take()
+            started = time.perf_counter()
             try:
                 refs = getattr(self.actors[name], method).options(num_returns=outputs + 1).remote(*args)
                 *kept, small = refs if outputs else [refs]
@@ -104,6 +109,7 @@ class ActorPool:
                     raise
                 self._lose(name, error)
                 continue
+            self.on_answer(name, method, time.perf_counter() - started)
             self._serve(name)
             return kept, answer
 

@@ -25,6 +25,7 @@ from deploy.evaluation import EvaluationResult
 from deploy.prometheus import PrometheusSink
 from deploy.run_dir import HISTORY, truncate_metrics
 from deploy.sinks import Sink, TensorBoardSink
+from deploy.timeline import Timeline
 
 log = logging.getLogger("opdlm.telemetry")
 
@@ -66,6 +67,7 @@ class Telemetry:
         self._student_parameters, self._teacher_parameters = parameters
         self._records = run_dir / "metrics.jsonl"
         self._file = self._records.open("a", buffering=1)
+        self._timeline = Timeline(run_dir)
         self._learner_starts = 0
         self._of_queue: dict[str, int] = {}
         before: dict[str, Any] = next((r for r in reversed(earlier) if r["kind"] == "round"), {})
@@ -95,6 +97,10 @@ class Telemetry:
     def scored(self, stats: ScoreStats) -> None:
         """A chunk of trajectories was scored."""
         self._scored.append(stats)
+
+    def called(self, actor: str, method: str, seconds: float) -> None:
+        """An actor of a pool has answered a call."""
+        self._timeline.span(actor, method, seconds)
 
     def failed(self, indices: list[int], attempt: int, reason: str, error: str) -> None:
         """Decoding or scoring a chunk failed and may be tried again. `error`: the kind, of which there are few."""
@@ -130,6 +136,7 @@ class Telemetry:
     def pushed(self, handle: WeightHandle, seconds: float) -> None:
         """A weight version reached every rollout actor."""
         self._push_seconds, self._push_bytes = seconds, handle.nbytes
+        self._timeline.span("push", f"version {handle.version}", seconds)
 
     def actor_died(self, name: str, reason: str) -> None:
         """A rollout or teacher actor died; Ray may bring it back."""
@@ -156,6 +163,7 @@ class Telemetry:
                 continue
             self._round, self._step = event["round"], event["step"]
             self._learner_seconds += sum(event.get(name, 0.0) for name in _LEARNER_BUSY)
+            self._learner_spans(event)
             if event["kind"] == "round":
                 event = event | self._round_figures(event, queue_state) | queue_state
                 self._reset()
@@ -172,6 +180,7 @@ class Telemetry:
             self._file.close()
         except OSError as error:  # what it says of a record that it could not write was raised then
             log.error("%s: %s", self._file.name, error)
+        self._timeline.close()
         for sink in list(self._sinks):
             self._beside(sink, lambda sink: sink.close())
 
@@ -190,6 +199,13 @@ class Telemetry:
 
     def _happened(self, kind: str, **figures: Any) -> None:
         self._write({"kind": kind, "round": self._round, "step": self._step, **figures})
+
+    def _learner_spans(self, event: dict[str, Any]) -> None:
+        for name in _LEARNER_BUSY:
+            if name in event:
+                self._timeline.span("learner", name.removesuffix("_seconds"), event[name], round=event["round"])
+        if "learner_wait_seconds" in event:  # for the round that it has now trained
+            self._timeline.span("learner", "wait", event["learner_wait_seconds"], event["train_seconds"])
 
     def _round_figures(self, event: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - self._round_started

@@ -64,7 +64,7 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
             telemetry = Telemetry(Path(config.run.dir), view, first_round, first_step, parameters, wandb)
             telemetry.data(len(checked.prompts.prompts), checked.prompts.refused, checked.order.digest)
             for pool in roles.pools():
-                pool.on_death = telemetry.actor_died
+                pool.on_death, pool.on_answer = telemetry.actor_died, telemetry.called
             job = _Job(config, checked, roles, telemetry, student, given)
             try:
                 code = asyncio.run(job.run())
@@ -73,7 +73,7 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
     finally:
         roles.stop()
     console.print(report.write_report(Path(config.run.dir), (checked.plan.prompts_per_round, checked.plan.total)))
-    where = f"{config.run.dir}/report.json, report.png, metrics.jsonl, tensorboard/"
+    where = f"{config.run.dir}/report.json, report.png, metrics.jsonl, timeline.json, tensorboard/"
     console.print(f"written: {where}{'' if code else ', student/'}", highlight=False, soft_wrap=True)
     if code:
         saved = (

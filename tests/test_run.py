@@ -17,6 +17,7 @@ from common.errors import ConfigError
 from common.models import load_model
 from deploy.run_dir import open_run
 from deploy.telemetry import read_records
+from deploy.timeline import read_spans
 from deploy.train_job import train
 from tests.runs import ROUNDS, losses, run_config, run_until
 
@@ -45,6 +46,9 @@ def test_two_rounds_with_staleness(ray_cluster, chain_teacher, tmp_path) -> None
     assert 0 <= report["student_exact_match_dynamic"] <= 1
     assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+    spans = {(span["track"], span["name"]) for span in read_spans(tmp_path / "run")}
+    assert {("rollout-0", "decode"), ("teacher-0", "score"), ("learner", "train"), ("learner", "wait")} <= spans
+    assert {("learner", "publish"), ("learner", "checkpoint"), ("push", "version 2")} <= spans
     before = load_model(tmp_path / "run" / "student_init").state_dict()
     after = load_model(tmp_path / "run" / "student").state_dict()
     assert any(not before[name].equal(after[name]) for name in before)

@@ -1,0 +1,67 @@
+"""When each actor did what, for Perfetto: `RUN/timeline.json` in Chrome's trace format, one track an actor.
+
+Open it at ui.perfetto.dev. The array is never closed, which the format allows, so that a run that dies leaves a file
+that opens, and a resumed one goes on in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("opdlm.timeline")
+
+
+class Timeline:
+    """Writes spans as they end."""
+
+    def __init__(self, run_dir: Path) -> None:
+        file = run_dir / "timeline.json"
+        is_new = not file.exists() or not file.stat().st_size
+        self._file: Any = file.open("a", buffering=1)
+        self._tracks: set[str] = set()
+        if is_new:
+            self._write("[")
+
+    def span(self, track: str, name: str, seconds: float, ended_ago: float = 0.0, **figures: Any) -> None:
+        """A span that ended so many seconds ago. `track`: who; `name`: did what; `figures`: shown with it."""
+        number = zlib.crc32(track.encode()) % 10**6  # the same in every life of a run
+        if track not in self._tracks:
+            self._tracks.add(track)
+            self._event({"ph": "M", "name": "thread_name", "pid": 1, "tid": number, "args": {"name": track}})
+        begin = (time.time() - ended_ago - seconds) * 1e6
+        span = {"ph": "X", "name": name, "pid": 1, "tid": number, "ts": round(begin), "dur": round(seconds * 1e6)}
+        self._event({**span, "args": figures})
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # each span was written, or its failure told, when it came
+                self._file.close()
+            self._file = None
+
+    def _event(self, event: dict[str, Any]) -> None:
+        self._write(json.dumps(event) + ",")
+
+    def _write(self, line: str) -> None:
+        """Nothing depends on the timeline: where it cannot be written, it ends."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(line + "\n")
+        except OSError as error:
+            log.error("%s: %s; the timeline ends here", self._file.name, error.strerror)
+            self.close()
+
+
+def read_spans(run_dir: Path) -> list[dict[str, Any]]:
+    """All spans of a run: `track`, `name`, `ts` and `dur` in microseconds, `args`."""
+    lines = (run_dir / "timeline.json").read_text().splitlines()[1:]
+    events = [json.loads(line.rstrip(",")) for line in lines]
+    tracks = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    return [event | {"track": tracks[event["tid"]]} for event in events if event["ph"] == "X"]
