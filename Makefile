@@ -39,9 +39,8 @@ lint: $(VENV)/.installed-dev  ## Format, lint, types.
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev  ## Measurements; see tests/benchmarks/RESULTS.md.
-	$(BIN)/python -m tests.benchmarks.learner_step
-	$(BIN)/python -m tests.benchmarks.weight_push
-	$(BIN)/python -m tests.benchmarks.decoder
+	set -e; for part in learner_step weight_push weight_delta teacher decoder loop demo_time; do \
+		$(BIN)/python -m tests.benchmarks.$$part; done
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

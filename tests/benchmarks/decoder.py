@@ -128,10 +128,10 @@ def autoregressive(model: Any, prompts: list[np.ndarray], limit: int, batch: int
 
 def threshold_for(model: Any, tokens_per_step: float) -> float:
     """By bisection: the threshold at which random weights decode so fast."""
-    asked, low, high = requests([EQUAL] * 2), -20.0, 0.0
+    asked, low, high = requests([EQUAL] * max(BATCHES)), -20.0, 0.0
     for _ in range(8):
         middle = (low + high) / 2
-        tokens, steps = decode(model, asked, 2.0**middle, 2)
+        tokens, steps = decode(model, asked, 2.0**middle, max(BATCHES))
         low, high = (middle, high) if tokens / steps > tokens_per_step else (low, middle)
     return 2.0**low
 

@@ -3,8 +3,8 @@
     make bench        # or: python -m tests.benchmarks.weight_delta [--steps 16]
 
 A random Qwen3 (weights of standard deviation 0.02, as pretrained ones have about) learns random tokens by AdamW on
-float32 masters, as DeepSpeed keeps them; a push has the bfloat16 values. One push is 16 optimizer steps, the paper's 128
-prompts a round in batches of 8; the first 16 steps, in which AdamW's moments come to be, are left out.
+float32 masters, as DeepSpeed keeps them; a push has the bfloat16 values. One push is 16 optimizer steps, the paper's
+128 prompts a round in batches of 8; the first 16 steps, in which AdamW's moments come to be, are left out.
 """
 
 from __future__ import annotations
