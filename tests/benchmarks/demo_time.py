@@ -1,9 +1,11 @@
-"""Where the demo's wall time and CPU seconds go, until 97 % exact match and in all, and what more rollout actors give.
+"""Where the demo's wall time and CPU seconds go, until 97 % exact match and in all.
 
-    make bench        # or: python -m tests.benchmarks.demo_time [--rounds 150]
+    make bench        # or: python -m tests.benchmarks.demo_time [--rounds 80]
 
 Runs `opdlm train deploy/demo.yaml` and watches its processes. Parts of a round come from its records; CPU seconds are
-those that the kernel counts for each process, read twice a second, so that the last half second of one may be missing.
+those that the kernel counts for each process, read twice a second, so the last half second of one may be missing. What
+more rollout actors would give says `opdlm plan deploy/demo.yaml --rates runs/bench/demo`; each span of the run is in
+`timeline.json` there.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import psutil
@@ -71,24 +72,6 @@ def parts_of(records: list[dict[str, Any]], until: float) -> dict[str, float]:
     return parts
 
 
-def more_actors(records: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Seconds of a round with 1, 2, 4, 8 rollout actors that have cores of their own.
-
-    The plan's model: at `max_staleness` 0 the stages take turns and the rollout's is divided; at 1 the longest stage
-    is the round.
-    """
-    rounds = [r for r in records if r["kind"] == "round"][5:]
-    stage = {name: median(r[name] for r in rounds) for name in PARTS}
-    rest = median(r["round_seconds"] for r in rounds) - sum(stage.values())
-    found = []
-    for actors in (1, 2, 4, 8):
-        rollout = stage["rollout_busy_seconds"] / actors
-        others = stage["teacher_busy_seconds"], stage["train_seconds"] + stage["weight_push_seconds"]
-        turns = rollout + sum(others) + rest
-        found.append({"actors": actors, "taking turns": turns, "overlapped": max(rollout, *others) + rest})
-    return found
-
-
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,21 +101,8 @@ def main() -> None:
     for role in cpu:
         roles.add_column(role, justify="right")
     roles.add_row(*(f"{seconds:.0f}" for seconds in cpu.values()))
-    scaled = Table(title="a round by the plan's model, rollout actors on cores of their own")
-    for name in ("rollout actors", "s, stages take turns", "times faster", "s, overlapped", "times faster"):
-        scaled.add_column(name, justify="right")
-    models = more_actors(records)
-    for line in models:
-        turns, overlapped = line["taking turns"], line["overlapped"]
-        scaled.add_row(
-            f"{line['actors']:.0f}",
-            f"{turns:.2f}",
-            f"{models[0]['taking turns'] / turns:.2f}",
-            f"{overlapped:.2f}",
-            f"{models[0]['taking turns'] / overlapped:.2f}",
-        )
-    Console(width=130).print(table, roles, scaled)
-    content = {"wall": wall, "cpu": cpu, "parts": columns, "reached": reached, "actors": models}
+    Console(width=130).print(table, roles)
+    content = {"wall": wall, "cpu": cpu, "parts": columns, "reached": reached}
     Console(width=130).print(f"written: {write_json('demo_time', content)}")
 
 
