@@ -36,7 +36,8 @@ from tests.benchmarks.plain_decoder import plain_decode
 V, P, S = 151_936, 64, 4
 MASK = V - 1
 TOKENS_PER_STEP = 3.8
-BATCHES, EQUAL, MIXED = (1, 2, 4, 8), 48, 24
+BATCHES, EQUAL = (1, 2, 8, 32), 48
+MIXED, MIXED_BATCH = 24, 8
 DEMO_BATCHES, DEMO_LIMIT = (8, 32, 128), 40
 
 
@@ -128,10 +129,10 @@ def autoregressive(model: Any, prompts: list[np.ndarray], limit: int, batch: int
 
 def threshold_for(model: Any, tokens_per_step: float) -> float:
     """By bisection: the threshold at which random weights decode so fast."""
-    asked, low, high = requests([EQUAL] * max(BATCHES)), -20.0, 0.0
+    asked, low, high = requests([EQUAL] * MIXED_BATCH), -20.0, 0.0
     for _ in range(8):
         middle = (low + high) / 2
-        tokens, steps = decode(model, asked, 2.0**middle, max(BATCHES))
+        tokens, steps = decode(model, asked, 2.0**middle, MIXED_BATCH)
         low, high = (middle, high) if tokens / steps > tokens_per_step else (low, middle)
     return 2.0**low
 
@@ -154,11 +155,11 @@ def random_weights(repetitions: int) -> list[dict]:
     limits = np.random.default_rng(2).lognormal(3.0, 0.8, MIXED).clip(4, 160).astype(int).tolist()
     asked = requests(limits)
     arms = {
-        "plain": lambda: plain(model, asked, threshold, max(BATCHES)),
-        "ours": lambda: decode(model, asked, threshold, max(BATCHES)),
+        "plain": lambda: plain(model, asked, threshold, MIXED_BATCH),
+        "ours": lambda: decode(model, asked, threshold, MIXED_BATCH),
     }
     what = f"Qwen3-0.6B shape, {min(limits)} to {max(limits)} tokens, median {int(np.median(limits))}"
-    return lines + compared(what, max(BATCHES), inside, arms, repetitions)
+    return lines + compared(what, MIXED_BATCH, inside, arms, repetitions)
 
 
 def demo(student_folder: Path, teacher_folder: Path, repetitions: int) -> list[dict]:
