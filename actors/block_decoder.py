@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,14 +28,15 @@ from actors.remasking import STRATEGIES, Step, entropy_of
 from actors.sampling import draw_candidates, hashed_uniform
 from actors.slot_attention import NAME as SLOT_ATTENTION
 from actors.slot_attention import Lanes
-from actors.teacher_scoring import batches_by_length
+from actors.step_view import StepView
+from common.batches import batches_by_length
 from common.grid import BlockGrid, block_index
 from common.masks import block_causal
 from common.models import hidden_states
 from common.types import DecodeStats, RolloutRequest, Trajectory
 
 _TOKEN_STREAM, _ORDER_STREAM = 0, 1  # two independent sequences of uniform numbers
-_PREFILL_TOKENS = 16384
+PREFILL_TOKENS = 16384
 """Most tokens, padding included, in one forward that computes keys and values; a longer sequence goes alone."""
 _REFILL_SHARE = 1 / 4
 """Of the slots, that have to be free before they are filled again (tests/benchmarks/RESULTS.md)."""
@@ -46,27 +46,12 @@ _WIDTH_STEP = 16
 Renew = Callable[[], int | None]
 
 
-@dataclass(frozen=True, slots=True)
-class StepView:
-    """One denoising step as an observer sees it (`generate --trace`, `trace`, parity tests). Rows are live slots."""
-
-    index: list[int]  # [n] request index
-    step: list[int]  # [n] denoising step of the sequence, from 1
-    positions: torch.Tensor  # [n, S] int64
-    tokens: torch.Tensor  # [n, S] int64, before the step (prompt tokens and masks included)
-    masked: torch.Tensor  # [n, S] bool, before the step
-    revealed: torch.Tensor  # [n, S] bool
-    candidates: torch.Tensor  # [n, S] int64
-    confidence: torch.Tensor  # [n, S] float32
-    logits: torch.Tensor  # [n, S, V] float32, the mask token at minus infinity
-    mask_logit: torch.Tensor  # [n, S] float32, what the model said for the mask token
-
-
 class BlockDecoder:
     """Decodes batches of prompts with one student; keeps its cache between calls.
 
     Args:
-        model: causal LM of transformers, in eval mode; logits at position i predict token i.
+        model: causal LM of transformers, in eval mode; logits at position i predict token i. Its attention becomes
+            ours, which is `sdpa` for every other caller.
         settings: strategy, sampling, grid.
         mask_id: the mask token; never a candidate.
         eos_ids: tokens that end a response.
@@ -83,7 +68,7 @@ class BlockDecoder:
         self.batch_size = batch_size
         self.grid = BlockGrid(settings.block_size, settings.block_grid)
         self._strategy = STRATEGIES[settings.strategy]
-        model.set_attn_implementation(SLOT_ATTENTION)  # `sdpa` for everyone but this decoder
+        model.set_attn_implementation(SLOT_ATTENTION)
         self._cache: SlotCache | None = None
         self._forwards = self._forward_tokens = 0
 
@@ -146,6 +131,7 @@ class BlockDecoder:
             if renew is not None and (version := renew()) is not None:
                 slots.renew(version)
                 self._prefill(slots, cache, range(slots.live))
+                slots.commits[: slots.live] = False  # what was to be committed is in the cache now
             # A free slot costs nothing, a forward for one prompt reads all weights: so several at a time.
             enough = min(len(pending), max(1, int(slots.capacity * _REFILL_SHARE)))
             if pending and (not slots.live or slots.capacity - slots.live >= enough):
@@ -184,7 +170,7 @@ class BlockDecoder:
         rows = [row for row in rows if slots.starts[row]]
         lengths = [int(slots.starts[row]) for row in rows]
         self._forward_tokens += sum(lengths)
-        for group in batches_by_length(lengths, _PREFILL_TOKENS):
+        for group in batches_by_length(lengths, PREFILL_TOKENS):
             chosen, longest = [rows[i] for i in group], lengths[group[0]]
             offsets = [[self.grid.offset(slots.requests[row].prompt_ids.size)] for row in chosen]
             where, offset = torch.tensor(chosen, device=slots.device), torch.tensor(offsets, device=slots.device)
@@ -195,13 +181,16 @@ class BlockDecoder:
             tokens = slots.tokens[where, :longest]
             hidden_states(self.model, tokens, positions, block_causal(blocks, blocks), cache)
 
-    def _forward(self, slots: Slots, cache: SlotCache, window: torch.Tensor) -> torch.Tensor:
-        """The blocks at `window` `[n, S]`, and in the same forward the blocks to be committed; `[n, S, D]`."""
+    def _forward(
+        self, slots: Slots, cache: SlotCache, window: torch.Tensor, commit: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The blocks at `window` `[n, S]`, and in the same forward those before them in the slots `commit` `[c]`.
+
+        Returns: `[n, S, D]`.
+        """
         n, block = window.shape
-        committing = np.flatnonzero(slots.commits[:n])
-        rows, positions, commit = torch.arange(n, device=window.device), window, None
-        if committing.size:
-            commit = torch.from_numpy(committing).to(window.device)
+        rows, positions = torch.arange(n, device=window.device), window
+        if commit is not None:
             rows, positions = torch.cat([rows, commit]), torch.cat([window, window[commit] - block])
         self._forwards += 1
         self._forward_tokens += positions.numel()
@@ -218,17 +207,19 @@ class BlockDecoder:
         """One denoising step of all slots; those that are finished with it."""
         n, block = slots.live, self.grid.block_size
         window = slots.block_start[:, None] + torch.arange(block, device=slots.device)  # [n, S]
-        hidden = self._forward(slots, cache, window).flatten(0, 1)
-        # Output matrix and sampling for masked positions only; an observer sees all.
-        asked = slots.masked[:n] if observer is None else np.ones((n, block), dtype=bool)
-        index = torch.from_numpy(np.flatnonzero(asked)).to(window.device)
-        logits = self.model.lm_head(hidden[index]).float()
+        # What the host knows goes to the device before the forward, or it would wait for the forward's end.
+        committing, asked = np.flatnonzero(slots.commits[:n]), np.flatnonzero(slots.masked[:n])
+        known = torch.from_numpy(np.concatenate([committing, asked])).to(slots.device)
+        commit, index = known[: committing.size], known[committing.size :]
+        hidden = self._forward(slots, cache, window, commit if committing.size else None).flatten(0, 1)
+        logits = self.model.lm_head(hidden[index]).float()  # of masked positions only
         mask_logit = logits[:, self.mask_id].clone()
         logits[:, self.mask_id] = float("-inf")
 
         def spread(values: torch.Tensor) -> torch.Tensor:
-            """`[m]`, of the asked positions -> `[n, S]`."""
-            return values.new_zeros(n * block).index_copy_(0, index, values).view(n, block)
+            """`[m, ...]`, of the masked positions -> `[n, S, ...]`, 0 at the others."""
+            whole = values.new_zeros(n * block, *values.shape[1:])
+            return whole.index_copy_(0, index, values).unflatten(0, (n, block))
 
         old_reveal, old_tokens = slots.reveal.gather(1, window), slots.tokens.gather(1, window)
         masked = (window >= slots.prompt_length[:, None]) & (old_reveal == 0)
@@ -243,7 +234,7 @@ class BlockDecoder:
         slots.tokens.scatter_(1, window, new_tokens)
         slots.reveal.scatter_(1, window, torch.where(revealed, slots.step[:, None], old_reveal))
         if observer is not None:
-            seen = logits.view(n, block, -1), mask_logit.view(n, block)
+            seen = spread(logits), spread(mask_logit)
             shown = (window, old_tokens, masked, revealed, candidates, confidence, *seen)
             steps, numbers = slots.step.tolist(), [request.index for request in slots.requests]
             observer(StepView(numbers, steps, *(tensor.cpu() for tensor in shown)))
@@ -252,7 +243,7 @@ class BlockDecoder:
     def _candidates(
         self, slots: Slots, window: torch.Tensor, index: torch.Tensor, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Candidate and confidence of each asked position, `[m]` each."""
+        """Candidate and confidence of each masked position, `[m]` each."""
         settings = self.settings
         uniform = hashed_uniform(slots.seed[:, None], window, slots.step[:, None], _TOKEN_STREAM).flatten()[index]
         candidates = draw_candidates(logits, uniform, settings.temperature, settings.top_k, settings.top_p)

@@ -173,7 +173,7 @@ class Slots:
                 state[gaps] = state[moved]
             for known in (self.starts, self.commits, self.masked):
                 known[gaps] = known[moved]
-            cache.move(moved, gaps)
+            cache.move(moved, gaps, int(self.starts[gaps].max()))
         del self.requests[left:], self._history[left:]
 
 

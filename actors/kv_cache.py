@@ -49,8 +49,8 @@ class SlotCache:
             seen.append(new)
         return seen[0], seen[1]
 
-    def move(self, source: list[int], target: list[int]) -> None:
-        """Copies whole slots over others."""
+    def move(self, source: list[int], target: list[int], width: int) -> None:
+        """Copies the first `width` positions of slots over others."""
         for cache in (self.keys, self.values):
             for old, new in zip(source, target, strict=True):
-                cache[:, new].copy_(cache[:, old])
+                cache[:, new, :width].copy_(cache[:, old, :width])

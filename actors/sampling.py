@@ -23,7 +23,9 @@ def hashed_uniform(seed: torch.Tensor, *counters: torch.Tensor | int) -> torch.T
     """
     state = _mix(seed + _GOLDEN)
     for counter in counters:
-        state = _mix(state + (torch.as_tensor(counter, device=seed.device) + 1) * _GOLDEN)
+        # Not as a tensor where it is a number: putting that onto a GPU waits for all that the GPU has to do.
+        step = _as_int64((counter + 1) * _GOLDEN) if isinstance(counter, int) else (counter + 1) * _GOLDEN
+        state = _mix(state + step)
     return _shift_right(state, 11).to(torch.float64) * 2.0**-53
 
 
@@ -65,6 +67,11 @@ def draw_candidates(
     cumulative = probabilities.to(torch.float64).cumsum(dim=-1)
     point = uniform[..., None] * cumulative[..., -1:]
     return torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def _as_int64(number: int) -> int:
+    """Wraps around, as int64 tensors do."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.batches import batches_by_length
 from common.models import hidden_states, input_device
 from common.tensors import tensor_to_array
 from common.types import HiddenTargets, LogitsTargets, TeacherTargets, TopKTargets, Trajectory
@@ -33,23 +34,11 @@ def score(
     targets: list[TeacherTargets | None] = [None] * len(trajectories)
     for batch in batches_by_length([_clean_length(t) for t in trajectories], batch_tokens):
         chosen = [trajectories[i] for i in batch]
-        ends = np.cumsum([t.response_length for t in chosen])[:-1].tolist()
-        made = _make_targets(model, _hidden_after_prefix(model, chosen), ends, kind, top_k)
+        lengths = [t.response_length for t in chosen]
+        made = _make_targets(model, _hidden_after_prefix(model, chosen), lengths, kind, top_k)
         for i, target in zip(batch, made, strict=True):
             targets[i] = target
     return [target for target in targets if target is not None]
-
-
-def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Groups indices, longest first, so that a group padded to its longest stays within `batch_tokens`."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _clean_length(trajectory: Trajectory) -> int:
@@ -70,23 +59,25 @@ def _hidden_after_prefix(model: Any, trajectories: Sequence[Trajectory]) -> torc
 
 
 @torch.inference_mode()
-def _make_targets(model: Any, hidden: torch.Tensor, ends: list[int], kind: str, top_k: int) -> Iterator[TeacherTargets]:
-    """Targets of each trajectory; `ends`: where all but the last end in `hidden`."""
+def _make_targets(
+    model: Any, hidden: torch.Tensor, lengths: list[int], kind: str, top_k: int
+) -> Iterator[TeacherTargets]:
+    """Targets of each trajectory. `lengths`: R of each, whose hidden states `[sum R, D]` follow one another."""
 
-    def parts(tensor: torch.Tensor) -> list[np.ndarray]:
-        return np.split(tensor_to_array(tensor), ends)
+    def logits_of(states: torch.Tensor) -> Iterator[torch.Tensor]:
+        return (model.lm_head(part).float() for part in states.split(LOGITS_CHUNK))
 
     if kind == "hidden":
-        yield from map(HiddenTargets, parts(hidden))
-        return
-    logits = (model.lm_head(part).float() for part in hidden.split(LOGITS_CHUNK))
-    if kind == "logits":
-        yield from map(LogitsTargets, parts(torch.cat(list(logits))))
-        return
-    tops = [_log_top_k(chunk, top_k) for chunk in logits]
-    ids, logprobs = (torch.cat(tensors) for tensors in zip(*tops, strict=True))
-    for one_ids, one_logprobs in zip(parts(ids.to(torch.int32)), parts(logprobs), strict=True):
-        yield TopKTargets(one_ids, one_logprobs, model.lm_head.out_features)
+        yield from (HiddenTargets(tensor_to_array(states)) for states in hidden.split(lengths))
+    elif kind == "logits":  # one trajectory at a time: they are large
+        for states in hidden.split(lengths):
+            yield LogitsTargets(tensor_to_array(torch.cat(list(logits_of(states)))))
+    else:
+        tops = [_log_top_k(chunk, top_k) for chunk in logits_of(hidden)]
+        ids, logprobs = (torch.cat(tensors).cpu().split(lengths) for tensors in zip(*tops, strict=True))
+        for own_ids, own_logprobs in zip(ids, logprobs, strict=True):
+            arrays = tensor_to_array(own_ids.to(torch.int32)), tensor_to_array(own_logprobs)
+            yield TopKTargets(*arrays, model.lm_head.out_features)
 
 
 def _log_top_k(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

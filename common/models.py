@@ -176,7 +176,7 @@ def hidden_states(
     Args:
         input_ids: `[B, T]` int64; None with `inputs_embeds`.
         position_ids: `[B, T]` int64; None counts from 0.
-        mask: `[B, 1, T, T']` bool (True = attended) or a flex BlockMask; None is causal.
+        mask: `[B, 1, T, T']`, bool (True = attended) or added to the scores, or a flex BlockMask; None is causal.
         cache: object with `update(keys, values, layer)`.
         others: `inputs_embeds` `[B, T, D]` in place of ids; what else the attention function takes.
 

@@ -39,6 +39,8 @@ class WeightPacker:
             else:
                 pieces.setdefault(kind, []).append(tensor_to_array(tensor).reshape(-1))
         self._buffers |= {kind: np.concatenate(parts) for kind, parts in pieces.items()}
+        if used != {kind: buffer.size for kind, buffer in self._buffers.items()}:
+            raise ValueError(f"weights version {version}: not the parameters that were packed before")
         return WeightPack(version, tuple(places), dict(self._buffers), total)
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from actors.ar_generate import generate
-from actors.block_decoder import BlockDecoder, StepView
+from actors.block_decoder import BlockDecoder
 from actors.decode_settings import DecodeSettings
+from actors.step_view import StepView
 from common.errors import OpdlmError
 from common.grid import BlockGrid
 from common.models import load_model, load_tokenizer, read_facts, require_mask

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from actors.block_decoder import StepView
+from actors.step_view import StepView
 from common.chat import chat_prompt
 from common.config.schema import Strategy
 from common.errors import OpdlmError

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from actors.block_decoder import PREFILL_TOKENS
 from actors.teacher_scoring import LOGITS_CHUNK
 from common.config import OpdlmConfig
 from common.config.schema import LoraConfig
@@ -121,6 +122,8 @@ def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) ->
     """A rollout actor: `actors/kv_cache.py` and `_step` of `actors/block_decoder.py`."""
     rollout, size = config.rollout, BYTES[config.model.dtype]
     slots = min(rollout.batch_size, -(-rollout.prompts_per_round // rollout.actors))
+    longest = lengths.end if rollout.on_new_weights == "continue" else lengths.prompt
+    tokens = max(min(slots * longest, PREFILL_TOKENS), longest)
     cache = slots * lengths.end * student.layers * 2 * student.kv_heads * student.head_dim * size
     return RoleMemory(
         "rollout",
@@ -139,7 +142,7 @@ def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) ->
                 slots * rollout.block_size * student.vocabulary * 4,
             ),
             _sampling(config, slots, student.vocabulary),
-            _forward(student, slots * lengths.prompt, size, f"prefill of {slots} x {lengths.prompt:,} tokens"),
+            _forward(student, tokens, size, f"prefill of {tokens:,} tokens"),
         ],
     )
 

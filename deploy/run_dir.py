@@ -1,6 +1,7 @@
 """The run directory: what a run leaves behind, and whether it may be started or continued there.
 
-RUN/config.yaml  metrics.jsonl  tensorboard/  checkpoints/  student_init/  student/  rollouts/  report.json  report.png
+RUN/config.yaml  metrics.jsonl  timeline.json  tensorboard/  checkpoints/  student_init/  student/  rollouts/
+    report.json  report.png
 """
 
 from __future__ import annotations

@@ -157,13 +157,16 @@ class Telemetry:
         """Events of the learner, with the queue's state and the numbers of actors at the time."""
         self._of_queue = {name: queue_state[name] for name in QUEUE_TOTALS if name in queue_state}
         queue_state = queue_state | {n: total + self._of_dead_queues[n] for n, total in self._of_queue.items()}
+        now = time.time()
         for event in events:
+            ago = now - event.get("told_at", now)
+            event = {name: value for name, value in event.items() if name != "told_at"}
             if event["kind"] == "learner_start":
                 self._learner_started(event["round"], event["step"])
                 continue
             self._round, self._step = event["round"], event["step"]
             self._learner_seconds += sum(event.get(name, 0.0) for name in _LEARNER_BUSY)
-            self._learner_spans(event)
+            self._learner_spans(event, ago)
             if event["kind"] == "round":
                 event = event | self._round_figures(event, queue_state) | queue_state
                 self._reset()
@@ -200,12 +203,12 @@ class Telemetry:
     def _happened(self, kind: str, **figures: Any) -> None:
         self._write({"kind": kind, "round": self._round, "step": self._step, **figures})
 
-    def _learner_spans(self, event: dict[str, Any]) -> None:
+    def _learner_spans(self, event: dict[str, Any], ago: float) -> None:
         for name in _LEARNER_BUSY:
             if name in event:
-                self._timeline.span("learner", name.removesuffix("_seconds"), event[name], round=event["round"])
+                self._timeline.span("learner", name.removesuffix("_seconds"), event[name], ago, round=event["round"])
         if "learner_wait_seconds" in event:  # for the round that it has now trained
-            self._timeline.span("learner", "wait", event["learner_wait_seconds"], event["train_seconds"])
+            self._timeline.span("learner", "wait", event["learner_wait_seconds"], ago + event["train_seconds"])
 
     def _round_figures(self, event: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - self._round_started

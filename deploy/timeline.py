@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import time
 import zlib
 from pathlib import Path
@@ -22,10 +23,12 @@ class Timeline:
 
     def __init__(self, run_dir: Path) -> None:
         file = run_dir / "timeline.json"
-        is_new = not file.exists() or not file.stat().st_size
+        before = file.read_bytes() if file.exists() else b""
+        if (whole := before.rfind(b"\n") + 1) < len(before):  # a full disk, or a crash, cut the last line short
+            os.truncate(file, whole)
         self._file: Any = file.open("a", buffering=1)
         self._tracks: set[str] = set()
-        if is_new:
+        if not whole:
             self._write("[")
 
     def span(self, track: str, name: str, seconds: float, ended_ago: float = 0.0, **figures: Any) -> None:
@@ -60,8 +63,8 @@ class Timeline:
 
 
 def read_spans(run_dir: Path) -> list[dict[str, Any]]:
-    """All spans of a run: `track`, `name`, `ts` and `dur` in microseconds, `args`."""
-    lines = (run_dir / "timeline.json").read_text().splitlines()[1:]
-    events = [json.loads(line.rstrip(",")) for line in lines]
+    """All spans of a run that are written whole: `track`, `name`, `ts` and `dur` in microseconds, `args`."""
+    lines = (run_dir / "timeline.json").read_text().splitlines(keepends=True)[1:]
+    events = [json.loads(line.rstrip(",\n")) for line in lines if line.endswith("\n")]
     tracks = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
     return [event | {"track": tracks[event["tid"]]} for event in events if event["ph"] == "X"]

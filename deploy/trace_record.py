@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.block_decoder import StepView
+from actors.step_view import StepView
 from common.tensors import array_to_tensor
 from common.types import HiddenTargets, Trajectory
 from learner.losses import forward_kl

@@ -111,5 +111,5 @@ class QueueClient:
         self.ask(self._queue.give_up.remote(reason), "giving up")
 
     def tell(self, event: dict[str, Any]) -> None:
-        """A record for the metrics."""
-        self._queue.tell.remote(event)
+        """A record for the metrics, with the time at which it is told."""
+        self._queue.tell.remote({"told_at": time.time(), **event})

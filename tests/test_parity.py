@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.block_decoder import BlockDecoder, StepView
+from actors.block_decoder import BlockDecoder
 from actors.decode_settings import DecodeSettings
 from actors.remasking import STRATEGIES
+from actors.step_view import StepView
 from common.config.schema import ObjectiveConfig
 from common.masks import training_mask
 from common.models import hidden_states

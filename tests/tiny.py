@@ -28,14 +28,13 @@ def tiny_model(
 ) -> Any:
     """A causal LM of two layers, float32, eval mode; `settings` go into its config."""
     torch.manual_seed(seed)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     config = AutoConfig.for_model(
         family,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=32,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         head_dim=head_dim,
         max_position_embeddings=context,
         tie_word_embeddings=tied,
@@ -43,7 +42,7 @@ def tiny_model(
         pad_token_id=0,
         bos_token_id=None,
         initializer_range=0.4,
-        **settings,
+        **(heads | settings),
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
@@ -64,6 +63,7 @@ YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_ma
 OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2"},
     "llama": {"family": "llama", "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE},
+    "qwen3-heads": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen3-yarn": {"rope_parameters": YARN_ROPE, "attention_bias": True},
 }
 """Keyword arguments of `tiny_model` for what else is supported."""

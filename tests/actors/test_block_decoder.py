@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -28,11 +30,12 @@ MODELS = [*(tiny_model(seed) for seed in range(3)), *(tiny_model(3, **other) for
     top_p=st.sampled_from([1.0, 0.8]),
     lengths=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 13)), min_size=1, max_size=7),
     batch_size=st.integers(1, 4),
+    refill_share=st.sampled_from([0.25, 1.0]),
     seed=st.integers(0, 10**6),
 )
 @settings(max_examples=60, deadline=None)
 def test_equals_uncached_oracle(
-    model, block_size, grid, strategy, steps, temperature, top_k, top_p, lengths, batch_size, seed
+    model, block_size, grid, strategy, steps, temperature, top_k, top_p, lengths, batch_size, refill_share, seed
 ) -> None:
     """Slots, refills, cache and ride-along commits change nothing: same tokens, same reveal steps."""
     how = DecodeSettings(
@@ -49,7 +52,8 @@ def test_equals_uncached_oracle(
     requests = [request(p, i, limit, seed) for i, (p, limit) in enumerate(lengths)]
     # Behind nothing but mask tokens every position is alike: an exact tie, which rounding breaks one way or the other.
     assume(all(set(r.prompt_ids) != {MASK} for r in requests))
-    trajectories, stats = BlockDecoder(model, how, MASK, [EOS], batch_size).decode(requests)
+    with mock.patch("actors.block_decoder._REFILL_SHARE", refill_share):  # all slots free, or some of them
+        trajectories, stats = BlockDecoder(model, how, MASK, [EOS], batch_size).decode(requests)
     for ours, asked in zip(trajectories, requests, strict=True):
         tokens, reveal = uncached_decode(model, how, MASK, {EOS}, asked)
         assert ours.response_ids.tolist() == tokens
@@ -59,6 +63,16 @@ def test_equals_uncached_oracle(
         assert ours.denoising_steps == max(reveal)
     assert stats.response_tokens == sum(t.response_length for t in trajectories)
     assert stats.ended_by_eos == sum(t.finish_reason == "eos" for t in trajectories)
+
+
+def test_a_second_call_finds_nothing_of_the_first() -> None:
+    """Its cache is used again for fewer and shorter sequences, and made anew for longer ones."""
+    how, model = DecodeSettings(), MODELS[0]
+    decoder = BlockDecoder(model, how, MASK, [EOS], 4)
+    for lengths, limit in (([9, 4, 11, 7], 16), ([3, 6, 2, 5], 6), ([5, 2], 8), ([10, 12, 13, 8], 24)):
+        requests = [request(length, index, limit) for index, length in enumerate(lengths)]
+        for ours, asked in zip(decoder.decode(requests)[0], requests, strict=True):
+            assert ours.response_ids.tolist() == uncached_decode(model, how, MASK, {EOS}, asked)[0]
 
 
 def test_block_size_one_is_autoregressive_decoding() -> None:

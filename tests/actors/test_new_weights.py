@@ -12,10 +12,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from actors.block_decoder import BlockDecoder, StepView
+from actors.block_decoder import BlockDecoder
 from actors.decode_settings import DecodeSettings
 from actors.remasking import STRATEGIES
 from actors.rollout_actor import RolloutActor, start_rollout_actor
+from actors.step_view import StepView
 from common.convert import convert
 from common.models import load_model, read_facts
 from common.types import RolloutRequest, Trajectory, WeightHandle
@@ -76,7 +77,7 @@ def test_goes_on_as_the_new_model_would(
     swaps = Swaps(at)
     decoder = BlockDecoder(swaps.model, how, MASK, [EOS], batch_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("actors.block_decoder._PREFILL_TOKENS", most_tokens)
+        patch.setattr("actors.block_decoder.PREFILL_TOKENS", most_tokens)
         trajectories, stats = decoder.decode(requests, 0, swaps.observe, swaps.renew)
     for ours, asked in zip(trajectories, requests, strict=True):
         history = swaps.history(asked.index)

@@ -62,6 +62,7 @@ def distributed(rounds: int) -> dict[str, Any]:
 
 def in_process(rounds: int, config: OpdlmConfig) -> dict[str, Any]:
     """The same in this process."""
+    shutil.rmtree(OUT / "in_process", ignore_errors=True)
     run = InProcess(config, OUT / "in_process")
     done = list(run.rounds())
     kept = done[WARM_UP:]

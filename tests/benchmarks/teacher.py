@@ -19,7 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from actors.teacher_scoring import batches_by_length, score
+from actors.teacher_scoring import score
+from common.batches import batches_by_length
 from common.types import Trajectory
 from tests.benchmarks.decoder import MASK, random_model
 from tests.benchmarks.measure import Ratio, back_to_back, write_json

@@ -197,3 +197,17 @@ def test_teacher_targets_by_hand(tmp_path: Path) -> None:
     assert by_name(teacher_memory(config, size, LENGTHS).terms)["logits of a response"] == 60 * size.vocabulary * 8
     split = config_with(teacher={"gpus_per_actor": 2, "device_map": "auto"})
     assert by_name(teacher_memory(split, size, LENGTHS).terms)["weights"] == -(-size.parameters // 2) * 2
+
+
+@pytest.mark.parametrize(
+    ("on_new_weights", "bound", "tokens"),
+    # 4 slots: all prompts of 40, as many as the bound allows, one alone; with `continue` the whole of 100 again
+    [("finish", 1000, 160), ("finish", 120, 120), ("finish", 10, 40), ("continue", 1000, 400)],
+)
+def test_a_prefill_is_of_bounded_size(tmp_path, monkeypatch, on_new_weights, bound, tokens) -> None:
+    monkeypatch.setattr("deploy.memory_plan.PREFILL_TOKENS", bound)
+    tiny_model().save_pretrained(tmp_path)
+    rollout = {"batch_size": 4, "prompts_per_round": 8, "on_new_weights": on_new_weights}
+    config = config_with(rollout=rollout, queue={"max_staleness": 1}, learner={"batch_size": 1})
+    terms = by_name(rollout_memory(config, model_size(tmp_path), LENGTHS).terms)
+    assert terms["activations"] == tokens * (2 * 16 + 3 * 32) * 2

@@ -90,7 +90,7 @@ def test_figures_of_a_round(tmp_path) -> None:
 
 def test_who_was_idle_in_a_round_and_why_responses_ended(tmp_path, monkeypatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("deploy.telemetry.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("deploy.telemetry.time", SimpleNamespace(perf_counter=lambda: now[0], time=lambda: now[0]))
     telemetry = Telemetry(tmp_path, listener := Listener())
     place = {"round": 0, "step": 0}
     telemetry.learned([{"kind": "publish", "publish_seconds": 1.0} | place], QUEUE)

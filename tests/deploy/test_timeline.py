@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from deploy.timeline import Timeline, read_spans
 from tests.full_disk import no_file_above
 
@@ -25,12 +27,18 @@ def test_spans_stand_where_they_were(tmp_path) -> None:
     assert [s["args"] for s in spans if s["name"] == "train"] == [{"round": 0}, {"round": 1}]
 
 
-def test_a_full_disk_ends_the_timeline_and_nothing_else(tmp_path, caplog) -> None:
+@pytest.mark.parametrize("room", [0, 20])
+def test_a_full_disk_ends_the_timeline_and_nothing_else(tmp_path, caplog, room) -> None:
+    """Also in the middle of a line; the next life goes on behind the last whole one."""
     timeline = Timeline(tmp_path)
     timeline.span("learner", "train", 1.0)
-    with no_file_above((tmp_path / "timeline.json").stat().st_size):
+    with no_file_above((tmp_path / "timeline.json").stat().st_size + room):
         timeline.span("learner", "train", 1.0)
         timeline.span("learner", "train", 1.0)
         timeline.close()
     assert len(read_spans(tmp_path)) == 1
     assert len([r for r in caplog.records if "the timeline ends here" in r.message]) == 1
+    timeline = Timeline(tmp_path)
+    timeline.span("learner", "train", 2.0)
+    timeline.close()
+    assert [span["dur"] for span in read_spans(tmp_path)] == [1e6, 2e6]

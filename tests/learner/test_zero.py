@@ -43,8 +43,17 @@ def plain():
 
 
 @pytest.fixture(scope="module")
+def plain_tied():
+    return train_plainly(zero_ranks.student(tied=True).train())
+
+
+@pytest.fixture(scope="module")
 def plain_lora():
-    student = zero_ranks.student().train()
+    return train_lora_plainly(tied=False)
+
+
+def train_lora_plainly(tied: bool):
+    student = zero_ranks.student(tied=tied).train()
     add_adapters(student, zero_ranks.LORA, seed=0)
     figures = train_plainly(student)["figures"]
     merged = {n: p.clone() for n, p in merged_parameters(student, whole_already)}
@@ -77,8 +86,9 @@ def train_plainly(student):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_ranks_equal_one_plain_process(results, plain, stage) -> None:
-    ours = results[f"zero-{stage}"]
+@pytest.mark.parametrize("kind", ["zero", "tied"])
+def test_two_ranks_equal_one_plain_process(results, plain, plain_tied, stage, kind) -> None:
+    ours, plain = results[f"{kind}-{stage}"], plain if kind == "zero" else plain_tied
     for mine, reference in zip(ours["figures"], plain["figures"], strict=True):
         assert mine[:2] == pytest.approx(reference[:2], rel=1e-4)
         assert mine[2:] == reference[2:]
@@ -111,12 +121,13 @@ def test_a_step_without_a_finite_gradient_is_skipped_on_every_rank(results, plai
             assert mine == pytest.approx(reference[:2], rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_lora_on_two_ranks_equals_one_plain_process(results, plain, plain_lora, stage) -> None:
-    ours = results[f"lora-{stage}"]
+@pytest.mark.parametrize("name", ["lora-2", "lora-3", "tied-lora"])
+def test_lora_on_two_ranks_equals_one_plain_process(results, plain_lora, name) -> None:
+    tied = name == "tied-lora"
+    ours, plain_lora = results[name], train_lora_plainly(tied) if tied else plain_lora
     for mine, reference in zip(ours["figures"], plain_lora["figures"], strict=True):
         assert mine[:2] == pytest.approx(reference[:2], rel=1e-4)
-    start = dict(zero_ranks.student().named_parameters())
+    start = dict(zero_ranks.student(tied=tied).named_parameters())
     assert set(ours["weights"]) == set(start), "merged weights come under the plain model's names"
     for name, weight in plain_lora["weights"].items():
         torch.testing.assert_close(ours["weights"][name], weight, rtol=1e-3, atol=2e-4, msg=name)

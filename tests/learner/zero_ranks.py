@@ -25,9 +25,9 @@ LORA = LoraConfig(rank=3, alpha=6, target_modules=["q_proj", "o_proj", "down_pro
 OBJECTIVE = ObjectiveConfig(exclude_eos=False, selection="all_states")
 
 
-def student(dtype: str = "float32"):
+def student(dtype: str = "float32", tied: bool = False):
     """Odd sizes, so that no parameter divides evenly by two ranks."""
-    return tiny_model(2, hidden_size=15).to(getattr(torch, dtype))
+    return tiny_model(2, hidden_size=15, tied=tied).to(getattr(torch, dtype))
 
 
 def learner_config(stage: int, workers: int, micro_batch_rows: int) -> LearnerConfig:
@@ -90,10 +90,17 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
     data, root = batches(), Path(folder)
 
     def train(
-        name: str, stage: int, dtype: str, first: int, restore: Path | None, save: Path | None, lora: bool = False
+        name: str,
+        stage: int,
+        dtype: str,
+        first: int,
+        restore: Path | None,
+        save: Path | None,
+        lora: bool = False,
+        tied: bool = False,
     ) -> None:
         config = learner_config(stage, world, micro_batch_rows=2)
-        model = student(dtype)
+        model = student(dtype, tied)
         if lora:
             add_adapters(model, LORA, seed=0)
         engine = zero.initialise(DistillModule(model, OBJECTIVE, 3), config, dtype)
@@ -121,6 +128,8 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
         train(f"zero-{stage}", stage, "float32", 0, None, root / f"from-{stage}")
         train(f"zero-{stage}-resumed", stage, "float32", SAVED_AFTER, root / f"from-{stage}", None)
         train(f"zero-{stage}-resumed-as-{other}", other, "float32", SAVED_AFTER, root / f"from-{stage}", None)
+        train(f"tied-{stage}", stage, "float32", 0, None, None, tied=True)
+    train("tied-lora", 3, "float32", 0, None, None, lora=True, tied=True)
     for stage, dtype in ((1, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16")):
         config = learner_config(stage, world, micro_batch_rows=2)
         engine = zero.initialise(DistillModule(student(dtype), OBJECTIVE, 3), config, dtype)
