@@ -6,7 +6,7 @@ The output matrix is applied at response positions only, a chunk at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,11 +33,9 @@ def score(
     """
     targets: list[TeacherTargets | None] = [None] * len(trajectories)
     for batch in batches_by_length([_clean_length(t) for t in trajectories], batch_tokens):
-        chosen = [trajectories[i] for i in batch]
-        lengths = [t.response_length for t in chosen]
-        made = _make_targets(model, _hidden_after_prefix(model, chosen), lengths, kind, top_k)
-        for i, target in zip(batch, made, strict=True):
-            targets[i] = target
+        hidden = _hidden_after_prefix(model, [trajectories[i] for i in batch])
+        for i, states in zip(batch, hidden, strict=True):
+            targets[i] = _make_targets(model, states, kind, top_k)
     return [target for target in targets if target is not None]
 
 
@@ -47,55 +45,27 @@ def _clean_length(trajectory: Trajectory) -> int:
 
 
 @torch.inference_mode()
-def _hidden_after_prefix(model: Any, trajectories: Sequence[Trajectory]) -> torch.Tensor:
-    """The hidden state from which each response token is predicted, one trajectory after the other: `[sum R, D]`."""
+def _hidden_after_prefix(model: Any, trajectories: Sequence[Trajectory]) -> list[torch.Tensor]:
+    """`[R, D]` for each: the hidden state from which each response token is predicted."""
     lengths = [_clean_length(t) for t in trajectories]
     # Right padding under a causal mask: no real token sees it, so no mask is needed.
     ids = np.zeros((len(trajectories), max(lengths)), dtype=np.int64)
     for row, t in enumerate(trajectories):
         ids[row, : lengths[row]] = np.concatenate([t.prompt_ids, t.response])[:-1]
     hidden = hidden_states(model, torch.from_numpy(ids).to(input_device(model)))
-    return torch.cat([hidden[row, len(t.prompt_ids) - 1 : lengths[row]] for row, t in enumerate(trajectories)])
+    return [hidden[row, len(t.prompt_ids) - 1 : lengths[row]] for row, t in enumerate(trajectories)]
 
 
 @torch.inference_mode()
-def _make_targets(
-    model: Any, hidden: torch.Tensor, lengths: list[int], kind: str, top_k: int
-) -> Iterator[TeacherTargets]:
-    """Targets of each trajectory. `lengths`: R of each, whose hidden states `[sum R, D]` follow one another."""
-
-    def logits_of(states: torch.Tensor) -> Iterator[torch.Tensor]:
-        return (model.lm_head(part).float() for part in states.split(LOGITS_CHUNK))
-
+def _make_targets(model: Any, hidden: torch.Tensor, kind: str, top_k: int) -> TeacherTargets:
     if kind == "hidden":
-        yield from (HiddenTargets(tensor_to_array(states)) for states in hidden.split(lengths))
-    elif kind == "logits":  # one trajectory at a time: they are large
-        for states in hidden.split(lengths):
-            yield LogitsTargets(tensor_to_array(torch.cat(list(logits_of(states)))))
-    else:
-        tops = [_log_top_k(chunk, top_k) for chunk in logits_of(hidden)]
-        ids, logprobs = (torch.cat(tensors).cpu().split(lengths) for tensors in zip(*tops, strict=True))
-        for own_ids, own_logprobs in zip(ids, logprobs, strict=True):
-            arrays = tensor_to_array(own_ids.to(torch.int32)), tensor_to_array(own_logprobs)
-            yield TopKTargets(*arrays, model.lm_head.out_features)
-
-
-def _log_top_k(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K likeliest of `[N, V]` and their log-probabilities over all V, `[N, K]` each."""
-    log_p = logits.log_softmax(-1)
-    ids = top_k_ids(log_p, top_k)
-    return ids, log_p.gather(-1, ids)
-
-
-def top_k_ids(values: torch.Tensor, k: int, group: int = 64) -> torch.Tensor:
-    """What `values.topk(k).indices` gives for `[N, V]` (equal values in any order), in one reading of the values.
-
-    The k highest lie in the k groups whose maxima are highest, so only those have to be sorted.
-    """
-    if values.shape[-1] % group or values.shape[-1] <= k * group:
-        return values.topk(k, dim=-1).indices
-    grouped = values.unflatten(-1, (-1, group))
-    groups = grouped.amax(-1).topk(k, dim=-1).indices  # [N, k]
-    candidates = grouped.gather(-2, groups[..., None].expand(-1, -1, group)).flatten(-2)
-    places = candidates.topk(k, dim=-1).indices
-    return groups.gather(-1, places // group) * group + places % group
+        return HiddenTargets(tensor_to_array(hidden))
+    chunks = [model.lm_head(part).float() for part in hidden.split(LOGITS_CHUNK)] if kind == "logits" else []
+    if kind == "logits":
+        return LogitsTargets(tensor_to_array(torch.cat(chunks)))
+    tops = [model.lm_head(part).float().log_softmax(-1).topk(top_k, dim=-1) for part in hidden.split(LOGITS_CHUNK)]
+    return TopKTargets(
+        token_ids=tensor_to_array(torch.cat([top.indices for top in tops]).to(torch.int32)),
+        logprobs=tensor_to_array(torch.cat([top.values for top in tops])),
+        vocab_size=model.lm_head.out_features,
+    )

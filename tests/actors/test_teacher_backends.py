@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.ar_generate import generate
 from actors.teacher_backends import make_backend, refuse_offload
-from actors.teacher_scoring import score, top_k_ids
+from actors.teacher_scoring import score
 from common.config.schema import TeacherConfig
 from common.errors import OpdlmError
 from tests.tiny import EOS, tiny_model, trajectory
@@ -73,12 +73,3 @@ def test_a_teacher_that_spills_into_host_memory_is_refused() -> None:
         OpdlmError, match=r"does not fit the actor's GPUs: 1 of 2 parts \(first `lm_head`\) .* on the cpu"
     ):
         refuse_offload({"model.layers.0": 0, "lm_head": "cpu"}, "folder")
-
-
-@pytest.mark.parametrize(("size", "k"), [(640, 3), (640, 10), (700, 5), (128, 1)])
-def test_grouped_top_k_is_top_k(size, k) -> None:
-    """Also where several of the highest lie in one group of 64."""
-    values = torch.randn(40, size, generator=torch.Generator().manual_seed(0))
-    values[0, 64:80] += 10
-    values[1, 60:70] += 10
-    assert torch.equal(top_k_ids(values, k), values.topk(k).indices)
