@@ -36,7 +36,7 @@ from tests.benchmarks.plain_decoder import plain_decode
 V, P, S = 151_936, 64, 4
 MASK = V - 1
 TOKENS_PER_STEP = 3.8
-BATCHES, EQUAL = (1, 2, 8, 32), 48
+BATCHES, EQUAL = [1, 2, 8, 32], 48
 MIXED, MIXED_BATCH = 24, 8
 DEMO_BATCHES, DEMO_LIMIT = (8, 32, 128), 40
 
@@ -137,13 +137,13 @@ def threshold_for(model: Any, tokens_per_step: float) -> float:
     return 2.0**low
 
 
-def random_weights(repetitions: int) -> list[dict]:
+def random_weights(batches: list[int], repetitions: int) -> list[dict]:
     """Equal responses at several batches; then responses of mixed lengths."""
     model = random_model()
     inside = Inside(model)
     threshold = threshold_for(model, TOKENS_PER_STEP)
     lines = []
-    for batch in BATCHES:
+    for batch in batches:
         asked = requests([EQUAL] * batch)
         prompts = [r.prompt_ids for r in asked]
         arms = {
@@ -256,12 +256,13 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, default=Path("models/chain-teacher"))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="of the random weights")
     parser.add_argument("--only", choices=["random", "demo"], help="one of the two models")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     console, lines = Console(width=150), []
     if chosen.only != "demo":
-        lines += random_weights(chosen.repetitions)
+        lines += random_weights(chosen.batches, chosen.repetitions)
     if chosen.only != "random":
         if chosen.student.is_dir() and chosen.teacher.is_dir():
             lines += demo(chosen.student, chosen.teacher, chosen.repetitions)
