@@ -44,11 +44,6 @@ class WeightPacker:
         return WeightPack(version, tuple(places), dict(self._buffers), total)
 
 
-def pack_weights(version: int, named: Iterable[tuple[str, torch.Tensor]]) -> WeightPack:
-    """One pack, in memory of its own."""
-    return WeightPacker().pack(version, named)
-
-
 @torch.no_grad()
 def load_weights(model: nn.Module, pack: WeightPack) -> None:
     """Copies a pack into a model and checks what the model then holds.

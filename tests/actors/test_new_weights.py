@@ -20,7 +20,7 @@ from actors.step_view import StepView
 from common.convert import convert
 from common.models import load_model, read_facts
 from common.types import RolloutRequest, Trajectory, WeightHandle
-from common.weights import pack_weights
+from common.weights import WeightPacker
 from tests.oracles import uncached_decode
 from tests.tiny import EOS, MASK, request, tiny_model
 
@@ -124,7 +124,7 @@ def weights(student: str, version: int) -> tuple[torch.nn.Module, WeightHandle]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * version * torch.randn_like(parameter)
-    pack = pack_weights(version, model.named_parameters())
+    pack = WeightPacker().pack(version, model.named_parameters())
     return model, WeightHandle(version, [pack], pack.nbytes)
 
 

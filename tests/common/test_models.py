@@ -23,7 +23,7 @@ from common.models import (
     require_mask,
 )
 from common.tensors import array_to_tensor, tensor_to_array
-from common.weights import WeightPack, WeightPacker, load_weights, pack_weights
+from common.weights import WeightPack, WeightPacker, load_weights
 from tests import golden_files
 from tests.tiny import save_teacher, tiny_model
 
@@ -160,7 +160,7 @@ def test_weight_pack_round_trip(dtype) -> None:
     source, target = tiny_model(1).to(dtype), tiny_model(2).to(dtype)
     source.model.norm.weight.data = source.model.norm.weight.data.float()  # two dtypes, two buffers
     target.model.norm.weight.data = target.model.norm.weight.data.float()
-    pack = pack_weights(7, source.named_parameters())
+    pack = WeightPacker().pack(7, source.named_parameters())
     assert len(pack.buffers) == (1 if dtype is torch.float32 else 2)
     load_weights(target, pack)
     for (name, a), (_, b) in zip(source.named_parameters(), target.named_parameters(), strict=True):
@@ -173,7 +173,7 @@ def test_a_packer_packs_again_into_the_same_memory() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    again, fresh = packer.pack(1, model.named_parameters()), pack_weights(1, model.named_parameters())
+    again, fresh = packer.pack(1, model.named_parameters()), WeightPacker().pack(1, model.named_parameters())
     assert again.buffers["uint16"] is first
     assert np.array_equal(first, fresh.buffers["uint16"])
     assert (again.places, again.checksum) == (fresh.places, fresh.checksum)
@@ -181,7 +181,7 @@ def test_a_packer_packs_again_into_the_same_memory() -> None:
 
 def test_damaged_or_foreign_pack_is_refused() -> None:
     model = tiny_model(1)
-    pack = pack_weights(3, model.named_parameters())
+    pack = WeightPacker().pack(3, model.named_parameters())
     broken = {k: v.copy() for k, v in pack.buffers.items()}
     broken["float32"][5] += 1.0
     with pytest.raises(ValueError, match="checksum"):
