@@ -27,7 +27,7 @@ from actors.kv_cache import SlotCache
 from actors.remasking import STRATEGIES, Step, entropy_of
 from actors.sampling import draw_candidates, hashed_uniform
 from actors.slot_attention import NAME as SLOT_ATTENTION
-from actors.slot_attention import Lanes
+from actors.step_forward import Record, StepForward
 from actors.step_view import StepView
 from common.batches import batches_by_length
 from common.grid import BlockGrid, block_index
@@ -40,8 +40,6 @@ PREFILL_TOKENS = 16384
 """Most tokens, padding included, in one forward that computes keys and values; a longer sequence goes alone."""
 _REFILL_SHARE = 1 / 4
 """Of the slots, that have to be free before they are filled again (tests/benchmarks/RESULTS.md)."""
-_WIDTH_STEP = 16
-"""Attended positions are a multiple of it: kernels like aligned masks."""
 
 Renew = Callable[[], int | None]
 
@@ -56,10 +54,17 @@ class BlockDecoder:
         mask_id: the mask token; never a candidate.
         eos_ids: tokens that end a response.
         batch_size: slots.
+        record: how a step's forward is recorded and replayed (`step_forward.py`); None: it is not.
     """
 
     def __init__(
-        self, model: Any, settings: DecodeSettings, mask_id: int, eos_ids: Sequence[int], batch_size: int
+        self,
+        model: Any,
+        settings: DecodeSettings,
+        mask_id: int,
+        eos_ids: Sequence[int],
+        batch_size: int,
+        record: Record | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -69,7 +74,9 @@ class BlockDecoder:
         self.grid = BlockGrid(settings.block_size, settings.block_grid)
         self._strategy = STRATEGIES[settings.strategy]
         model.set_attn_implementation(SLOT_ATTENTION)
+        self._record = record
         self._cache: SlotCache | None = None
+        self._step_forward: StepForward
         self._forwards = self._forward_tokens = 0
 
     def decode(
@@ -136,7 +143,7 @@ class BlockDecoder:
             enough = min(len(pending), max(1, int(slots.capacity * _REFILL_SHARE)))
             if pending and (not slots.live or slots.capacity - slots.live >= enough):
                 self._prefill(slots, cache, slots.refill(pending, self.grid, self.settings.threshold))
-            finished = self._step(slots, cache, observer)
+            finished = self._step(slots, observer)
             if finished:
                 yield from slots.harvest(finished, self.eos_ids.tolist(), self.settings.ignore_eos)
                 slots.free(finished, cache)
@@ -163,6 +170,7 @@ class BlockDecoder:
             self._cache = None  # give the old one back first
             weight = self.model.lm_head.weight
             self._cache = SlotCache(self.model.config, slots, positions, weight.dtype, self.model.device)
+            self._step_forward = StepForward(self.model, self._cache, self.grid.block_size, self._record)
         return self._cache
 
     def _prefill(self, slots: Slots, cache: SlotCache, rows: Sequence[int]) -> None:
@@ -181,37 +189,19 @@ class BlockDecoder:
             tokens = slots.tokens[where, :longest]
             hidden_states(self.model, tokens, positions, block_causal(blocks, blocks), cache)
 
-    def _forward(
-        self, slots: Slots, cache: SlotCache, window: torch.Tensor, commit: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The blocks at `window` `[n, S]`, and in the same forward those before them in the slots `commit` `[c]`.
-
-        Returns: `[n, S, D]`.
-        """
-        n, block = window.shape
-        rows, positions = torch.arange(n, device=window.device), window
-        if commit is not None:
-            rows, positions = torch.cat([rows, commit]), torch.cat([window, window[commit] - block])
-        self._forwards += 1
-        self._forward_tokens += positions.numel()
-        end = int(slots.starts[:n].max()) + block
-        width = min(-(-end // _WIDTH_STEP) * _WIDTH_STEP, cache.positions)
-        lanes, config = Lanes(n, block, commit), self.model.config
-        group = config.num_attention_heads // config.num_key_value_heads
-        mask = lanes.mask(slots.block_start + block, width, group, cache.keys.dtype)
-        cache.aim(rows, positions, (n, width))
-        tokens = slots.tokens[rows[:, None], positions]
-        return hidden_states(self.model, tokens, positions, mask, cache, lanes=lanes)[:n]
-
-    def _step(self, slots: Slots, cache: SlotCache, observer: Callable[[StepView], None] | None) -> list[int]:
+    def _step(self, slots: Slots, observer: Callable[[StepView], None] | None) -> list[int]:
         """One denoising step of all slots; those that are finished with it."""
         n, block = slots.live, self.grid.block_size
         window = slots.block_start[:, None] + torch.arange(block, device=slots.device)  # [n, S]
         # What the host knows goes to the device before the forward, or it would wait for the forward's end.
         committing, asked = np.flatnonzero(slots.commits[:n]), np.flatnonzero(slots.masked[:n])
-        known = torch.from_numpy(np.concatenate([committing, asked])).to(slots.device)
-        commit, index = known[: committing.size], known[committing.size :]
-        hidden = self._forward(slots, cache, window, commit if committing.size else None).flatten(0, 1)
+        shape = self._step_forward.shape(n, committing.size, int(slots.starts[:n].max()) + block)
+        # Where a shape is rounded up, blocks are committed twice.
+        known = torch.from_numpy(np.concatenate([np.resize(committing, shape.commits), asked])).to(slots.device)
+        commit, index = known[: shape.commits], known[shape.commits :]
+        hidden = self._step_forward(shape, *slots.first(shape.slots), commit)[:n].flatten(0, 1)
+        self._forwards += 1
+        self._forward_tokens += (n + committing.size) * block
         logits = self.model.lm_head(hidden[index]).float()  # of masked positions only
         mask_logit = logits[:, self.mask_id].clone()
         logits[:, self.mask_id] = float("-inf")

@@ -96,6 +96,10 @@ class Slots:
         """`[n]` int64."""
         return self._numbers[: self.live, _SEED]
 
+    def first(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens `[count, T]` and starts of the blocks in work `[count]`, free slots behind the occupied included."""
+        return self._tokens[:count], self._numbers[:count, _START]
+
     def refill(self, pending: deque[RolloutRequest], grid: BlockGrid, threshold: float) -> list[int]:
         """Moves requests into free slots; returns those slots."""
         first = self.live

@@ -19,6 +19,7 @@ import ray
 import torch
 
 from actors.block_decoder import BlockDecoder
+from actors.cuda_graphs import CudaGraphs
 from actors.decode_settings import DecodeSettings
 from actors.engine_guard import guarded, one_token_forward
 from common.config.schema import OnNewWeights
@@ -30,12 +31,20 @@ from common.weights import load_weights
 class RolloutActor:
     """A student and one decoder per way of decoding."""
 
-    def __init__(self, student: str, dtype: str, threads: int, on_new_weights: OnNewWeights = "finish") -> None:
+    def __init__(
+        self,
+        student: str,
+        dtype: str,
+        threads: int,
+        on_new_weights: OnNewWeights = "finish",
+        cuda_graphs: bool = False,
+    ) -> None:
         torch.set_num_threads(max(threads, 1))
         facts = read_facts(student)
         self._mask_id, self._eos_ids = require_mask(facts), facts.eos_ids
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_model(student, dtype).to(device)
+        self._record = CudaGraphs() if cuda_graphs else None
         self._version = -1  # the start weights are pushed like any others, so that a broken path shows at once
         self._decoders: dict[tuple[DecodeSettings, int], BlockDecoder] = {}
         self._continues = on_new_weights == "continue"
@@ -86,7 +95,8 @@ class RolloutActor:
                 raise ValueError(f"the folder's own weights are gone: version {self._version} was loaded over them")
             key = (settings, batch_size)
             if key not in self._decoders:
-                self._decoders[key] = BlockDecoder(self._model, settings, self._mask_id, self._eos_ids, batch_size)
+                how = (settings, self._mask_id, self._eos_ids, batch_size, self._record)
+                self._decoders[key] = BlockDecoder(self._model, *how)
             renew = self._renew if self._continues and handle is not None else None
             trajectories, stats = self._decoders[key].decode(requests, max(self._version, 0), renew=renew)
             return (*trajectories, stats)
@@ -130,6 +140,7 @@ def start_rollout_actor(
     gpus: float,
     restarts: int,
     on_new_weights: OnNewWeights = "finish",
+    cuda_graphs: bool = False,
     **where: Any,
 ) -> Any:
     """Starts one under its name; it may die `restarts` times. The pool repeats the call that died with it.
@@ -142,4 +153,4 @@ def start_rollout_actor(
         max_restarts=restarts,
         max_concurrency=2 if on_new_weights == "continue" else 1,  # a decode, and a push that comes meanwhile
     )(RolloutActor)
-    return actor.options(name=name, **where).remote(student, dtype, int(cpus), on_new_weights)
+    return actor.options(name=name, **where).remote(student, dtype, int(cpus), on_new_weights, cuda_graphs)

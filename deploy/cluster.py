@@ -156,7 +156,9 @@ def start_rollout(
 ) -> Any:
     """One rollout actor of a run; `student`: folder of its start weights; `where`: see `Places.options`."""
     each = (config.rollout.cpus_per_actor, config.rollout.gpus_per_actor, config.resources.actor_restarts)
-    return start_rollout_actor(name, student, config.model.dtype, *each, on_new_weights, **where)
+    return start_rollout_actor(
+        name, student, config.model.dtype, *each, on_new_weights, config.rollout.cuda_graphs, **where
+    )
 
 
 def start_teacher(config: OpdlmConfig, name: str, where: Mapping[str, Any]) -> Any:

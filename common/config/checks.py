@@ -83,6 +83,8 @@ def _rollout(config: OpdlmConfig) -> Iterator[str]:
             f"rollout.denoising_steps: found {rollout.denoising_steps}, more than rollout.block_size "
             f"{rollout.block_size}; a step reveals at least one token, so at most the block size"
         )
+    if rollout.cuda_graphs and rollout.gpus_per_actor == 0:
+        yield "rollout.cuda_graphs: found true with rollout.gpus_per_actor 0; it needs a GPU, so drop it or reserve one"
 
 
 def _teacher(config: OpdlmConfig) -> Iterator[str]:

@@ -81,6 +81,9 @@ class RolloutConfig(Section):
     decoded to their end with the old ones, the push waits. `continue`: from the next denoising step on they are decoded
     with the new ones; each token's version is recorded, a sample is as old as its oldest. What is decoded then depends
     on when a push arrives: two runs with one seed differ."""
+    cuda_graphs: bool = False
+    """Round denoising steps up to few shapes and replay each one's forward as a CUDA graph, recorded when it first
+    comes: for models so small that a forward takes a GPU less time than Python takes to launch it. Same tokens."""
     max_new_tokens: PositiveInt = 4096
     """Longest response in tokens, whatever the curriculum says; never exceeded."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from unittest import mock
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from actors.block_decoder import BlockDecoder
 from actors.decode_settings import DecodeSettings
 from actors.remasking import STRATEGIES
+from actors.step_forward import StepShape
 from tests.oracles import uncached_decode
 from tests.tiny import EOS, MASK, OTHER_FAMILIES, request, tiny_model
 
@@ -63,6 +65,65 @@ def test_equals_uncached_oracle(
         assert ours.denoising_steps == max(reveal)
     assert stats.response_tokens == sum(t.response_length for t in trajectories)
     assert stats.ended_by_eos == sum(t.finish_reason == "eos" for t in trajectories)
+
+
+def test_recorded_forwards_of_few_shapes_decode_the_same(monkeypatch) -> None:
+    """As CUDA graphs do: each shape computed from memory of its own, into memory of its own."""
+    monkeypatch.setattr("actors.step_forward._FIRST_WIDTH", 16)
+    shapes, replays = [], []
+
+    def record(forward, own):
+        shapes.append([tuple(tensor.shape) for tensor in own])
+        output = torch.full_like(forward(*own), torch.nan)
+
+        def replay() -> torch.Tensor:
+            replays.append(len(own[0]))
+            return output.copy_(forward(*own))
+
+        return replay
+
+    requests = [request(1 + 5 * i % 11, i, 1 + 7 * i % 29, seed=3) for i in range(40)]
+    for how in (
+        DecodeSettings(threshold=0.4, temperature=1.0),
+        DecodeSettings(strategy="low_confidence_static", block_grid="response"),
+    ):
+        plain, few = (BlockDecoder(MODELS[1], how, MASK, [EOS], 9, how_run) for how_run in (None, record))
+        for asked in (requests, requests[:3], requests[5:]):  # with fewer slots, and then with a cache made anew
+            (expected, stats), (ours, recorded) = plain.decode(asked), few.decode(asked)
+            for one, other in zip(expected, ours, strict=True):
+                assert one.response_ids.tolist() == other.response_ids.tolist()
+                assert one.reveal_step.tolist() == other.reveal_step.tolist()
+            assert (stats.forwards, stats.forward_tokens) == (recorded.forwards, recorded.forward_tokens)
+    assert len(replays) > 2 * len(shapes), "most forwards are replays"
+
+
+@given(st.integers(1, 70), st.data())
+def test_shapes_are_few_and_large_enough(slots, data) -> None:
+    """And never larger than what there is."""
+    positions = data.draw(st.integers(16, 5000))
+    live, width = data.draw(st.integers(1, slots)), data.draw(st.integers(1, positions))
+    exact = StepShape(live, data.draw(st.integers(0, live)), width)
+    rounded = exact.rounded_up(slots, positions)
+    assert exact.slots <= rounded.slots <= min(max(2 * exact.slots, 1), slots)
+    assert exact.commits <= rounded.commits <= rounded.slots
+    assert (rounded.commits == 0) == (exact.commits == 0)
+    assert exact.width <= rounded.width <= positions
+    every = {
+        StepShape(n, c, exact.width).rounded_up(slots, positions) for n in range(1, slots + 1) for c in range(n + 1)
+    }
+    assert len(every) <= 5 * (1 + slots.bit_length())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("model", MODELS)
+def test_cuda_graphs_decode_the_same(model) -> None:
+    from actors.cuda_graphs import CudaGraphs
+
+    model, how = copy.deepcopy(model).cuda(), DecodeSettings(threshold=0.4, temperature=1.0)
+    requests = [request(1 + 5 * i % 11, i, 1 + 7 * i % 29, seed=3) for i in range(40)]
+    plain, _ = BlockDecoder(model, how, MASK, [EOS], 9).decode(requests)
+    ours, _ = BlockDecoder(model, how, MASK, [EOS], 9, CudaGraphs()).decode(requests)
+    assert [t.response_ids.tolist() for t in ours] == [t.response_ids.tolist() for t in plain]
 
 
 def test_a_second_call_finds_nothing_of_the_first() -> None:

@@ -17,7 +17,7 @@ from learner.distill import DistillModule
 from learner.packing import LONGEST_LINE, PADDING_SHARE, collate, pack, plan_lines
 from learner.rows import Row, build_rows
 from learner.targets import gather_targets
-from tests.tiny import MASK, tiny_model, trajectory
+from tests.tiny import MASK, VOCABULARY, tiny_model, trajectory
 
 TEACHER = tiny_model(1)
 
@@ -106,3 +106,18 @@ def test_padding_of_the_demos_lengths_stays_under_its_share() -> None:
         tokens = len(lines) * max(sum(lengths[place] for place in line) for line in lines)
         shares.append(1 - sum(lengths) / tokens)
     assert np.mean(shares) < PADDING_SHARE
+
+
+@torch.no_grad()
+def test_flex_attention_gives_the_losses_of_the_dense_mask() -> None:
+    """Which is what learners on GPUs run. On a CPU it has no backward; it compiles, which takes its time."""
+    student, objective = tiny_model(2, hidden_size=32, head_dim=16), ObjectiveConfig(exclude_eos=False)
+    rows = _rows("all_states", [(5, 9), (3, 17), (8, 4), (40, 70)])
+    batch = pack(rows, one_line=True)
+    assert batch.input_ids.shape[1] > 2 * 128, "more than one tile, and not a whole number of them"
+    targets = gather_targets(rows, torch.randn(VOCABULARY, TEACHER.config.hidden_size), objective)
+    weights = torch.ones(len(batch.loss_row))
+    _, dense = DistillModule(student, objective, 64)(batch, targets, weights)
+    student.set_attn_implementation("flex_attention")
+    _, flex = DistillModule(student, objective, 64, "flex_attention")(batch, targets, weights)
+    torch.testing.assert_close(flex, dense, rtol=1e-4, atol=1e-5)
