@@ -165,6 +165,23 @@ class ReplayQueueActor:
             self._weights = WeightHandle(version, [ray.put(pack)], pack.nbytes)
         self._wake()
 
+    async def publish_held(self, version: int, pack: list[Any], nbytes: int) -> None:
+        """The same of a pack that stays with the learner's rank, and dies with it; `pack`: its one reference."""
+        self._queue.published(version)
+        if self._weights is None or version >= self._weights.version:
+            self._weights = WeightHandle(version, pack, nbytes, held_by_learner=True)
+        self._wake()
+
+    async def weights_again(self, lost: WeightHandle) -> WeightHandle | None:
+        """Waits until a restarted learner has come to that version again; None when the learner has ended."""
+
+        def found() -> bool:
+            now = self._weights
+            return now is not None and now.version >= lost.version and now.pack != lost.pack
+
+        await self._until(lambda: self._ended or found())
+        return self._weights if found() else None
+
     async def committed(self, rounds: int) -> None:
         """A checkpoint covers this many rounds."""
         self._queue.committed(rounds)

@@ -23,6 +23,7 @@ from actors.cuda_graphs import CudaGraphs
 from actors.decode_settings import DecodeSettings
 from actors.engine_guard import guarded, one_token_forward
 from common.config.schema import OnNewWeights
+from common.errors import WeightsLost, last_line
 from common.models import load_model, read_facts, require_mask
 from common.types import DecodeStats, RolloutRequest, Trajectory, WeightHandle, WeightPack
 from common.weights import load_weights
@@ -109,7 +110,7 @@ class RolloutActor:
         with self._mailbox:
             if handle.version <= self._newest():
                 return
-        pack = ray.get(handle.pack[0])  # outside: the decoding thread looks into the mailbox at every step
+        pack = _fetch(handle)  # outside: the decoding thread looks into the mailbox at every step
         with self._mailbox:
             if handle.version > self._newest():
                 self._arrived = handle.version, pack
@@ -130,6 +131,15 @@ class RolloutActor:
             if self._arrived is arrived:  # it stays where loading failed: the next call must not do with older ones
                 self._arrived = None
         return self._version
+
+
+def _fetch(handle: WeightHandle) -> WeightPack:
+    try:
+        return ray.get(handle.pack[0])
+    except Exception as error:  # of the transport's own kinds too, where the learner dies while it is read
+        if not handle.held_by_learner:
+            raise
+        raise WeightsLost(f"weights of version {handle.version}: {last_line(error)}") from error
 
 
 def start_rollout_actor(

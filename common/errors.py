@@ -11,6 +11,10 @@ class ConfigError(OpdlmError):
     """A setting that cannot be right, named by its path in the YAML (`rollout.block_size`)."""
 
 
+class WeightsLost(OpdlmError):
+    """The data of a published weight version is out of reach: the learner's rank that held it has died, say."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for an error of ours; its kind where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -7,9 +7,12 @@ K top tokens, D hidden size, V vocabulary. Imports no torch: the queue's process
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 FinishReason = Literal["eos", "length"]
 
@@ -114,7 +117,7 @@ class WeightPack:
 
     version: int
     places: tuple[TensorPlace, ...]
-    buffers: dict[str, np.ndarray]  # dtype name -> [elements]
+    buffers: dict[str, np.ndarray] | dict[str, torch.Tensor]  # dtype name -> [elements]; tensors on their device
     checksum: int
 
     @property
@@ -131,6 +134,8 @@ class WeightHandle:
     pack: list[Any]
     """The one object reference, in a list, so that Ray does not fetch it on the way."""
     nbytes: int
+    held_by_learner: bool = False
+    """The data is the learner's own (`rollout.weight_transport: nixl`) and dies with it."""
 
 
 @dataclass(frozen=True, slots=True)

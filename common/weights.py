@@ -14,34 +14,47 @@ from common.types import TensorPlace, WeightPack
 
 
 class WeightPacker:
-    """Packs the weights of one model, version after version, into the same memory.
+    """Packs the weights of one model, version after version, into the same memory of the host.
 
     Memory that is touched for the first time costs more than the copy into it. A pack is good until the next one.
+
+    Args:
+        on_device: into tensors on the weights' own device instead, new ones each time, because their readers come
+            when they have time. Such a pack lives as long as somebody holds it.
     """
 
-    def __init__(self) -> None:
-        self._buffers: dict[str, np.ndarray] = {}
+    def __init__(self, on_device: bool = False) -> None:
+        self._on_device = on_device
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._device = torch.device("cpu")
 
     def pack(self, version: int, named: Iterable[tuple[str, torch.Tensor]]) -> WeightPack:
         """Packs parameters, in the order given, which may be a generator that gathers them one by one."""
         places: list[TensorPlace] = []
-        pieces: dict[str, list[np.ndarray]] = {}
+        pieces: dict[str, list[torch.Tensor]] = {}
         used: dict[str, int] = {}
         total = 0
+        buffers = self._buffers
+        if self._on_device:
+            buffers = {kind: torch.empty_like(buffer, device=self._device) for kind, buffer in buffers.items()}
         for name, tensor in named:
             total = checksum(tensor, total)
             kind, start = array_dtype(tensor), used.get(array_dtype(tensor), 0)
             used[kind] = start + tensor.numel()
             places.append(TensorPlace(name, tuple(tensor.shape), kind, start))
-            if kind in self._buffers:
-                place = torch.from_numpy(self._buffers[kind][start : used[kind]])
-                place.view(tensor.dtype).copy_(tensor.detach().flatten())
+            flat = tensor.detach().flatten()
+            if kind in buffers:
+                buffers[kind][start : used[kind]].copy_(flat)
             else:
-                pieces.setdefault(kind, []).append(tensor_to_array(tensor).reshape(-1))
-        self._buffers |= {kind: np.concatenate(parts) for kind, parts in pieces.items()}
-        if used != {kind: buffer.size for kind, buffer in self._buffers.items()}:
+                self._device = flat.device
+                pieces.setdefault(kind, []).append(flat.clone() if self._on_device else flat.cpu().clone())
+        buffers |= {kind: torch.cat(parts) for kind, parts in pieces.items()}
+        if used != {kind: buffer.numel() for kind, buffer in buffers.items()}:
             raise ValueError(f"weights version {version}: not the parameters that were packed before")
-        return WeightPack(version, tuple(places), dict(self._buffers), total)
+        if self._on_device:
+            self._buffers = {kind: buffer.to("meta") for kind, buffer in buffers.items()}  # their sizes
+            return WeightPack(version, tuple(places), buffers, total)
+        return WeightPack(version, tuple(places), {k: tensor_to_array(b) for k, b in buffers.items()}, total)
 
 
 @torch.no_grad()
@@ -55,11 +68,11 @@ def load_weights(model: nn.Module, pack: WeightPack) -> None:
     if missing := set(parameters) ^ {place.name for place in pack.places}:
         raise ValueError(f"weights version {pack.version}: model and pack differ in {sorted(missing)[:3]}")
     total = 0
-    for place, array in _unpack(pack):
+    for place, values in _unpack(pack):
         parameter = parameters[place.name]
         if tuple(parameter.shape) != place.shape:
             raise ValueError(f"weights version {pack.version}: {place.name} is {place.shape}, not {parameter.shape}")
-        _fill(parameter, array)
+        _fill(parameter, values)
         total = checksum(parameter, total)
     if total != pack.checksum:
         raise ValueError(
@@ -68,15 +81,17 @@ def load_weights(model: nn.Module, pack: WeightPack) -> None:
         )
 
 
-def _fill(parameter: nn.Parameter, array: np.ndarray) -> None:
+def _fill(parameter: nn.Parameter, values: np.ndarray | torch.Tensor) -> None:
     """Straight from the object store's memory where both are in this machine's."""
-    if parameter.is_cpu and parameter.is_contiguous() and (own := tensor_to_array(parameter)).dtype == array.dtype:
-        np.copyto(own, array)
+    if isinstance(values, torch.Tensor):
+        parameter.copy_(values)
+    elif parameter.is_cpu and parameter.is_contiguous() and (own := tensor_to_array(parameter)).dtype == values.dtype:
+        np.copyto(own, values)
     else:
-        parameter.copy_(array_to_tensor(array))
+        parameter.copy_(array_to_tensor(values))
 
 
-def _unpack(pack: WeightPack) -> Iterator[tuple[TensorPlace, np.ndarray]]:
+def _unpack(pack: WeightPack) -> Iterator[tuple[TensorPlace, np.ndarray | torch.Tensor]]:
     for place in pack.places:
         size = int(np.prod(place.shape, dtype=np.int64))
         yield place, pack.buffers[place.dtype][place.start : place.start + size].reshape(place.shape)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -28,7 +27,7 @@ from typing import Any
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from common.config import OpdlmConfig
-from common.errors import OpdlmError, last_line
+from common.errors import OpdlmError, WeightsLost, last_line
 from common.object_store import StoreWait, store_is_full
 from common.types import WeightHandle
 from deploy.cluster import Roles
@@ -121,14 +120,17 @@ class Coordinator:
     async def _sample(self, indices: list[int]) -> None:
         assert self.weights is not None, "slots are free only after the first push"
         attempt, store = 1, StoreWait(self.config.resources.call_timeout_seconds)
-        while True:
+        weights: WeightHandle | None = self.weights
+        while weights is not None:
             try:
-                samples, version = await self.source.sample(indices, self.weights)
+                samples, version = await self.source.sample(indices, weights)
                 self._keeper.keep(indices, samples)
                 await self.roles.queue.put.remote(indices, version, samples)
                 return
             except RayActorError:  # the queue itself: the pools keep their actors' deaths to themselves
                 raise
+            except WeightsLost as error:
+                weights = await self._published_again(weights, error)
             except RayError as error:  # a failed score is an error and a retry, never zeros (METHOD.md section 3)
                 reason = self._failed(indices, attempt, error)
                 if store_is_full(error):  # no fault of the samples: the learner must let go of some first
@@ -140,8 +142,9 @@ class Coordinator:
                         f"{reason}"
                     ) from error
                 attempt += 1
+                weights = self.weights
 
-    def _failed(self, indices: list[int], attempt: int, error: RayError) -> str:
+    def _failed(self, indices: list[int], attempt: int, error: Exception) -> str:
         """Records a call that failed; its last line, which says why."""
         reason = last_line(error)
         self.telemetry.failed(indices, attempt, reason, type(error).__name__)
@@ -151,18 +154,27 @@ class Coordinator:
         queue: Any = self.roles.queue
         while handle := await queue.next_weights.remote(self.weights.version if self.weights else -1):
             started = time.perf_counter()
-            await self._load_everywhere(handle)
+            if (handle := await self._load_everywhere(handle)) is None:
+                return
             self.weights = handle
             self.telemetry.pushed(handle, time.perf_counter() - started)
             await self.on_weights(handle)
             await queue.weights_taken.remote(handle.version)
 
-    async def _load_everywhere(self, handle: WeightHandle) -> None:
-        """Again where an actor could not take it, out of memory once, say: those that have the version do nothing."""
-        for attempt in itertools.count(1):
+    async def _load_everywhere(self, handle: WeightHandle) -> WeightHandle | None:
+        """Again where an actor could not take it, out of memory once, say: those that have the version do nothing.
+
+        Returns: what they took, a later one where the version's data was lost; None when the learner has ended.
+        """
+        attempt = 1
+        while True:
             try:
                 await self.roles.rollouts.broadcast("load_weights", handle)
-                return
+                return handle
+            except WeightsLost as error:
+                if (again := await self._published_again(handle, error)) is None:
+                    return None
+                handle = again
             except RayTaskError as error:
                 reason = self._failed([], attempt, error)
                 if attempt == self.config.resources.sample_attempts:
@@ -170,6 +182,26 @@ class Coordinator:
                         f"weights of version {handle.version} failed to load {attempt} times "
                         f"(resources.sample_attempts): {reason}"
                     ) from error
+                attempt += 1
+
+    async def _published_again(self, lost: WeightHandle, error: WeightsLost) -> WeightHandle | None:
+        """The version again, or a later one, once a restarted learner has come to it; None when the learner has ended.
+
+        Its rounds up to there are trained again with the samples that the queue has kept, so nobody waits for us.
+        """
+        limit = self.config.resources.call_timeout_seconds
+        log.warning("%s; waiting for the learner to publish them again", self._failed([], 1, error))
+        try:
+            async with asyncio.timeout(limit):
+                again: WeightHandle | None = await self.roles.queue.weights_again.remote(lost)
+        except TimeoutError:
+            raise OpdlmError(
+                f"{last_line(error)}; not published again within {limit:g} s (rollout.weight_transport, "
+                "resources.call_timeout_seconds)"
+            ) from error
+        if again is not None and self.weights is not None and again.version == self.weights.version:
+            self.weights = again
+        return again
 
     async def _watch(self, tell: Callable[[list[dict[str, Any]], dict[str, Any]], None]) -> None:
         heard, limit = time.monotonic(), self.config.resources.call_timeout_seconds

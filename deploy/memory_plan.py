@@ -130,6 +130,7 @@ def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) ->
         rollout.gpus_per_actor,
         [
             _weights(student.parameters, config.model.dtype),
+            *_arriving(config, student.parameters * size),
             Term(
                 "key/value cache",
                 f"{slots} slots x {lengths.end:,} positions x {student.layers} layers x 2 x "
@@ -145,6 +146,13 @@ def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) ->
             _forward(student, tokens, size, f"prefill of {tokens:,} tokens"),
         ],
     )
+
+
+def _arriving(config: OpdlmConfig, nbytes: int) -> list[Term]:
+    """With `nixl`, new weights beside those in use; the object store's memory is the node's."""
+    if config.rollout.weight_transport != "nixl":
+        return []
+    return [Term("weights that arrive", "as much again, during a push", nbytes)]
 
 
 def _sampling(config: OpdlmConfig, slots: int, vocabulary: int) -> Term:
@@ -183,7 +191,10 @@ def learner_memory(
 ) -> RoleMemory:
     """One ZeRO rank: `learner/zero.py`, `learner/distill.py`, `WeightPacker`. `adapters`: what LoRA trains, or None."""
     learner, size = config.learner, BYTES[config.model.dtype]
-    pushed = f"{student.parameters:,} x {size} B, the first rank only"
+    direct = config.rollout.weight_transport == "nixl"
+    versions = 2 if direct else 1  # the one before may still be read
+    pushed = f"{student.parameters:,} x {size} B{' x 2 versions' if direct else ''}, the first rank only"
+    on_host = learner.gpus_per_worker > 0 and not direct
     return RoleMemory(
         "learner",
         learner.gpus_per_worker,
@@ -191,7 +202,7 @@ def learner_memory(
             *zero_terms(config, student.parameters + (adapters or 0), adapters or student.parameters),
             *_activations(config, student, lengths, size),
             *_losses(config, student, teacher, trains_matrix=adapters is None),
-            Term("packed weights", pushed, student.parameters * size, on_host=learner.gpus_per_worker > 0),
+            Term("packed weights", pushed, student.parameters * size * versions, on_host=on_host),
         ],
     )
 

@@ -43,6 +43,7 @@ def preflight(config: OpdlmConfig) -> Preflight:
     student = read_facts(config.model.student) if config.model.student else teacher
     tokenizer = load_tokenizer(config.model.student or config.model.teacher)
     _check_backend(config, teacher)
+    _check_transport(config)
     _check_lora(config, student)
     if config.run.wandb_project is not None:
         _require_package("wandb", f"run.wandb_project: found `{config.run.wandb_project}`", "opdlm-ray[wandb]")
@@ -119,6 +120,11 @@ def _check_backend(config: OpdlmConfig, teacher: ModelFacts) -> None:
             )
     if config.teacher.device_map == "auto":
         _require_package("accelerate", "teacher.device_map: found `auto`", "opdlm-ray[device-map]")
+
+
+def _check_transport(config: OpdlmConfig) -> None:
+    if config.rollout.weight_transport == "nixl":
+        _require_package("nixl", "rollout.weight_transport: found `nixl`", "opdlm-ray[nixl]")
 
 
 def _check_lora(config: OpdlmConfig, student: ModelFacts) -> None:

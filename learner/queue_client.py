@@ -81,6 +81,11 @@ class QueueClient:
                 again = self._queue.replace.remote(index, [references[place]])
                 (references[place],) = self.ask(again, f"sample {index}, whose data died, to be made again")
 
+    def publish_held(self, pack: WeightPack) -> None:
+        """Hands over where weights on this rank's device are: rollout actors read them there (Ray Direct Transport)."""
+        reference = ray.put(pack, _tensor_transport="nixl")
+        self.ask(self._queue.publish_held.remote(pack.version, [reference], pack.nbytes), "publishing weights")
+
     def publish(self, pack: WeightPack) -> None:
         """Hands weights over; waits for room where the object store is full, as the producers do."""
         store = StoreWait(self._limit)

@@ -78,7 +78,7 @@ class Learner:
         )
         checkpoint = config.checkpoint
         self.saver = Saver(self.engine, self.run_dir / "checkpoints", checkpoint.keep, checkpoint.max_failed_saves)
-        self.packer = WeightPacker()
+        self.packer = WeightPacker(on_device=config.rollout.weight_transport == "nixl")
         self.rounds = self.optimizer_steps = self.rollout_tokens = self._skipped_in_a_row = 0
 
     def run(self) -> None:
@@ -180,7 +180,10 @@ class Learner:
                 continue
             return None
         pack = self.packer.pack(self.rounds, named)
-        self.queue.publish(pack)
+        publish = (
+            self.queue.publish if self.config.rollout.weight_transport == "object_store" else self.queue.publish_held
+        )
+        publish(pack)
         self._tell(
             kind="publish",
             weight_version=self.rounds,

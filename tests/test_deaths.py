@@ -49,12 +49,17 @@ def records_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 def kill_at_work(actor: psutil.Process, run_dir: Path) -> None:
     """SIGKILL to the only actor of its role in the middle of a call: it is stopped until the whole run waits for it."""
     actor.suspend()
+    wait_until_still(run_dir)
+    actor.kill()
+
+
+def wait_until_still(run_dir: Path) -> None:
+    """Until nothing was recorded for a while: a stopped process is waited for."""
     records, still_since = -1, time.monotonic()
     while time.monotonic() - still_since < 5:
         if len(found := read_records(run_dir)) != records:
             records, still_since = len(found), time.monotonic()
         time.sleep(0.1)
-    actor.kill()
 
 
 def assert_sound(run_dir: Path) -> Counter[str]:

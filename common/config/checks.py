@@ -83,6 +83,18 @@ def _rollout(config: OpdlmConfig) -> Iterator[str]:
             f"rollout.denoising_steps: found {rollout.denoising_steps}, more than rollout.block_size "
             f"{rollout.block_size}; a step reveals at least one token, so at most the block size"
         )
+    if rollout.weight_transport == "nixl":
+        if (rollout.gpus_per_actor > 0) != (config.learner.gpus_per_worker > 0):
+            yield (
+                f"rollout.weight_transport: found `nixl` with rollout.gpus_per_actor {rollout.gpus_per_actor:g} and "
+                f"learner.gpus_per_worker {config.learner.gpus_per_worker:g}; it reads from GPU to GPU (or from CPU to "
+                "CPU), use `object_store`"
+            )
+        if config.evaluation.actors:
+            yield (
+                f"rollout.weight_transport: found `nixl` with evaluation.actors {config.evaluation.actors}, which may "
+                "need a version that died with a rank of the learner; set evaluation.actors to 0, or use `object_store`"
+            )
     if rollout.cuda_graphs and rollout.gpus_per_actor == 0:
         yield "rollout.cuda_graphs: found true with rollout.gpus_per_actor 0; it needs a GPU, so drop it or reserve one"
 

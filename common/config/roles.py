@@ -81,6 +81,10 @@ class RolloutConfig(Section):
     decoded to their end with the old ones, the push waits. `continue`: from the next denoising step on they are decoded
     with the new ones; each token's version is recorded, a sample is as old as its oldest. What is decoded then depends
     on when a push arrives: two runs with one seed differ."""
+    weight_transport: Literal["object_store", "nixl"] = "object_store"
+    """How new weights come from the learner. `object_store`: through the host memory of both nodes. `nixl` (the extra
+    `opdlm-ray[nixl]`, Ray Direct Transport): each actor reads them from the first rank's GPU, by NVLink, InfiniBand or
+    what else UCX finds; that rank keeps a copy of each version that somebody may still read."""
     cuda_graphs: bool = False
     """Round denoising steps up to few shapes and replay each one's forward as a CUDA graph, recorded when it first
     comes: for models so small that a forward takes a GPU less time than Python takes to launch it. Same tokens."""

@@ -292,3 +292,26 @@ def test_a_checkpoint_waits_until_its_events_are_written() -> None:
         await waiting
 
     asyncio.run(scenario())
+
+
+def test_weights_that_died_with_the_learner_are_waited_for() -> None:
+    """A restarted learner begins with older ones, which change nothing, and comes to them again."""
+
+    async def scenario() -> None:
+        actor = ReplayQueueActor(prompts_per_round=2, max_staleness=0, total=4, first_round=0)
+        for version in (0, 1):
+            await actor.publish_held(version, [f"reference {version}"], 8)
+        lost = await actor.next_weights(0)
+        assert (lost.version, lost.pack, lost.held_by_learner) == (1, ["reference 1"], True)
+        waiting = [asyncio.create_task(actor.weights_again(lost)) for _ in range(2)]
+        await actor.publish_held(0, ["reference 0 again"], 8)
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in waiting)
+        await actor.publish_held(1, ["reference 1 again"], 8)
+        assert [(await task).pack for task in waiting] == [["reference 1 again"]] * 2
+        again = await actor.weights_again(lost)  # who notices later need not wait
+        last = asyncio.create_task(actor.weights_again(again))
+        await actor.learner_ended()
+        assert await last is None
+
+    asyncio.run(scenario())

@@ -1,6 +1,7 @@
 """From "optimizer step done" to "every rollout actor has the weights", against the bare copies that this needs.
 
     make bench        # or: python -m tests.benchmarks.weight_push [--gigabytes 0.1 1] [--nodes 1 2] [--repetitions 5]
+                      #     [--transport object_store nixl]
 
 A push through Ray's object store must copy all bytes into the store once and out of it once an actor (all actors at
 the same time), and once more between two nodes. The measured push is the run's own: `WeightPacker`, the replay queue's
@@ -39,10 +40,11 @@ def weights(nbytes: int) -> nn.ParameterList:
 class Learner:
     """Holds weights and publishes them."""
 
-    def __init__(self, queue: Any, nbytes: int) -> None:
+    def __init__(self, queue: Any, nbytes: int, transport: str) -> None:
         torch.set_num_threads(1)
         self.weights, self.queue, self.version = weights(nbytes), QueueClient(queue, 0, 600.0), -1
-        self.packer = WeightPacker()
+        self.packer = WeightPacker(on_device=transport == "nixl")
+        self.hand_over = self.queue.publish_held if transport == "nixl" else self.queue.publish
 
     def publish(self) -> dict[str, float]:
         """Packs and hands over a new version; seconds of both."""
@@ -51,7 +53,7 @@ class Learner:
         started = time.perf_counter()
         pack = self.packer.pack(self.version, self.weights.named_parameters())
         packed = time.perf_counter()
-        self.queue.publish(pack)
+        self.hand_over(pack)
         return {"pack": packed - started, "hand_over": time.perf_counter() - packed}
 
     def copy_seconds(self) -> float:
@@ -87,7 +89,7 @@ def _copy_seconds(source: nn.ParameterList, into: nn.ParameterList | None) -> fl
     return time.perf_counter() - started
 
 
-def push(gigabytes: float, nodes: int, repetitions: int) -> dict[str, Any]:
+def push(gigabytes: float, nodes: int, transport: str, repetitions: int) -> dict[str, Any]:
     """All repetitions of one size; the first, which warms up, is left out."""
     nbytes = int(gigabytes * 1e9)
     store = int(min(3.2 * nbytes + 5e8, 9e9))
@@ -100,13 +102,13 @@ def push(gigabytes: float, nodes: int, repetitions: int) -> dict[str, Any]:
         ray.init(address=cluster.address, log_to_driver=False)
         there = {"resources": {"second": 1}} if nodes == 2 else {}
         queue = ray.remote(ReplayQueueActor).options(num_cpus=0).remote(1, 0, 1, 0)
-        learner = ray.remote(Learner).options(num_cpus=1).remote(queue, nbytes)
+        learner = ray.remote(Learner).options(num_cpus=1).remote(queue, nbytes, transport)
         rollouts = [ray.remote(Rollout).options(num_cpus=1, **there).remote(nbytes) for _ in range(ACTORS)]
         found = [_one_push(queue, learner, rollouts, version, nodes) for version in range(repetitions + 1)][1:]
     finally:
         ray.shutdown()
         cluster.shutdown()
-    return {"gigabytes": gigabytes, "nodes": nodes, "pushes": found}
+    return {"gigabytes": gigabytes, "nodes": nodes, "transport": transport, "pushes": found}
 
 
 def _one_push(queue: Any, learner: Any, rollouts: list[Any], version: int, nodes: int) -> dict[str, float]:
@@ -125,18 +127,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.1, 1.0])
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2], choices=[1, 2])
+    parser.add_argument("--transport", nargs="+", default=["object_store"], choices=["object_store", "nixl"])
     parser.add_argument("--repetitions", type=int, default=5)
     chosen = parser.parse_args()
     table = Table(title=f"push of float32 weights to {ACTORS} rollout actors, {chosen.repetitions} repetitions")
-    for name in ("nodes", "GB", "seconds", "pack", "hand over", "load", "bare copies", "times the bare copies"):
+    for name in (
+        "transport",
+        "nodes",
+        "GB",
+        "seconds",
+        "pack",
+        "hand over",
+        "load",
+        "bare copies",
+        "times the bare copies",
+    ):
         table.add_column(name, justify="right")
-    lines = [push(size, nodes, chosen.repetitions) for nodes in chosen.nodes for size in chosen.gigabytes]
+    lines = [
+        push(size, nodes, transport, chosen.repetitions)
+        for nodes in chosen.nodes
+        for size in chosen.gigabytes
+        for transport in chosen.transport
+    ]
     for line in lines:
         pushes = line["pushes"]
         ratio = Ratio([p["seconds"] / p["bare_seconds"] for p in pushes])
         means = [sum(p[key] for p in pushes) / len(pushes) for key in ("seconds", "pack", "hand_over", "load")]
         bare = sum(p["bare_seconds"] for p in pushes) / len(pushes)
-        table.add_row(str(line["nodes"]), f"{line['gigabytes']:g}", *(f"{s:.2f}" for s in (*means, bare)), str(ratio))
+        what = line["transport"], str(line["nodes"]), f"{line['gigabytes']:g}"
+        table.add_row(*what, *(f"{s:.2f}" for s in (*means, bare)), str(ratio))
     console = Console(width=140)
     console.print(table)
     console.print(f"written: {write_json('weight_push', lines)}")

@@ -82,6 +82,14 @@ def config_with(**sections) -> OpdlmConfig:
             "learner.gpus_per_worker: found 0.5 with learner.workers 2; each of several ranks needs a whole GPU",
         ),
         ({"rollout": {"cuda_graphs": True}}, "rollout.cuda_graphs: found true with rollout.gpus_per_actor 0"),
+        (
+            {"rollout": {"weight_transport": "nixl", "gpus_per_actor": 1}},
+            "rollout.weight_transport: found `nixl` with rollout.gpus_per_actor 1 and learner.gpus_per_worker 0",
+        ),
+        (
+            {"rollout": {"weight_transport": "nixl"}, "evaluation": {"actors": 1}},
+            "rollout.weight_transport: found `nixl` with evaluation.actors 1",
+        ),
         ({"learner": {"gpus_per_worker": 2}}, "learner.gpus_per_worker: found 2; a rank uses one GPU"),
         ({"model": {"teacher": "t", "attention": "flex_attention"}}, "flex_attention has no backward on the CPU"),
         (

@@ -156,11 +156,12 @@ def test_output_matrix_alone(tmp_path, tied) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weight_pack_round_trip(dtype) -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_weight_pack_round_trip(dtype, on_device) -> None:
     source, target = tiny_model(1).to(dtype), tiny_model(2).to(dtype)
     source.model.norm.weight.data = source.model.norm.weight.data.float()  # two dtypes, two buffers
     target.model.norm.weight.data = target.model.norm.weight.data.float()
-    pack = WeightPacker().pack(7, source.named_parameters())
+    pack = WeightPacker(on_device).pack(7, source.named_parameters())
     assert len(pack.buffers) == (1 if dtype is torch.float32 else 2)
     load_weights(target, pack)
     for (name, a), (_, b) in zip(source.named_parameters(), target.named_parameters(), strict=True):
@@ -174,9 +175,26 @@ def test_a_packer_packs_again_into_the_same_memory() -> None:
         for parameter in model.parameters():
             parameter.mul_(1.5)
     again, fresh = packer.pack(1, model.named_parameters()), WeightPacker().pack(1, model.named_parameters())
-    assert again.buffers["uint16"] is first
+    assert np.shares_memory(again.buffers["uint16"], first)
     assert np.array_equal(first, fresh.buffers["uint16"])
     assert (again.places, again.checksum) == (fresh.places, fresh.checksum)
+
+
+def test_packs_on_the_device_are_memory_of_their_own() -> None:
+    """Who reads a version late reads that version."""
+    model, packer = tiny_model(1).to(torch.bfloat16), WeightPacker(on_device=True)
+    first = packer.pack(0, model.named_parameters())
+    before = tiny_model(2).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    second = packer.pack(1, model.named_parameters())
+    assert isinstance(second.buffers["uint16"], torch.Tensor)
+    assert (second.nbytes, second.places) == (first.nbytes, first.places)
+    load_weights(before, first)
+    load_weights(tiny_model(3).to(torch.bfloat16), second)
+    with pytest.raises(ValueError, match="not the parameters that were packed before"):
+        packer.pack(2, list(model.named_parameters())[1:])
 
 
 def test_damaged_or_foreign_pack_is_refused() -> None:

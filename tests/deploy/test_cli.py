@@ -140,7 +140,7 @@ def test_students_of_other_teachers(run_file, tmp_path) -> None:
 
 
 def test_what_an_extra_needs_is_named(run_file, chain_teacher, tmp_path, monkeypatch) -> None:
-    installed = {"vllm": None, "accelerate": None, "peft": None, "wandb": None}
+    installed = {"vllm": None, "accelerate": None, "nixl": None, "peft": None, "wandb": None}
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: installed.get(n, find_spec(n, *a)))
 
@@ -151,6 +151,7 @@ def test_what_an_extra_needs_is_named(run_file, chain_teacher, tmp_path, monkeyp
     message = "teacher.backend: found `vllm`, which needs the package vllm; pip install 'opdlm-ray[vllm]'"
     assert message in dry_run(*vllm)
     assert "needs the package accelerate" in dry_run("teacher.device_map=auto")
+    assert "needs the package nixl; pip install 'opdlm-ray[nixl]'" in dry_run("rollout.weight_transport=nixl")
     assert "needs the package peft; pip install 'opdlm-ray[lora]'" in dry_run("model.lora={}")
     message = "run.wandb_project: found `p`, which needs the package wandb; pip install 'opdlm-ray[wandb]'"
     assert message in dry_run("run.wandb_project=p")

@@ -199,6 +199,16 @@ def test_teacher_targets_by_hand(tmp_path: Path) -> None:
     assert by_name(teacher_memory(split, size, LENGTHS).terms)["weights"] == -(-size.parameters // 2) * 2
 
 
+def test_weights_that_are_read_from_the_learner_are_on_its_gpu(tmp_path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    size = model_size(tmp_path)
+    rollout = {"weight_transport": "nixl", "gpus_per_actor": 1}
+    config = config_with(rollout=rollout, learner={"gpus_per_worker": 1})
+    (packed,) = (t for t in learner_memory(config, size, size, None, LENGTHS).terms if t.what == "packed weights")
+    assert (packed.nbytes, packed.on_host) == (2 * size.parameters * 2, False)
+    assert by_name(rollout_memory(config, size, LENGTHS).terms)["weights that arrive"] == size.parameters * 2
+
+
 @pytest.mark.parametrize(
     ("on_new_weights", "bound", "tokens"),
     # 4 slots: all prompts of 40, as many as the bound allows, one alone; with `continue` the whole of 100 again
