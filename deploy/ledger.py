@@ -13,13 +13,13 @@ class Ledger:
     """What became of the samples of the rounds that were trained. Sample i is the run's i-th prompt, epoch by epoch."""
 
     trained: int
-    """Samples in optimizer steps that were made."""
+    """Samples in optimizer steps that were made, once for each of `learner.passes`."""
     skipped: int
     """Samples of steps that were skipped because their gradient was not finite."""
     twice: list[int]
-    """Samples in more than one step."""
+    """Samples in more than one step of a pass."""
     lost: list[int]
-    """Samples of a trained round in no step."""
+    """Samples of a trained round that a pass has in no step."""
 
     def figures(self) -> dict[str, int]:
         """Counts, for the report."""
@@ -37,12 +37,14 @@ def read_ledger(records: Iterable[dict[str, Any]], prompts_per_round: int, total
     Args:
         total: samples in the whole run; those of the rounds that have a `round` record are due.
     """
-    times: Counter[int] = Counter()
+    times: Counter[tuple[int, int]] = Counter()  # by pass and sample
     skipped = rounds = 0
+    passes = {0}
     for record in records:
         if record["kind"] in ("step", "skipped_step"):
-            samples = record.get("samples", ())  # older runs did not record them
-            times.update(samples)
+            samples = record.get("samples", ())  # older runs did not record them, nor passes
+            passes.add(pass_ := record.get("pass_number", 0))
+            times.update((pass_, index) for index in samples)
             skipped += len(samples) if record["kind"] == "skipped_step" else 0
         elif record["kind"] == "round":
             rounds = max(rounds, record["round"])
@@ -50,6 +52,6 @@ def read_ledger(records: Iterable[dict[str, Any]], prompts_per_round: int, total
     return Ledger(
         trained=sum(times.values()) - skipped,
         skipped=skipped,
-        twice=sorted(index for index, count in times.items() if count > 1),
-        lost=[index for index in due if not times[index]],
+        twice=sorted({index for (_, index), count in times.items() if count > 1}),
+        lost=[index for index in due if not all(times[pass_, index] for pass_ in passes)],
     )

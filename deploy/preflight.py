@@ -63,7 +63,8 @@ def preflight(config: OpdlmConfig) -> Preflight:
     per_round = config.rollout.prompts_per_round
     total = config.data.epochs * len(prompts.prompts) if config.run.rounds is None else config.run.rounds * per_round
     epochs = -(-total // len(prompts.prompts))
-    plan = TrainingPlan(total, per_round, config.learner.batch_size, config.run.seed)
+    learner = config.learner
+    plan = TrainingPlan(total, per_round, learner.batch_size, config.run.seed, learner.passes)
     order = PromptOrder(prompts.prompts, config.run.seed, epochs)
     if config.run.replay is not None:
         check_replay(config, Path(config.run.replay), teacher, plan, order.digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ class TrainingPlan:
     prompts_per_round: int
     batch_size: int
     seed: int
+    passes: int = 1
+    """Times that a round is trained on."""
 
     @property
     def rounds(self) -> int:
@@ -26,10 +29,12 @@ class TrainingPlan:
         """Optimizer steps of all rounds before this one; with `round_ = rounds`, of the run."""
         full = -(-self.prompts_per_round // self.batch_size)
         if round_ < self.rounds or self.total % self.prompts_per_round == 0:
-            return round_ * full
-        return (round_ - 1) * full + -(-(self.total % self.prompts_per_round) // self.batch_size)
+            return self.passes * round_ * full
+        return self.passes * ((round_ - 1) * full + -(-(self.total % self.prompts_per_round) // self.batch_size))
 
-    def batches(self, round_: int, samples: int) -> list[np.ndarray]:
-        """Places of a round's samples, shuffled and cut into batches."""
-        order = np.random.default_rng([self.seed, 1, round_]).permutation(samples)
-        return [order[i : i + self.batch_size] for i in range(0, samples, self.batch_size)]
+    def batches(self, round_: int, samples: int) -> Iterator[tuple[int, list[int]]]:
+        """(pass, places of the round's samples) of each optimizer step; every pass has an order of its own."""
+        for pass_ in range(self.passes):
+            order = np.random.default_rng([self.seed, 1, round_] + [pass_] * (pass_ > 0)).permutation(samples)
+            for i in range(0, samples, self.batch_size):
+                yield pass_, order[i : i + self.batch_size].tolist()

@@ -76,13 +76,17 @@ class TrainStep:
         self.seed = seed
         self.one_line = one_line
 
-    def __call__(self, share: Sequence[ScoredTrajectory], spare: ScoredTrajectory, learning_rate: float) -> StepResult:
+    def __call__(
+        self, share: Sequence[ScoredTrajectory], spare: ScoredTrajectory, learning_rate: float, pass_: int = 0
+    ) -> StepResult:
         """Trains on this rank's share of the batch, which may be empty. A collective call.
 
-        `spare` is any trajectory: ranks with fewer micro-batches than others run it with weight 0 to keep step.
+        Args:
+            spare: any trajectory: ranks with fewer micro-batches than others run it with weight 0 to keep step.
+            pass_: which time the trajectories are trained on; drawn states are others in each.
         """
         started = time.perf_counter()
-        rows = [row for scored in share for row in self._rows(scored)]
+        rows = [row for scored in share for row in self._rows(scored, pass_)]
         useful = sorted((r for r in rows if len(r.loss_positions)), key=lambda r: -len(r.input_ids))
         size = self.learner.micro_batch_rows
         micro = [self._pack(useful[i : i + size]) for i in range(0, len(useful), size)]
@@ -99,7 +103,7 @@ class TrainStep:
             group["lr"] = learning_rate
         loss = 0.0
         for i in range(forwards):
-            batch = micro[i] if i < len(micro) else self._pack(self._rows(spare)[:1])
+            batch = micro[i] if i < len(micro) else self._pack(self._rows(spare, pass_)[:1])
             weights = self._weights(batch, total_rows, total_positions) * (i < len(micro))
             self.engine.set_gradient_accumulation_boundary(i == forwards - 1)
             loss += self._backward(batch, weights)
@@ -118,9 +122,9 @@ class TrainStep:
             skipped=bool(self.engine.optimizer.overflow),
         )
 
-    def _rows(self, scored: ScoredTrajectory) -> list[Row]:
-        # Seeded by the sample alone: the same states whichever rank and whichever life of the job builds them.
-        rng = np.random.default_rng([self.seed, scored.trajectory.index])
+    def _rows(self, scored: ScoredTrajectory, pass_: int) -> list[Row]:
+        # Seeded by sample and pass alone: the same states whichever rank and whichever life of the job builds them.
+        rng = np.random.default_rng([self.seed, scored.trajectory.index] + [pass_] * (pass_ > 0))
         return build_rows(scored, self.grid, self.objective, self.mask_id, rng)
 
     def _pack(self, rows: Sequence[Row]) -> MicroBatch:

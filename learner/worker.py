@@ -56,7 +56,11 @@ class Learner:
         # Filling memory that nobody reads is for finding such reads; DeepSpeed allocates 2 GB of it in each backward.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.plan = TrainingPlan(
-            setup.total_samples, config.rollout.prompts_per_round, config.learner.batch_size, config.run.seed
+            setup.total_samples,
+            config.rollout.prompts_per_round,
+            config.learner.batch_size,
+            config.run.seed,
+            config.learner.passes,
         )
         attention = _attention(config)
         student = load_model(setup.student, config.model.dtype, attention)
@@ -111,22 +115,22 @@ class Learner:
         started = time.perf_counter()
         dump = self._start_dump(references)
         tokens = forward_tokens = 0
-        for places in (batch.tolist() for batch in self.plan.batches(self.rounds, len(references))):
+        for pass_, places in self.plan.batches(self.rounds, len(references)):
             share = self.queue.fetch(references, places[self.rank :: self.world], self._first_sample)
             spare = share[0] if share else self.queue.fetch(references, places[:1], self._first_sample)[0]
             rate = learning_rate(
                 self.optimizer_steps, self.plan.steps_before(self.plan.rounds), self.config.learner.optimizer
             )
-            result = self.step(share, spare, rate)
+            result = self.step(share, spare, rate, pass_)
             self.optimizer_steps += 1
             forward_tokens += result.tokens - result.padding_tokens
-            tokens += sum(s.trajectory.response_length for s in share)
-            samples = [self._first_sample + place for place in places]
+            tokens += sum(s.trajectory.response_length for s in share) * (pass_ == 0)
+            which = {"samples": [self._first_sample + place for place in places], "pass_number": pass_}
             if result.skipped:
-                self._skip(result, samples)
+                self._skip(result, which)
             else:
                 self._skipped_in_a_row = 0
-                self._tell_step(result, rate, samples)
+                self._tell_step(result, rate, which)
         # Before a checkpoint can cover the round.
         self.saver.require(
             f"{self.run_dir}/rollouts", lambda: dump and self.queue.ask(dump, "writing the round's rollouts")
@@ -150,11 +154,11 @@ class Learner:
     def _first_sample(self) -> int:
         return self.rounds * self.plan.prompts_per_round
 
-    def _skip(self, result: StepResult, samples: list[int]) -> None:
+    def _skip(self, result: StepResult, which: dict[str, Any]) -> None:
         """Counts a step whose gradient was not finite; ends the run after too many in a row."""
         self._skipped_in_a_row += 1
         reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
-        self._tell(kind="skipped_step", steps=1, in_a_row=self._skipped_in_a_row, reason=reason, samples=samples)
+        self._tell(kind="skipped_step", steps=1, in_a_row=self._skipped_in_a_row, reason=reason, **which)
         most = self.config.learner.max_skipped_steps
         if self._skipped_in_a_row > most:
             raise GiveUp(
@@ -279,10 +283,10 @@ class Learner:
             return None
         return load_output_matrix(self.config.model.teacher, self.config.teacher.dtype).to(self.engine.device)
 
-    def _tell_step(self, result: StepResult, rate: float, samples: list[int]) -> None:
+    def _tell_step(self, result: StepResult, rate: float, which: dict[str, Any]) -> None:
         kl = {"forward_kl_nats": result.loss} if self.config.objective.loss_is_forward_kl else {}
         share = result.padding_tokens / max(result.tokens, 1)
-        self._tell(kind="step", learning_rate=rate, samples=samples, padding_share=share, **asdict(result), **kl)
+        self._tell(kind="step", learning_rate=rate, padding_share=share, **which, **asdict(result), **kl)
 
     def _tell(self, **event: Any) -> None:
         if self.rank == 0:

@@ -173,6 +173,10 @@ class LearnerConfig(Section):
     """On which nodes."""
     batch_size: PositiveInt = 8
     """Trajectories in one optimizer step, over all ranks (paper: 8)."""
+    passes: PositiveInt = 1
+    """Times that the trajectories of a round are trained on (paper: 1), each time in another order, and in other states
+    where the selection draws them. 2 learn more from a rollout and train twice as long: worth it where decoding is what
+    a round waits for. What is trained in the second pass was decoded with weights from before the first."""
     micro_batch_rows: PositiveInt = 8
     """Training rows in one forward of one rank, packed into lines with little padding; the rest of its share is
     accumulated."""

@@ -124,11 +124,11 @@ class InProcess:
             scored = [ScoredTrajectory(t, target) for t, target in zip(trajectories, targets, strict=True)]
             taught = time.perf_counter()
             losses = []
-            for places in self.plan.batches(round_, len(scored)):
+            for pass_, places in self.plan.batches(round_, len(scored)):
                 total = self.plan.steps_before(self.plan.rounds)
                 rate = learning_rate(steps, total, self.config.learner.optimizer)
                 share = [scored[place] for place in places]
-                losses.append(self.step(share, share[0], rate).loss)
+                losses.append(self.step(share, share[0], rate, pass_).loss)
                 steps += 1
             ended = time.perf_counter()
             yield Round(

@@ -46,6 +46,17 @@ def test_rounds_trained_again_replace_what_was_trained_before(tmp_path: Path) ->
     assert (ledger.trained, ledger.twice, ledger.lost) == (8, [], [])
 
 
+def test_each_pass_has_every_sample_once() -> None:
+    def step(samples: list[int], pass_number: int) -> dict:
+        return {"kind": "step", "samples": samples, "pass_number": pass_number}
+
+    whole = [step([1, 0], 0), step([2], 0), step([0, 2], 1), step([1], 1), {"kind": "round", "round": 1}]
+    ledger = read_ledger(whole, 3, 3)
+    assert (ledger.trained, ledger.twice, ledger.lost) == (6, [], [])
+    ledger = read_ledger([*whole[:3], step([0], 1), whole[4]], 3, 3)
+    assert (ledger.trained, ledger.twice, ledger.lost) == (6, [0], [1])
+
+
 def test_the_ledger_finds_what_is_wrong() -> None:
     records = [
         {"kind": "step", "samples": [0, 1]},

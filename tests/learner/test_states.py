@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config.schema import ObjectiveConfig, OptimizerConfig
+from common.config.schema import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from common.grid import BlockGrid
 from learner.plan import TrainingPlan
 from learner.rows import build_rows
 from learner.schedule import learning_rate
 from learner.states import SELECTIONS, BlockStates
+from learner.train_step import TrainStep
 from tests.golden_files import unscored
 from tests.tiny import EOS, MASK, trajectory
 
@@ -72,17 +73,21 @@ def test_no_loss_past_the_end(exclude, expected) -> None:
     assert (rows[0].input_ids[rows[0].loss_columns] == MASK).all()
 
 
-def test_plan_covers_every_sample_once() -> None:
-    plan = TrainingPlan(total=23, prompts_per_round=10, batch_size=4, seed=0)
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_plan_covers_every_sample_once_a_pass(passes) -> None:
+    plan = TrainingPlan(total=23, prompts_per_round=10, batch_size=4, seed=0, passes=passes)
     assert plan.rounds == 3
     sizes = [10, 10, 3]
     steps = 0
     for r, size in enumerate(sizes):
         assert plan.steps_before(r) == steps
-        batches = plan.batches(r, size)
-        assert sorted(np.concatenate(batches).tolist()) == list(range(size))
+        batches = list(plan.batches(r, size))
+        orders = [[p for number, places in batches if number == pass_ for p in places] for pass_ in range(passes)]
+        assert [sorted(order) for order in orders] == [list(range(size))] * passes
+        assert size < 10 or len({tuple(order) for order in orders}) == passes, "each has an order of its own"
+        assert all(len(places) <= 4 for _, places in batches)
         steps += len(batches)
-    assert plan.steps_before(3) == steps == 7
+    assert plan.steps_before(3) == steps == 7 * passes
 
 
 def test_learning_rate() -> None:
@@ -94,3 +99,14 @@ def test_learning_rate() -> None:
     assert rates[105] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(rates[5:]))
     assert learning_rate(99, 105, OptimizerConfig(lr=1.0, schedule="constant")) == 1.0
+
+
+def test_a_second_pass_draws_other_states_of_the_same_trajectory() -> None:
+    """And the first those that a run of one pass draws."""
+    objective = ObjectiveConfig(selection="one_state_per_block", exclude_eos=False)
+    step = TrainStep(None, LearnerConfig(), objective, BlockGrid(4), MASK, None, seed=3)
+    long = unscored(trajectory([5, 6, 7, 8], [9] * 40, [1 + i % 4 for i in range(40)]))
+    rows = [step._rows(long, pass_)[0].input_ids.tolist() for pass_ in (0, 0, 1, 2)]
+    alone = build_rows(long, BlockGrid(4), objective, MASK, np.random.default_rng([3, long.trajectory.index]))
+    assert rows[0] == rows[1] == alone[0].input_ids.tolist()
+    assert len({tuple(row) for row in rows}) == 3
