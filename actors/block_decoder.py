@@ -26,9 +26,9 @@ from actors.decode_slots import Slots
 from actors.kv_cache import SlotCache
 from actors.remasking import STRATEGIES, Step, entropy_of
 from actors.sampling import draw_candidates, hashed_uniform
-from actors.slot_attention import NAME as SLOT_ATTENTION
 from actors.step_forward import Record, StepForward
 from actors.step_view import StepView
+from common.attention import NAME as ATTENTION
 from common.batches import batches_by_length
 from common.grid import BlockGrid, block_index
 from common.masks import block_causal
@@ -73,7 +73,7 @@ class BlockDecoder:
         self.batch_size = batch_size
         self.grid = BlockGrid(settings.block_size, settings.block_grid)
         self._strategy = STRATEGIES[settings.strategy]
-        model.set_attn_implementation(SLOT_ATTENTION)
+        model.set_attn_implementation(ATTENTION)
         self._record = record
         self._cache: SlotCache | None = None
         self._step_forward: StepForward

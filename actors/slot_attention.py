@@ -3,27 +3,19 @@
 The batch of a step's forward is `[n live slots, then c of them again]`: the block in work of each, and the finished
 block that those c commit. Attention folds both blocks of a slot, and the query heads that share a key head, into one
 row of queries, so that no key or value is copied: not for a slot's second block, not for grouped heads.
-
-It is entered into transformers' table of attention functions under `NAME`; without `lanes` it is plain `sdpa`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-
-NAME = "opdlm_slots"
 
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """Which rows of a batch `[n + c, ...]` belong to one slot."""
+    """Which rows of a batch `[n + c, ...]` belong to one slot: a layout of `common/attention.py`."""
 
     slots: int
     """n"""
@@ -31,6 +23,14 @@ class Lanes:
     """S, queries of a row"""
     commit: torch.Tensor | None
     """`[c]` int64, slots of the rows after n; None where no slot commits."""
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        """See `Layout`; keys and values are the slots' caches, `[n, H', width, D]`."""
+        folded = self.fold(query, key.shape[1])
+        output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
+        return self.unfold(output, query.shape[1])
 
     def fold(self, query: torch.Tensor, key_heads: int) -> torch.Tensor:
         """`[n + c, H, S, D]` -> `[n, H', queries, D]`, H' key heads; queries are (block, head of the group, S)."""
@@ -67,26 +67,3 @@ class Lanes:
             ends = ends.repeat_interleave(group * self.block, dim=1)
         beyond = torch.arange(width, device=ends.device) >= ends[:, None, :, None]
         return torch.zeros(beyond.shape, dtype=dtype, device=ends.device).masked_fill_(beyond, float("-inf"))
-
-
-def slot_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float,
-    lanes: Lanes | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers; `lanes` comes through the model's keyword arguments."""
-    if lanes is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    folded = lanes.fold(query, key.shape[1])
-    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
-    return lanes.unfold(output, query.shape[1]), None
-
-
-AttentionInterface.register(NAME, slot_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -117,4 +117,4 @@ class StepForward:
         lanes = Lanes(shape.slots, self._block, commit if shape.commits else None)
         mask = lanes.mask(ends, shape.width, group, self._cache.keys.dtype)
         self._cache.aim(rows, positions, (shape.slots, shape.width))
-        return hidden_states(self._model, tokens, positions, mask, self._cache, lanes=lanes)[: shape.slots]
+        return hidden_states(self._model, tokens, positions, mask, self._cache, layout=lanes)[: shape.slots]

@@ -25,7 +25,7 @@ def block_causal(query_blocks: torch.Tensor, key_blocks: torch.Tensor) -> torch.
 
 
 def training_mask(samples: torch.Tensor, copies: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """Dense mask of training rows: the oracle, and what runs on CPU.
+    """Dense mask of training rows, which all others are held to.
 
     Args:
         samples: `[B, T]` int64, which of the line's samples a token belongs to; `PADDING` for none.
@@ -37,7 +37,7 @@ def training_mask(samples: torch.Tensor, copies: torch.Tensor, blocks: torch.Ten
     index = torch.arange(blocks.shape[1], device=blocks.device)
     query = samples[:, :, None], copies[:, :, None], blocks[:, :, None], index[:, None]
     key = samples[:, None, :], copies[:, None, :], blocks[:, None, :], index[None, :]
-    return _visible(query, key)[:, None]
+    return visible(query, key)[:, None]
 
 
 def training_mask_mod(samples: torch.Tensor, copies: torch.Tensor, blocks: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -45,12 +45,13 @@ def training_mask_mod(samples: torch.Tensor, copies: torch.Tensor, blocks: torch
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         query = samples[b, q], copies[b, q], blocks[b, q], q
-        return _visible(query, (samples[b, k], copies[b, k], blocks[b, k], k))
+        return visible(query, (samples[b, k], copies[b, k], blocks[b, k], k))
 
     return mask_mod
 
 
-def _visible(query: Numbers, key: Numbers) -> torch.Tensor:
+def visible(query: Numbers, key: Numbers) -> torch.Tensor:
+    """Whether the query sees the key, from the numbers of both, which broadcast with each other."""
     (q_sample, q_copy, q_block, q_index), (k_sample, k_copy, k_block, k_index) = query, key
     earlier_clean = (k_copy == 0) & (k_block < q_block)
     same_copy_same_block = (k_copy == q_copy) & (k_block == q_block)

@@ -265,9 +265,9 @@ def _activations(config: OpdlmConfig, student: ModelSize, lengths: Lengths, size
         terms = [Term("activations", what, tokens * layers * values * size, estimate=True)]
     on_gpu = learner.gpus_per_worker > 0
     if config.model.attention == "sdpa" or (config.model.attention == "auto" and not on_gpu):
-        rows = learner.micro_batch_rows
-        what = f"{rows} rows x {lengths.row:,} x {lengths.row:,} x {size} B"
-        terms.append(Term("attention mask", what, rows * lengths.row**2 * size))
+        rows, clean, noisy = learner.micro_batch_rows, lengths.end, lengths.row - lengths.end
+        what = f"{rows} rows x ({clean:,} x {clean:,} + {noisy:,} x {clean + noisy:,}) x {size} B"
+        terms.append(Term("attention masks", what, rows * (clean**2 + noisy * (clean + noisy)) * size))
     return terms
 
 

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.attention import NAME as ATTENTION
 from common.config.schema import ObjectiveConfig
-from common.masks import training_mask, training_mask_mod
+from common.masks import training_mask_mod
 from common.models import hidden_states
 from learner.chunked_loss import chunked_loss
 from learner.packing import MicroBatch
+from learner.row_attention import RowParts
 from learner.targets import PositionTargets
 from learner.tied_embedding import Sink, embed
 
@@ -28,7 +30,7 @@ class DistillModule(nn.Module):
         student: causal LM of transformers.
         objective: divergence, top-K, tail.
         logits_chunk: loss positions whose logits exist at one time.
-        attention: `sdpa` (dense mask) or `flex_attention` (block mask, GPU).
+        attention: `sdpa` (in parts, `row_attention.py`) or `flex_attention` (block mask, GPU).
     """
 
     def __init__(self, student: Any, objective: ObjectiveConfig, logits_chunk: int, attention: str = "sdpa") -> None:
@@ -37,6 +39,8 @@ class DistillModule(nn.Module):
         self.objective = objective
         self.logits_chunk = logits_chunk
         self.attention = attention
+        if attention == "sdpa":
+            student.set_attn_implementation(ATTENTION)
 
     def forward(
         self, batch: MicroBatch, targets: PositionTargets, weights: torch.Tensor
@@ -53,18 +57,19 @@ class DistillModule(nn.Module):
             source: dict[str, Any] = {"input_ids": None, "inputs_embeds": looked_up}
         else:
             sink, source = None, {"input_ids": batch.input_ids}
-        hidden = hidden_states(self.student, position_ids=batch.position_ids, mask=self._mask(batch), **source)
+        mask, how = self._mask(batch)
+        hidden = hidden_states(self.student, position_ids=batch.position_ids, mask=mask, **source, **how)
         hidden = hidden[batch.loss_line, batch.loss_column]
         return chunked_loss(hidden, matrix, targets, weights, self.objective, self.logits_chunk, sink)
 
-    def _mask(self, batch: MicroBatch) -> Any:
+    def _mask(self, batch: MicroBatch) -> tuple[Any, dict[str, Any]]:
+        """The mask, and what else attention takes."""
         if self.attention != "flex_attention":
-            # Added to the scores: each layer would make one of these of a boolean mask, and keep it.
-            visible = training_mask(batch.samples, batch.copies, batch.blocks)
-            added = torch.zeros(visible.shape, dtype=self.student.dtype, device=visible.device)
-            return added.masked_fill_(~visible, float("-inf"))
+            parts = RowParts.of(batch, self.student.dtype)
+            return parts.clean_mask, {"layout": parts}
         from torch.nn.attention.flex_attention import create_block_mask
 
         rows, length = batch.blocks.shape
         mask_mod = training_mask_mod(batch.samples, batch.copies, batch.blocks)
-        return create_block_mask(mask_mod, rows, None, length, length, device=str(batch.blocks.device), _compile=True)
+        device = str(batch.blocks.device)
+        return create_block_mask(mask_mod, rows, None, length, length, device=device, _compile=True), {}

@@ -1,8 +1,8 @@
-"""Training rows -> the lines of a forward: little padding, and one clean half for all states of a trajectory.
+"""Training rows -> one line of a forward: no padding, and one clean half for all states of a trajectory.
 
     row by row (`collate`)            packed (`pack`)
-    [clean A | noisy A1]              [clean A | noisy A1 | noisy A2 | clean C | noisy C1]
-    [clean A | noisy A2]              [clean B | noisy B1 | clean D | noisy D1 | padding  ]
+    [clean A | noisy A1]              [clean A | noisy A1 | noisy A2 | clean B | noisy B1 | ...]
+    [clean A | noisy A2]
     [clean B | noisy B1 | padding]
     ...
 
@@ -20,11 +20,6 @@ import torch
 
 from common.masks import PADDING
 from learner.rows import Row
-
-PADDING_SHARE = 0.05
-"""Of a micro-batch's tokens: what packing tries to stay under."""
-LONGEST_LINE = 2048
-"""Tokens, where a dense mask grows with the line's length squared; a longer row has a line of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,55 +51,19 @@ def collate(rows: Sequence[Row]) -> MicroBatch:
     return _lay_out(rows, [[[index]] for index in range(len(rows))])
 
 
-def pack(rows: Sequence[Row], one_line: bool) -> MicroBatch:
-    """Rows of a trajectory behind one clean half, trajectories side by side.
+def pack(rows: Sequence[Row]) -> MicroBatch:
+    """Rows of a trajectory behind one clean half, trajectories side by side, all in one line.
 
-    Args:
-        one_line: everything in one line, for attention that skips what is not visible (flex_attention); else as few
-            tokens of a dense mask as keep padding under `PADDING_SHARE`, where that is possible.
+    Attention has to skip what is not visible: `row_attention.py`, flex_attention.
     """
     by_trajectory: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
         by_trajectory.setdefault(id(row.scored), []).append(index)
-    samples = list(by_trajectory.values())
-    lengths = [_clean(rows, sample) + sum(_noisy(rows[index]) for index in sample) for sample in samples]
-    lines = [list(range(len(samples)))] if one_line else plan_lines(lengths)
-    return _lay_out(rows, [[samples[place] for place in line] for line in lines])
-
-
-def plan_lines(lengths: Sequence[int]) -> list[list[int]]:
-    """Which samples share a line: first fit by falling length, in lines of one, two, ... times the longest sample."""
-    longest = max(lengths)
-    tried = [_first_fit(lengths, longest * times) for times in range(1, max(LONGEST_LINE // longest, 1) + 1)]
-    useful = sum(lengths)
-
-    def tokens(lines: list[list[int]]) -> int:
-        return len(lines) * max(sum(lengths[place] for place in line) for line in lines)
-
-    good = (lines for lines in tried if 1 - useful / tokens(lines) <= PADDING_SHARE)
-    return next(good, None) or min(tried, key=tokens)
-
-
-def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    lines: list[list[int]] = []
-    room: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        fits = next((i for i, left in enumerate(room) if left >= lengths[place]), None)
-        if fits is None:
-            fits = len(lines)
-            lines.append([])
-            room.append(capacity)
-        lines[fits].append(place)
-        room[fits] -= lengths[place]
-    return lines
+    return _lay_out(rows, [list(by_trajectory.values())])
 
 
 def _clean(rows: Sequence[Row], sample: Sequence[int]) -> int:
     return rows[sample[0]].clean_length
-
-
-def _noisy(row: Row) -> int:
-    return len(row.input_ids) - row.clean_length
 
 
 def _lay_out(rows: Sequence[Row], lines: Sequence[Sequence[Sequence[int]]]) -> MicroBatch:

@@ -53,7 +53,6 @@ class TrainStep:
             `backward`, `step`, `set_gradient_accumulation_boundary`, `get_global_grad_norm`, `device`; its step
             is none where the gradient is not finite, and `optimizer.overflow` then says so.
         teacher_head: the teacher's output matrix `[V, D]`, for hidden-state targets.
-        one_line: how rows are packed; see `learner/packing.py`.
     """
 
     def __init__(
@@ -65,7 +64,6 @@ class TrainStep:
         mask_id: int,
         teacher_head: torch.Tensor | None,
         seed: int,
-        one_line: bool = False,
     ) -> None:
         self.engine = engine
         self.learner = learner
@@ -74,7 +72,6 @@ class TrainStep:
         self.mask_id = mask_id
         self.teacher_head = teacher_head
         self.seed = seed
-        self.one_line = one_line
 
     def __call__(
         self, share: Sequence[ScoredTrajectory], spare: ScoredTrajectory, learning_rate: float, pass_: int = 0
@@ -89,7 +86,7 @@ class TrainStep:
         rows = [row for scored in share for row in self._rows(scored, pass_)]
         useful = sorted((r for r in rows if len(r.loss_positions)), key=lambda r: -len(r.input_ids))
         size = self.learner.micro_batch_rows
-        micro = [self._pack(useful[i : i + size]) for i in range(0, len(useful), size)]
+        micro = [pack(useful[i : i + size]) for i in range(0, len(useful), size)]
         positions = sum(len(r.loss_positions) for r in useful)
         counts = self._sum([len(useful), len(rows) - len(useful), positions])
         total_rows, without_loss, total_positions = (int(c) for c in counts)
@@ -103,7 +100,7 @@ class TrainStep:
             group["lr"] = learning_rate
         loss = 0.0
         for i in range(forwards):
-            batch = micro[i] if i < len(micro) else self._pack(self._rows(spare, pass_)[:1])
+            batch = micro[i] if i < len(micro) else pack(self._rows(spare, pass_)[:1])
             weights = self._weights(batch, total_rows, total_positions) * (i < len(micro))
             self.engine.set_gradient_accumulation_boundary(i == forwards - 1)
             loss += self._backward(batch, weights)
@@ -126,9 +123,6 @@ class TrainStep:
         # Seeded by sample and pass alone: the same states whichever rank and whichever life of the job builds them.
         rng = np.random.default_rng([self.seed, scored.trajectory.index] + [pass_] * (pass_ > 0))
         return build_rows(scored, self.grid, self.objective, self.mask_id, rng)
-
-    def _pack(self, rows: Sequence[Row]) -> MicroBatch:
-        return pack(rows, self.one_line)
 
     def _weights(self, batch: MicroBatch, total_rows: int, total_positions: int) -> torch.Tensor:
         if self.objective.reduction == "token":

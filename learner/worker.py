@@ -78,7 +78,6 @@ class Learner:
             require_mask(read_facts(setup.student)),
             self._teacher_head(),
             config.run.seed,
-            one_line=attention == "flex_attention",
         )
         checkpoint = config.checkpoint
         self.saver = Saver(self.engine, self.run_dir / "checkpoints", checkpoint.keep, checkpoint.max_failed_saves)

@@ -184,7 +184,7 @@ def test_losses_follow_the_targets(tmp_path) -> None:
     assert hidden["output matrix's gradient"] == 32 * 16 * 2
     top_k = terms(teacher={"targets": "topk"}, objective={"top_k": 4})
     assert (top_k["logits chunk"], "teacher's output matrix" in top_k) == (chunk, False)
-    assert hidden["attention mask"] == 8 * 160 * 160 * 2
+    assert hidden["attention masks"] == 8 * (100 * 100 + 60 * 160) * 2
 
 
 def test_teacher_targets_by_hand(tmp_path: Path) -> None:
