@@ -1,16 +1,23 @@
-"""How much of the weights a push repeats: what a push of differences alone could leave out.
+"""How much of the weights a push repeats, and whether a push of differences alone would be faster.
 
     make bench        # or: python -m tests.benchmarks.weight_delta [--steps 16]
 
 A random Qwen3 (weights of standard deviation 0.02, as pretrained ones have about) learns random tokens by AdamW on
 float32 masters, as DeepSpeed keeps them; a push has the bfloat16 values. One push is 16 optimizer steps, the paper's
 128 prompts a round in batches of 8; the first 16 steps, in which AdamW's moments come to be, are left out.
+
+Then what coding costs: sender and receiver find and place what changed of bfloat16 values (a bit a value, then the new
+ones), one thread each. Both take time, fewer bytes save time; on a network slower than the last column they save more.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +26,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tests.benchmarks.measure import write_json
 
 RATES = (1e-5, 3e-6, 1e-6)
+VALUES = 50_000_000
 
 
 def repeated(rate: float, steps: int) -> dict[str, float]:
@@ -56,20 +64,64 @@ def repeated(rate: float, steps: int) -> dict[str, float]:
     return found
 
 
+def coding(repeats: float, repetitions: int) -> dict[str, float]:
+    """Seconds a GB of bfloat16 weights of which that share repeats, and the network below which coding pays."""
+    rng = np.random.default_rng(0)
+    old = rng.integers(0, 1 << 16, VALUES, dtype=np.uint16)
+    new = np.where(rng.random(VALUES) < repeats, old, old ^ 1)
+    held = old.copy()
+
+    def encode() -> tuple[np.ndarray, np.ndarray]:
+        changed = new != old
+        return np.packbits(changed), new[changed]
+
+    def decode(bits: np.ndarray, values: np.ndarray) -> None:
+        held[np.unpackbits(bits, count=VALUES).view(bool)] = values
+
+    sender, (bits, values) = _best(encode, repetitions)
+    receiver, _ = _best(lambda: decode(bits, values), repetitions)
+    assert np.array_equal(held, new)
+    gigabytes = VALUES * 2 / 1e9
+    moved, seconds = (bits.nbytes + values.nbytes) / 1e9 / gigabytes, (sender + receiver) / gigabytes
+    return {
+        "moved": moved,
+        "sender": sender / gigabytes,
+        "receiver": receiver / gigabytes,
+        "pays": (1 - moved) / seconds,
+    }
+
+
+def _best(work: Callable[[], Any], repetitions: int) -> tuple[float, Any]:
+    seconds, result = float("inf"), None
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        result = work()
+        seconds = min(seconds, time.perf_counter() - started)
+    return seconds, result
+
+
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=16, help="optimizer steps between two pushes")
+    parser.add_argument("--repetitions", type=int, default=5)
     chosen = parser.parse_args()
     lines = [repeated(rate, chosen.steps) for rate in RATES]
     table = Table(title=f"equal in two pushes, {chosen.steps} steps apart")
     for name in lines[0]:
         table.add_column(name, justify="right")
     for line in lines:
-        rate, *shares = line.values()
+        rate, *shares = list(line.values())[:5]
         table.add_row(f"{rate:.0e}", *(f"{share:.1%}" for share in shares))
+    coded = Table(title="a push of differences in bfloat16, a GB of weights")
+    for name in ("values that repeat", "bytes moved", "sender, s", "receiver, s", "pays below, GB/s"):
+        coded.add_column(name, justify="right")
+    for line in lines:
+        line |= coding(line["values, bfloat16"], chosen.repetitions)
+        shares = f"{line['values, bfloat16']:.0%}", f"{line['moved']:.0%}"
+        coded.add_row(*shares, *(f"{line[name]:.2f}" for name in ("sender", "receiver", "pays")))
     console = Console(width=120)
-    console.print(table)
+    console.print(table, coded)
     console.print(f"written: {write_json('weight_delta', lines)}")
 
 
