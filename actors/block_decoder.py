@@ -54,7 +54,7 @@ class BlockDecoder:
         mask_id: the mask token; never a candidate.
         eos_ids: tokens that end a response.
         batch_size: slots.
-        record: how a step's forward is recorded and replayed (`step_forward.py`); None: it is not.
+        recorder: makes what records and replays a step's forwards (`step_forward.py`); None: they are not.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class BlockDecoder:
         mask_id: int,
         eos_ids: Sequence[int],
         batch_size: int,
-        record: Record | None = None,
+        recorder: Callable[[], Record] | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -74,9 +74,9 @@ class BlockDecoder:
         self.grid = BlockGrid(settings.block_size, settings.block_grid)
         self._strategy = STRATEGIES[settings.strategy]
         model.set_attn_implementation(ATTENTION)
-        self._record = record
+        self._recorder = recorder
         self._cache: SlotCache | None = None
-        self._step_forward: StepForward
+        self._step_forward: StepForward | None = None
         self._forwards = self._forward_tokens = 0
 
     def decode(
@@ -128,9 +128,9 @@ class BlockDecoder:
         longest = self._longest(requests)
         if not requests:
             return
-        slots = Slots(
-            min(self.batch_size, len(requests)), longest, self.grid.block_size, self.mask_id, self.model.device
-        )
+        # What was recorded is of one cache, so that has all slots then.
+        capacity = self.batch_size if self._recorder else min(self.batch_size, len(requests))
+        slots = Slots(capacity, longest, self.grid.block_size, self.mask_id, self.model.device)
         cache = self._cache_for(slots.capacity, longest)
         pending = deque(requests)
         slots.version = weight_version
@@ -167,10 +167,11 @@ class BlockDecoder:
 
     def _cache_for(self, slots: int, positions: int) -> SlotCache:
         if self._cache is None or self._cache.slots != slots or self._cache.positions < positions:
-            self._cache = None  # give the old one back first
+            self._cache = self._step_forward = None  # give the old one back first
             weight = self.model.lm_head.weight
             self._cache = SlotCache(self.model.config, slots, positions, weight.dtype, self.model.device)
-            self._step_forward = StepForward(self.model, self._cache, self.grid.block_size, self._record)
+            record = self._recorder() if self._recorder else None
+            self._step_forward = StepForward(self.model, self._cache, self.grid.block_size, record)
         return self._cache
 
     def _prefill(self, slots: Slots, cache: SlotCache, rows: Sequence[int]) -> None:
@@ -191,6 +192,7 @@ class BlockDecoder:
 
     def _step(self, slots: Slots, observer: Callable[[StepView], None] | None) -> list[int]:
         """One denoising step of all slots; those that are finished with it."""
+        assert self._step_forward is not None, "made with the cache"
         n, block = slots.live, self.grid.block_size
         window = slots.block_start[:, None] + torch.arange(block, device=slots.device)  # [n, S]
         # What the host knows goes to the device before the forward, or it would wait for the forward's end.

@@ -11,10 +11,13 @@ from common.errors import OpdlmError
 
 
 class CudaGraphs:
-    """Graphs that share their working memory: they are replayed one after the other, never side by side."""
+    """Graphs that share their working memory: they are replayed one after the other, never side by side.
+
+    To be let go of with its graphs: memory whose graphs are all gone takes no new ones.
+    """
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, forward: Forward, arguments: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
         """See `Record`.
@@ -22,15 +25,14 @@ class CudaGraphs:
         Raises:
             OpdlmError: the model's forward waits for the GPU, or does something else that a graph cannot hold.
         """
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             forward(*arguments)  # what libraries set up at first use must not become a part of the graph
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         try:
             # By thread: another one may take in new weights meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 output = forward(*arguments)
         except RuntimeError as error:
             raise OpdlmError(

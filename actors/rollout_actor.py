@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import ObjectLostError
 
 from actors.block_decoder import BlockDecoder
 from actors.cuda_graphs import CudaGraphs
@@ -45,7 +46,7 @@ class RolloutActor:
         self._mask_id, self._eos_ids = require_mask(facts), facts.eos_ids
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_model(student, dtype).to(device)
-        self._record = CudaGraphs() if cuda_graphs else None
+        self._recorder = CudaGraphs if cuda_graphs else None
         self._version = -1  # the start weights are pushed like any others, so that a broken path shows at once
         self._decoders: dict[tuple[DecodeSettings, int], BlockDecoder] = {}
         self._continues = on_new_weights == "continue"
@@ -96,7 +97,7 @@ class RolloutActor:
                 raise ValueError(f"the folder's own weights are gone: version {self._version} was loaded over them")
             key = (settings, batch_size)
             if key not in self._decoders:
-                how = (settings, self._mask_id, self._eos_ids, batch_size, self._record)
+                how = (settings, self._mask_id, self._eos_ids, batch_size, self._recorder)
                 self._decoders[key] = BlockDecoder(self._model, *how)
             renew = self._renew if self._continues and handle is not None else None
             trajectories, stats = self._decoders[key].decode(requests, max(self._version, 0), renew=renew)
@@ -136,7 +137,7 @@ class RolloutActor:
 def _fetch(handle: WeightHandle) -> WeightPack:
     try:
         return ray.get(handle.pack[0])
-    except Exception as error:  # of the transport's own kinds too, where the learner dies while it is read
+    except ObjectLostError as error:
         if not handle.held_by_learner:
             raise
         raise WeightsLost(f"weights of version {handle.version}: {last_line(error)}") from error

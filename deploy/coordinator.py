@@ -41,6 +41,9 @@ log = logging.getLogger("opdlm.coordinator")
 _HEARTBEAT_SECONDS = 10.0
 """Between two signs of the coordinator's life to the learner, at most."""
 
+_LOST_PAUSE_SECONDS = 10.0
+"""Until lost weights are asked for again."""
+
 _LIMIT = "(resources.call_timeout_seconds); is there room in the cluster for its ranks?"
 
 Hook = Callable[[WeightHandle], Awaitable[None]]
@@ -61,6 +64,8 @@ class Coordinator:
         self.weights: WeightHandle | None = None
         self._keeper = SampleKeeper(config.rollout.prompts_per_round)
         self._stopping = False
+        self._lost_since: dict[int, float] = {}
+        """By version, when its data was first found lost."""
 
     async def run(self, fit: Callable[[], None]) -> None:
         """Runs to the end of the learner; `fit` blocks in a thread meanwhile."""
@@ -158,8 +163,17 @@ class Coordinator:
                 return
             self.weights = handle
             self.telemetry.pushed(handle, time.perf_counter() - started)
-            await self.on_weights(handle)
+            await self._hook(handle)
             await queue.weights_taken.remote(handle.version)
+
+    async def _hook(self, handle: WeightHandle) -> None:
+        again: WeightHandle | None = handle
+        while again is not None:
+            try:
+                await self.on_weights(again)
+                return
+            except WeightsLost as error:
+                again = await self._published_again(again, error)
 
     async def _load_everywhere(self, handle: WeightHandle) -> WeightHandle | None:
         """Again where an actor could not take it, out of memory once, say: those that have the version do nothing.
@@ -187,18 +201,23 @@ class Coordinator:
     async def _published_again(self, lost: WeightHandle, error: WeightsLost) -> WeightHandle | None:
         """The version again, or a later one, once a restarted learner has come to it; None when the learner has ended.
 
-        Its rounds up to there are trained again with the samples that the queue has kept, so nobody waits for us.
+        It trains its rounds up to there again with the samples that the queue has kept. Samples that died with its node
+        must be made first, by an actor that has the version: so after a while `lost` is tried once more.
         """
         limit = self.config.resources.call_timeout_seconds
+        since = self._lost_since.setdefault(lost.version, time.monotonic())
         log.warning("%s; waiting for the learner to publish them again", self._failed([], 1, error))
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(min(_LOST_PAUSE_SECONDS, limit)):
                 again: WeightHandle | None = await self.roles.queue.weights_again.remote(lost)
         except TimeoutError:
+            if time.monotonic() - since < limit:
+                return lost
             raise OpdlmError(
                 f"{last_line(error)}; not published again within {limit:g} s (rollout.weight_transport, "
                 "resources.call_timeout_seconds)"
             ) from error
+        self._lost_since.pop(lost.version, None)
         if again is not None and self.weights is not None and again.version == self.weights.version:
             self.weights = again
         return again

@@ -192,8 +192,8 @@ def learner_memory(
     """One ZeRO rank: `learner/zero.py`, `learner/distill.py`, `WeightPacker`. `adapters`: what LoRA trains, or None."""
     learner, size = config.learner, BYTES[config.model.dtype]
     direct = config.rollout.weight_transport == "nixl"
-    versions = 2 if direct else 1  # the one before may still be read
-    pushed = f"{student.parameters:,} x {size} B{' x 2 versions' if direct else ''}, the first rank only"
+    versions = config.queue.max_staleness + 2 if direct else 1  # those before may still be read
+    pushed = f"{student.parameters:,} x {size} B{f' x {versions} versions' if direct else ''}, the first rank only"
     on_host = learner.gpus_per_worker > 0 and not direct
     return RoleMemory(
         "learner",

@@ -26,6 +26,8 @@ _MAY_CHANGE = (
     "rollout.gpus_per_actor",
     "rollout.placement",
     "rollout.prompts_per_call",
+    "rollout.weight_transport",
+    "rollout.cuda_graphs",
     "teacher.actors",
     "teacher.cpus_per_actor",
     "teacher.gpus_per_actor",

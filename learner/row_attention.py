@@ -4,7 +4,8 @@
     clean half of a sample  the same
     each noisy copy         its sample's clean half, and itself
 
-Copies do not see each other, samples neither, so a line costs what its samples cost, however many it holds.
+Copies do not see each other, samples neither, so a line costs what its samples cost, however many it holds. Each kind
+of part is padded to its longest: rows of a micro-batch should be of about one length, as those of a sorted batch are.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ class RowParts:
 
         def part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
             grouped = q.shape[1] != k.shape[1]
+            if grouped and not q.is_cpu:  # with a mask, grouped heads have no fused kernel there
+                k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+                grouped = False
             output = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale, enable_gqa=grouped)
             return output.transpose(1, 2).flatten(0, 1)
 

@@ -182,11 +182,12 @@ class Learner:
             for _ in named:  # ZeRO-3 gathers collectively
                 continue
             return None
-        pack = self.packer.pack(self.rounds, named)
-        publish = (
-            self.queue.publish if self.config.rollout.weight_transport == "object_store" else self.queue.publish_held
-        )
-        publish(pack)
+        if self.config.rollout.weight_transport == "object_store":
+            self.queue.publish(pack := self.packer.pack(self.rounds, named))
+        elif self.rounds < self.plan.rounds:
+            self.queue.publish_held(pack := self.packer.pack(self.rounds, named))
+        else:  # the last version is still read when the learner has ended
+            self.queue.publish(pack := WeightPacker().pack(self.rounds, named))
         self._tell(
             kind="publish",
             weight_version=self.rounds,

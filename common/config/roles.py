@@ -87,7 +87,8 @@ class RolloutConfig(Section):
     what else UCX finds; that rank keeps a copy of each version that somebody may still read."""
     cuda_graphs: bool = False
     """Round denoising steps up to few shapes and replay each one's forward as a CUDA graph, recorded when it first
-    comes: for models so small that a forward takes a GPU less time than Python takes to launch it. Same tokens."""
+    comes: for models so small that a forward takes a GPU less time than Python takes to launch it. In bfloat16 the
+    rounded shapes may give slightly other logits."""
     max_new_tokens: PositiveInt = 4096
     """Longest response in tokens, whatever the curriculum says; never exceeded."""
 
@@ -178,8 +179,7 @@ class LearnerConfig(Section):
     where the selection draws them. 2 learn more from a rollout and train twice as long: worth it where decoding is what
     a round waits for. What is trained in the second pass was decoded with weights from before the first."""
     micro_batch_rows: PositiveInt = 8
-    """Training rows in one forward of one rank, packed into lines with little padding; the rest of its share is
-    accumulated."""
+    """Training rows in one forward of one rank, packed into one line; the rest of its share is accumulated."""
     logits_chunk: PositiveInt = 1024
     """Loss positions whose full-vocabulary logits exist at one time; memory, not result, depends on it."""
     gradient_checkpointing: bool = False

@@ -101,7 +101,7 @@ class ModelConfig(Section):
     everything. The mask token's embedding then stays at its start, as all embeddings do. With `dtype: bfloat16` merging
     rounds: what decodes differs from what trains by up to half a bfloat16 step of each weight."""
     attention: Attention = "auto"
-    """Attention of the training forward. `auto`: flex_attention on GPU, dense boolean sdpa on CPU."""
+    """Attention of the training forward. `auto`: flex_attention on GPU, sdpa in two parts on CPU."""
 
 
 class DataConfig(Section):

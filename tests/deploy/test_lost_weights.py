@@ -28,18 +28,20 @@ class Reader(Rollout):
 
     async def load_weights(self, handle: WeightHandle) -> float:
         if not self.restarts:
-            self._read(handle)
+            read(handle)
         return await super().load_weights(handle)
 
     async def decode(self, requests, handle, settings, batch_size):
         if self.restarts:
-            self._read(handle)
+            read(handle)
         return await super().decode(requests, handle, settings, batch_size)
 
-    def _read(self, handle: WeightHandle) -> None:
-        if handle.pack == LOST:
-            lost = WeightsLost(f"weights of version {handle.version}: the owner has exited")
-            raise RayTaskError("decode", f"Traceback ...\n{lost}", lost).as_instanceof_cause()
+
+def read(handle: WeightHandle) -> None:
+    """As an actor that has not the version yet."""
+    if handle.pack == LOST:
+        lost = WeightsLost(f"weights of version {handle.version}: the owner has exited")
+        raise RayTaskError("decode", f"Traceback ...\n{lost}", lost).as_instanceof_cause()
 
 
 def _learn(setup: Setup, lost: int, comes_back: bool) -> None:
@@ -80,6 +82,21 @@ def test_they_are_taken_when_the_learner_has_come_to_them_again(tmp_path, stalen
     assert all("WeightsLost" in r["error"] for r in failures)
     if lost < ROUNDS and staleness == 0:
         assert failures
+
+
+def test_an_evaluation_that_finds_them_lost_is_made_again(tmp_path) -> None:
+    async def scenario() -> None:
+        setup, evaluated = Setup(tmp_path, 0, Reader(True), Teacher()), []
+
+        async def evaluate(handle: WeightHandle) -> None:
+            read(handle)
+            evaluated.append(handle.version)
+
+        setup.coordinator.on_weights = evaluate
+        await asyncio.wait_for(setup.coordinator.run(lambda: _learn(setup, 2, True)), timeout=30)
+        assert evaluated == list(range(ROUNDS + 1))
+
+    asyncio.run(scenario())
 
 
 def test_weights_that_do_not_come_again_end_the_run(tmp_path) -> None:

@@ -205,7 +205,7 @@ def test_weights_that_are_read_from_the_learner_are_on_its_gpu(tmp_path) -> None
     rollout = {"weight_transport": "nixl", "gpus_per_actor": 1}
     config = config_with(rollout=rollout, learner={"gpus_per_worker": 1})
     (packed,) = (t for t in learner_memory(config, size, size, None, LENGTHS).terms if t.what == "packed weights")
-    assert (packed.nbytes, packed.on_host) == (2 * size.parameters * 2, False)
+    assert (packed.nbytes, packed.on_host) == (2 * size.parameters * 2, False)  # two versions, two bytes
     assert by_name(rollout_memory(config, size, LENGTHS).terms)["weights that arrive"] == size.parameters * 2
 
 
