@@ -15,6 +15,8 @@ from common.config import config_from_dict
 from common.config.schema import ObjectiveConfig
 from common.errors import ConfigError, OpdlmError
 from common.grid import BlockGrid
+from common.masks import training_mask
+from common.models import hidden_states
 from common.prompts import Prompt, PromptOrder
 from common.shards import weights_fingerprint
 from common.types import ScoredTrajectory, WeightHandle
@@ -67,9 +69,8 @@ def test_cft_is_cross_entropy_on_the_masked_clean_tokens() -> None:
     batch = collate([row])
     module = DistillModule(student, objective, logits_chunk=3)
     _, losses = module(batch, gather_targets([row], None, objective), torch.ones(len(row.loss_positions)))
-    hidden = module.student.model(
-        input_ids=batch.input_ids, attention_mask=module._mask(batch), position_ids=batch.position_ids
-    ).last_hidden_state
+    mask = training_mask(batch.samples, batch.copies, batch.blocks)
+    hidden = hidden_states(student, batch.input_ids, batch.position_ids, mask)
     logits = student.lm_head(hidden[0, row.loss_columns])
     labels = torch.tensor(response[row.loss_positions], dtype=torch.int64)
     direct = torch.nn.functional.cross_entropy(logits, labels, reduction="none")

@@ -1,0 +1,136 @@
+"""How near decoding comes to its memory-bandwidth floor, and training to its FLOP floor, on this GPU or CPU.
+
+    python -m tests.benchmarks.floors [--repetitions 5]
+
+Both floors are measured in the same process: bandwidth by copying a large tensor, FLOP/s by multiplying large matrices.
+A denoising forward has to read all weights once; a training row has to do the products of its layers, of the visible
+pairs of attention, and of the output matrices of student and teacher. On a GPU: random weights in the shape of
+Qwen3-0.6B, bfloat16, decoding with and without CUDA graphs. On a CPU: the same decoding, and training of a small model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from actors.block_decoder import BlockDecoder
+from actors.cuda_graphs import CudaGraphs
+from actors.decode_settings import DecodeSettings
+from common.masks import training_mask
+from learner.distill import DistillModule
+from tests.benchmarks import learner_step
+from tests.benchmarks.decoder import EQUAL, MASK, S, random_model, requests
+from tests.benchmarks.measure import Ratio, write_json
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+BATCHES = [1, 8, 64] if CUDA else [1, 8]
+RESPONSE = 1024 if CUDA else 256
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Of one call, until the device has done it."""
+    if CUDA:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def bandwidth() -> float:
+    """Bytes a second that a copy reads and writes."""
+    source = torch.ones((4 << 30) // 4 if CUDA else (1 << 29) // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(5))
+
+
+def flops(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a product of square matrices."""
+    size = 8192 if CUDA else 2048
+    one = torch.randn(size, size, device=DEVICE).to(dtype)
+    return 2 * size**3 / min(seconds(lambda: one @ one) for _ in range(5))
+
+
+def decoding(repetitions: int) -> list[dict[str, Any]]:
+    """Seconds of a denoising forward, and all that goes with it, against those of reading the weights."""
+    model = random_model().to(DEVICE)
+    floor = sum(p.nbytes for p in model.parameters()) / bandwidth()
+    lines = []
+    for batch in BATCHES:
+        for graphs in (False, True) if CUDA else (False,):
+            how = DecodeSettings(block_size=S, strategy="low_confidence_static", ignore_eos=True)
+            decoder = BlockDecoder(model, how, MASK, [0], batch, CudaGraphs if graphs else None)
+            asked = requests([EQUAL] * batch)
+            decoder.decode(asked)  # warm, recorded
+            each = []
+            for _ in range(repetitions):
+                _, stats = decoder.decode(asked)
+                each.append(stats.seconds / stats.forwards)
+            times = [s / floor for s in each]
+            lines.append({"batch": batch, "graphs": graphs, "seconds": each, "floor": floor, "times": times})
+    return lines
+
+
+def training(repetitions: int) -> dict[str, Any]:
+    """Seconds of a row's forward and backward against those of its products at the speed of a large one."""
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    student = (random_model() if CUDA else learner_step.model(256)).to(DEVICE, dtype).train()
+    config = student.config
+    width = config.hidden_size
+    head = (torch.randn(learner_step.V, width) / width**0.5).to(DEVICE, dtype)
+    batch, targets = learner_step.row(width, RESPONSE, head)
+    module = DistillModule(student, learner_step.OBJECTIVE, 1024, "flex_attention" if CUDA else "sdpa")
+    if CUDA:
+        student.set_attn_implementation("flex_attention")
+    n, pairs = len(batch.loss_row), int(training_mask(batch.samples, batch.copies, batch.blocks).sum())
+    batch, targets, weights = batch.to(DEVICE), targets.to(DEVICE), torch.full((n,), 1 / n, device=DEVICE)
+    layers = sum(p.numel() for p in student.model.layers.parameters() if p.dim() > 1)
+    heads = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    # A product costs 2 a multiplication, its backward pass twice as much; the teacher's logits have none.
+    needed = 6 * layers * batch.input_ids.numel() + 12 * heads * pairs + (6 + 2) * n * width * learner_step.V
+    floor = needed / flops(dtype)
+
+    def step() -> None:
+        student.zero_grad(set_to_none=True)
+        module(batch, targets, weights)[0].backward()
+
+    step()
+    each = [seconds(step) for _ in range(repetitions)]
+    return {"response": RESPONSE, "flop": needed, "seconds": each, "floor": floor, "times": [s / floor for s in each]}
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    name = torch.cuda.get_device_name() if CUDA else f"CPU, {chosen.threads} threads"
+    table = Table(title=f"times the floor, {name}, {chosen.repetitions} repetitions")
+    for column in ("what", "ms", "floor, ms", "times the floor"):
+        table.add_column(column, justify="right")
+    decoded, trained = decoding(chosen.repetitions), training(chosen.repetitions)
+    for line in decoded:
+        what = f"denoising step, batch {line['batch']}{', CUDA graphs' if line['graphs'] else ''}"
+        table.add_row(what, *_row(line))
+    table.add_row(f"training row, R = {trained['response']:,}, {trained['flop'] / 1e12:.2f} TFLOP", *_row(trained))
+    console = Console(width=120)
+    console.print(table)
+    console.print(f"written: {write_json('floors', {'device': name, 'decoding': decoded, 'training': trained})}")
+
+
+def _row(line: dict[str, Any]) -> tuple[str, str, str]:
+    return f"{1e3 * min(line['seconds']):.1f}", f"{1e3 * line['floor']:.1f}", str(Ratio(line["times"]))
+
+
+if __name__ == "__main__":
+    main()
