@@ -160,17 +160,19 @@ class ReplayQueueActor:
         The pack is put again from here: an object dies with the process that put it, and a learner rank may end, or
         die, before every rollout actor has loaded it.
         """
-        self._queue.published(version)
-        if self._weights is None or version >= self._weights.version:
+        if self._is_news(version):
             self._weights = WeightHandle(version, [ray.put(pack)], pack.nbytes)
         self._wake()
 
     async def publish_held(self, version: int, pack: list[Any], nbytes: int) -> None:
         """The same of a pack that stays with the learner's rank, and dies with it; `pack`: its one reference."""
-        self._queue.published(version)
-        if self._weights is None or version >= self._weights.version:
+        if self._is_news(version):
             self._weights = WeightHandle(version, pack, nbytes, held_by_learner=True)
         self._wake()
+
+    def _is_news(self, version: int) -> bool:
+        self._queue.published(version)
+        return self._weights is None or version >= self._weights.version
 
     async def weights_again(self, lost: WeightHandle) -> WeightHandle | None:
         """Waits until a restarted learner has come to that version again; None when the learner has ended."""

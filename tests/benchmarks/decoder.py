@@ -10,7 +10,6 @@ repetition, since machines are noisy.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from common.tasks import get_task
 from common.types import RolloutRequest
 from deploy.checkpoint_decoder import CheckpointDecoder
 from deploy.evaluation import Exam
-from tests.benchmarks.measure import OUT, Ratio, back_to_back, write_json
+from tests.benchmarks.measure import OUT, Ratio, back_to_back, parser, write_json
 from tests.benchmarks.plain_decoder import plain_decode
 
 V, P, S = 151_936, 64, 4
@@ -251,14 +250,12 @@ def plot(lines: list[dict]) -> None:
 
 def main() -> None:
     """Measures, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", type=Path, default=Path("runs/demo/student"))
-    parser.add_argument("--teacher", type=Path, default=Path("models/chain-teacher"))
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="of the random weights")
-    parser.add_argument("--only", choices=["random", "demo"], help="one of the two models")
-    chosen = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--student", type=Path, default=Path("runs/demo/student"))
+    options.add_argument("--teacher", type=Path, default=Path("models/chain-teacher"))
+    options.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="of the random weights")
+    options.add_argument("--only", choices=["random", "demo"], help="one of the two models")
+    chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     console, lines = Console(width=150), []
     if chosen.only != "demo":

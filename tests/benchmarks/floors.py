@@ -10,7 +10,6 @@ Qwen3-0.6B, bfloat16, decoding with and without CUDA graphs. On a CPU: the same 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +25,7 @@ from common.masks import training_mask
 from learner.distill import DistillModule
 from tests.benchmarks import learner_step
 from tests.benchmarks.decoder import EQUAL, MASK, S, random_model, requests
-from tests.benchmarks.measure import Ratio, write_json
+from tests.benchmarks.measure import Ratio, parser, write_json
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -109,10 +108,8 @@ def training(repetitions: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    chosen = parser.parse_args()
+    options = parser(__doc__)
+    chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     name = torch.cuda.get_device_name() if CUDA else f"CPU, {chosen.threads} threads"
     table = Table(title=f"times the floor, {name}, {chosen.repetitions} repetitions")

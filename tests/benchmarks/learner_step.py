@@ -9,7 +9,6 @@ memory alone, with R up to 4,000: it must not grow with R x V.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import numpy as np
@@ -26,7 +25,7 @@ from learner.distill import DistillModule
 from learner.packing import MicroBatch, collate
 from learner.rows import build_rows
 from learner.targets import PositionTargets, gather_targets
-from tests.benchmarks.measure import OUT, Ratio, Usage, back_to_back, usage, write_json
+from tests.benchmarks.measure import OUT, Ratio, Usage, back_to_back, parser, usage, write_json
 
 V, P, S, LAYERS = 151_936, 128, 4, 4
 SHAPES = [(256, 256), (256, 1024), (512, 256), (512, 1024)]
@@ -170,11 +169,9 @@ def plot(lines: list[dict], hidden: int) -> None:
 
 def main() -> None:
     """Measures, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--chunk", type=int, default=64, help="learner.logits_chunk")
-    parser.add_argument("--threads", type=int, default=2)
-    chosen = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--chunk", type=int, default=64, help="learner.logits_chunk")
+    chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     title = f"V = {V:,}, P = {P}, S = {S}, {LAYERS} layers, one row, float32, chunks of {chosen.chunk}"
     table = Table(title=f"{title}, {chosen.threads} threads, {chosen.repetitions} repetitions")

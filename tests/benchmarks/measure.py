@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -67,6 +68,14 @@ def back_to_back(arms: dict[str, Callable[[], Any]], repetitions: int) -> dict[s
             if repetition:
                 results[name].append(result)
     return results
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Command line of a measurement that repeats itself in this process; `doc`: its module's docstring."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--repetitions", type=int, default=5)
+    made.add_argument("--threads", type=int, default=2)
+    return made
 
 
 def write_json(name: str, content: Any) -> Path:

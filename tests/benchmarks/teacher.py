@@ -8,7 +8,6 @@ read. Beside it one without logits. Random weights in the shape of Qwen3-0.6B, b
 
 from __future__ import annotations
 
-import argparse
 import pickle
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from actors.teacher_scoring import score
 from common.batches import batches_by_length
 from common.types import Trajectory
 from tests.benchmarks.decoder import MASK, random_model
-from tests.benchmarks.measure import Ratio, back_to_back, write_json
+from tests.benchmarks.measure import Ratio, back_to_back, parser, write_json
 
 P, RESPONSES, BATCH_TOKENS, TOP_K = 64, (40, 64, 100, 128, 180, 256), 1024, 16
 KINDS = ("hidden", "topk", "logits")
@@ -68,10 +67,8 @@ def timed(run: Callable[[], Any]) -> float:
 
 def main() -> None:
     """Measures, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    chosen = parser.parse_args()
+    options = parser(__doc__)
+    chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     model, asked = random_model(), trajectories()
     arms = {
