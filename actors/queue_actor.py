@@ -55,7 +55,7 @@ class ReplayQueueActor:
         return queue.lease_lost(most) if self._stop else queue.lease(most)
 
     async def put(self, indices: list[int], weight_version: int, samples: list[Any]) -> list[bool]:
-        """Accepts finished samples (references); which of them were accepted."""
+        """Accepts finished samples (a `SampleRef` each); which of them were accepted."""
         accepted = [self._queue.put(i, weight_version, s) for i, s in zip(indices, samples, strict=True)]
         self._arrived |= {i: time.monotonic() for i, yes in zip(indices, accepted, strict=True) if yes}
         self._wake()
@@ -124,7 +124,7 @@ class ReplayQueueActor:
     # --- learner's side -----------------------------------------------------------------------------------------
 
     async def take_round(self, round_: int) -> tuple[list[Any], list[int]] | None:
-        """Waits for a whole round: (references in index order, staleness of each). None: stop before this round.
+        """Waits for a whole round: (samples in index order, staleness of each). None: stop before this round.
 
         What the first rank is told, every rank is told.
         """
@@ -146,13 +146,13 @@ class ReplayQueueActor:
         """How long the coordinator, whose waits have time limits of their own, has not been heard of."""
         return time.monotonic() - self._coordinator_seen
 
-    async def replace(self, index: int, lost: list[Any]) -> list[Any]:
-        """Waits until a sample whose data is gone was made again. `lost`, and what is returned: its one reference."""
-        if self._queue.lose(index, lost[0]):
+    async def replace(self, index: int, lost: Any) -> Any:
+        """Waits until a sample whose data is gone was made again; the new one."""
+        if self._queue.lose(index, lost):
             self._lost += 1
             self._wake()
         await self._until(lambda: self._queue.sample(index) is not None)
-        return [self._queue.sample(index)]
+        return self._queue.sample(index)
 
     async def publish(self, version: int, pack: WeightPack) -> None:
         """New weights; an older version (a restarted learner repeating itself) changes nothing.

@@ -81,8 +81,8 @@ class RolloutActor:
 
     def decode(
         self, requests: Sequence[RolloutRequest], handle: WeightHandle | None, settings: DecodeSettings, batch_size: int
-    ) -> tuple[Trajectory | DecodeStats, ...]:
-        """Decodes with that version (or a newer one that is here). One return value a request, then the statistics.
+    ) -> tuple[list[Trajectory], DecodeStats]:
+        """Decodes with that version (or a newer one that is here). Trajectories in the order of the requests.
 
         No handle: with the weights of its own folder, as version 0 (evaluation of a checkpoint).
 
@@ -100,8 +100,7 @@ class RolloutActor:
                 how = (settings, self._mask_id, self._eos_ids, batch_size, self._recorder)
                 self._decoders[key] = BlockDecoder(self._model, *how)
             renew = self._renew if self._continues and handle is not None else None
-            trajectories, stats = self._decoders[key].decode(requests, max(self._version, 0), renew=renew)
-            return (*trajectories, stats)
+            return self._decoders[key].decode(requests, max(self._version, 0), renew=renew)
 
     def _probe(self) -> None:
         one_token_forward(self._model)

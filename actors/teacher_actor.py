@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from actors.engine_guard import guarded
 from actors.teacher_backends import make_backend
 from common.config.schema import TeacherConfig
+from common.samples import in_groups
 from common.types import ScoredTrajectory, Trajectory
 
 
@@ -27,6 +29,8 @@ class ScoreStats:
     seconds: float
     nbytes: int
     """Bytes of targets that travel to the learner."""
+    lengths: tuple[tuple[int, int], ...] = ()
+    """(prompt tokens, response tokens) of each trajectory."""
 
 
 class TeacherActor:
@@ -39,17 +43,24 @@ class TeacherActor:
     def ready(self) -> None:
         """Returns once the teacher is loaded."""
 
-    def score(self, *trajectories: Trajectory) -> tuple[ScoredTrajectory | ScoreStats, ...]:
-        """One return value a trajectory, then the statistics. Fails as a whole: a score is never made up."""
+    def score(
+        self, trajectories: Sequence[Trajectory], per_reference: int
+    ) -> tuple[list[ScoredTrajectory] | ScoreStats, ...]:
+        """One return value for so many trajectories at a time, then the statistics.
+
+        Fails as a whole: a score is never made up.
+        """
         started = time.perf_counter()
         with guarded("teacher", self._backend.probe):
             targets = self._backend.score(list(trajectories))
-        scored = tuple(ScoredTrajectory(t, target) for t, target in zip(trajectories, targets, strict=True))
+        scored = [ScoredTrajectory(t, target) for t, target in zip(trajectories, targets, strict=True)]
         arrays = [getattr(target, field) for target in targets for field in type(target).__slots__]
         nbytes = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
-        tokens = sum(t.response_length for t in trajectories)
-        forward_tokens = tokens + sum(len(t.prompt_ids) - 1 for t in trajectories)
-        return (*scored, ScoreStats(tokens, forward_tokens, time.perf_counter() - started, nbytes))
+        lengths = tuple((len(t.prompt_ids), t.response_length) for t in trajectories)
+        tokens = sum(response for _, response in lengths)
+        forward_tokens = tokens + sum(prompt - 1 for prompt, _ in lengths)
+        stats = ScoreStats(tokens, forward_tokens, time.perf_counter() - started, nbytes, lengths)
+        return (*in_groups(scored, per_reference), stats)
 
     def generate(
         self,

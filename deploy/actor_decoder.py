@@ -86,7 +86,7 @@ class ActorDecoder(Decoder):
     async def _decode(
         self, part: list[RolloutRequest], settings: DecodeSettings, batch_size: int
     ) -> tuple[list[np.ndarray], int]:
-        decoded, stats = await self._pool.fetch("decode", part, None, settings, batch_size, outputs=len(part))
+        (decoded,), stats = await self._pool.fetch("decode", part, None, settings, batch_size, outputs=1)
         return [trajectory.response for trajectory in decoded], stats.denoising_steps
 
     async def _generate(

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +14,7 @@ from actors.decode_settings import DecodeSettings
 from actors.pool import ActorPool
 from common.config.schema import EvaluationConfig
 from common.tasks import Problem, Task, problems
-from common.types import RolloutRequest, WeightHandle
+from common.types import RolloutRequest, Trajectory, WeightHandle
 
 _TEST_SEED = 1
 
@@ -113,9 +112,9 @@ async def evaluate_student(
     size = -(-len(requests) // max(len(pool.actors), 1))  # the pool itself says that none is left
     parts = [requests[i : i + size] for i in range(0, len(requests), size)]
     done = await asyncio.gather(
-        *(pool.fetch("decode", part, handle, settings, config.batch_size, outputs=len(part)) for part in parts)
+        *(pool.fetch("decode", part, handle, settings, config.batch_size, outputs=1) for part in parts)
     )
-    trajectories: list[Any] = [trajectory for decoded, _ in done for trajectory in decoded]
+    trajectories: list[Trajectory] = [trajectory for (decoded,), _ in done for trajectory in decoded]
     stats = [stat for _, stat in done]
     return exam.result(
         [t.response for t in trajectories], [t.denoising_steps for t in trajectories], sum(s.seconds for s in stats)

@@ -7,7 +7,6 @@ Every `Term` is one allocation that the code makes (the docstring of the functio
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from typing import Any
 from actors.block_decoder import PREFILL_TOKENS
 from actors.teacher_scoring import LOGITS_CHUNK
 from common.config import OpdlmConfig
+from common.config.base import DTYPE_BYTES
 from common.config.schema import LoraConfig
 from common.models import count_parameters, read_config
 from common.shards import read_shards
 
-BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
 BUCKET = 500_000_000
 """DeepSpeed's `reduce_bucket_size`, which the run does not change: elements of a gradient bucket."""
 LIVE = 1_000_000_000
@@ -120,7 +119,7 @@ def adapter_parameters(folder: str | Path, lora: LoraConfig) -> int:
 
 def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) -> RoleMemory:
     """A rollout actor: `actors/kv_cache.py` and `_step` of `actors/block_decoder.py`."""
-    rollout, size = config.rollout, BYTES[config.model.dtype]
+    rollout, size = config.rollout, DTYPE_BYTES[config.model.dtype]
     slots = min(rollout.batch_size, -(-rollout.prompts_per_round // rollout.actors))
     longest = lengths.end if rollout.on_new_weights == "continue" else lengths.prompt
     tokens = max(min(slots * longest, PREFILL_TOKENS), longest)
@@ -166,7 +165,7 @@ def _sampling(config: OpdlmConfig, slots: int, vocabulary: int) -> Term:
 def teacher_memory(config: OpdlmConfig, teacher: ModelSize, lengths: Lengths) -> RoleMemory:
     """A teacher actor: `actors/teacher_scoring.py`. Layers split over several GPUs are counted as split evenly."""
     settings = config.teacher
-    size, parts = BYTES[settings.dtype], max(1, math.ceil(settings.gpus_per_actor))
+    size, parts = DTYPE_BYTES[settings.dtype], max(1, math.ceil(settings.gpus_per_actor))
     tokens = max(settings.batch_tokens, lengths.end)
     terms = [_weights(teacher.parameters, settings.dtype, parts, "GPUs")]
     if settings.backend == "vllm":
@@ -190,7 +189,7 @@ def learner_memory(
     config: OpdlmConfig, student: ModelSize, teacher: ModelSize, adapters: int | None, lengths: Lengths
 ) -> RoleMemory:
     """One ZeRO rank: `learner/zero.py`, `learner/distill.py`, `WeightPacker`. `adapters`: what LoRA trains, or None."""
-    learner, size = config.learner, BYTES[config.model.dtype]
+    learner, size = config.learner, DTYPE_BYTES[config.model.dtype]
     direct = config.rollout.weight_transport == "nixl"
     versions = config.queue.max_staleness + 2 if direct else 1  # those before may still be read
     pushed = f"{student.parameters:,} x {size} B{f' x {versions} versions' if direct else ''}, the first rank only"
@@ -216,7 +215,7 @@ def zero_terms(config: OpdlmConfig, held: int, trained: int) -> list[Term]:
     Stage 1 shards float32 masters and AdamW's two moments, stage 2 gradients too (summed in float32), stage 3 weights
     too (frozen ones as well). A partition is rounded up. Offloading moves them to host memory (GPU learners only).
     """
-    learner, size = config.learner, BYTES[config.model.dtype]
+    learner, size = config.learner, DTYPE_BYTES[config.model.dtype]
     zero, ranks = learner.zero, learner.workers
     offload = learner.gpus_per_worker > 0 and zero.offload_optimizer
     part = -(-trained // ranks)
@@ -276,7 +275,7 @@ def _losses(config: OpdlmConfig, student: ModelSize, teacher: ModelSize, trains_
     chunk, terms = config.learner.logits_chunk, []
     scored = config.objective.kind != "cft"
     if scored and config.teacher.targets == "hidden":
-        size = BYTES[config.teacher.dtype]
+        size = DTYPE_BYTES[config.teacher.dtype]
         what = f"{teacher.vocabulary:,} x {teacher.width:,} x {size} B"
         terms.append(Term("teacher's output matrix", what, teacher.vocabulary * teacher.width * size))
     both = 2 if scored and config.teacher.targets != "topk" else 1  # of top-K targets the student alone has V columns
@@ -285,14 +284,14 @@ def _losses(config: OpdlmConfig, student: ModelSize, teacher: ModelSize, trains_
     what = f"{chunk:,} positions x {student.vocabulary:,} x 4 B x 2"
     terms.append(Term("its gradient", what, chunk * student.vocabulary * 8, estimate=True))
     if trains_matrix and config.learner.zero.stage > 1:  # at stage 1 it is one of the gradients that are kept
-        size = BYTES[config.model.dtype]
+        size = DTYPE_BYTES[config.model.dtype]
         what = f"{student.vocabulary:,} x {student.width:,} x {size} B"
         terms.append(Term("output matrix's gradient", what, student.vocabulary * student.width * size))
     return terms
 
 
 def _weights(parameters: int, dtype: str, parts: int = 1, of: str = "") -> Term:
-    size = BYTES[dtype]
+    size = DTYPE_BYTES[dtype]
     split = f" / {parts} {of}" if parts > 1 else ""
     return Term("weights", f"{parameters:,}{split} x {size} B ({dtype})", -(-parameters // parts) * size)
 

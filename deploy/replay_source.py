@@ -6,16 +6,16 @@ import asyncio
 import itertools
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from common.config import OpdlmConfig
 from common.errors import ConfigError
 from common.models import ModelFacts, read_config
+from common.samples import SampleRef, sample_refs
 from common.shards import weights_fingerprint
 from common.types import WeightHandle
 from learner.plan import TrainingPlan
 from learner.rollout_files import RolloutFacts, RoundHeader, facts_of, read_header, round_file
-from learner.rollout_tasks import start_read
+from learner.rollout_tasks import ReadFacts, start_read
 
 _WHERE = {
     "prompts_per_round": "rollout.prompts_per_round",
@@ -34,24 +34,26 @@ class ReplaySource:
     Args:
         folder: where the files are, on every node.
         prompts_per_round: samples in a round.
+        per_reference: samples that share a reference.
     """
 
-    def __init__(self, folder: Path, prompts_per_round: int) -> None:
+    def __init__(self, folder: Path, prompts_per_round: int, per_reference: int) -> None:
         self._folder = folder
         self._prompts_per_round = prompts_per_round
+        self._per_reference = per_reference
 
-    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[Any], int]:
-        """References to the samples, in order, and the oldest weight version among them, once they are read.
+    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], int]:
+        """Where the samples are, in order, and the oldest weight version among them, once they are read.
 
         The arrays go from the disk to the object store in a task; they never pass through this process.
         """
-        references: list[Any] = []
-        versions: list[Any] = []
-        for round_, part in itertools.groupby(indices, key=lambda index: index // self._prompts_per_round):
-            samples, version = start_read(round_file(self._folder, round_), list(part))
-            references += samples
-            versions.append(version)
-        return references, min(await asyncio.gather(*versions))
+        size = self._per_reference
+        parts = itertools.groupby(indices, key=lambda index: index // self._prompts_per_round)
+        read = [start_read(round_file(self._folder, round_), list(part), size) for round_, part in parts]
+        facts: list[ReadFacts] = await asyncio.gather(*(facts for _, facts in read))
+        made = zip((groups for groups, _ in read), (of.lengths for of in facts), strict=True)
+        samples = [sample for groups, lengths in made for sample in sample_refs(groups, size, lengths)]
+        return samples, min(of.oldest_version for of in facts)
 
 
 def check_replay(config: OpdlmConfig, folder: Path, teacher: ModelFacts, plan: TrainingPlan, data_digest: str) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any
+
+from common.samples import SampleRef
 
 _GRACE_SECONDS = 10.0
 """Between a checkpoint that covers a sample and our letting go: the borrowers let go at once, but by message."""
@@ -24,10 +25,10 @@ class SampleKeeper:
 
     def __init__(self, prompts_per_round: int, grace_seconds: float = _GRACE_SECONDS) -> None:
         self.prompts_per_round, self.grace_seconds = prompts_per_round, grace_seconds
-        self._kept: list[tuple[int, Any]] = []
-        self._leaving: deque[tuple[float, list[Any]]] = deque()
+        self._kept: list[tuple[int, SampleRef]] = []
+        self._leaving: deque[tuple[float, list[SampleRef]]] = deque()
 
-    def keep(self, indices: list[int], samples: list[Any]) -> None:
+    def keep(self, indices: list[int], samples: list[SampleRef]) -> None:
         """Samples by their indices; one that is made twice has two references."""
         self._kept += zip(indices, samples, strict=True)
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from common.config import OpdlmConfig
 from common.curriculum import dynamic_threshold, length_limit
 from common.grid import BlockGrid
 from common.prompts import PromptOrder
+from common.samples import SampleRef, in_groups, sample_refs
 from common.types import RolloutRequest, ScoredTrajectory, TopKTargets, Trajectory, WeightHandle
 from deploy.telemetry import Telemetry
 
@@ -26,32 +28,45 @@ from deploy.telemetry import Telemetry
 class SampleSource(Protocol):
     """Makes samples of indices in the run's order of prompts; may be called again for the same ones after a failure."""
 
-    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[Any], int]:
-        """Returns (references to one `ScoredTrajectory` an index, the weight version they belong to)."""
+    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], int]:
+        """Returns (where the `ScoredTrajectory` of each index is, the weight version they belong to)."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Has the teachers score trajectories, which stay where they are, as do the samples."""
+
+    teachers: ActorPool
+    telemetry: Telemetry
+    per_reference: int
+    """Samples that share a reference (`samples_per_reference`)."""
+
+    async def score(self, trajectories: Any, count: int) -> list[SampleRef]:
+        """One sample a trajectory. `trajectories`: the list of so many, or a reference to it."""
+        outputs = -(-count // self.per_reference)
+        groups, stats = await self.teachers.call("score", trajectories, self.per_reference, outputs=outputs)
+        self.telemetry.scored(stats)
+        return sample_refs(groups, self.per_reference, stats.lengths)
 
 
 class OnPolicySource:
     """Decodes with the newest weights, then scores."""
 
-    def __init__(
-        self, config: OpdlmConfig, rollouts: ActorPool, teachers: ActorPool, order: PromptOrder, telemetry: Telemetry
-    ) -> None:
-        self.config, self.rollouts, self.teachers = config, rollouts, teachers
-        self.order, self.telemetry = order, telemetry
+    def __init__(self, config: OpdlmConfig, rollouts: ActorPool, scoring: Scoring, order: PromptOrder) -> None:
+        self.config, self.rollouts, self.scoring, self.order = config, rollouts, scoring, order
         self.settings = DecodeSettings.from_config(config.rollout)
 
-    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[Any], int]:
+    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], int]:
         """See `SampleSource`."""
-        batch, count = self.config.rollout.batch_size, len(indices)
+        batch = self.config.rollout.batch_size
         requests = [rollout_request(self.config, self.order, index) for index in indices]
-        trajectories, decoded = await self.rollouts.call(
-            "decode", requests, weights, self.settings, batch, outputs=count
+        (trajectories,), decoded = await self.rollouts.call(
+            "decode", requests, weights, self.settings, batch, outputs=1
         )
-        scored, stats = await self.teachers.call("score", *trajectories, outputs=count)
-        self.telemetry.decoded(decoded)
-        self.telemetry.scored(stats)
-        return scored, decoded.weight_version
+        samples = await self.scoring.score(trajectories, len(indices))
+        self.scoring.telemetry.decoded(decoded)
+        return samples, decoded.weight_version
 
 
 def rollout_request(config: OpdlmConfig, order: PromptOrder, index: int) -> RolloutRequest:
@@ -79,25 +94,25 @@ class GivenSource:
     def __init__(
         self,
         config: OpdlmConfig,
-        teachers: ActorPool,
+        scoring: Scoring,
         order: PromptOrder,
-        telemetry: Telemetry,
         responses: dict[str, np.ndarray],
         vocab_size: int,
         eos_ids: Sequence[int],
     ) -> None:
-        self.config, self.teachers, self.order, self.telemetry = config, teachers, order, telemetry
+        self.config, self.scoring, self.order = config, scoring, order
         self.responses, self.vocab_size, self.eos_ids = responses, vocab_size, tuple(eos_ids)
         self.grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
 
-    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[Any], int]:
+    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], int]:
         """See `SampleSource`. Given responses are never stale: they belong to the version of the moment."""
         trajectories = [self._trajectory(index, weights.version) for index in indices]
-        if self.config.objective.kind == "cft":
-            return [ray.put(ScoredTrajectory(t, self._one_hot(t))) for t in trajectories], weights.version
-        scored, stats = await self.teachers.call("score", *trajectories, outputs=len(indices))
-        self.telemetry.scored(stats)
-        return scored, weights.version
+        if self.config.objective.kind != "cft":
+            return await self.scoring.score(trajectories, len(indices)), weights.version
+        samples, size = [ScoredTrajectory(t, self._one_hot(t)) for t in trajectories], self.scoring.per_reference
+        groups = [ray.put(group) for group in in_groups(samples, size)]
+        lengths = [(len(t.prompt_ids), t.response_length) for t in trajectories]
+        return sample_refs(groups, size, lengths), weights.version
 
     def _trajectory(self, index: int, version: int) -> Trajectory:
         prompt, round_ = self.order[index], index // self.config.rollout.prompts_per_round

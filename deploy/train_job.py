@@ -15,7 +15,8 @@ from actors.pool import ActorPool
 from common.checkpoint import list_checkpoints
 from common.config import OpdlmConfig
 from common.config.schema import Strategy
-from common.models import count_parameters
+from common.models import count_parameters, read_config
+from common.samples import samples_per_reference
 from common.tasks import get_task
 from common.types import WeightHandle
 from deploy import offline, report
@@ -29,7 +30,7 @@ from deploy.preflight import Preflight, examined_tasks, preflight, prepare_stude
 from deploy.replay_source import ReplaySource
 from deploy.run_dir import config_digest, open_run
 from deploy.scaling import Scaler
-from deploy.sources import GivenSource, OnPolicySource, SampleSource
+from deploy.sources import GivenSource, OnPolicySource, SampleSource, Scoring
 from deploy.spare_evaluation import SpareEvaluations
 from deploy.telemetry import Telemetry, read_records
 from deploy.wandb_sink import WandbSink
@@ -159,10 +160,12 @@ class _Job:
     async def _source(self) -> SampleSource:
         """Saved samples, the student's rollouts, or given responses, which the teacher makes now if nobody has yet."""
         config, roles, order = self.config, self.roles, self.checked.order
+        per_reference = samples_per_reference(config, read_config(config.model.teacher))
         if config.run.replay is not None:
-            return ReplaySource(Path(config.run.replay), config.rollout.prompts_per_round)
+            return ReplaySource(Path(config.run.replay), config.rollout.prompts_per_round, per_reference)
+        scoring = Scoring(roles.teachers, self.telemetry, per_reference)
         if config.objective.kind == "opd":
-            return OnPolicySource(config, roles.rollouts, roles.teachers, order, self.telemetry)
+            return OnPolicySource(config, roles.rollouts, scoring, order)
         if self.given is None:
             prompts = self.checked.prompts.prompts
             made_of = offline.recipe(config, order.digest)
@@ -172,9 +175,7 @@ class _Job:
         facts, given = self.checked.teacher, self.given
         cut = given.cut_at_inner_end(facts.eos_ids)
         self.telemetry.given(len(given.by_prompt), given.forward_tokens, given.cached, cut)
-        return GivenSource(
-            config, roles.teachers, order, self.telemetry, self.given.by_prompt, facts.vocab_size, facts.eos_ids
-        )
+        return GivenSource(config, scoring, order, self.given.by_prompt, facts.vocab_size, facts.eos_ids)
 
     def _on_signal(self, number: int) -> None:
         if self.stopped_by:  # asked twice: at once

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,3 +38,21 @@ class TrainingPlan:
             order = np.random.default_rng([self.seed, 1, round_] + [pass_] * (pass_ > 0)).permutation(samples)
             for i in range(0, samples, self.batch_size):
                 yield pass_, order[i : i + self.batch_size].tolist()
+
+
+def split(places: Sequence[int], work: Sequence[float], ranks: int) -> list[list[int]]:
+    """Shares a batch among ranks so that none waits long for another: the largest first, each to whom it burdens least.
+
+    No rank gets more than `ceil(len(places) / ranks)` samples, so none has many more rows than another.
+
+    Args:
+        work: what each sample of the round costs, by place.
+    """
+    most = -(-len(places) // ranks)
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    burdens = [0.0] * ranks
+    for place in sorted(places, key=lambda place: -work[place]):
+        rank = min((r for r in range(ranks) if len(shares[r]) < most), key=lambda r: burdens[r])
+        shares[rank].append(place)
+        burdens[rank] += work[place]
+    return shares

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from common.errors import OpdlmError
 from common.object_store import StoreWait, store_is_full
-from common.types import ScoredTrajectory, WeightPack
+from common.samples import SampleRef
+from common.types import WeightPack
 
 
 class QueueClient:
@@ -39,10 +39,10 @@ class QueueClient:
                 f"learner rank {self._rank} waited {self._limit:g} s for {what} (resources.call_timeout_seconds)"
             ) from None
 
-    def take_round(self, round_: int) -> tuple[list[Any], list[int]] | None:
+    def take_round(self, round_: int) -> tuple[list[SampleRef], list[int]] | None:
         """Waits for a round as long as somebody works on it: the coordinator's waits have limits of their own.
 
-        Returns: (references by place in the round, staleness of each); None: stop before this round.
+        Returns: (samples by place in the round, staleness of each); None: stop before this round.
         """
         while True:
             try:
@@ -55,31 +55,9 @@ class QueueClient:
                         f"for {silent:.0f} s (resources.call_timeout_seconds {self._limit:g})"
                     ) from None
 
-    def fetch(self, references: list[Any], places: Sequence[int], first_sample: int) -> list[ScoredTrajectory]:
-        """Samples by their places in the round. `references` are replaced where a sample had to be made again.
-
-        Args:
-            first_sample: index of the round's first sample.
-
-        Raises:
-            OpdlmError: a sample came under another's index.
-        """
-        try:
-            samples = self.ask([references[place] for place in places], "scored trajectories")
-        except ObjectLostError:
-            samples = [self._fetch_one(references, place, first_sample + place) for place in places]
-        for place, sample in zip(places, samples, strict=True):
-            if (found := sample.trajectory.index) != first_sample + place:
-                raise OpdlmError(f"sample {found} came where sample {first_sample + place} belongs")
-        return samples
-
-    def _fetch_one(self, references: list[Any], place: int, index: int) -> ScoredTrajectory:
-        while True:
-            try:
-                return self.ask(references[place], "a scored trajectory")
-            except ObjectLostError:
-                again = self._queue.replace.remote(index, [references[place]])
-                (references[place],) = self.ask(again, f"sample {index}, whose data died, to be made again")
+    def replace(self, index: int, lost: SampleRef) -> SampleRef:
+        """Waits until a sample whose data is gone was made again."""
+        return self.ask(self._queue.replace.remote(index, lost), f"sample {index}, whose data died, to be made again")
 
     def publish_held(self, pack: WeightPack) -> None:
         """Hands over where weights on this rank's device are: rollout actors read them there (Ray Direct Transport)."""

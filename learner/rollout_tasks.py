@@ -6,30 +6,47 @@ Neither the driver nor a learner rank ever holds a whole round. This module is l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from common.samples import SampleRef, distinct_groups, in_groups
 from common.types import ScoredTrajectory
 from learner.rollout_files import RolloutFacts, load_samples, save_round
 
 
-def start_dump(file: Path, references: list[Any], facts: RolloutFacts) -> Any:
+@dataclass(frozen=True, slots=True)
+class ReadFacts:
+    """Of samples that were read."""
+
+    oldest_version: int
+    """Of the weights that decoded them."""
+    lengths: list[tuple[int, int]]
+    """(prompt tokens, response tokens) of each."""
+
+
+def start_dump(file: Path, samples: list[SampleRef], facts: RolloutFacts) -> Any:
     """Starts writing; the reference that comes back is ready when the file is there, or raises what went wrong."""
-    return ray.remote(num_cpus=0)(_dump).remote(file, references, facts)
+    return ray.remote(num_cpus=0)(_dump).remote(file, samples, facts)
 
 
-def start_read(file: Path, indices: Sequence[int]) -> tuple[list[Any], Any]:
-    """Starts reading; (references to those samples, a reference to the oldest weight version among them)."""
-    *samples, version = ray.remote(num_cpus=0)(_read).options(num_returns=len(indices) + 1).remote(file, indices)
-    return samples, version
+def start_read(file: Path, indices: Sequence[int], per_reference: int) -> tuple[list[Any], Any]:
+    """Starts reading; (references to lists of so many samples each, a reference to their `ReadFacts`)."""
+    outputs = -(-len(indices) // per_reference) + 1
+    *groups, facts = ray.remote(num_cpus=0)(_read).options(num_returns=outputs).remote(file, indices, per_reference)
+    return groups, facts
 
 
-def _dump(file: Path, references: list[Any], facts: RolloutFacts) -> None:
-    save_round(file, ray.get(references), facts)
+def _dump(file: Path, samples: list[SampleRef], facts: RolloutFacts) -> None:
+    references = distinct_groups(samples)
+    groups = dict(zip(references, ray.get(references), strict=True))
+    save_round(file, [groups[sample.group][sample.place] for sample in samples], facts)
 
 
-def _read(file: Path, indices: Sequence[int]) -> tuple[ScoredTrajectory | int, ...]:
+def _read(file: Path, indices: Sequence[int], per_reference: int) -> tuple[list[ScoredTrajectory] | ReadFacts, ...]:
     samples = load_samples(file, indices)
-    return (*samples, min(sample.trajectory.weight_version for sample in samples))
+    lengths = [(len(s.trajectory.prompt_ids), s.trajectory.response_length) for s in samples]
+    oldest = min(sample.trajectory.weight_version for sample in samples)
+    return (*in_groups(samples, per_reference), ReadFacts(oldest, lengths))

@@ -24,6 +24,7 @@ from common.convert import save_model
 from common.errors import OpdlmError
 from common.grid import BlockGrid
 from common.models import load_model, load_output_matrix, load_tokenizer, read_facts, require_mask
+from common.samples import SampleRef
 from common.shards import weights_fingerprint
 from common.types import WeightPack
 from common.weights import WeightPacker, load_weights
@@ -31,10 +32,11 @@ from learner import zero
 from learner.distill import DistillModule
 from learner.group import LearnerSetup
 from learner.lora import add_adapters, save_adapter
-from learner.plan import TrainingPlan
+from learner.plan import TrainingPlan, split
 from learner.queue_client import QueueClient
 from learner.rollout_files import facts_of, round_file
 from learner.rollout_tasks import start_dump
+from learner.round_samples import RoundSamples
 from learner.saving import GiveUp, Saver
 from learner.schedule import learning_rate
 from learner.train_step import StepResult, TrainStep
@@ -93,8 +95,8 @@ class Learner:
             taken = self.queue.take_round(self.rounds)
             if taken is None:
                 break
-            references, staleness = taken
-            self._train_round(references, staleness, time.perf_counter() - waiting)
+            samples, staleness = taken
+            self._train_round(samples, staleness, time.perf_counter() - waiting)
             pack = self._publish()
             if self.rounds % self.config.checkpoint.every_rounds == 0 and self.rounds < self.plan.rounds:
                 saved = self.rounds if self._save() else saved
@@ -110,13 +112,15 @@ class Learner:
             self.queue.give_up(reason)
         dist.barrier()
 
-    def _train_round(self, references: list[Any], staleness: list[int], waited: float) -> None:
+    def _train_round(self, taken: list[SampleRef], staleness: list[int], waited: float) -> None:
         started = time.perf_counter()
-        dump = self._start_dump(references)
+        dump = self._start_dump(taken)
         tokens = forward_tokens = 0
-        for pass_, places in self.plan.batches(self.rounds, len(references)):
-            share = self.queue.fetch(references, places[self.rank :: self.world], self._first_sample)
-            spare = share[0] if share else self.queue.fetch(references, places[:1], self._first_sample)[0]
+        work = self._work(taken)
+        samples = RoundSamples(taken, self._first_sample, self.queue)
+        for pass_, places in self.plan.batches(self.rounds, len(taken)):
+            share = samples.fetch(split(places, work, self.world)[self.rank])
+            spare = share[0] if share else samples.fetch(places[:1])[0]
             rate = learning_rate(
                 self.optimizer_steps, self.plan.steps_before(self.plan.rounds), self.config.learner.optimizer
             )
@@ -149,6 +153,17 @@ class Learner:
             train_seconds=time.perf_counter() - started,
         )
 
+    def _work(self, samples: list[SampleRef]) -> list[float]:
+        """What training each costs, in tokens of a forward: its clean half, and about so many copies of its response.
+
+        Rank 0's, for all: a sample that is made again may have another length, and ranks may have taken different ones.
+        """
+        copies = self.config.rollout.block_size if self.config.objective.states == "all_states" else 1
+        tokens = [s.prompt_tokens + (1 + copies) * s.response_tokens for s in samples]
+        agreed = torch.tensor(tokens, dtype=torch.float64, device=self.engine.device)
+        dist.broadcast(agreed, 0)
+        return agreed.tolist()
+
     @property
     def _first_sample(self) -> int:
         return self.rounds * self.plan.prompts_per_round
@@ -165,14 +180,14 @@ class Learner:
                 f"(learner.max_skipped_steps {most}); the last checkpoint in {self.run_dir} is from before them"
             )
 
-    def _start_dump(self, references: list[Any]) -> Any:
+    def _start_dump(self, samples: list[SampleRef]) -> Any:
         """Rank 0 of a run with `run.dump_rollouts` has the round written; a round that is trained again, again."""
         if self.rank != 0 or not self.config.run.dump_rollouts:
             return None
         vocab_size = read_facts(self.config.model.teacher).vocab_size
         fingerprint = weights_fingerprint(self.config.model.teacher)
         facts = facts_of(self.config, vocab_size, self.setup.data_digest, fingerprint)
-        return start_dump(round_file(self.run_dir / "rollouts", self.rounds), references, facts)
+        return start_dump(round_file(self.run_dir / "rollouts", self.rounds), samples, facts)
 
     def _publish(self) -> WeightPack | None:
         """Gathers the weights (all ranks) and publishes them as version `rounds` (rank 0)."""

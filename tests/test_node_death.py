@@ -12,8 +12,10 @@ import ray
 from ray.cluster_utils import Cluster
 
 from actors.queue_actor import start_queue
+from common.samples import SampleRef
 from common.types import HiddenTargets, ScoredTrajectory, WeightPack
 from learner.queue_client import QueueClient
+from learner.round_samples import RoundSamples
 from tests.tiny import trajectory
 
 pytestmark = pytest.mark.ray
@@ -32,25 +34,24 @@ def two_nodes(monkeypatch) -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def scored(index: int) -> ScoredTrajectory:
-    """A sample too large to travel inside a message: it lies in the store of the node that made it."""
-    made = dataclasses.replace(trajectory([5, 6], [7, 8], [1, 2]), index=index)
-    return ScoredTrajectory(made, HiddenTargets(np.zeros((8, 65536), np.float32)))
+def scored(*indices: int) -> list[ScoredTrajectory]:
+    """Samples too large to travel inside a message: they lie in the store of the node that made them."""
+    made = [dataclasses.replace(trajectory([5, 6], [7, 8], [1, 2]), index=index) for index in indices]
+    return [ScoredTrajectory(t, HiddenTargets(np.zeros((8, 65536), np.float32))) for t in made]
 
 
 def test_samples_that_died_with_a_node_are_made_again(two_nodes) -> None:
-    """Two of four samples lie on the node that dies; the learner waits for new ones and gets all four."""
-    queue = start_queue(prompts_per_round=4, max_staleness=0, total=4, first_round=0)
+    """Three of five samples lie on the node that dies, two of them behind one reference; the learner gets all five."""
+    queue = start_queue(prompts_per_round=5, max_staleness=0, total=5, first_round=0)
     make = ray.remote(num_cpus=0, max_retries=0)(scored)  # as an actor's outputs, they are not made again by Ray
     ray.get(queue.publish.remote(0, WeightPack(0, (), {}, 0)))
     ray.get(queue.weights_taken.remote(0))
-    assert ray.get(queue.lease.remote(4)) == [0, 1, 2, 3]
-    there = {
-        i: make.options(resources={"second": 1} if i in (1, 3) else {"node:__internal_head__": 0.1}) for i in range(4)
-    }
-    references = [there[i].remote(i) for i in range(4)]
-    ray.wait(references, num_returns=4, fetch_local=False)
-    ray.get(queue.put.remote([0, 1, 2, 3], 0, references))
+    assert ray.get(queue.lease.remote(5)) == [0, 1, 2, 3, 4]
+    here, there = (make.options(resources=r) for r in ({"node:__internal_head__": 0.1}, {"second": 1}))
+    groups = [here.remote(0), there.remote(1, 2), there.remote(3), here.remote(4)]
+    ray.wait(groups, num_returns=4, fetch_local=False)
+    places = [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0)]
+    ray.get(queue.put.remote([0, 1, 2, 3, 4], 0, [SampleRef(groups[g], place, 2, 2) for g, place in places]))
 
     two_nodes.remove_node(two_nodes.second, allow_graceful=False)
     made_again = []
@@ -58,15 +59,17 @@ def test_samples_that_died_with_a_node_are_made_again(two_nodes) -> None:
     def coordinate() -> None:
         while indices := ray.get(queue.lease.remote(1)):
             made_again.extend(indices)
-            ray.get(queue.put.remote(indices, 0, [make.remote(i) for i in indices]))
+            ray.get(queue.put.remote(indices, 0, [SampleRef(make.remote(i), 0, 2, 2) for i in indices]))
 
     producing = threading.Thread(target=coordinate)
     producing.start()
     rank = QueueClient(queue, 0, timeout_seconds=120)
     taken, _ = rank.take_round(0)
-    assert [s.trajectory.index for s in rank.fetch(taken, [3, 0, 1, 2], first_sample=0)] == [3, 0, 1, 2]
+    samples = RoundSamples(taken, 0, rank)
+    assert [s.trajectory.index for s in samples.fetch([3, 0, 1])] == [3, 0, 1]
+    assert [s.trajectory.index for s in samples.fetch([2, 4])] == [2, 4]
     ray.get(queue.learner_ended.remote())
     producing.join()
-    assert sorted(made_again) == [1, 3]
-    assert ray.get(queue.state.remote())["samples_made_again"] == 2
+    assert sorted(made_again) == [1, 2, 3]
+    assert ray.get(queue.state.remote())["samples_made_again"] == 3
     ray.kill(queue)

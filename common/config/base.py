@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "sequential", "random"]
 Grid = Literal["absolute", "response"]
 Dtype = Literal["float32", "bfloat16"]
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
 OnNewWeights = Literal["finish", "continue"]
 Attention = Literal["auto", "sdpa", "flex_attention"]
 

@@ -89,7 +89,7 @@ def test_both_roles_are_guarded(exits, chain_teacher, student) -> None:
     break_model(rollout._model)
     sample = trajectory([5, 6, 7], [8, 9], [1, 2])
     calls = [
-        lambda: teacher.score(sample),
+        lambda: teacher.score([sample], 1),
         lambda: teacher.generate([sample.prompt_ids], 2, 1),
         lambda: rollout.decode([request(3, vocab=10)], None, DecodeSettings(), 1),
     ]
@@ -116,7 +116,7 @@ def test_actors_with_a_dead_engine_come_back_and_work(ray_cluster, chain_teacher
 
         ray.get(actor.__ray_call__.remote(act), timeout=300)
 
-    score = ("score", trajectory([5, 6, 7], [8, 9], [1, 2]))
+    score = ("score", [trajectory([5, 6, 7], [8, 9], [1, 2])], 1)
     decode = ("decode", [request(3, vocab=10)], None, DecodeSettings(), 1)
     try:
         for actor, call, find, value in (
@@ -125,10 +125,10 @@ def test_actors_with_a_dead_engine_come_back_and_work(ray_cluster, chain_teacher
         ):
             pool = ActorPool({"actor": actor}, timeout_seconds=300, restarts=1)
             with asyncio.Runner() as runner:  # one event loop: the pool belongs to it
-                (before,), _ = runner.run(pool.fetch(*call, outputs=1))
+                ((before,),), _ = runner.run(pool.fetch(*call, outputs=1))
                 process = pid(actor)
                 break_engine(actor, find)
-                (after,), _ = runner.run(pool.fetch(*call, outputs=1))
+                ((after,),), _ = runner.run(pool.fetch(*call, outputs=1))
             assert (value(after) == value(before)).all(), "the call that met the dead engine goes to the new process"
             assert pid(actor) != process
     finally:

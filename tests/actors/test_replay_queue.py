@@ -257,7 +257,7 @@ def test_a_begun_round_waits_for_a_lost_sample_after_a_stop_too(no_object_store)
         await queue.weights_taken(0)
         await queue.put(await queue.lease(2), 0, ["a", "b"])
         await queue.take_round(0)
-        replacing = asyncio.create_task(queue.replace(1, ["b"]))
+        replacing = asyncio.create_task(queue.replace(1, "b"))
         await asyncio.sleep(0)
         await queue.request_stop()
         again = asyncio.create_task(queue.take_round(0))
@@ -266,7 +266,7 @@ def test_a_begun_round_waits_for_a_lost_sample_after_a_stop_too(no_object_store)
         assert await queue.lease(2) == [1]
         await queue.put([1], 0, ["new b"])
         assert await again == (["a", "new b"], [0, 0])
-        assert await replacing == ["new b"]
+        assert await replacing == "new b"
         assert await queue.take_round(1) is None
 
     asyncio.run(scenario())

@@ -21,10 +21,11 @@ from actors.queue_actor import ReplayQueueActor
 from actors.teacher_actor import ScoreStats
 from common.config import config_from_dict
 from common.prompts import Prompt, PromptOrder
+from common.samples import in_groups
 from common.types import DecodeStats, RolloutRequest, WeightHandle, WeightPack
 from deploy.cluster import Roles
 from deploy.coordinator import Coordinator
-from deploy.sources import OnPolicySource
+from deploy.sources import OnPolicySource, Scoring
 from deploy.telemetry import Telemetry
 from tests.deploy.test_coordinator import Remote
 
@@ -92,7 +93,7 @@ class SimulatedRollout:
             await self.run.take_time(self.run.stages.decode, len(requests), self.run.shape.rollouts)
             self.run.fault(self.name)
             self.run.decoded += [(r.index, version) for r in requests]
-            return (*[r.index for r in requests], DecodeStats(version, len(requests), 1, 1, 1, 1, 0.1))
+            return [r.index for r in requests], DecodeStats(version, len(requests), 1, 1, 1, 1, 0.1)
 
     async def ready(self) -> None:
         raise RayActorError  # asked of one that died: it does not come back
@@ -111,12 +112,12 @@ class SimulatedTeacher:
         self.run, self.name = run, name
         self._one_call = asyncio.Lock()
 
-    async def score(self, *samples: Any) -> tuple[Any, ...]:
+    async def score(self, decoded: Any, per_reference: int) -> tuple[Any, ...]:
         async with self._one_call:
-            indices = [await sample for sample in samples]
+            indices = await decoded
             await self.run.take_time(self.run.stages.score, len(indices), self.run.shape.teachers)
             self.run.fault(self.name)
-            return (*indices, ScoreStats(1, 1, 0.1, 1))
+            return (*in_groups(indices, per_reference), ScoreStats(1, 1, 0.1, 1, ((1, 1),) * len(indices)))
 
     async def ready(self) -> None:
         raise RayActorError
@@ -169,7 +170,7 @@ class SimulatedRun:
         view = type("View", (), {"show": lambda self, record: None})()
         self.telemetry = telemetry = Telemetry(folder, view)
         roles = Roles(Remote(self.queue, loop), self.rollouts, self.teachers)
-        source = OnPolicySource(config, self.rollouts, self.teachers, order, telemetry)
+        source = OnPolicySource(config, self.rollouts, Scoring(self.teachers, telemetry, 3), order)
         self.coordinator = Coordinator(config, roles, source, telemetry, self._no_hook)
 
     async def run(self) -> None:
@@ -211,7 +212,7 @@ class SimulatedRun:
         if taken is None:
             return False
         assert all(0 <= staleness <= self.shape.staleness for staleness in taken[1])
-        samples = [await sample for sample in taken[0]]
+        samples = [(await sample.group)[sample.place] for sample in taken[0]]
         assert self.handed.setdefault(round_, samples) == samples, "a round that is taken again is another one"
         self._die(dies == "taken")
         await asyncio.sleep(self.stages.train * self.jitter())

@@ -20,10 +20,11 @@ from common.config import config_from_dict
 from common.errors import OpdlmError
 from common.object_store import StoreWait
 from common.prompts import Prompt, PromptOrder
+from common.samples import in_groups
 from common.types import DecodeStats, WeightHandle, WeightPack
 from deploy.cluster import Roles
 from deploy.coordinator import Coordinator
-from deploy.sources import OnPolicySource
+from deploy.sources import OnPolicySource, Scoring
 from deploy.telemetry import Telemetry, read_records
 from tests.full_disk import no_file_above
 
@@ -75,7 +76,7 @@ class Rollout:
     async def decode(self, requests, handle, settings, batch_size):
         await asyncio.sleep(self.seconds)
         self.decoded += [(r.index, self.version) for r in requests]
-        return (*[r.index for r in requests], DecodeStats(self.version, len(requests), 1, 1, 1, 1, 0.1))
+        return [r.index for r in requests], DecodeStats(self.version, len(requests), 1, 1, 1, 1, 0.1)
 
 
 class Teacher:
@@ -84,12 +85,12 @@ class Teacher:
     def __init__(self, fail_at: int | None = None, times: int = 0, error: Exception | None = None) -> None:
         self.fail_at, self.times, self.error = fail_at, times, error or RayError("out of memory")
 
-    async def score(self, *samples):
-        indices = [await s for s in samples]
+    async def score(self, decoded, per_reference):
+        indices = await decoded
         if self.fail_at in indices and self.times > 0:
             self.times -= 1
             raise self.error
-        return (*indices, ScoreStats(1, 1, 0.1, 1))
+        return (*in_groups(indices, per_reference), ScoreStats(1, 1, 0.1, 1, ((1, 1),) * len(indices)))
 
 
 class Setup:
@@ -114,9 +115,8 @@ class Setup:
         view = type("View", (), {"show": lambda self, record: None})()
         self.hooked: list[int] = []
         telemetry, roles = Telemetry(folder, view), Roles(Remote(self.queue, loop), *pools)
-        self.coordinator = Coordinator(
-            config, roles, OnPolicySource(config, *pools, order, telemetry), telemetry, self._hook
-        )
+        source = OnPolicySource(config, pools[0], Scoring(pools[1], telemetry, 3), order)
+        self.coordinator = Coordinator(config, roles, source, telemetry, self._hook)
 
     async def _hook(self, handle: WeightHandle) -> None:
         self.hooked.append(handle.version)
@@ -137,7 +137,7 @@ class Setup:
 
 
 async def _value(sample):
-    return await sample
+    return (await sample.group)[sample.place]
 
 
 @pytest.fixture(autouse=True)
@@ -201,9 +201,9 @@ def test_samples_whose_data_died_are_decoded_and_scored_again(tmp_path, stalenes
             for round_ in range(ROUNDS):
                 samples, _ = ask(setup.queue.take_round(round_))
                 if round_ in (1, ROUNDS - 1):
-                    first, again = samples[0], ask(setup.queue.replace(round_ * N, [samples[0]]))
-                    assert again[0] is not first
-                    assert ask(_value(again[0])) == round_ * N
+                    first, again = samples[0], ask(setup.queue.replace(round_ * N, samples[0]))
+                    assert again.group is not first.group
+                    assert ask(_value(again)) == round_ * N
                 ask(setup.queue.publish(round_ + 1, WeightPack(round_ + 1, (), {}, 0)))
 
         await asyncio.wait_for(setup.coordinator.run(learn), timeout=30)

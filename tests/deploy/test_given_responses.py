@@ -11,6 +11,7 @@ import torch
 from ray.exceptions import RayError
 
 from actors.ar_generate import generate
+from actors.teacher_actor import ScoreStats
 from common.config import config_from_dict
 from common.config.schema import ObjectiveConfig
 from common.errors import ConfigError, OpdlmError
@@ -18,10 +19,11 @@ from common.grid import BlockGrid
 from common.masks import training_mask
 from common.models import hidden_states
 from common.prompts import Prompt, PromptOrder
+from common.samples import SampleRef
 from common.shards import weights_fingerprint
 from common.types import ScoredTrajectory, WeightHandle
 from deploy import offline
-from deploy.sources import GivenSource, given_trajectory
+from deploy.sources import GivenSource, Scoring, given_trajectory
 from learner.distill import DistillModule
 from learner.packing import collate
 from learner.rows import build_rows
@@ -89,25 +91,27 @@ def _source(prompts, kind: str, teachers=None) -> GivenSource:
     class Quiet:
         def scored(self, stats) -> None: ...
 
-    return GivenSource(config, teachers, PromptOrder(prompts, 0, 1), Quiet(), responses, VOCABULARY, [EOS])
+    scoring = Scoring(teachers, Quiet(), per_reference=2)
+    return GivenSource(config, scoring, PromptOrder(prompts, 0, 1), responses, VOCABULARY, [EOS])
 
 
 def test_off_policy_samples_are_scored_and_belong_to_the_version_of_the_moment() -> None:
-    prompts = [Prompt(str(i), request(3, i).prompt_ids, response=np.array([4, 5, i, EOS])) for i in (6, 7)]
+    prompts = [Prompt(str(i), request(3, i).prompt_ids, response=np.array([4, 5, i, EOS])) for i in (6, 7, 8)]
     asked: list[tuple] = []
 
     class Teachers:
-        async def call(self, method, *trajectories, outputs):
-            asked.append((method, trajectories, outputs))
-            return ["ref"] * outputs, None
+        async def call(self, method, trajectories, per_reference, outputs):
+            asked.append((method, trajectories, per_reference, outputs))
+            return ["first", "second"], ScoreStats(12, 18, 0.1, 0, ((3, 4), (3, 5), (3, 3)))
 
     source = _source(prompts, "off_policy_kd", Teachers())
-    refs, version = asyncio.run(source.sample([0, 1], WeightHandle(5, [], 0)))
-    assert (refs, version) == (["ref", "ref"], 5)
-    ((method, trajectories, outputs),) = asked
-    assert (method, outputs) == ("score", 2)
+    samples, version = asyncio.run(source.sample([0, 1, 2], WeightHandle(5, [], 0)))
+    assert samples == [SampleRef("first", 0, 3, 4), SampleRef("first", 1, 3, 5), SampleRef("second", 0, 3, 3)]
+    assert version == 5
+    ((method, trajectories, per_reference, outputs),) = asked
+    assert (method, per_reference, outputs) == ("score", 2, 2)
     order = source.order
-    assert [t.response.tolist() for t in trajectories] == [order[i].response.tolist() for i in (0, 1)]
+    assert [t.response.tolist() for t in trajectories] == [order[i].response.tolist() for i in (0, 1, 2)]
 
 
 class Teachers:

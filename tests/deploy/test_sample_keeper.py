@@ -13,6 +13,7 @@ import pytest
 import ray
 
 from actors.queue_actor import ReplayQueueActor
+from common.samples import SampleRef, distinct_groups, sample_refs
 from deploy.sample_keeper import SampleKeeper
 
 N, ROUNDS = 16, 12
@@ -26,8 +27,8 @@ def test_samples_are_kept_until_their_grace_after_a_checkpoint_is_over():
     keeper = SampleKeeper(prompts_per_round=2, grace_seconds=0.05)
     samples = [Sample() for _ in range(4)]
     watched = [weakref.ref(sample) for sample in samples]
-    keeper.keep([3, 0], [samples[3], samples[0]])
-    keeper.keep([1, 2], samples[1:3])
+    keeper.keep([3, 0], [SampleRef(samples[i], 0, 1, 1) for i in (3, 0)])
+    keeper.keep([1, 2], [SampleRef(sample, 0, 1, 1) for sample in samples[1:3]])
     del samples
 
     keeper.committed(0)
@@ -45,7 +46,7 @@ class Scorer:
     """Makes samples small enough that Ray keeps them in their owner's process."""
 
     def score(self, count: int) -> tuple[Any, ...]:
-        return *[np.zeros(500) for _ in range(count)], None
+        return *[[np.zeros(500)] for _ in range(count)], None
 
 
 @ray.remote(num_cpus=0)
@@ -56,8 +57,8 @@ class Rank:
         self.queue = queue
 
     def train(self, round_: int) -> int:
-        references, _ = ray.get(self.queue.take_round.remote(round_))
-        return len(ray.get(references))
+        samples, _ = ray.get(self.queue.take_round.remote(round_))
+        return len(ray.get(distinct_groups(samples)))
 
 
 @pytest.mark.ray
@@ -72,11 +73,12 @@ def test_values_of_trained_samples_leave_the_drivers_memory(ray_cluster):
         ray.get(queue.publish.remote(round_, _Pack()))
         ray.get(queue.weights_taken.remote(round_))
         indices = ray.get(queue.lease.remote(N))
-        *samples, done = scorer.score.options(num_returns=N + 1).remote(N)
+        *groups, done = scorer.score.options(num_returns=N + 1).remote(N)
         ray.get(done)
+        samples = sample_refs(groups, 1, [(1, 1)] * N)
         keeper.keep(indices, samples)
         assert all(ray.get(queue.put.remote(indices, round_, samples)))
-        del samples, done  # from here on only the queue and the keeper know them
+        del groups, samples, done  # from here on only the queue and the keeper know them
         assert ray.get(rank.train.remote(round_)) == N
         ray.get(queue.committed.remote(round_ + 1))
 

@@ -1,0 +1,61 @@
+"""A round's samples as one rank sees them: fetched when a step needs them, made again where their data died."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ray.exceptions import ObjectLostError
+
+from common.errors import OpdlmError
+from common.samples import SampleRef, distinct_groups
+from common.types import ScoredTrajectory
+from learner.queue_client import QueueClient
+
+
+class RoundSamples:
+    """The samples of one round by their places in it.
+
+    Args:
+        samples: in index order, as the queue gave them.
+        first: index of the round's first sample.
+        queue: makes lost samples be made again.
+    """
+
+    def __init__(self, samples: Sequence[SampleRef], first: int, queue: QueueClient) -> None:
+        self.samples, self._first, self._queue = list(samples), first, queue
+        self._shared: dict[Any, list[ScoredTrajectory]] = {}
+        """Lists of several small samples: nearly every step wants one of each. A large one is let go of at once."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def fetch(self, places: Sequence[int]) -> list[ScoredTrajectory]:
+        """Samples by their places.
+
+        Raises:
+            OpdlmError: no answer in time, or a sample came under another's index.
+        """
+        wanted = [self.samples[place] for place in places]
+        new = [group for group in distinct_groups(wanted) if group not in self._shared]
+        try:
+            here = self._shared | dict(zip(new, self._queue.ask(new, "scored trajectories"), strict=True))
+        except ObjectLostError:
+            found = [self._fetch_one(place) for place in places]
+        else:
+            self._shared |= {group: here[group] for group in new if len(here[group]) > 1}
+            found = [here[sample.group][sample.place] for sample in wanted]
+        for place, sample in zip(places, found, strict=True):
+            if (index := sample.trajectory.index) != self._first + place:
+                raise OpdlmError(f"sample {index} came where sample {self._first + place} belongs")
+        return found
+
+    def _fetch_one(self, place: int) -> ScoredTrajectory:
+        while True:
+            sample = self.samples[place]
+            try:
+                group = self._shared.get(sample.group) or self._queue.ask(sample.group, "a scored trajectory")
+            except ObjectLostError:
+                self.samples[place] = self._queue.replace(self._first + place, sample)
+            else:
+                return group[sample.place]
