@@ -1,6 +1,6 @@
 """The replay queue as a Ray actor: where the coordinator and the learner's ranks meet.
 
-It holds references and small records; of weights it touches the newest pack once, to own it. Three mailboxes around
+It holds references and small records, and owns the newest weights without ever holding them. Three mailboxes around
 `ReplayQueue`'s rules: samples (coordinator -> learner), weights (learner -> coordinator), events (learner ->
 coordinator: step metrics). Every method that waits wakes up on any change; callers bring their own time limits.
 """
@@ -17,7 +17,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.replay_queue import ReplayQueue
-from common.types import WeightHandle, WeightPack
+from common.outbox import Outbox
+from common.types import WeightHandle
 
 NAME = "replay-queue"
 
@@ -154,25 +155,22 @@ class ReplayQueueActor:
         await self._until(lambda: self._queue.sample(index) is not None)
         return self._queue.sample(index)
 
-    async def publish(self, version: int, pack: WeightPack) -> None:
+    async def publish(self, version: int, pack: list[Any], nbytes: int) -> None:
         """New weights; an older version (a restarted learner repeating itself) changes nothing.
 
-        The pack is put again from here: an object dies with the process that put it, and a learner rank may end, or
-        die, before every rollout actor has loaded it.
+        Args:
+            pack: its one reference; the pack lives as long as the process that called for it or put it.
         """
-        if self._is_news(version):
-            self._weights = WeightHandle(version, [ray.put(pack)], pack.nbytes)
-        self._wake()
-
-    async def publish_held(self, version: int, pack: list[Any], nbytes: int) -> None:
-        """The same of a pack that stays with the learner's rank, and dies with it; `pack`: its one reference."""
-        if self._is_news(version):
-            self._weights = WeightHandle(version, pack, nbytes, held_by_learner=True)
-        self._wake()
-
-    def _is_news(self, version: int) -> bool:
         self._queue.published(version)
-        return self._weights is None or version >= self._weights.version
+        if self._weights is None or version >= self._weights.version:
+            self._weights = WeightHandle(version, pack, nbytes)
+        self._wake()
+
+    async def collect(self, outbox: Outbox) -> None:
+        """The same of a pack that a rank has laid out: it outlives the rank, though not the rank's node."""
+        pack, stored = outbox.collect()
+        await stored
+        await self.publish(outbox.version, [pack], outbox.nbytes)
 
     async def weights_again(self, lost: WeightHandle) -> WeightHandle | None:
         """Waits until a restarted learner has come to that version again; None when the learner has ended."""
@@ -200,9 +198,9 @@ class ReplayQueueActor:
         """Why the learner ended the run as a failure; None where it did not."""
         return self._reason_to_give_up
 
-    async def tell(self, event: dict[str, Any]) -> None:
-        """A record for the metrics."""
-        self._events.append(event)
+    async def tell(self, events: list[dict[str, Any]]) -> None:
+        """Records for the metrics."""
+        self._events += events
         self._wake()
 
     # --- waiting ------------------------------------------------------------------------------------------------

@@ -137,8 +137,6 @@ def _fetch(handle: WeightHandle) -> WeightPack:
     try:
         return ray.get(handle.pack[0])
     except ObjectLostError as error:
-        if not handle.held_by_learner:
-            raise
         raise WeightsLost(f"weights of version {handle.version}: {last_line(error)}") from error
 
 

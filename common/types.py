@@ -134,8 +134,6 @@ class WeightHandle:
     pack: list[Any]
     """The one object reference, in a list, so that Ray does not fetch it on the way."""
     nbytes: int
-    held_by_learner: bool = False
-    """The data is the learner's own (`rollout.weight_transport: nixl`) and dies with it."""
 
 
 @dataclass(frozen=True, slots=True)

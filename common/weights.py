@@ -48,13 +48,25 @@ class WeightPacker:
             else:
                 self._device = flat.device
                 pieces.setdefault(kind, []).append(flat.clone() if self._on_device else flat.cpu().clone())
-        buffers |= {kind: torch.cat(parts) for kind, parts in pieces.items()}
+        buffers |= {kind: _joined(parts) for kind, parts in pieces.items()}
         if used != {kind: buffer.numel() for kind, buffer in buffers.items()}:
             raise ValueError(f"weights version {version}: not the parameters that were packed before")
         if self._on_device:
             self._buffers = {kind: buffer.to("meta") for kind, buffer in buffers.items()}  # their sizes
             return WeightPack(version, tuple(places), buffers, total)
         return WeightPack(version, tuple(places), {k: tensor_to_array(b) for k, b in buffers.items()}, total)
+
+
+def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """One after the other, each let go of once it is copied: there is no moment with two of everything."""
+    joined = torch.empty(sum(piece.numel() for piece in pieces), dtype=pieces[0].dtype, device=pieces[0].device)
+    start = 0
+    for place, piece in enumerate(pieces):
+        joined[start : start + piece.numel()] = piece
+        start += piece.numel()
+        pieces[place] = piece.new_empty(0)
+        del piece
+    return joined
 
 
 @torch.no_grad()

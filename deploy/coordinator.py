@@ -41,9 +41,6 @@ log = logging.getLogger("opdlm.coordinator")
 _HEARTBEAT_SECONDS = 10.0
 """Between two signs of the coordinator's life to the learner, at most."""
 
-_BETWEEN_EVENTS_SECONDS = 0.2
-"""Between two askings for events: a small model's steps, each told by itself, would keep two processes busy."""
-
 _LOST_PAUSE_SECONDS = 10.0
 """Until lost weights are asked for again."""
 
@@ -237,4 +234,3 @@ class Coordinator:
                 heard = time.monotonic()
             elif time.monotonic() - heard > limit:
                 raise LearnerSilent(f"learner: it neither trains nor waits for samples since {limit:g} s {_LIMIT}")
-            await asyncio.sleep(_BETWEEN_EVENTS_SECONDS)

@@ -15,6 +15,7 @@ from actors.pool import ActorPool
 from common.checkpoint import list_checkpoints
 from common.config import OpdlmConfig
 from common.config.schema import Strategy
+from common.errors import WeightsLost
 from common.models import count_parameters, read_config
 from common.samples import samples_per_reference
 from common.tasks import get_task
@@ -108,7 +109,7 @@ class _Job:
         )
         self.settings = DecodeSettings.from_config(config.rollout)
         self.coordinator: Coordinator | None = None
-        self._spare = SpareEvaluations(self._evaluate_periodically)
+        self._spare = SpareEvaluations(self._evaluate_beside)
         self._evaluated: set[tuple[str, int]] = set()
         """(row, version) of what an earlier life of the run has evaluated."""
         self.stopped_by = 0
@@ -205,6 +206,13 @@ class _Job:
     async def _evaluate_periodically(self, handle: WeightHandle) -> None:
         assert self._periodic is not None
         await self._evaluate(report.PERIODIC, self._periodic, handle, self.roles.evaluators)
+
+    async def _evaluate_beside(self, handle: WeightHandle) -> None:
+        """The curve has a gap where a version died with its node before the spare actors had it."""
+        try:
+            await self._evaluate_periodically(handle)
+        except WeightsLost as error:
+            self.telemetry.failed([], 1, f"no evaluation of version {handle.version}: {error}", type(error).__name__)
 
     async def _evaluate(self, row: str, exam: Exam, handle: WeightHandle, pool: ActorPool | None = None) -> None:
         strategy: Strategy = (

@@ -10,8 +10,13 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from common.errors import OpdlmError
 from common.object_store import StoreWait, store_is_full
+from common.outbox import laid_out
 from common.samples import SampleRef
 from common.types import WeightPack
+
+_BETWEEN_STEPS_SECONDS = 0.2
+"""Between two messages of nothing but steps: one a step of a small model would keep queue and driver busy."""
+_PUBLISHING = "publishing weights"
 
 
 class QueueClient:
@@ -25,6 +30,8 @@ class QueueClient:
 
     def __init__(self, queue: Any, rank: int, timeout_seconds: float) -> None:
         self._queue, self._rank, self._limit = queue, rank, timeout_seconds
+        self._untold: list[dict[str, Any]] = []
+        self._last_told = 0.0
 
     def ask(self, reference: Any, what: str) -> Any:
         """The value of a reference, or a list's values.
@@ -62,19 +69,20 @@ class QueueClient:
     def publish_held(self, pack: WeightPack) -> None:
         """Hands over where weights on this rank's device are: rollout actors read them there (Ray Direct Transport)."""
         reference = ray.put(pack, _tensor_transport="nixl")
-        self.ask(self._queue.publish_held.remote(pack.version, [reference], pack.nbytes), "publishing weights")
+        self.ask(self._queue.publish.remote(pack.version, [reference], pack.nbytes), _PUBLISHING)
 
     def publish(self, pack: WeightPack) -> None:
         """Hands weights over; waits for room where the object store is full, as the producers do."""
-        store = StoreWait(self._limit)
-        while True:
-            try:
-                self.ask(self._queue.publish.remote(pack.version, pack), "publishing weights")
-                return
-            except RayError as error:
-                if not store_is_full(error):
-                    raise
-                time.sleep(store.pause(f"weights of version {pack.version}"))
+        store, me = StoreWait(self._limit), ray.get_runtime_context().current_actor
+        with laid_out(me, pack) as outbox:
+            while True:
+                try:
+                    self.ask(self._queue.collect.remote(outbox), _PUBLISHING)
+                    return
+                except RayError as error:
+                    if not store_is_full(error):
+                        raise
+                    time.sleep(store.pause(f"weights of version {pack.version}"))
 
     def committed_rounds(self) -> int:
         """Rounds that need not be trained again: what the driver began with, or the last `committed`."""
@@ -86,6 +94,7 @@ class QueueClient:
 
     def wait_until_written(self) -> None:
         """Until the coordinator has written what it was told so far."""
+        self._tell_all()
         self.ask(self._queue.events_written.remote(), "the coordinator to write its metrics")
 
     def give_up(self, reason: str) -> None:
@@ -94,5 +103,12 @@ class QueueClient:
         self.ask(self._queue.give_up.remote(reason), "giving up")
 
     def tell(self, event: dict[str, Any]) -> None:
-        """A record for the metrics, with the time at which it is told."""
-        self._queue.tell.remote({"told_at": time.time(), **event})
+        """A record for the metrics, with the time at which it is told. A step's may wait for the next one."""
+        self._untold.append({"told_at": time.time(), **event})
+        if event["kind"] != "step" or time.monotonic() - self._last_told >= _BETWEEN_STEPS_SECONDS:
+            self._tell_all()
+
+    def _tell_all(self) -> None:
+        if self._untold:
+            self._queue.tell.remote(self._untold)
+        self._untold, self._last_told = [], time.monotonic()

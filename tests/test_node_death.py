@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 
 from actors.queue_actor import start_queue
 from common.samples import SampleRef
-from common.types import HiddenTargets, ScoredTrajectory, WeightPack
+from common.types import HiddenTargets, ScoredTrajectory
 from learner.queue_client import QueueClient
 from learner.round_samples import RoundSamples
 from tests.tiny import trajectory
@@ -44,7 +44,7 @@ def test_samples_that_died_with_a_node_are_made_again(two_nodes) -> None:
     """Three of five samples lie on the node that dies, two of them behind one reference; the learner gets all five."""
     queue = start_queue(prompts_per_round=5, max_staleness=0, total=5, first_round=0)
     make = ray.remote(num_cpus=0, max_retries=0)(scored)  # as an actor's outputs, they are not made again by Ray
-    ray.get(queue.publish.remote(0, WeightPack(0, (), {}, 0)))
+    ray.get(queue.publish.remote(0, ["pack"], 8))
     ray.get(queue.weights_taken.remote(0))
     assert ray.get(queue.lease.remote(5)) == [0, 1, 2, 3, 4]
     here, there = (make.options(resources=r) for r in ({"node:__internal_head__": 0.1}, {"second": 1}))

@@ -16,7 +16,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from actors.queue_actor import ReplayQueueActor
 from actors.replay_queue import ReplayQueue
-from common.types import WeightPack
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -162,18 +161,7 @@ def test_misuse_is_named() -> None:
         queue.take_round(0)
 
 
-def pack(version: int) -> WeightPack:
-    """Weights of nothing."""
-    return WeightPack(version, (), {}, 0)
-
-
-@pytest.fixture
-def no_object_store(monkeypatch) -> None:
-    """The actor's one use of Ray: owning the pack."""
-    monkeypatch.setattr("actors.queue_actor.ray.put", lambda pack: pack)
-
-
-def test_full_queue_holds_the_producer_until_weights_are_taken(no_object_store) -> None:
+def test_full_queue_holds_the_producer_until_weights_are_taken() -> None:
     """Back-pressure, through the actor's waiting methods."""
 
     async def scenario() -> None:
@@ -181,14 +169,14 @@ def test_full_queue_holds_the_producer_until_weights_are_taken(no_object_store) 
         waiting = asyncio.create_task(actor.lease(9))
         await asyncio.sleep(0)
         assert not waiting.done(), "nothing may be decoded before the first weights"
-        await actor.publish(0, pack(0))
+        await actor.publish(0, ["pack 0"], 8)
         await actor.weights_taken(0)
         assert await waiting == [0, 1]
         blocked = asyncio.create_task(actor.lease(9))
         assert await actor.put([0, 1], 0, ["a", "b"]) == [True, True]
         samples, staleness = await actor.take_round(0)
         assert (samples, staleness) == (["a", "b"], [0, 0])
-        await actor.publish(1, pack(1))
+        await actor.publish(1, ["pack 1"], 8)
         await asyncio.sleep(0)
         assert not blocked.done(), "the slots are free only once the new weights were taken"
         await actor.weights_taken(1)
@@ -202,7 +190,7 @@ def test_full_queue_holds_the_producer_until_weights_are_taken(no_object_store) 
     asyncio.run(scenario())
 
 
-def test_slots_in_use_and_the_wait_of_samples(no_object_store, monkeypatch) -> None:
+def test_slots_in_use_and_the_wait_of_samples(monkeypatch) -> None:
     now = [100.0]
     monkeypatch.setattr("actors.queue_actor.time", SimpleNamespace(monotonic=lambda: now[0]))
 
@@ -221,17 +209,17 @@ def test_slots_in_use_and_the_wait_of_samples(no_object_store, monkeypatch) -> N
         state = await actor.state()
         assert state["queue_wait_seconds_mean"] == pytest.approx((6 + 2) / 2)
         assert (state["queue_slots_in_use"], state["queue_leased"]) == (3, 1), "in training counts, until a push"
-        await actor.publish(2, pack(2))
+        await actor.publish(2, ["pack 2"], 8)
         await actor.weights_taken(2)
         assert (await actor.state())["queue_slots_in_use"] == 1
 
     asyncio.run(scenario())
 
 
-def test_stop_lets_a_begun_round_finish_on_every_rank(no_object_store) -> None:
+def test_stop_lets_a_begun_round_finish_on_every_rank() -> None:
     async def scenario() -> None:
         actor = ReplayQueueActor(prompts_per_round=1, max_staleness=1, total=4, first_round=0)
-        await actor.publish(0, pack(0))
+        await actor.publish(0, ["pack 0"], 8)
         await actor.weights_taken(0)
         await actor.lease(2)
         await actor.put([0, 1], 0, ["a", "b"])
@@ -248,12 +236,12 @@ def test_stop_lets_a_begun_round_finish_on_every_rank(no_object_store) -> None:
     asyncio.run(scenario())
 
 
-def test_a_begun_round_waits_for_a_lost_sample_after_a_stop_too(no_object_store) -> None:
+def test_a_begun_round_waits_for_a_lost_sample_after_a_stop_too() -> None:
     """A node died, a stop came, and then the learner's group began again."""
 
     async def scenario() -> None:
         queue = ReplayQueueActor(2, 0, 4, 0)
-        await queue.publish(0, WeightPack(0, (), {}, 0))
+        await queue.publish(0, ["pack 0"], 8)
         await queue.weights_taken(0)
         await queue.put(await queue.lease(2), 0, ["a", "b"])
         await queue.take_round(0)
@@ -276,14 +264,14 @@ def test_a_checkpoint_waits_until_its_events_are_written() -> None:
     async def scenario() -> None:
         actor = ReplayQueueActor(prompts_per_round=1, max_staleness=0, total=4, first_round=0)
         await actor.events_written()  # there are none
-        await actor.tell({"step": 1})
+        await actor.tell([{"step": 1}])
         waiting = asyncio.create_task(actor.events_written())
         assert await actor.drain_events(60) == [{"step": 1}]
         await asyncio.sleep(0)
         assert not waiting.done(), "handed over is not yet written"
         asking_again = asyncio.create_task(actor.drain_events(60))
         await waiting
-        await actor.tell({"step": 2})
+        await actor.tell([{"step": 2}])
         assert await asking_again == [{"step": 2}]
         waiting = asyncio.create_task(actor.events_written())
         await asyncio.sleep(0)
@@ -300,14 +288,14 @@ def test_weights_that_died_with_the_learner_are_waited_for() -> None:
     async def scenario() -> None:
         actor = ReplayQueueActor(prompts_per_round=2, max_staleness=0, total=4, first_round=0)
         for version in (0, 1):
-            await actor.publish_held(version, [f"reference {version}"], 8)
+            await actor.publish(version, [f"reference {version}"], 8)
         lost = await actor.next_weights(0)
-        assert (lost.version, lost.pack, lost.held_by_learner) == (1, ["reference 1"], True)
+        assert (lost.version, lost.pack) == (1, ["reference 1"])
         waiting = [asyncio.create_task(actor.weights_again(lost)) for _ in range(2)]
-        await actor.publish_held(0, ["reference 0 again"], 8)
+        await actor.publish(0, ["reference 0 again"], 8)
         await asyncio.sleep(0)
         assert not any(task.done() for task in waiting)
-        await actor.publish_held(1, ["reference 1 again"], 8)
+        await actor.publish(1, ["reference 1 again"], 8)
         assert [(await task).pack for task in waiting] == [["reference 1 again"]] * 2
         again = await actor.weights_again(lost)  # who notices later need not wait
         last = asyncio.create_task(actor.weights_again(again))

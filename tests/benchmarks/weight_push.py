@@ -1,16 +1,17 @@
 """From "optimizer step done" to "every rollout actor has the weights", against the bare copies that this needs.
 
-    make bench        # or: python -m tests.benchmarks.weight_push [--gigabytes 0.1 1] [--nodes 1 2] [--repetitions 5]
-                      #     [--transport object_store nixl]
+    make bench        # or: python -m tests.benchmarks.weight_push [--gigabytes 0.1 1] [--nodes 1 2] [--actors 2]
+                      #     [--repetitions 5] [--transport object_store nixl]
 
 A push through Ray's object store must copy all bytes into the store once and out of it once an actor (all actors at
-the same time), and once more between two nodes. The measured push is the run's own: `WeightPacker`, the replay queue's
-`publish`, `load_weights` with its checksum on each of two actors. Both nodes are on this machine.
+the same time), and once more between two nodes. The measured push is the run's own: `WeightPacker`, the hand-over
+to the replay queue, `load_weights` with its checksum on each actor. Both nodes are on this machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import time
 from typing import Any
@@ -28,7 +29,7 @@ from common.weights import WeightPacker, load_weights
 from learner.queue_client import QueueClient
 from tests.benchmarks.measure import Ratio, write_json
 
-ACTORS, TENSOR_VALUES = 2, 4 << 20
+TENSOR_VALUES = 4 << 20
 
 
 def weights(nbytes: int) -> nn.ParameterList:
@@ -57,8 +58,10 @@ class Learner:
         return {"pack": packed - started, "hand_over": time.perf_counter() - packed}
 
     def copy_seconds(self) -> float:
-        """All bytes, into fresh memory, as the object store's are."""
-        return _copy_seconds(self.weights, None)
+        """Of all bytes into fresh memory, as the object store's are; by a gigabyte of them, for want of room."""
+        some, started = list(self.weights)[: int(1e9 / 4 / TENSOR_VALUES)], time.perf_counter()
+        fresh = [tensor.detach().clone() for tensor in some]  # kept, or the next had the same memory
+        return (time.perf_counter() - started) * len(self.weights) / len(fresh)
 
 
 class Rollout:
@@ -66,7 +69,7 @@ class Rollout:
 
     def __init__(self, nbytes: int) -> None:
         torch.set_num_threads(1)
-        self.weights, self.buffer = weights(nbytes), weights(nbytes)
+        self.weights, self.buffer = weights(nbytes), weights(min(nbytes, 250_000_000))
 
     def load(self, handle: WeightHandle) -> float:
         """As `RolloutActor.load_weights`."""
@@ -76,20 +79,13 @@ class Rollout:
 
     def copy_seconds(self) -> float:
         """All bytes, into the memory of a model."""
-        return _copy_seconds(self.buffer, self.weights)
+        started = time.perf_counter()
+        for tensor, source in zip(self.weights, itertools.cycle(self.buffer)):
+            tensor.copy_(source)
+        return time.perf_counter() - started
 
 
-def _copy_seconds(source: nn.ParameterList, into: nn.ParameterList | None) -> float:
-    started, fresh = time.perf_counter(), []
-    for place, tensor in enumerate(source):
-        if into is None:
-            fresh.append(tensor.detach().clone())  # kept, or the next one would have the same memory
-        else:
-            into[place].copy_(tensor)
-    return time.perf_counter() - started
-
-
-def push(gigabytes: float, nodes: int, transport: str, repetitions: int) -> dict[str, Any]:
+def push(gigabytes: float, nodes: int, transport: str, actors: int, repetitions: int) -> dict[str, Any]:
     """All repetitions of one size; the first, which warms up, is left out."""
     nbytes = int(gigabytes * 1e9)
     store = int(min(3.2 * nbytes + 5e8, 9e9))
@@ -102,8 +98,9 @@ def push(gigabytes: float, nodes: int, transport: str, repetitions: int) -> dict
         ray.init(address=cluster.address, log_to_driver=False)
         there = {"resources": {"second": 1}} if nodes == 2 else {}
         queue = ray.remote(ReplayQueueActor).options(num_cpus=0).remote(1, 0, 1, 0)
-        learner = ray.remote(Learner).options(num_cpus=1).remote(queue, nbytes, transport)
-        rollouts = [ray.remote(Rollout).options(num_cpus=1, **there).remote(nbytes) for _ in range(ACTORS)]
+        # A thread to publish, and one that hands over meanwhile.
+        learner = ray.remote(Learner).options(num_cpus=1, max_concurrency=2).remote(queue, nbytes, transport)
+        rollouts = [ray.remote(Rollout).options(num_cpus=1, **there).remote(nbytes) for _ in range(actors)]
         found = [_one_push(queue, learner, rollouts, version, nodes) for version in range(repetitions + 1)][1:]
     finally:
         ray.shutdown()
@@ -128,9 +125,10 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.1, 1.0])
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2], choices=[1, 2])
     parser.add_argument("--transport", nargs="+", default=["object_store"], choices=["object_store", "nixl"])
+    parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
     chosen = parser.parse_args()
-    table = Table(title=f"push of float32 weights to {ACTORS} rollout actors, {chosen.repetitions} repetitions")
+    table = Table(title=f"push of float32 weights to {chosen.actors} rollout actors, {chosen.repetitions} repetitions")
     for name in (
         "transport",
         "nodes",
@@ -144,7 +142,7 @@ def main() -> None:
     ):
         table.add_column(name, justify="right")
     lines = [
-        push(size, nodes, transport, chosen.repetitions)
+        push(size, nodes, transport, chosen.actors, chosen.repetitions)
         for nodes in chosen.nodes
         for size in chosen.gigabytes
         for transport in chosen.transport

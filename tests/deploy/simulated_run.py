@@ -22,7 +22,7 @@ from actors.teacher_actor import ScoreStats
 from common.config import config_from_dict
 from common.prompts import Prompt, PromptOrder
 from common.samples import in_groups
-from common.types import DecodeStats, RolloutRequest, WeightHandle, WeightPack
+from common.types import DecodeStats, RolloutRequest, WeightHandle
 from deploy.cluster import Roles
 from deploy.coordinator import Coordinator
 from deploy.sources import OnPolicySource, Scoring
@@ -227,7 +227,7 @@ class SimulatedRun:
         return True
 
     async def _publish(self, version: int) -> None:
-        await self.queue.publish(version, WeightPack(version, (), {}, 0))
+        await self.queue.publish(version, ["pack"], 8)
 
     async def _save(self, rounds: int) -> None:
         self.committed = rounds

@@ -21,7 +21,7 @@ from common.errors import OpdlmError
 from common.object_store import StoreWait
 from common.prompts import Prompt, PromptOrder
 from common.samples import in_groups
-from common.types import DecodeStats, WeightHandle, WeightPack
+from common.types import DecodeStats, WeightHandle
 from deploy.cluster import Roles
 from deploy.coordinator import Coordinator
 from deploy.sources import OnPolicySource, Scoring
@@ -127,23 +127,17 @@ class Setup:
         def ask(coroutine):
             return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=30)
 
-        ask(self.queue.publish(0, WeightPack(0, (), {}, 0)))
+        ask(self.queue.publish(0, ["pack"], 8))
         for round_ in range(ROUNDS):
             taken = ask(self.queue.take_round(round_))
             if taken is None:
                 return
             self.trained.append([ask(_value(s)) for s in taken[0]])
-            ask(self.queue.publish(round_ + 1, WeightPack(round_ + 1, (), {}, 0)))
+            ask(self.queue.publish(round_ + 1, ["pack"], 8))
 
 
 async def _value(sample):
     return (await sample.group)[sample.place]
-
-
-@pytest.fixture(autouse=True)
-def no_object_store(monkeypatch) -> None:
-    """The queue actor's one use of Ray: owning the pack."""
-    monkeypatch.setattr("actors.queue_actor.ray.put", lambda pack: pack)
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])
@@ -197,14 +191,14 @@ def test_samples_whose_data_died_are_decoded_and_scored_again(tmp_path, stalenes
             def ask(coroutine):
                 return asyncio.run_coroutine_threadsafe(coroutine, setup.loop).result(timeout=30)
 
-            ask(setup.queue.publish(0, WeightPack(0, (), {}, 0)))
+            ask(setup.queue.publish(0, ["pack"], 8))
             for round_ in range(ROUNDS):
                 samples, _ = ask(setup.queue.take_round(round_))
                 if round_ in (1, ROUNDS - 1):
                     first, again = samples[0], ask(setup.queue.replace(round_ * N, samples[0]))
                     assert again.group is not first.group
                     assert ask(_value(again)) == round_ * N
-                ask(setup.queue.publish(round_ + 1, WeightPack(round_ + 1, (), {}, 0)))
+                ask(setup.queue.publish(round_ + 1, ["pack"], 8))
 
         await asyncio.wait_for(setup.coordinator.run(learn), timeout=30)
         decoded = [index for index, _ in rollout.decoded]
@@ -283,9 +277,7 @@ def test_a_learner_that_hangs_after_another_loop_has_failed_is_not_waited_for(tm
         coordinator.config = coordinator.config.model_copy(update={"resources": resources})
 
         def learn() -> None:
-            asyncio.run_coroutine_threadsafe(setup.queue.publish(0, WeightPack(0, (), {}, 0)), setup.loop).result(
-                timeout=30
-            )
+            asyncio.run_coroutine_threadsafe(setup.queue.publish(0, ["pack"], 8), setup.loop).result(timeout=30)
             hangs.wait(60)
 
         async def dead(*_: object) -> None:
@@ -369,9 +361,9 @@ def test_metrics_that_cannot_be_written_end_the_run_and_hold_up_nobody(tmp_path)
             return asyncio.run_coroutine_threadsafe(coroutine, setup.loop).result(timeout=30)
 
         def learn() -> None:
-            ask(setup.queue.publish(0, WeightPack(0, (), {}, 0)))
+            ask(setup.queue.publish(0, ["pack"], 8))
             ask(setup.queue.take_round(0))
-            ask(setup.queue.tell({"kind": "step", "round": 0, "step": 1, "note": "x" * 200}))
+            ask(setup.queue.tell([{"kind": "step", "round": 0, "step": 1, "note": "x" * 200}]))
             ask(setup.queue.events_written())  # what the learner waits for before it saves
             assert ask(setup.queue.take_round(1)) is None
             setup.trained.append([])

@@ -57,12 +57,12 @@ def _learn(setup: Setup, lost: int, comes_back: bool) -> None:
                 return
             setup.trained.append([ask(_value(sample)) for sample in taken[0]])
         if version == lost:
-            ask(setup.queue.publish_held(version, LOST, 8))
+            ask(setup.queue.publish(version, LOST, 8))
             time.sleep(0.1)  # it restarts
             if not comes_back:
                 continue
-            ask(setup.queue.publish_held(max(version - 1, 0), ["older"], 8))
-        ask(setup.queue.publish_held(version, AGAIN, 8))
+            ask(setup.queue.publish(max(version - 1, 0), ["older"], 8))
+        ask(setup.queue.publish(version, AGAIN, 8))
 
 
 @pytest.mark.parametrize("restarts", [False, True])

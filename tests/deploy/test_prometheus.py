@@ -55,10 +55,10 @@ async def _queue_state() -> dict:
     assert await queue.put([0], 0, ["a"]) == [False]
     assert await queue.put([4], -1, ["e"]) == [False]
     await queue.take_round(0)
-    waiting = asyncio.ensure_future(queue.replace(2, ["c"]))
+    waiting = asyncio.ensure_future(queue.replace(2, "c"))
     assert await queue.lease(8) == [2]
     assert await queue.put([2], 0, ["c"]) == [True]
-    assert await waiting == ["c"]
+    assert await waiting == "c"
     return await queue.state()
 
 

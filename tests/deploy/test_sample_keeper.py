@@ -70,7 +70,7 @@ def test_values_of_trained_samples_leave_the_drivers_memory(ray_cluster):
     scorer, rank = Scorer.remote(), Rank.remote(queue)
     keeper = SampleKeeper(N, grace_seconds=1.0)
     for round_ in range(ROUNDS):
-        ray.get(queue.publish.remote(round_, _Pack()))
+        ray.get(queue.publish.remote(round_, ["pack"], 8))
         ray.get(queue.weights_taken.remote(round_))
         indices = ray.get(queue.lease.remote(N))
         *groups, done = scorer.score.options(num_returns=N + 1).remote(N)
@@ -89,9 +89,3 @@ def test_values_of_trained_samples_leave_the_drivers_memory(ray_cluster):
     assert core.get_memory_store_size() <= before + N
     for actor in (queue, scorer, rank):
         ray.kill(actor)
-
-
-class _Pack:
-    """Weights without any."""
-
-    nbytes = 0

@@ -8,6 +8,7 @@ import pytest
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
 from common.errors import OpdlmError
+from common.outbox import Outbox
 from common.types import WeightPack
 from learner.queue_client import QueueClient
 
@@ -22,23 +23,25 @@ def waits(monkeypatch) -> list[float]:
     return seconds
 
 
-def publish(monkeypatch, answers: list[Exception | None], limit: float = 1800) -> list[WeightPack]:
+def publish(monkeypatch, answers: list[Exception | None], limit: float = 1800) -> list[Outbox]:
     """One rank's way to publish, without a model; what the queue was given, each time with the next answer."""
-    given: list[WeightPack] = []
+    given: list[Outbox] = []
 
     def get(reference: object, timeout: float) -> None:
         if error := answers[len(given) - 1]:
             raise error
 
     monkeypatch.setattr("learner.queue_client.ray.get", get)
-    queue = SimpleNamespace(publish=SimpleNamespace(remote=lambda version, pack: given.append(pack)))
+    me = SimpleNamespace(current_actor="rank 0")
+    monkeypatch.setattr("learner.queue_client.ray.get_runtime_context", lambda: me)
+    queue = SimpleNamespace(collect=SimpleNamespace(remote=given.append))
     QueueClient(queue, 0, limit).publish(PACK)
     return given
 
 
 def test_it_waits_for_room(monkeypatch, waits) -> None:
     in_the_queue = RayTaskError("publish", "no room", OutOfDiskError("no room"))
-    assert publish(monkeypatch, [ObjectStoreFullError(), in_the_queue, None]) == [PACK] * 3
+    assert publish(monkeypatch, [ObjectStoreFullError(), in_the_queue, None]) == [Outbox("rank 0", 3, 0)] * 3
     assert waits == [1.0, 2.0]
 
 
@@ -51,3 +54,26 @@ def test_other_errors_are_no_matter_of_room(monkeypatch, waits) -> None:
     with pytest.raises(RayError, match="something else"):
         publish(monkeypatch, [RayTaskError("publish", "something else", ValueError("something else"))])
     assert waits == []
+
+
+def test_steps_are_told_together_and_all_before_a_round(monkeypatch) -> None:
+    """One message in 0.2 s of nothing but steps; whatever else there is to tell takes those before along."""
+    clock, told = [100.0], []
+    monkeypatch.setattr("learner.queue_client.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("learner.queue_client.ray.get", lambda reference, timeout: None)
+    written = SimpleNamespace(remote=lambda: told.append("written"))
+    queue = QueueClient(SimpleNamespace(tell=SimpleNamespace(remote=told.append), events_written=written), 0, 60)
+
+    def step(number: int, at: float) -> None:
+        clock[0] = 100 + at
+        queue.tell({"kind": "step", "step": number})
+
+    for number, at in enumerate((0.0, 0.1, 0.15, 0.25, 0.3)):
+        step(number, at)
+    queue.tell({"kind": "round", "step": 4})
+    step(5, 0.35)
+    queue.wait_until_written()
+    queue.wait_until_written()
+    steps = [message if message == "written" else [event["step"] for event in message] for message in told]
+    assert steps == [[0], [1, 2, 3], [4, 4], [5], "written", "written"]
+    assert all(event["told_at"] for message in told if message != "written" for event in message)
