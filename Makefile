@@ -39,7 +39,7 @@ lint: $(VENV)/.installed-dev  ## Format, lint, types.
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev  ## Measurements; see tests/benchmarks/RESULTS.md.
-	set -e; for part in learner_step weight_push weight_delta teacher decoder floors loop demo_time; do \
+	set -e; for part in learner_step weight_push weight_delta teacher decoder long_tail floors loop demo_time; do \
 		$(BIN)/python -m tests.benchmarks.$$part; done
 
 format: $(VENV)/.installed-dev

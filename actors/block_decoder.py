@@ -143,6 +143,8 @@ class BlockDecoder:
             enough = min(len(pending), max(1, int(slots.capacity * _REFILL_SHARE)))
             if pending and (not slots.live or slots.capacity - slots.live >= enough):
                 self._prefill(slots, cache, slots.refill(pending, self.grid, self.settings.threshold))
+            if self._recorder is None:  # what is recorded is one part
+                slots.sort_when_due(cache)
             finished = self._step(slots, observer)
             if finished:
                 yield from slots.harvest(finished, self.eos_ids.tolist(), self.settings.ignore_eos)
@@ -197,7 +199,7 @@ class BlockDecoder:
         window = slots.block_start[:, None] + torch.arange(block, device=slots.device)  # [n, S]
         # What the host knows goes to the device before the forward, or it would wait for the forward's end.
         committing, asked = np.flatnonzero(slots.commits[:n]), np.flatnonzero(slots.masked[:n])
-        shape = self._step_forward.shape(n, committing.size, int(slots.starts[:n].max()) + block)
+        shape = self._step_forward.shape(committing.size, slots.starts[:n] + block)
         # Where a shape is rounded up, blocks are committed twice.
         known = torch.from_numpy(np.concatenate([np.resize(committing, shape.commits), asked])).to(slots.device)
         commit, index = known[: shape.commits], known[shape.commits :]

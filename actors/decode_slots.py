@@ -12,10 +12,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from actors import slot_attention
 from actors.kv_cache import SlotCache
+from actors.slot_attention import attended, parts_of
 from common.grid import BlockGrid
 from common.types import RolloutRequest, Trajectory
 
+_SORTING = 4
+"""Sorting reads and writes each position twice; attention reads it once."""
 _PROMPT, _END, _START, _STEP, _BLOCK_STEP, _SEED = range(6)
 
 
@@ -29,6 +33,8 @@ class Slots:
         """Of the occupied slots."""
         self.version = 0
         """Weight version of the next denoising step."""
+        self._in_vain = 0
+        """Positions that were attended to only because of the slots' order, since they were last sorted."""
         self._history: list[list[tuple[int, int]]] = []
         """By occupied slot: (denoising steps before it, weight version) of each version that decoded it."""
 
@@ -123,6 +129,25 @@ class Slots:
         self.requests += fresh
         self._history += [[(0, self.version)] for _ in fresh]
         return list(range(first, last))
+
+    def sort_when_due(self, cache: SlotCache) -> None:
+        """The longest first, once attention has read as much in vain for their order as sorting them takes."""
+        ends = self.starts[: self.live] + self.block
+        if ends.max() <= slot_attention.NARROWEST:
+            return
+        order = np.argsort(-ends, kind="stable")
+        longest, *_ = sorted_parts = parts_of(ends[order], cache.positions)
+        self._in_vain += attended(parts_of(ends, cache.positions)) - attended(sorted_parts)
+        if self._in_vain < _SORTING * self.live * longest[1]:
+            return
+        self._in_vain, rows = 0, order.tolist()
+        for state in (self._tokens, self._reveal, self._numbers, self._threshold):
+            state[: self.live] = state[rows]
+        for known in (self.starts, self.commits, self.masked):
+            known[: self.live] = known[rows]
+        cache.reorder(rows, longest[1])
+        self.requests = [self.requests[row] for row in rows]
+        self._history = [self._history[row] for row in rows]
 
     def renew(self, version: int) -> None:
         """From the next denoising step on, all sequences are decoded with these weights."""

@@ -49,6 +49,15 @@ class SlotCache:
             seen.append(new)
         return seen[0], seen[1]
 
+    def reorder(self, order: list[int], width: int) -> None:
+        """The first slots in another order, by their first `width` positions; a layer at a time, so with little room.
+
+        `order`: the slot that comes to each place.
+        """
+        for cache in (self.keys, self.values):
+            for layer in cache:
+                layer[: len(order), :width] = layer[order, :width]
+
     def move(self, source: list[int], target: list[int], width: int) -> None:
         """Copies the first `width` positions of slots over others."""
         for cache in (self.keys, self.values):

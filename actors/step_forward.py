@@ -11,14 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from actors.kv_cache import SlotCache
-from actors.slot_attention import Lanes
+from actors.slot_attention import Lanes, Parts, parts_of
 from common.models import hidden_states
 
-_WIDTH_STEP = 16
-"""Attended positions are a multiple of it: kernels like aligned masks."""
 _FIRST_WIDTH = 256
 """Of the recorded shapes; the others are twice, four times, ... as wide."""
 
@@ -36,22 +35,22 @@ class StepShape:
     """n, the first so many"""
     commits: int
     """c, blocks to commit"""
-    width: int
-    """positions that are attended to"""
+    parts: Parts
+    """How far each slot attends."""
 
     def rounded_up(self, slots: int, width: int) -> StepShape:
         """The next of few shapes: slots are a half, a quarter, ... of all, commits quarters of those, widths double.
 
-        `slots`, `width`: the most there are.
+        All slots are one part. `slots`, `width`: the most there are.
         """
         while (half := -(-slots // 2)) >= self.slots and half < slots:
             slots = half
         quarter = -(-slots // 4)
         commits = min(-(-self.commits // quarter) * quarter, slots)
         wide = _FIRST_WIDTH
-        while wide < self.width:
+        while wide < self.parts[0][1]:
             wide *= 2
-        return StepShape(slots, commits, min(wide, width))
+        return StepShape(slots, commits, ((slots, min(wide, width)),))
 
 
 class StepForward:
@@ -66,9 +65,9 @@ class StepForward:
         self._model, self._cache, self._block, self._record = model, cache, block, record
         self._recorded: dict[StepShape, tuple[tuple[torch.Tensor, ...], Callable[[], torch.Tensor]]] = {}
 
-    def shape(self, live: int, commits: int, end: int) -> StepShape:
-        """Of the next forward; `end`: position after the last block in work."""
-        exact = StepShape(live, commits, min(-(-end // _WIDTH_STEP) * _WIDTH_STEP, self._cache.positions))
+    def shape(self, commits: int, ends: np.ndarray) -> StepShape:
+        """Of the next forward; `ends`: `[n]`, position after the block in work of each live slot."""
+        exact = StepShape(len(ends), commits, parts_of(ends, self._cache.positions))
         return exact if self._record is None else exact.rounded_up(self._cache.slots, self._cache.positions)
 
     def __call__(
@@ -114,7 +113,7 @@ class StepForward:
         """Reads nothing but its arguments, the weights and the cache, and waits for nothing: it can be recorded."""
         config = self._model.config
         group = config.num_attention_heads // config.num_key_value_heads
-        lanes = Lanes(shape.slots, self._block, commit if shape.commits else None)
-        mask = lanes.mask(ends, shape.width, group, self._cache.keys.dtype)
-        self._cache.aim(rows, positions, (shape.slots, shape.width))
+        lanes = Lanes(shape.parts, self._block, commit if shape.commits else None)
+        mask = lanes.mask(ends, group, self._cache.keys.dtype)
+        self._cache.aim(rows, positions, (shape.slots, shape.parts[0][1]))
         return hidden_states(self._model, tokens, positions, mask, self._cache, layout=lanes)[: shape.slots]

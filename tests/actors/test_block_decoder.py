@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from actors.block_decoder import BlockDecoder
 from actors.decode_settings import DecodeSettings
+from actors.kv_cache import SlotCache
 from actors.remasking import STRATEGIES
+from actors.slot_attention import attended, parts_of
 from actors.step_forward import StepShape
 from tests.oracles import uncached_decode
 from tests.tiny import EOS, MASK, OTHER_FAMILIES, request, tiny_model
@@ -33,13 +35,28 @@ MODELS = [*(tiny_model(seed) for seed in range(3)), *(tiny_model(3, **other) for
     lengths=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 13)), min_size=1, max_size=7),
     batch_size=st.integers(1, 4),
     refill_share=st.sampled_from([0.25, 1.0]),
+    narrowest=st.sampled_from([256, 4]),
+    sorting=st.sampled_from([4, 0.1]),
     seed=st.integers(0, 10**6),
 )
 @settings(max_examples=60, deadline=None)
 def test_equals_uncached_oracle(
-    model, block_size, grid, strategy, steps, temperature, top_k, top_p, lengths, batch_size, refill_share, seed
+    model,
+    block_size,
+    grid,
+    strategy,
+    steps,
+    temperature,
+    top_k,
+    top_p,
+    lengths,
+    batch_size,
+    refill_share,
+    narrowest,
+    sorting,
+    seed,
 ) -> None:
-    """Slots, refills, cache and ride-along commits change nothing: same tokens, same reveal steps."""
+    """Slots, their parts and order, refills, cache, ride-along commits change nothing: same tokens, same steps."""
     how = DecodeSettings(
         block_size=block_size,
         block_grid=grid,
@@ -54,7 +71,11 @@ def test_equals_uncached_oracle(
     requests = [request(p, i, limit, seed) for i, (p, limit) in enumerate(lengths)]
     # Behind nothing but mask tokens every position is alike: an exact tie, which rounding breaks one way or the other.
     assume(all(set(r.prompt_ids) != {MASK} for r in requests))
-    with mock.patch("actors.block_decoder._REFILL_SHARE", refill_share):  # all slots free, or some of them
+    with (
+        mock.patch("actors.block_decoder._REFILL_SHARE", refill_share),  # all slots free, or some of them
+        mock.patch("actors.slot_attention.NARROWEST", narrowest),
+        mock.patch("actors.decode_slots._SORTING", sorting),
+    ):
         trajectories, stats = BlockDecoder(model, how, MASK, [EOS], batch_size).decode(requests)
     for ours, asked in zip(trajectories, requests, strict=True):
         tokens, reveal = uncached_decode(model, how, MASK, {EOS}, asked)
@@ -102,16 +123,52 @@ def test_shapes_are_few_and_large_enough(slots, data) -> None:
     """And never larger than what there is."""
     positions = data.draw(st.integers(16, 5000))
     live, width = data.draw(st.integers(1, slots)), data.draw(st.integers(1, positions))
-    exact = StepShape(live, data.draw(st.integers(0, live)), width)
+    exact = StepShape(live, data.draw(st.integers(0, live)), ((live, width),))
     rounded = exact.rounded_up(slots, positions)
     assert exact.slots <= rounded.slots <= min(max(2 * exact.slots, 1), slots)
     assert exact.commits <= rounded.commits <= rounded.slots
     assert (rounded.commits == 0) == (exact.commits == 0)
-    assert exact.width <= rounded.width <= positions
+    ((count, wide),) = rounded.parts
+    assert count == rounded.slots
+    assert width <= wide <= positions
     every = {
-        StepShape(n, c, exact.width).rounded_up(slots, positions) for n in range(1, slots + 1) for c in range(n + 1)
+        StepShape(n, c, ((n, width),)).rounded_up(slots, positions) for n in range(1, slots + 1) for c in range(n + 1)
     }
     assert len(every) <= 5 * (1 + slots.bit_length())
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=40))
+def test_parts_are_few_and_every_slot_has_what_it_needs(ends) -> None:
+    parts = parts_of(np.array(ends), most=3000)
+    widths = [width for count, width in parts for _ in range(count)]
+    assert len(widths) == len(ends)
+    assert all(end <= width <= 3000 for end, width in zip(ends, widths, strict=True))
+    assert widths == sorted(widths, reverse=True), "a forward sees as much as its first part"
+    assert len(parts) <= 5  # 256, 512, 1024, 2048, 4096
+    ordered = parts_of(np.array(sorted(ends, reverse=True)), most=3000)
+    assert attended(ordered) <= attended(parts)
+    assert attended(ordered) <= sum(max(2 * end + 16, 272) for end in ends), "no slot reads twice what it has"
+
+
+def test_slots_are_sorted_where_a_long_one_came_last(monkeypatch) -> None:
+    """And only then: sorting costs reading, so it waits until as much was read in vain."""
+    monkeypatch.setattr("actors.slot_attention.NARROWEST", 16)
+    sorted_at: list[list[int]] = []
+    reorder = SlotCache.reorder
+
+    def watched(cache: SlotCache, order: list[int], width: int) -> None:
+        sorted_at.append(order)
+        reorder(cache, order, width)
+
+    monkeypatch.setattr(SlotCache, "reorder", watched)
+    how, model = DecodeSettings(strategy="low_confidence_static", ignore_eos=True), MODELS[0]
+    for lengths, orders in (([3, 5, 2, 70], [[3, 0, 1, 2]]), ([70, 3, 5, 2], []), ([3, 5, 2, 4], [])):
+        sorted_at.clear()
+        requests = [request(length, index, 20) for index, length in enumerate(lengths)]
+        trajectories, _ = BlockDecoder(model, how, MASK, [EOS], 4).decode(requests)
+        assert sorted_at[:1] == orders
+        for ours, asked in zip(trajectories, requests, strict=True):
+            assert ours.response_ids.tolist() == uncached_decode(model, how, MASK, set(), asked)[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

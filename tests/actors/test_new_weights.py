@@ -175,11 +175,11 @@ def test_a_push_reaches_an_actor_that_decodes(student, monkeypatch) -> None:
     actor.load_weights(old)  # late: a version never goes backwards
     pushed.set()
     decoding.join(timeout=300)
-    (*trajectories, stats) = answers[0]
+    trajectories, stats = answers[0]
     assert actor._version == 1
     assert tokens_and_versions(trajectories) == expected_after(student, 5)
     assert (stats.weight_version, stats.continued_sequences, stats.version_spread_max) == (0, 5, 1)
-    (*again, stats) = actor.decode(requests_of(student), old, HOW, 5)
+    again, stats = actor.decode(requests_of(student), old, HOW, 5)
     assert [t.weight_version for t in again] == [1] * 5, "a call that names an older version is served with this one"
 
 
@@ -195,7 +195,7 @@ def test_weights_that_do_not_load_are_tried_again_not_passed_over(student, monke
     with pytest.raises(ValueError, match="weights version 1: checksum"):
         actor.decode(requests_of(student), old, HOW, 5)
     new.pack[0].buffers["float32"][0] = good
-    (*trajectories, _) = actor.decode(requests_of(student), old, HOW, 5)
+    trajectories, _ = actor.decode(requests_of(student), old, HOW, 5)
     assert {t.weight_version for t in trajectories} == {1}
 
 
@@ -231,7 +231,7 @@ def test_a_push_reaches_a_ray_actor_that_decodes(ray_cluster, student) -> None:
         while ray.get(actor.__ray_call__.remote(lambda self: self.forwards), timeout=300) < 5:
             pass  # a push that came before the decode would not be told from one that it took at its first step
         ray.get(actor.load_weights.remote(new), timeout=300)  # would never return if it waited for the decode
-        (*trajectories, stats) = ray.get(decoding, timeout=300)
+        trajectories, stats = ray.get(decoding, timeout=300)
         assert tokens_and_versions(trajectories) == expected_after(student, 5)
         assert stats.continued_sequences == 5
     finally:

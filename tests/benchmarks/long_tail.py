@@ -1,0 +1,86 @@
+"""A denoising step of sequences of very different lengths: parts by length against one part as wide as the longest.
+
+    make bench        # or: python -m tests.benchmarks.long_tail [--repetitions 5]
+
+Random weights in the shape of Qwen3-0.6B, bfloat16, static decoding behind prompts of the lengths below, which stand
+for responses of which so much is there. Two arms in turn, by the least width that parts have of their own
+(`actors/slot_attention.py`); a step's time is the median over the steps of a call. There is no prefill: attention
+takes the same time over zeros.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from actors.block_decoder import BlockDecoder
+from actors.decode_settings import DecodeSettings
+from common.types import RolloutRequest
+from tests.benchmarks.decoder import MASK, S, random_model
+from tests.benchmarks.measure import Ratio, back_to_back, parser, write_json
+
+STEPS = 16
+LENGTHS = {
+    "equal, short": [64] * 8,
+    "equal, long": [1_500] * 8,
+    "one long": [64] * 7 + [1_500],
+    "long tail": [60, 110, 170, 240, 330, 480, 800, 1_900],
+}
+
+
+def step_seconds(model: Any, lengths: list[int], narrowest: int) -> float:
+    """Of one denoising step."""
+    rng, seconds = np.random.default_rng(0), []
+    requests = [
+        RolloutRequest(i, str(i), rng.integers(0, MASK, n).astype(np.int32), STEPS, seed=i)
+        for i, n in enumerate(lengths)
+    ]
+    how = DecodeSettings(block_size=S, strategy="low_confidence_static", ignore_eos=True)
+    decoder = BlockDecoder(model, how, MASK, [0], len(requests))
+    step = decoder._step
+
+    def timed(*arguments: Any) -> list[int]:
+        started = time.perf_counter()
+        finished = step(*arguments)
+        seconds.append(time.perf_counter() - started)
+        return finished
+
+    with (
+        mock.patch.object(decoder, "_step", timed),
+        mock.patch.object(decoder, "_prefill"),
+        mock.patch("actors.slot_attention.NARROWEST", narrowest),
+    ):
+        decoder.decode(requests)
+    return median(seconds)
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    chosen = parser(__doc__).parse_args()
+    torch.set_num_threads(chosen.threads)
+    model, lines = random_model(), []
+    table = Table(title=f"a denoising step, batch 8, {chosen.threads} threads, {chosen.repetitions} repetitions")
+    for name in ("lengths", "one part, ms", "parts, ms", "times faster"):
+        table.add_column(name, justify="right")
+    for name, lengths in LENGTHS.items():
+        arms = {
+            "one": lambda n=lengths: step_seconds(model, n, 1 << 30),
+            "parts": lambda n=lengths: step_seconds(model, n, 256),
+        }
+        found = back_to_back(arms, chosen.repetitions)
+        faster = Ratio([a / b for a, b in zip(found["one"], found["parts"], strict=True)])
+        lines.append({"lengths": lengths, "seconds": found, "times_faster": faster.values})
+        table.add_row(name, *(f"{1e3 * median(found[arm]):.0f}" for arm in ("one", "parts")), str(faster))
+    console = Console(width=120)
+    console.print(table, f"written: {write_json('long_tail', lines)}")
+
+
+if __name__ == "__main__":
+    main()
