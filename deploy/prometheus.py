@@ -22,7 +22,7 @@ from ray.util.metrics import Counter, Gauge
 from deploy.sinks import figures
 
 ADDED = {
-    "step": {"rows", "rows_without_loss", "loss_positions", "tokens", "padding_tokens"},
+    "step": {"rows", "rows_without_loss", "loss_positions", "tokens", "attention_padding"},
     "round": {
         "round_tokens",
         "train_forward_tokens",

@@ -39,6 +39,8 @@ class DistillModule(nn.Module):
         self.objective = objective
         self.logits_chunk = logits_chunk
         self.attention = attention
+        self.padding = 0
+        """Places of padding in the last forward's attention; none with flex_attention, whose line has none."""
         if attention == "sdpa":
             student.set_attn_implementation(ATTENTION)
 
@@ -66,6 +68,7 @@ class DistillModule(nn.Module):
         """The mask, and what else attention takes."""
         if self.attention != "flex_attention":
             parts = RowParts.of(batch, self.student.dtype)
+            self.padding = parts.padding
             return parts.clean_mask, {"layout": parts}
         from torch.nn.attention.flex_attention import create_block_mask
 

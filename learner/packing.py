@@ -40,11 +40,6 @@ class MicroBatch:
         """The same batch on another device."""
         return MicroBatch(self.rows, *(getattr(self, name).to(device) for name in self.__slots__[1:]))
 
-    @property
-    def padding_tokens(self) -> int:
-        """Tokens that belong to no sample."""
-        return int((self.samples == PADDING).sum())
-
 
 def collate(rows: Sequence[Row]) -> MicroBatch:
     """One row a line, padded on the right. Padding is by position: no token id means padding."""

@@ -43,6 +43,11 @@ class RowParts:
     target: torch.Tensor
     """Their places in the flattened tokens."""
 
+    @property
+    def padding(self) -> int:
+        """Places that are of no token's own."""
+        return self.clean.numel() + self.noisy.numel() - self.own.numel()
+
     @classmethod
     def of(cls, batch: MicroBatch, dtype: torch.dtype) -> RowParts:
         """Finds the parts; `dtype`: of the masks."""

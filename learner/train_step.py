@@ -38,8 +38,9 @@ class StepResult:
     """Rows left out because no masked position counts (a response of only an end-of-sequence token, say)."""
     loss_positions: int
     tokens: int
-    """Tokens of the forwards, padding included."""
-    padding_tokens: int
+    """Tokens of the forwards."""
+    attention_padding: int
+    """Places of padding beside them, which attention alone has (`row_attention.py`)."""
     seconds: float
     skipped: bool = False
     """The gradient was not finite, so the weights and AdamW's state are as they were; loss and norm are not numbers."""
@@ -50,8 +51,8 @@ class TrainStep:
 
     Args:
         engine: DeepSpeed engine around a `DistillModule` (see `learner/zero.py`), or anything with its `__call__`,
-            `backward`, `step`, `set_gradient_accumulation_boundary`, `get_global_grad_norm`, `device`; its step
-            is none where the gradient is not finite, and `optimizer.overflow` then says so.
+            `backward`, `step`, `set_gradient_accumulation_boundary`, `get_global_grad_norm`, `device`, `module`; its
+            step is none where the gradient is not finite, and `optimizer.overflow` then says so.
         teacher_head: the teacher's output matrix `[V, D]`, for hidden-state targets.
     """
 
@@ -98,15 +99,15 @@ class TrainStep:
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = 0.0
+        loss, padding = 0.0, 0
         for i in range(forwards):
             batch = micro[i] if i < len(micro) else pack(self._rows(spare, pass_)[:1])
             weights = self._weights(batch, total_rows, total_positions) * (i < len(micro))
             self.engine.set_gradient_accumulation_boundary(i == forwards - 1)
             loss += self._backward(batch, weights)
+            padding += self.engine.module.padding * (i < len(micro))
         self.engine.step()
-        tokens, padding = sum(b.input_ids.numel() for b in micro), sum(b.padding_tokens for b in micro)
-        sums = self._sum([loss, tokens, padding])
+        sums = self._sum([loss, sum(b.input_ids.numel() for b in micro), padding])
         return StepResult(
             loss=float(sums[0]),
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
@@ -114,7 +115,7 @@ class TrainStep:
             rows_without_loss=without_loss,
             loss_positions=total_positions,
             tokens=int(sums[1]),
-            padding_tokens=int(sums[2]),
+            attention_padding=int(sums[2]),
             seconds=time.perf_counter() - started,
             skipped=bool(self.engine.optimizer.overflow),
         )

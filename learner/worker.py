@@ -126,7 +126,7 @@ class Learner:
             )
             result = self.step(share, spare, rate, pass_)
             self.optimizer_steps += 1
-            forward_tokens += result.tokens - result.padding_tokens
+            forward_tokens += result.tokens
             tokens += sum(s.trajectory.response_length for s in share) * (pass_ == 0)
             which = {"samples": [self._first_sample + place for place in places], "pass_number": pass_}
             if result.skipped:
@@ -300,8 +300,8 @@ class Learner:
 
     def _tell_step(self, result: StepResult, rate: float, which: dict[str, Any]) -> None:
         kl = {"forward_kl_nats": result.loss} if self.config.objective.loss_is_forward_kl else {}
-        share = result.padding_tokens / max(result.tokens, 1)
-        self._tell(kind="step", learning_rate=rate, padding_share=share, **which, **asdict(result), **kl)
+        share = result.attention_padding / max(result.tokens + result.attention_padding, 1)
+        self._tell(kind="step", learning_rate=rate, attention_padding_share=share, **which, **asdict(result), **kl)
 
     def _tell(self, **event: Any) -> None:
         if self.rank == 0:

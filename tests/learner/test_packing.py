@@ -15,6 +15,7 @@ from common.masks import PADDING, training_mask
 from common.types import ScoredTrajectory
 from learner.distill import DistillModule
 from learner.packing import collate, pack
+from learner.row_attention import RowParts
 from learner.rows import Row, build_rows
 from learner.targets import gather_targets
 from tests.tiny import MASK, VOCABULARY, tiny_model, trajectory
@@ -72,7 +73,7 @@ def test_states_of_a_trajectory_share_its_clean_half() -> None:
     clean = rows[0].clean_length
     assert packed.input_ids.shape == (1, clean + len(rows) * (len(rows[0].input_ids) - clean))
     assert int((packed.copies == 0).sum()) == clean
-    assert packed.padding_tokens == 0
+    assert not (packed.samples == PADDING).any()
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 20)), min_size=1, max_size=9))
@@ -88,7 +89,9 @@ def test_every_token_has_one_place(shapes) -> None:
     assert all(packed.input_ids[place] == MASK and packed.samples[place] != PADDING for place in columns)
     positions = np.concatenate([row.position_ids[row.loss_columns] for row in rows])
     assert packed.position_ids[packed.loss_line, packed.loss_column].tolist() == positions.tolist()
-    assert packed.padding_tokens == 0
+    assert not (packed.samples == PADDING).any()
+    parts = RowParts.of(packed, torch.float32)
+    assert parts.padding == parts.clean.numel() + parts.noisy.numel() - packed.input_ids.numel()
 
 
 @torch.no_grad()
