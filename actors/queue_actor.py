@@ -1,6 +1,6 @@
 """The replay queue as a Ray actor: where the coordinator and the learner's ranks meet.
 
-It holds references and small records, and owns the newest weights without ever holding them. Three mailboxes around
+It holds references and small records, and owns the newest weights. Three mailboxes around
 `ReplayQueue`'s rules: samples (coordinator -> learner), weights (learner -> coordinator), events (learner ->
 coordinator: step metrics). Every method that waits wakes up on any change; callers bring their own time limits.
 """
@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.replay_queue import ReplayQueue
+from common.errors import first_line
 from common.outbox import Outbox
 from common.types import WeightHandle
+
+log = logging.getLogger("opdlm.queue")
 
 NAME = "replay-queue"
 
@@ -29,6 +34,8 @@ class ReplayQueueActor:
     def __init__(self, prompts_per_round: int, max_staleness: int, total: int, first_round: int) -> None:
         self._queue = ReplayQueue(prompts_per_round, max_staleness, total, first_round)
         self._weights: WeightHandle | None = None
+        self._copy: Any = None
+        """The newest weights, in the object store of this node: Ray keeps there what somebody looks at."""
         self._events: list[dict[str, Any]] = []
         self._arrived: dict[int, float] = {}
         """When each sample that waits for the learner was accepted."""
@@ -167,10 +174,24 @@ class ReplayQueueActor:
         self._wake()
 
     async def collect(self, outbox: Outbox) -> None:
-        """The same of a pack that a rank has laid out: it outlives the rank, though not the rank's node."""
+        """The same of a pack that a rank has laid out: it outlives the rank, and soon the rank's node."""
         pack, stored = outbox.collect()
         await stored
         await self.publish(outbox.version, [pack], outbox.nbytes)
+        self._copying = asyncio.create_task(self._keep_copy(outbox.version, pack))
+
+    async def _keep_copy(self, version: int, pack: Any) -> None:
+        """Has the newest weights on this node too, which is the driver's, while others load and decode with them.
+
+        Where the learner's node dies with rollout actors and samples, those have to be made again with these weights.
+        """
+        try:
+            copy = await pack
+        except RayError as error:
+            log.warning("weights of version %d have no second copy: %s", version, first_line(error))
+            return
+        if self._weights is not None and version == self._weights.version:
+            self._copy = copy
 
     async def weights_again(self, lost: WeightHandle) -> WeightHandle | None:
         """Waits until a restarted learner has come to that version again; None when the learner has ended."""

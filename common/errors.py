@@ -12,7 +12,7 @@ class ConfigError(OpdlmError):
 
 
 class WeightsLost(OpdlmError):
-    """The data of a published weight version is out of reach: the learner's rank that held it has died, say."""
+    """The data of a published weight version is out of reach: the learner's rank or node that held it has died, say."""
 
 
 def first_line(error: BaseException) -> str:

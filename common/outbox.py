@@ -2,8 +2,8 @@
 
 Ray ties an object to the process that called for it: what a rank puts into the object store by itself dies with the
 rank, which may end before every rollout actor has loaded it. What an actor *returns* belongs to its caller. So the
-rank lays the pack out and says where, and the queue calls: the pack goes into the object store once, on the rank's
-node, and from there straight to whoever loads it.
+rank lays the pack out and says where, and the queue calls: the pack goes into the object store of the rank's node, and
+from there straight to whoever loads it; the queue takes a copy beside them, in case that node dies.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from common.config.base import DTYPE_BYTES
 
 _GROUP_BYTES = 1 << 20
 """What samples behind one reference may have together."""
+_PROMPT_BYTES = 4
+"""Of a prompt token."""
 _TRAJECTORY_BYTES = 10
 """Of a response token: id, step, version."""
 
@@ -31,16 +33,17 @@ class SampleRef:
     response_tokens: int
 
 
-def samples_per_reference(config: OpdlmConfig, model: Any) -> int:
+def samples_per_reference(config: OpdlmConfig, model: Any, longest_prompt: int) -> int:
     """How many samples share a reference: so many have about a megabyte at the longest responses; 1 at least.
 
     Args:
         model: the teacher's transformers config.
+        longest_prompt: in tokens.
     """
     teacher, width = config.teacher, model.hidden_size
     widths = {"hidden": width * DTYPE_BYTES[teacher.dtype], "topk": 8 * teacher.top_k, "logits": 4 * model.vocab_size}
     token = _TRAJECTORY_BYTES + (8 if config.objective.kind == "cft" else widths[teacher.targets])
-    return max(_GROUP_BYTES // (token * config.rollout.max_new_tokens), 1)
+    return max(_GROUP_BYTES // (token * config.rollout.max_new_tokens + _PROMPT_BYTES * longest_prompt), 1)
 
 
 def in_groups(samples: Sequence[Any], size: int) -> list[list[Any]]:

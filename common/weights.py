@@ -58,7 +58,7 @@ class WeightPacker:
 
 
 def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
-    """One after the other, each let go of once it is copied: there is no moment with two of everything."""
+    """One after the other, each let go of once it is copied: the host never has two of everything."""
     joined = torch.empty(sum(piece.numel() for piece in pieces), dtype=pieces[0].dtype, device=pieces[0].device)
     start = 0
     for place, piece in enumerate(pieces):

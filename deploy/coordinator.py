@@ -129,6 +129,7 @@ class Coordinator:
         while weights is not None:
             try:
                 samples, version = await self.source.sample(indices, weights)
+                self._lost_since.pop(weights.version, None)
                 self._keeper.keep(indices, samples)
                 await self.roles.queue.put.remote(indices, version, samples)
                 return
@@ -184,6 +185,7 @@ class Coordinator:
         while True:
             try:
                 await self.roles.rollouts.broadcast("load_weights", handle)
+                self._lost_since.pop(handle.version, None)
                 return handle
             except WeightsLost as error:
                 if (again := await self._published_again(handle, error)) is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from common.errors import WeightsLost
 from common.types import WeightHandle
 
 MOST_WAITING = 2
@@ -18,10 +19,17 @@ MOST_WAITING = 2
 
 
 class SpareEvaluations:
-    """A line of evaluations. `evaluate` does one; the handle that it is given keeps the version's weights alive."""
+    """A line of evaluations. `evaluate` does one; the handle that it is given keeps the version's weights alive.
 
-    def __init__(self, evaluate: Callable[[WeightHandle], Awaitable[None]]) -> None:
-        self._evaluate = evaluate
+    `lost` is told of a version whose weights died before they were evaluated: the curve then has a gap there.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[WeightHandle], Awaitable[None]],
+        lost: Callable[[WeightHandle, WeightsLost], None],
+    ) -> None:
+        self._evaluate, self._lost = evaluate, lost
         self._places = asyncio.Semaphore(MOST_WAITING + 1)
         self._one_at_a_time = asyncio.Lock()  # first come, first served
         self._tasks: list[asyncio.Task[None]] = []
@@ -47,6 +55,8 @@ class SpareEvaluations:
             async with self._one_at_a_time:
                 self._raise_failure()  # one that failed ends the run: those behind it are not begun
                 await self._evaluate(handle)
+        except WeightsLost as error:
+            self._lost(handle, error)
         finally:
             self._places.release()
 

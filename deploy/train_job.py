@@ -15,7 +15,7 @@ from actors.pool import ActorPool
 from common.checkpoint import list_checkpoints
 from common.config import OpdlmConfig
 from common.config.schema import Strategy
-from common.errors import WeightsLost
+from common.errors import WeightsLost, last_line
 from common.models import count_parameters, read_config
 from common.samples import samples_per_reference
 from common.tasks import get_task
@@ -109,7 +109,7 @@ class _Job:
         )
         self.settings = DecodeSettings.from_config(config.rollout)
         self.coordinator: Coordinator | None = None
-        self._spare = SpareEvaluations(self._evaluate_beside)
+        self._spare = SpareEvaluations(self._evaluate_periodically, self._no_evaluation)
         self._evaluated: set[tuple[str, int]] = set()
         """(row, version) of what an earlier life of the run has evaluated."""
         self.stopped_by = 0
@@ -161,7 +161,8 @@ class _Job:
     async def _source(self) -> SampleSource:
         """Saved samples, the student's rollouts, or given responses, which the teacher makes now if nobody has yet."""
         config, roles, order = self.config, self.roles, self.checked.order
-        per_reference = samples_per_reference(config, read_config(config.model.teacher))
+        longest = max(len(prompt.ids) for prompt in self.checked.prompts.prompts)
+        per_reference = samples_per_reference(config, read_config(config.model.teacher), longest)
         if config.run.replay is not None:
             return ReplaySource(Path(config.run.replay), config.rollout.prompts_per_round, per_reference)
         scoring = Scoring(roles.teachers, self.telemetry, per_reference)
@@ -207,12 +208,9 @@ class _Job:
         assert self._periodic is not None
         await self._evaluate(report.PERIODIC, self._periodic, handle, self.roles.evaluators)
 
-    async def _evaluate_beside(self, handle: WeightHandle) -> None:
-        """The curve has a gap where a version died with its node before the spare actors had it."""
-        try:
-            await self._evaluate_periodically(handle)
-        except WeightsLost as error:
-            self.telemetry.failed([], 1, f"no evaluation of version {handle.version}: {error}", type(error).__name__)
+    def _no_evaluation(self, handle: WeightHandle, error: WeightsLost) -> None:
+        reason = f"no evaluation of version {handle.version}: {last_line(error)}"
+        self.telemetry.failed([], 1, reason, type(error).__name__)
 
     async def _evaluate(self, row: str, exam: Exam, handle: WeightHandle, pool: ActorPool | None = None) -> None:
         strategy: Strategy = (

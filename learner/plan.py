@@ -43,7 +43,7 @@ class TrainingPlan:
 def split(places: Sequence[int], work: Sequence[float], ranks: int) -> list[list[int]]:
     """Shares a batch among ranks so that none waits long for another: the largest first, each to whom it burdens least.
 
-    No rank gets more than `ceil(len(places) / ranks)` samples, so none has many more rows than another.
+    No rank gets more than `ceil(len(places) / ranks)` samples: not many more micro-batches than another, either.
 
     Args:
         work: what each sample of the round costs, by place.

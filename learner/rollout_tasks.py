@@ -1,6 +1,7 @@
 """Ray tasks that move a round's samples between the object store and its file, on whichever node.
 
-Neither the driver nor a learner rank ever holds a whole round. This module is light: the tasks' processes load it.
+Neither the driver nor a learner rank ever holds a whole round of large samples. This module is light: the processes of
+the tasks load it.
 """
 
 from __future__ import annotations

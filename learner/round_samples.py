@@ -43,12 +43,15 @@ class RoundSamples:
         except ObjectLostError:
             found = [self._fetch_one(place) for place in places]
         else:
-            self._shared |= {group: here[group] for group in new if len(here[group]) > 1}
+            self._keep(here)
             found = [here[sample.group][sample.place] for sample in wanted]
         for place, sample in zip(places, found, strict=True):
             if (index := sample.trajectory.index) != self._first + place:
                 raise OpdlmError(f"sample {index} came where sample {self._first + place} belongs")
         return found
+
+    def _keep(self, groups: dict[Any, list[ScoredTrajectory]]) -> None:
+        self._shared |= {reference: group for reference, group in groups.items() if len(group) > 1}
 
     def _fetch_one(self, place: int) -> ScoredTrajectory:
         while True:
@@ -58,4 +61,5 @@ class RoundSamples:
             except ObjectLostError:
                 self.samples[place] = self._queue.replace(self._first + place, sample)
             else:
+                self._keep({sample.group: group})
                 return group[sample.place]

@@ -97,6 +97,7 @@ class Learner:
                 break
             samples, staleness = taken
             self._train_round(samples, staleness, time.perf_counter() - waiting)
+            del taken, samples  # not kept beyond their checkpoint (deploy/sample_keeper.py)
             pack = self._publish()
             if self.rounds % self.config.checkpoint.every_rounds == 0 and self.rounds < self.plan.rounds:
                 saved = self.rounds if self._save() else saved
@@ -120,7 +121,7 @@ class Learner:
         samples = RoundSamples(taken, self._first_sample, self.queue)
         for pass_, places in self.plan.batches(self.rounds, len(taken)):
             share = samples.fetch(split(places, work, self.world)[self.rank])
-            spare = share[0] if share else samples.fetch(places[:1])[0]
+            spare = share[-1] if share else samples.fetch(places[:1])[0]
             rate = learning_rate(
                 self.optimizer_steps, self.plan.steps_before(self.plan.rounds), self.config.learner.optimizer
             )

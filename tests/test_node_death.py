@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,7 @@ from common.samples import SampleRef
 from common.types import HiddenTargets, ScoredTrajectory
 from learner.queue_client import QueueClient
 from learner.round_samples import RoundSamples
+from tests.learner.test_outbox import Rank
 from tests.tiny import trajectory
 
 pytestmark = pytest.mark.ray
@@ -38,6 +40,22 @@ def scored(*indices: int) -> list[ScoredTrajectory]:
     """Samples too large to travel inside a message: they lie in the store of the node that made them."""
     made = [dataclasses.replace(trajectory([5, 6], [7, 8], [1, 2]), index=index) for index in indices]
     return [ScoredTrajectory(t, HiddenTargets(np.zeros((8, 65536), np.float32))) for t in made]
+
+
+def test_weights_outlive_the_node_of_the_rank_that_laid_them_out(two_nodes) -> None:
+    """Once the queue's node has its copy, which it takes by itself: nobody here reads them before the node dies."""
+    queue = start_queue(prompts_per_round=1, max_staleness=0, total=1, first_round=0)
+    rank = Rank.options(resources={"second": 1}).remote(queue)
+    ray.get(rank.start.remote())
+    handle = ray.get(queue.next_weights.remote(-1), timeout=60)
+    deadline = time.monotonic() + 60
+    while len(ray.experimental.get_object_locations(handle.pack)[handle.pack[0]]["node_ids"]) < 2:
+        assert time.monotonic() < deadline, "no second copy"
+        time.sleep(0.1)
+    two_nodes.remove_node(two_nodes.second, allow_graceful=False)
+    pack = ray.get(handle.pack[0], timeout=60)
+    assert np.array_equal(pack.buffers["float32"], np.arange(1 << 16, dtype=np.float32))
+    ray.kill(queue)
 
 
 def test_samples_that_died_with_a_node_are_made_again(two_nodes) -> None:

@@ -29,12 +29,16 @@ def _config(targets: str, max_new_tokens: int, kind: str = "opd"):
     [("hidden", 4096, 1), ("hidden", 64, 7), ("topk", 64, 31), ("logits", 8, 1)],
 )
 def test_samples_share_a_reference_up_to_a_megabyte(targets, max_new_tokens, shared) -> None:
-    """(2 x 1024 + 10) x 64 tokens are 131,712 bytes, so seven; top-64 has 522 bytes a token."""
-    assert samples_per_reference(_config(targets, max_new_tokens), MODEL) == shared
+    """(2 x 1024 + 10) x 64 tokens are 131,712 bytes, so seven; top-64 has 522 bytes a token. A prompt has 400."""
+    assert samples_per_reference(_config(targets, max_new_tokens), MODEL, 100) == shared
 
 
 def test_given_tokens_are_small() -> None:
-    assert samples_per_reference(_config("hidden", 4096, "cft"), MODEL) == (1 << 20) // (18 * 4096)
+    assert samples_per_reference(_config("hidden", 4096, "cft"), MODEL, 0) == (1 << 20) // (18 * 4096)
+
+
+def test_long_prompts_count() -> None:
+    assert samples_per_reference(_config("hidden", 8, "cft"), MODEL, 20_000) == (1 << 20) // (18 * 8 + 80_000)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7])

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from common.config import config_from_dict
-from common.errors import ConfigError
+from common.errors import ConfigError, WeightsLost
 from common.types import WeightHandle
 from deploy.evaluation import EvaluationResult
 from deploy.placement import demands
@@ -22,6 +22,10 @@ BASE = {"model": {"teacher": "t"}, "data": {"task": "chain", "prompts": 10}}
 
 def handle(version: int) -> WeightHandle:
     return WeightHandle(version, [], 0)
+
+
+def never(given: WeightHandle, error: WeightsLost) -> None:
+    raise AssertionError(f"version {given.version} is not lost") from error
 
 
 class Evaluator:
@@ -51,7 +55,7 @@ async def _let_others_run() -> None:
 def test_all_are_done_one_at_a_time_in_order_and_a_full_line_makes_the_next_wait() -> None:
     async def scenario() -> None:
         evaluator = Evaluator()
-        spare = SpareEvaluations(evaluator)
+        spare = SpareEvaluations(evaluator, never)
         for version in range(MOST_WAITING + 1):
             await asyncio.wait_for(spare.submit(handle(version)), timeout=10)  # none of these waits
         last = asyncio.create_task(spare.submit(handle(99)))
@@ -69,10 +73,29 @@ def test_all_are_done_one_at_a_time_in_order_and_a_full_line_makes_the_next_wait
     asyncio.run(scenario())
 
 
+def test_a_version_whose_weights_died_is_a_gap_and_the_next_one_is_evaluated() -> None:
+    async def scenario() -> None:
+        evaluated, gaps = [], []
+
+        async def evaluate(given: WeightHandle) -> None:
+            if given.version == 1:
+                raise WeightsLost("weights of version 1: the owner has exited")
+            evaluated.append(given.version)
+
+        spare = SpareEvaluations(evaluate, lambda given, error: gaps.append((given.version, str(error))))
+        for version in range(3):
+            await spare.submit(handle(version))
+        await spare.finish()
+        assert evaluated == [0, 2]
+        assert gaps == [(1, "weights of version 1: the owner has exited")]
+
+    asyncio.run(scenario())
+
+
 def test_a_failure_ends_the_run_and_begins_no_other() -> None:
     async def scenario() -> None:
         evaluator = Evaluator(fail_at=0)
-        spare = SpareEvaluations(evaluator)
+        spare = SpareEvaluations(evaluator, never)
         await spare.submit(handle(0))
         await spare.submit(handle(1))
         evaluator.may_end.release()
@@ -86,9 +109,8 @@ def test_a_failure_ends_the_run_and_begins_no_other() -> None:
     asyncio.run(scenario())
 
 
-def test_the_run_goes_on_to_its_end_while_the_first_evaluation_is_in_work(tmp_path, monkeypatch) -> None:
+def test_the_run_goes_on_to_its_end_while_the_first_evaluation_is_in_work(tmp_path) -> None:
     """The real coordinator and queue: all rounds are decoded and trained before the evaluator may answer once."""
-    monkeypatch.setattr("actors.queue_actor.ray.put", lambda pack: pack)
 
     async def scenario() -> None:
         setup = Setup(tmp_path, 0, Rollout(), Teacher())
@@ -101,7 +123,7 @@ def test_the_run_goes_on_to_its_end_while_the_first_evaluation_is_in_work(tmp_pa
             result = EvaluationResult(**dict.fromkeys(EvaluationResult.__slots__, 0.5) | {"by_task": {}})
             telemetry.evaluated(PERIODIC, given.version, result, plan.steps_before(given.version))
 
-        spare, telemetry = SpareEvaluations(evaluate), setup.coordinator.telemetry
+        spare, telemetry = SpareEvaluations(evaluate, never), setup.coordinator.telemetry
 
         async def on_weights(given: WeightHandle) -> None:
             if given.version % 2 == 0:  # 0, 2, 4
