@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from actors import slot_attention
 from actors.kv_cache import SlotCache
-from actors.slot_attention import attended, parts_of
 from common.grid import BlockGrid
 from common.types import RolloutRequest, Trajectory
 
@@ -136,18 +136,14 @@ class Slots:
         if ends.max() <= slot_attention.NARROWEST:
             return
         order = np.argsort(-ends, kind="stable")
-        longest, *_ = sorted_parts = parts_of(ends[order], cache.positions)
-        self._in_vain += attended(parts_of(ends, cache.positions)) - attended(sorted_parts)
+        longest, *_ = sorted_parts = slot_attention.parts_of(ends[order], cache.positions)
+        parts = slot_attention.parts_of(ends, cache.positions)
+        self._in_vain += slot_attention.attended(parts) - slot_attention.attended(sorted_parts)
         if self._in_vain < _SORTING * self.live * longest[1]:
             return
         self._in_vain, rows = 0, order.tolist()
-        for state in (self._tokens, self._reveal, self._numbers, self._threshold):
-            state[: self.live] = state[rows]
-        for known in (self.starts, self.commits, self.masked):
-            known[: self.live] = known[rows]
+        self._copy(rows, list(range(self.live)))
         cache.reorder(rows, longest[1])
-        self.requests = [self.requests[row] for row in rows]
-        self._history = [self._history[row] for row in rows]
 
     def renew(self, version: int) -> None:
         """From the next denoising step on, all sequences are decoded with these weights."""
@@ -195,15 +191,21 @@ class Slots:
         gone, left = set(rows), self.live - len(rows)
         gaps = [row for row in rows if row < left]
         moved = [row for row in range(left, self.live) if row not in gone]
-        for gap, row in zip(gaps, moved, strict=True):
-            self.requests[gap], self._history[gap] = self.requests[row], self._history[row]
         if gaps:
-            for state in (self._tokens, self._reveal, self._numbers, self._threshold):
-                state[gaps] = state[moved]
-            for known in (self.starts, self.commits, self.masked):
-                known[gaps] = known[moved]
+            self._copy(moved, gaps)
             cache.move(moved, gaps, int(self.starts[gaps].max()))
         del self.requests[left:], self._history[left:]
+
+    def _copy(self, source: list[int], target: list[int]) -> None:
+        """Slots over others, all at once; a slot may be source and target. Their keys and values are the cache's."""
+        for state in (self._tokens, self._reveal, self._numbers, self._threshold):
+            state[target] = state[source]
+        for known in (self.starts, self.commits, self.masked):
+            known[target] = known[source]
+        lists: tuple[list[Any], ...] = self.requests, self._history
+        for kept in lists:
+            for place, one in zip(target, [kept[row] for row in source], strict=True):
+                kept[place] = one
 
 
 def _first_of(tokens: np.ndarray, wanted: Sequence[int]) -> int | None:

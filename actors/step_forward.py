@@ -31,12 +31,20 @@ The result is good until the next call."""
 class StepShape:
     """What the sizes of a forward follow from."""
 
-    slots: int
-    """n, the first so many"""
     commits: int
     """c, blocks to commit"""
     parts: Parts
-    """How far each slot attends."""
+    """How far each of the first slots attends."""
+
+    @property
+    def slots(self) -> int:
+        """n"""
+        return sum(count for count, _ in self.parts)
+
+    @property
+    def width(self) -> int:
+        """Positions that the first part attends to, and no other more."""
+        return self.parts[0][1]
 
     def rounded_up(self, slots: int, width: int) -> StepShape:
         """The next of few shapes: slots are a half, a quarter, ... of all, commits quarters of those, widths double.
@@ -48,9 +56,9 @@ class StepShape:
         quarter = -(-slots // 4)
         commits = min(-(-self.commits // quarter) * quarter, slots)
         wide = _FIRST_WIDTH
-        while wide < self.parts[0][1]:
+        while wide < self.width:
             wide *= 2
-        return StepShape(slots, commits, ((slots, min(wide, width)),))
+        return StepShape(commits, ((slots, min(wide, width)),))
 
 
 class StepForward:
@@ -67,7 +75,7 @@ class StepForward:
 
     def shape(self, commits: int, ends: np.ndarray) -> StepShape:
         """Of the next forward; `ends`: `[n]`, position after the block in work of each live slot."""
-        exact = StepShape(len(ends), commits, parts_of(ends, self._cache.positions))
+        exact = StepShape(commits, parts_of(ends, self._cache.positions))
         return exact if self._record is None else exact.rounded_up(self._cache.slots, self._cache.positions)
 
     def __call__(
@@ -115,5 +123,5 @@ class StepForward:
         group = config.num_attention_heads // config.num_key_value_heads
         lanes = Lanes(shape.parts, self._block, commit if shape.commits else None)
         mask = lanes.mask(ends, group, self._cache.keys.dtype)
-        self._cache.aim(rows, positions, (shape.slots, shape.parts[0][1]))
+        self._cache.aim(rows, positions, (shape.slots, shape.width))
         return hidden_states(self._model, tokens, positions, mask, self._cache, layout=lanes)[: shape.slots]

@@ -13,8 +13,8 @@ import torch
 
 from actors.engine_guard import guarded
 from actors.teacher_backends import make_backend
+from common.batches import in_groups
 from common.config.schema import TeacherConfig
-from common.samples import in_groups
 from common.types import ScoredTrajectory, Trajectory
 
 
@@ -56,7 +56,7 @@ class TeacherActor:
         scored = [ScoredTrajectory(t, target) for t, target in zip(trajectories, targets, strict=True)]
         arrays = [getattr(target, field) for target in targets for field in type(target).__slots__]
         nbytes = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
-        lengths = tuple((len(t.prompt_ids), t.response_length) for t in trajectories)
+        lengths = tuple(t.lengths for t in trajectories)
         tokens = sum(response for _, response in lengths)
         forward_tokens = tokens + sum(prompt - 1 for prompt, _ in lengths)
         stats = ScoreStats(tokens, forward_tokens, time.perf_counter() - started, nbytes, lengths)

@@ -1,8 +1,16 @@
-"""Groups of sequences for forwards of bounded size."""
+"""Groups of bounded size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def in_groups(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """Cuts items, in their order, into lists of so many; the last may be shorter."""
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -46,16 +46,11 @@ def samples_per_reference(config: OpdlmConfig, model: Any, longest_prompt: int) 
     return max(_GROUP_BYTES // (token * config.rollout.max_new_tokens + _PROMPT_BYTES * longest_prompt), 1)
 
 
-def in_groups(samples: Sequence[Any], size: int) -> list[list[Any]]:
-    """Cuts samples, or their indices, into the lists that share a reference."""
-    return [list(samples[i : i + size]) for i in range(0, len(samples), size)]
-
-
 def sample_refs(groups: Sequence[Any], size: int, lengths: Sequence[tuple[int, int]]) -> list[SampleRef]:
     """One record a sample.
 
     Args:
-        groups: references to the lists that `in_groups` made.
+        groups: references to lists of `size` samples (`in_groups`).
         lengths: (prompt tokens, response tokens) of each sample.
     """
     return [SampleRef(groups[i // size], i % size, *lengths[i]) for i in range(len(lengths))]

@@ -65,6 +65,11 @@ class Trajectory:
         """The response's tokens, `[R] int32`: up to and with the first end-of-sequence token, or the limit."""
         return self.response_ids[: self.response_length]
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of the prompt, and of the response."""
+        return len(self.prompt_ids), self.response_length
+
 
 @dataclass(frozen=True, slots=True)
 class TopKTargets:

@@ -17,6 +17,7 @@ from actors.decode_settings import DecodeSettings
 from actors.pool import ActorPool, stop_actors
 from actors.rollout_actor import start_rollout_actor
 from actors.teacher_actor import start_teacher_actor
+from common.batches import in_groups
 from common.config.schema import ResourcesConfig, TeacherConfig
 from common.models import read_config
 from common.types import RolloutRequest
@@ -103,7 +104,7 @@ def split(requests: list[RolloutRequest], actors: int, batch_size: int) -> list[
     """Cuts requests into calls: some per actor, each at least a batch, and none so large that an actor stays idle."""
     share = -(-len(requests) // actors)
     size = min(share, max(batch_size, -(-share // _PARTS_PER_ACTOR)))
-    return [requests[i : i + size] for i in range(0, len(requests), size)]
+    return in_groups(requests, size)
 
 
 async def _together(calls: list[Any]) -> list[Any]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.decode_settings import DecodeSettings
 from actors.pool import ActorPool
+from common.batches import in_groups
 from common.config.schema import EvaluationConfig
 from common.tasks import Problem, Task, problems
 from common.types import RolloutRequest, Trajectory, WeightHandle
@@ -110,7 +111,7 @@ async def evaluate_student(
     """Decodes the exam over all rollout actors with one weight version."""
     requests = exam.requests(config.max_new_tokens)
     size = -(-len(requests) // max(len(pool.actors), 1))  # the pool itself says that none is left
-    parts = [requests[i : i + size] for i in range(0, len(requests), size)]
+    parts = in_groups(requests, size)
     done = await asyncio.gather(
         *(pool.fetch("decode", part, handle, settings, config.batch_size, outputs=1) for part in parts)
     )

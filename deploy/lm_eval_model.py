@@ -23,6 +23,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from tqdm import tqdm
 
 from actors.decode_settings import DecodeSettings
+from common.batches import in_groups
 from common.chat import chat_prompt, require_template
 from common.config.schema import Strategy
 from common.errors import OpdlmError
@@ -121,7 +122,7 @@ class OpdlmLM(LM):
         size = _BATCHES_A_CALL * self.batch_size * self.decoder.parallel
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
             for key, group in groups.items():
-                for part in (group[i : i + size] for i in range(0, len(group), size)):
+                for part in in_groups(group, size):
                     answers = self.decoder.answer(part, settings[key], self.batch_size)
                     self._tokens, self._steps = self._tokens + answers.tokens, self._steps + answers.denoising_steps
                     self._seconds += answers.seconds

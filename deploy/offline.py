@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from ray.exceptions import RayError
 
 from actors.pool import ActorPool
+from common.batches import in_groups
 from common.config import OpdlmConfig
 from common.errors import ConfigError, OpdlmError, first_line, last_line
 from common.prompts import Prompt
@@ -158,7 +159,7 @@ async def generate_responses(
         progress(done, len(prompts))
         return responses
 
-    chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    chunks = in_groups(prompts, size)
     answered = await asyncio.gather(*(answer(i, chunk) for i, chunk in enumerate(chunks)))
     _write(file, prompts, [r for responses in answered for r in responses], made_of)
     shutil.rmtree(parts)

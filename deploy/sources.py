@@ -16,11 +16,12 @@ import ray
 
 from actors.decode_settings import DecodeSettings
 from actors.pool import ActorPool
+from common.batches import in_groups
 from common.config import OpdlmConfig
 from common.curriculum import dynamic_threshold, length_limit
 from common.grid import BlockGrid
 from common.prompts import PromptOrder
-from common.samples import SampleRef, in_groups, sample_refs
+from common.samples import SampleRef, sample_refs
 from common.types import RolloutRequest, ScoredTrajectory, TopKTargets, Trajectory, WeightHandle
 from deploy.telemetry import Telemetry
 
@@ -111,8 +112,7 @@ class GivenSource:
             return await self.scoring.score(trajectories, len(indices)), weights.version
         samples, size = [ScoredTrajectory(t, self._one_hot(t)) for t in trajectories], self.scoring.per_reference
         groups = [ray.put(group) for group in in_groups(samples, size)]
-        lengths = [(len(t.prompt_ids), t.response_length) for t in trajectories]
-        return sample_refs(groups, size, lengths), weights.version
+        return sample_refs(groups, size, [t.lengths for t in trajectories]), weights.version
 
     def _trajectory(self, index: int, version: int) -> Trajectory:
         prompt, round_ = self.order[index], index // self.config.rollout.prompts_per_round

@@ -13,7 +13,8 @@ from typing import Any
 
 import ray
 
-from common.samples import SampleRef, distinct_groups, in_groups
+from common.batches import in_groups
+from common.samples import SampleRef, distinct_groups
 from common.types import ScoredTrajectory
 from learner.rollout_files import RolloutFacts, load_samples, save_round
 
@@ -48,6 +49,6 @@ def _dump(file: Path, samples: list[SampleRef], facts: RolloutFacts) -> None:
 
 def _read(file: Path, indices: Sequence[int], per_reference: int) -> tuple[list[ScoredTrajectory] | ReadFacts, ...]:
     samples = load_samples(file, indices)
-    lengths = [(len(s.trajectory.prompt_ids), s.trajectory.response_length) for s in samples]
+    lengths = [sample.trajectory.lengths for sample in samples]
     oldest = min(sample.trajectory.weight_version for sample in samples)
     return (*in_groups(samples, per_reference), ReadFacts(oldest, lengths))

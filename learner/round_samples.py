@@ -27,9 +27,6 @@ class RoundSamples:
         self._shared: dict[Any, list[ScoredTrajectory]] = {}
         """Lists of several small samples: nearly every step wants one of each. A large one is let go of at once."""
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def fetch(self, places: Sequence[int]) -> list[ScoredTrajectory]:
         """Samples by their places.
 
@@ -39,11 +36,12 @@ class RoundSamples:
         wanted = [self.samples[place] for place in places]
         new = [group for group in distinct_groups(wanted) if group not in self._shared]
         try:
-            here = self._shared | dict(zip(new, self._queue.ask(new, "scored trajectories"), strict=True))
+            fetched = dict(zip(new, self._queue.ask(new, "scored trajectories"), strict=True))
         except ObjectLostError:
             found = [self._fetch_one(place) for place in places]
         else:
-            self._keep(here)
+            self._keep(fetched)
+            here = self._shared | fetched
             found = [here[sample.group][sample.place] for sample in wanted]
         for place, sample in zip(places, found, strict=True):
             if (index := sample.trajectory.index) != self._first + place:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from common.batches import in_groups
 from common.config.schema import LearnerConfig, ObjectiveConfig
 from common.grid import BlockGrid
 from common.types import ScoredTrajectory
@@ -87,7 +88,7 @@ class TrainStep:
         rows = [row for scored in share for row in self._rows(scored, pass_)]
         useful = sorted((r for r in rows if len(r.loss_positions)), key=lambda r: -len(r.input_ids))
         size = self.learner.micro_batch_rows
-        micro = [pack(useful[i : i + size]) for i in range(0, len(useful), size)]
+        micro = [pack(group) for group in in_groups(useful, size)]
         positions = sum(len(r.loss_positions) for r in useful)
         counts = self._sum([len(useful), len(rows) - len(useful), positions])
         total_rows, without_loss, total_positions = (int(c) for c in counts)

@@ -123,7 +123,7 @@ def test_shapes_are_few_and_large_enough(slots, data) -> None:
     """And never larger than what there is."""
     positions = data.draw(st.integers(16, 5000))
     live, width = data.draw(st.integers(1, slots)), data.draw(st.integers(1, positions))
-    exact = StepShape(live, data.draw(st.integers(0, live)), ((live, width),))
+    exact = StepShape(data.draw(st.integers(0, live)), ((live, width),))
     rounded = exact.rounded_up(slots, positions)
     assert exact.slots <= rounded.slots <= min(max(2 * exact.slots, 1), slots)
     assert exact.commits <= rounded.commits <= rounded.slots
@@ -132,7 +132,7 @@ def test_shapes_are_few_and_large_enough(slots, data) -> None:
     assert count == rounded.slots
     assert width <= wide <= positions
     every = {
-        StepShape(n, c, ((n, width),)).rounded_up(slots, positions) for n in range(1, slots + 1) for c in range(n + 1)
+        StepShape(c, ((n, width),)).rounded_up(slots, positions) for n in range(1, slots + 1) for c in range(n + 1)
     }
     assert len(every) <= 5 * (1 + slots.bit_length())
 

@@ -19,9 +19,9 @@ from ray.exceptions import RayActorError
 from actors.pool import ActorPool
 from actors.queue_actor import ReplayQueueActor
 from actors.teacher_actor import ScoreStats
+from common.batches import in_groups
 from common.config import config_from_dict
 from common.prompts import Prompt, PromptOrder
-from common.samples import in_groups
 from common.types import DecodeStats, RolloutRequest, WeightHandle
 from deploy.cluster import Roles
 from deploy.coordinator import Coordinator
