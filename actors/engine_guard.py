@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from common.errors import OpdlmError
-from common.models import hidden_states, input_device
+from opdlm.common.errors import OpdlmError
+from opdlm.common.model.load import hidden_states, input_device
 
 log = logging.getLogger("opdlm.engine")
 

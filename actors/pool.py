@@ -33,7 +33,7 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from common.errors import OpdlmError, first_line
+from opdlm.common.errors import OpdlmError, first_line
 
 log = logging.getLogger("opdlm.pool")
 

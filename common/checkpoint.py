@@ -23,7 +23,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from common.errors import OpdlmError
+from opdlm.common.errors import OpdlmError
+from opdlm.common.files import sync
 
 log = logging.getLogger("opdlm.checkpoint")
 
@@ -71,11 +72,11 @@ def save_checkpoint(root: Path, state: dict[str, Any], write_files: Callable[[Pa
         manifest = {file.name: _fingerprint(file) for file in sorted(staging.iterdir())}
         (staging / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         for file in [*staging.iterdir(), staging]:
-            _sync(file)
+            sync(file)
         if final.exists():  # of an earlier life that went on from before it; by a rename, so that it goes at once
             final.rename(root / f"{_OLD}{final.name}.{os.getpid()}")
         staging.rename(final)
-        _sync(root)
+        sync(root)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     # Of rounds behind this one there are only damaged ones, that the run went back from: they do not count as kept.
@@ -144,11 +145,3 @@ def _fingerprint(file: Path) -> dict[str, int]:
         while chunk := stream.read(1 << 24):
             crc, size = zlib.crc32(chunk, crc), size + len(chunk)
     return {"bytes": size, "crc32": crc}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

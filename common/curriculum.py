@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from common.config.schema import OpdlmConfig, Schedule
+from opdlm.common.config.schema import OpdlmConfig, Schedule
 
 
 def scheduled(schedule: Schedule, round_: int) -> float:

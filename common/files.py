@@ -1,14 +1,18 @@
-"""JSON and YAML files that others wrote: data only, and one clear line where they are something else."""
+"""Files: JSON and YAML read as data only; files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from common.errors import OpdlmError
+from opdlm.common.errors import OpdlmError
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -39,3 +43,64 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(held, dict):
         raise OpdlmError(f"{file} holds a {type(held).__name__}; expected sections such as `model:`")
     return held
+
+
+@contextmanager
+def atomic_file(file: Path) -> Iterator[Path]:
+    """A path beside `file` to write to: synced and renamed to `file` when the block ends, removed on an error.
+
+    Readers see the old content or the new one, never a part. The folder must exist.
+    """
+    staging = _staging(file)
+    try:
+        yield staging
+        sync(staging)
+        staging.replace(file)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a whole text file with `atomic_file`."""
+    with atomic_file(file) as staging:
+        staging.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, content: Any, **how: Any) -> None:
+    """Writes a whole JSON file with `atomic_file`. `how`: as in `json.dumps`."""
+    write_text(file, json.dumps(content, indent=2, **how) + "\n")
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder, whose parents are made; the folder itself must not exist."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = _staging(folder)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        for path in (*staging.rglob("*"), staging):
+            sync(path)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_existing(command: str, destination: Path) -> None:
+    """Raises `OpdlmError` where the destination of a command exists."""
+    if destination.exists():
+        raise OpdlmError(f"{command}: {destination} exists; give a new folder (nothing was written)")
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or a folder's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.config import OpdlmConfig
-from common.config.base import DTYPE_BYTES
+from opdlm.common.config import OpdlmConfig
+from opdlm.common.config.base import DTYPE_BYTES
 
 _GROUP_BYTES = 1 << 20
 """What samples behind one reference may have together."""

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.checksum import checksum
-from common.tensors import array_dtype, array_to_tensor, tensor_to_array
-from common.types import TensorPlace, WeightPack
+from opdlm.common.checksum import checksum
+from opdlm.common.tensors import array_dtype, array_to_tensor, tensor_to_array
+from opdlm.common.types import TensorPlace, WeightPack
 
 
 class WeightPacker:

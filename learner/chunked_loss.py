@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from common.config.schema import ObjectiveConfig
-from learner.targets import PositionTargets
-from learner.tied_embedding import Sink
+from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.learner.targets import PositionTargets
+from opdlm.learner.tied_embedding import Sink
 
 
 def chunked_loss(

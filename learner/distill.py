@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.attention import NAME as ATTENTION
-from common.config.schema import ObjectiveConfig
-from common.masks import training_mask_mod
-from common.models import hidden_states
-from learner.chunked_loss import chunked_loss
-from learner.packing import MicroBatch
-from learner.row_attention import RowParts
-from learner.targets import PositionTargets
-from learner.tied_embedding import Sink, embed
+from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.masks import training_mask_mod
+from opdlm.common.model.attention import NAME as ATTENTION
+from opdlm.common.model.load import hidden_states
+from opdlm.learner.chunked_loss import chunked_loss
+from opdlm.learner.packing import MicroBatch
+from opdlm.learner.row_attention import RowParts
+from opdlm.learner.targets import PositionTargets
+from opdlm.learner.tied_embedding import Sink, embed
 
 
 class DistillModule(nn.Module):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import OpdlmConfig
-from common.errors import OpdlmError
+from opdlm.common.config import OpdlmConfig
+from opdlm.common.errors import OpdlmError
 
 _PATIENCE_SECONDS = 60.0
 """For an answer of the queue actor, which is never busy."""
@@ -37,7 +37,7 @@ def train_loop(arguments: dict[str, LearnerSetup]) -> None:
         return  # nobody could be asked for samples; the coordinator begins anew with another queue and another group
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what run.deterministic needs on a GPU
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    from learner.worker import run_rank  # torch, transformers, deepspeed: only in the ranks
+    from opdlm.learner.worker import run_rank  # torch, transformers, deepspeed: only in the ranks
 
     run_rank(arguments["setup"])
 

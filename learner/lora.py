@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from common.config.schema import LoraConfig
-from common.convert import staged
-from common.errors import OpdlmError
+from opdlm.common.config.schema import LoraConfig
+from opdlm.common.errors import OpdlmError
+from opdlm.common.files import atomic_folder
 
 _NAME = "default"
 Gather = Any
@@ -81,7 +81,7 @@ def save_adapter(student: nn.Module, config: LoraConfig, base: str, folder: Path
         made = _peft_config(config)
         made.base_model_name_or_path = base
         made.inference_mode = True
-        with staged(folder) as staging:
+        with atomic_folder(folder) as staging:
             made.save_pretrained(staging)
             save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
 

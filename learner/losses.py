@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from common.config.schema import ObjectiveConfig
+from opdlm.common.config.schema import ObjectiveConfig
 
 _ROWS_IN_CACHE = 8
 

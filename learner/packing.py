@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.masks import PADDING
-from learner.rows import Row
+from opdlm.common.masks import PADDING
+from opdlm.learner.rows import Row
 
 
 @dataclass(frozen=True, slots=True)

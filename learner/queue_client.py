@@ -8,11 +8,11 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from common.errors import OpdlmError
-from common.object_store import StoreWait, store_is_full
-from common.outbox import laid_out
-from common.samples import SampleRef
-from common.types import WeightPack
+from opdlm.common.errors import OpdlmError
+from opdlm.common.retry import StoreWait, store_is_full
+from opdlm.common.samples import SampleRef
+from opdlm.common.types import WeightPack
+from opdlm.common.weight_offer import offered
 
 _BETWEEN_STEPS_SECONDS = 0.2
 """Between two messages of nothing but steps: one a step of a small model would keep queue and driver busy."""
@@ -74,7 +74,7 @@ class QueueClient:
     def publish(self, pack: WeightPack) -> None:
         """Hands weights over; waits for room where the object store is full, as the producers do."""
         store, me = StoreWait(self._limit), ray.get_runtime_context().current_actor
-        with laid_out(me, pack) as outbox:
+        with offered(me, pack) as outbox:
             while True:
                 try:
                     self.ask(self._queue.collect.remote(outbox), _PUBLISHING)

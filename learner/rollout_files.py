@@ -13,7 +13,6 @@ module is light (no torch, no Ray): the processes that read and write for others
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,9 +22,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from common.config import OpdlmConfig
-from common.errors import OpdlmError
-from common.types import HiddenTargets, LogitsTargets, ScoredTrajectory, TeacherTargets, TopKTargets, Trajectory
+from opdlm.common.config import OpdlmConfig
+from opdlm.common.errors import OpdlmError
+from opdlm.common.files import atomic_file
+from opdlm.common.types import HiddenTargets, LogitsTargets, ScoredTrajectory, TeacherTargets, TopKTargets, Trajectory
 
 _TARGETS: dict[str, type[HiddenTargets] | type[LogitsTargets] | type[TopKTargets]] = {
     "hidden": HiddenTargets,
@@ -98,14 +98,8 @@ def save_round(file: Path, samples: Sequence[ScoredTrajectory], facts: RolloutFa
         small.append({name: value for name, value in fields.items() if name not in tensors and value is not None})
     metadata = {"rollouts": json.dumps({"facts": asdict(facts), "samples": small})}  # one key: their order is not fixed
     file.parent.mkdir(parents=True, exist_ok=True)
-    staging = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with atomic_file(file) as staging:
         save_file(arrays, staging, metadata)
-        with staging.open("rb") as stream:
-            os.fsync(stream.fileno())
-        staging.replace(file)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def load_samples(file: Path, indices: Sequence[int]) -> list[ScoredTrajectory]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import ray
 
-from common.batches import in_groups
-from common.samples import SampleRef, distinct_groups
-from common.types import ScoredTrajectory
-from learner.rollout_files import RolloutFacts, load_samples, save_round
+from opdlm.common.batches import in_groups
+from opdlm.common.samples import SampleRef, distinct_groups
+from opdlm.common.types import ScoredTrajectory
+from opdlm.learner.rollout_files import RolloutFacts, load_samples, save_round
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ from typing import Any
 
 from ray.exceptions import ObjectLostError
 
-from common.errors import OpdlmError
-from common.samples import SampleRef, distinct_groups
-from common.types import ScoredTrajectory
-from learner.queue_client import QueueClient
+from opdlm.common.errors import OpdlmError
+from opdlm.common.samples import SampleRef, distinct_groups
+from opdlm.common.types import ScoredTrajectory
+from opdlm.learner.queue_client import QueueClient
 
 
 class RoundSamples:

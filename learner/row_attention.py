@@ -17,13 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.masks import PADDING, visible
-from learner.packing import MicroBatch
+from opdlm.common.masks import PADDING, visible
+from opdlm.learner.packing import MicroBatch
 
 
 @dataclass(frozen=True, slots=True)
 class RowParts:
-    """Where the parts of a micro-batch are, for G clean halves and M noisy copies: a layout of `common/attention.py`.
+    """Where the parts of a micro-batch are, for G clean halves and M noisy copies: a layout of `common/model/attention.py`.
 
     Parts are padded to the longest of their kind; a place that pads is that of some other token.
     """

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.config.schema import ObjectiveConfig
-from common.grid import BlockGrid
-from common.types import ScoredTrajectory, Trajectory
-from learner.states import SELECTIONS, BlockStates
+from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.grid import BlockGrid
+from opdlm.common.types import ScoredTrajectory, Trajectory
+from opdlm.learner.states import SELECTIONS, BlockStates
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from common.checkpoint import latest_checkpoint, save_checkpoint
-from common.errors import OpdlmError
-from learner import zero
+from opdlm.common.checkpoint import latest_checkpoint, save_checkpoint
+from opdlm.common.errors import OpdlmError
+from opdlm.learner import zero
 
 log = logging.getLogger("opdlm.saving")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from common.grid import BlockGrid
+from opdlm.common.grid import BlockGrid
 
 Selection = Callable[["BlockStates", np.random.Generator], list[np.ndarray]]
 

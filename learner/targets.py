@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.config.schema import ObjectiveConfig
-from common.tensors import array_to_tensor
-from common.types import LogitsTargets, TeacherTargets, TopKTargets
-from learner.losses import divergence, forward_kl_with_gradient, restrict_to_top_k
-from learner.rows import Row
+from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.tensors import array_to_tensor
+from opdlm.common.types import LogitsTargets, TeacherTargets, TopKTargets
+from opdlm.learner.losses import divergence, forward_kl_with_gradient, restrict_to_top_k
+from opdlm.learner.rows import Row
 
 
 @dataclass(frozen=True, slots=True)

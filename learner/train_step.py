@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.batches import in_groups
-from common.config.schema import LearnerConfig, ObjectiveConfig
-from common.grid import BlockGrid
-from common.types import ScoredTrajectory
-from learner.packing import MicroBatch, pack
-from learner.rows import Row, build_rows
-from learner.targets import gather_targets
+from opdlm.common.batches import in_groups
+from opdlm.common.config.schema import LearnerConfig, ObjectiveConfig
+from opdlm.common.grid import BlockGrid
+from opdlm.common.types import ScoredTrajectory
+from opdlm.learner.packing import MicroBatch, pack
+from opdlm.learner.rows import Row, build_rows
+from opdlm.learner.targets import gather_targets
 
 
 @dataclass(frozen=True, slots=True)

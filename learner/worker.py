@@ -18,28 +18,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.checkpoint import latest_checkpoint
-from common.config import OpdlmConfig, config_from_dict
-from common.convert import save_model
-from common.errors import OpdlmError
-from common.grid import BlockGrid
-from common.models import load_model, load_output_matrix, load_tokenizer, read_facts, require_mask
-from common.samples import SampleRef
-from common.shards import weights_fingerprint
-from common.types import WeightPack
-from common.weights import WeightPacker, load_weights
-from learner import zero
-from learner.distill import DistillModule
-from learner.group import LearnerSetup
-from learner.lora import add_adapters, save_adapter
-from learner.plan import TrainingPlan, split
-from learner.queue_client import QueueClient
-from learner.rollout_files import facts_of, round_file
-from learner.rollout_tasks import start_dump
-from learner.round_samples import RoundSamples
-from learner.saving import GiveUp, Saver
-from learner.schedule import learning_rate
-from learner.train_step import StepResult, TrainStep
+from opdlm.common.checkpoint import latest_checkpoint
+from opdlm.common.config import OpdlmConfig, config_from_dict
+from opdlm.common.errors import OpdlmError
+from opdlm.common.grid import BlockGrid
+from opdlm.common.model.convert import save_model
+from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.load import load_model, load_output_matrix
+from opdlm.common.model.shards import weights_fingerprint
+from opdlm.common.model.tokenizer import load_tokenizer
+from opdlm.common.samples import SampleRef
+from opdlm.common.types import WeightPack
+from opdlm.common.weights import WeightPacker, load_weights
+from opdlm.learner import zero
+from opdlm.learner.distill import DistillModule
+from opdlm.learner.group import LearnerSetup
+from opdlm.learner.lora import add_adapters, save_adapter
+from opdlm.learner.queue_client import QueueClient
+from opdlm.learner.rollout_files import facts_of, round_file
+from opdlm.learner.rollout_tasks import start_dump
+from opdlm.learner.round_samples import RoundSamples
+from opdlm.learner.saving import GiveUp, Saver
+from opdlm.learner.schedule import TrainingSchedule, learning_rate, split
+from opdlm.learner.train_step import StepResult, TrainStep
 
 
 class Learner:
@@ -57,7 +58,7 @@ class Learner:
         torch.use_deterministic_algorithms(config.run.deterministic)
         # Filling memory that nobody reads is for finding such reads; DeepSpeed allocates 2 GB of it in each backward.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self.plan = TrainingPlan(
+        self.plan = TrainingSchedule(
             setup.total_samples,
             config.rollout.prompts_per_round,
             config.learner.batch_size,
@@ -97,7 +98,7 @@ class Learner:
                 break
             samples, staleness = taken
             self._train_round(samples, staleness, time.perf_counter() - waiting)
-            del taken, samples  # not kept beyond their checkpoint (deploy/sample_keeper.py)
+            del taken, samples  # not kept beyond their checkpoint (deploy/run/sample_references.py)
             pack = self._publish()
             if self.rounds % self.config.checkpoint.every_rounds == 0 and self.rounds < self.plan.rounds:
                 saved = self.rounds if self._save() else saved

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from common.config.schema import LearnerConfig
-from learner.lora import merged_parameters
+from opdlm.common.config.schema import LearnerConfig
+from opdlm.learner.lora import merged_parameters
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -27,14 +27,14 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 from rich.table import Table
 
-from common.config import OpdlmConfig, dump_config, load_config
-from deploy.ledger import read_ledger
-from deploy.preflight import preflight
-from deploy.telemetry import read_records
-from tests.victims import Victims, raylets_of
+from opdlm.common.config import OpdlmConfig, dump_config, load_config
+from opdlm.deploy.observe.ledger import read_ledger
+from opdlm.deploy.observe.records import read_records
+from opdlm.deploy.run.preflight import preflight
+from tests import REPOSITORY
+from tests.system.victims import Victims, raylets_of
 
 KINDS = ("rollout", "teacher", "learner", "queue", "node", "driver")
-REPOSITORY = Path(__file__).parents[1]
 _NODE = {"num_cpus": 8, "num_gpus": 0}
 _WARM_UP_SECONDS = 60.0
 """A process's memory is watched after this age: models, libraries and the first batches are loaded by then."""
@@ -59,7 +59,7 @@ class Chaos:
         file = self.run_dir.with_suffix(".yaml")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(dump_config(self.config))
-        command = [sys.executable, "-m", "deploy.cli", "train", str(file), *(["--resume"] if resume else [])]
+        command = [sys.executable, "-m", "opdlm", "train", str(file), *(["--resume"] if resume else [])]
         log = self.run_dir.with_suffix(".log").open("a")
         environment = os.environ | {"RAY_ADDRESS": self.cluster.address}
         return subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log, env=environment)

@@ -36,8 +36,8 @@ def ray_cluster(cluster) -> str:
 
 @pytest.fixture(scope="session")
 def victims(cluster) -> Any:
-    """The processes of its actors (`tests.victims.Victims`)."""
-    from tests.victims import Victims, raylets_of
+    """The processes of its actors (`tests.system.victims.Victims`)."""
+    from tests.system.victims import Victims, raylets_of
 
     return Victims(lambda: raylets_of(cluster))
 
@@ -52,11 +52,11 @@ def chain_teacher(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(ray_cluster, chain_teacher, tmp_path_factory) -> Path:
-    """Run directory of an unbroken run of `tests.runs.run_config`, with a checkpoint of each round."""
+    """Run directory of an unbroken run of `tests.system.runs.run_config`, with a checkpoint of each round."""
     from rich.console import Console
 
-    from deploy.train_job import train
-    from tests.runs import ROUNDS, losses, run_config
+    from opdlm.deploy.run.train import train
+    from tests.system.runs import ROUNDS, losses, run_config
 
     folder = tmp_path_factory.mktemp("unbroken") / "whole"
     assert train(run_config(chain_teacher, folder), resume=False, console=Console(quiet=True)) == 0

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from common.config.schema import ObjectiveConfig
-from common.types import HiddenTargets, ScoredTrajectory, Trajectory
+from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.types import HiddenTargets, ScoredTrajectory, Trajectory
 
 ROOT = Path(os.environ.get("OPDLM_GOLDEN") or Path(__file__).parent / "golden")
 

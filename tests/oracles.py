@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from actors.decode_settings import DecodeSettings
-from actors.remasking import STRATEGIES, Step
-from actors.sampling import draw_candidates, hashed_uniform
-from common.grid import BlockGrid
-from common.types import RolloutRequest
+from opdlm.actors.rollout.remasking import STRATEGIES, Step
+from opdlm.actors.rollout.sampling import draw_candidates, hashed_uniform
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.grid import BlockGrid
+from opdlm.common.types import RolloutRequest
 
 
 @torch.no_grad()

@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors.block_decoder import BlockDecoder
-from actors.decode_settings import DecodeSettings
-from actors.teacher_scoring import score
-from common.grid import BlockGrid
-from common.models import load_model
-from common.types import RolloutRequest, ScoredTrajectory
-from learner.distill import DistillModule
-from learner.packing import collate
-from learner.rows import build_row, build_rows
-from learner.targets import gather_targets
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.teacher.scoring import score
+from opdlm.common.grid import BlockGrid
+from opdlm.common.model.load import load_model
+from opdlm.common.types import RolloutRequest, ScoredTrajectory
+from opdlm.learner.distill import DistillModule
+from opdlm.learner.packing import collate
+from opdlm.learner.rows import build_row, build_rows
+from opdlm.learner.targets import gather_targets
 from tests import golden_files
 
 RELATIVE = 1e-4

@@ -11,15 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.block_decoder import BlockDecoder
-from actors.decode_settings import DecodeSettings
-from actors.remasking import STRATEGIES
-from actors.step_view import StepView
-from common.config.schema import ObjectiveConfig
-from common.masks import training_mask
-from common.models import hidden_states
-from learner.packing import collate
-from learner.rows import build_rows
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.observation import StepObservation
+from opdlm.actors.rollout.remasking import STRATEGIES
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.masks import training_mask
+from opdlm.common.model.load import hidden_states
+from opdlm.learner.packing import collate
+from opdlm.learner.rows import build_rows
 from tests.golden_files import unscored
 from tests.tiny import EOS, MASK, OTHER_FAMILIES, request, tiny_model
 
@@ -41,7 +41,7 @@ def test_training_forward_sees_what_the_decoder_saw(
 ) -> None:
     seen: dict[tuple[int, int, int], torch.Tensor] = {}  # (sequence, step, position) -> logits
 
-    def observe(view: StepView) -> None:
+    def observe(view: StepObservation) -> None:
         for row, index in enumerate(view.index):
             for column in view.masked[row].nonzero()[:, 0].tolist():
                 place = (index, view.step[row], int(view.positions[row, column]))

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common.char_tokenizer import build_char_tokenizer
-from common.types import RolloutRequest, Trajectory
+from opdlm.common.model.char_tokenizer import build_char_tokenizer
+from opdlm.common.types import RolloutRequest, Trajectory
 
 MASK, EOS = 31, 2
 VOCABULARY = 32

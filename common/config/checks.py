@@ -6,9 +6,9 @@ import ipaddress
 from collections.abc import Iterator
 from typing import Any
 
-from common.config.redact import holds_secret, redact
-from common.config.schema import OpdlmConfig, Schedule
-from common.errors import ConfigError
+from opdlm.common.config.redact import holds_secret, redact
+from opdlm.common.config.schema import OpdlmConfig, Schedule
+from opdlm.common.errors import ConfigError
 
 
 def check_config(config: OpdlmConfig) -> None:

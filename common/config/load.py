@@ -10,11 +10,11 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from common.config.checks import check_config
-from common.config.redact import redact
-from common.config.schema import OpdlmConfig
-from common.errors import ConfigError, OpdlmError
-from common.files import read_yaml
+from opdlm.common.config.checks import check_config
+from opdlm.common.config.redact import redact
+from opdlm.common.config.schema import OpdlmConfig
+from opdlm.common.errors import ConfigError, OpdlmError
+from opdlm.common.files import read_yaml
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> OpdlmConfig:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from common.config.base import NonNegativeInt, PositiveInt, Probability, Section
+from opdlm.common.config.base import NonNegativeInt, PositiveInt, Probability, Section
 
 Kind = Literal["opd", "off_policy_kd", "cft"]
 Selection = Literal["one_state_per_block", "one_state_per_response", "all_states", "random_mask"]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from common.config.base import (
+from opdlm.common.config.base import (
     Dtype,
     Grid,
     NonNegativeInt,

@@ -12,9 +12,18 @@ from typing import Annotated
 
 from pydantic import Field
 
-from common.config.base import Attention, Dtype, Grid, NonNegativeInt, OnNewWeights, PositiveInt, Section, Strategy
-from common.config.method import CurriculumConfig, Kind, ObjectiveConfig, OfflineConfig, Schedule, Selection
-from common.config.roles import (
+from opdlm.common.config.base import (
+    Attention,
+    Dtype,
+    Grid,
+    NonNegativeInt,
+    OnNewWeights,
+    PositiveInt,
+    Section,
+    Strategy,
+)
+from opdlm.common.config.method import CurriculumConfig, Kind, ObjectiveConfig, OfflineConfig, Schedule, Selection
+from opdlm.common.config.roles import (
     LearnerConfig,
     OptimizerConfig,
     PlacementConfig,

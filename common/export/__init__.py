@@ -1,5 +1,5 @@
 """Students as folders that other programs load: weights, config, tokenizer, modeling code, model card."""
 
-from common.export.layouts import LAYOUTS, LayoutName, export
+from opdlm.common.export.layouts import LAYOUTS, LayoutName, export
 
 __all__ = ["LAYOUTS", "LayoutName", "export"]

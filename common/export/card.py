@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from common.files import read_json, read_yaml
+from opdlm.common.files import read_json, read_yaml
 
 _PAPER = "https://arxiv.org/abs/2606.06712"
 _PROMPT = "47+8-3="

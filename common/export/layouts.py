@@ -13,18 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from common.convert import (
-    check_tensors,
-    refuse_existing,
-    staged,
-    tied_copies,
-    write_config,
-    write_generation_config,
-)
-from common.errors import OpdlmError
-from common.export.card import Card, write_card
-from common.models import load_tokenizer, read_config, read_facts, require_mask
-from common.shards import copy_shards, read_shards
+from opdlm.common.errors import OpdlmError
+from opdlm.common.export.card import Card, write_card
+from opdlm.common.files import atomic_folder, refuse_existing
+from opdlm.common.model.config import read_config
+from opdlm.common.model.convert import check_tensors, tied_copies, write_config, write_generation_config
+from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.shards import copy_shards, read_shards
+from opdlm.common.model.tokenizer import load_tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -97,7 +93,7 @@ def export(source: str | Path, destination: str | Path, layout: LayoutName, base
     tokenizer, shards = load_tokenizer(source), read_shards(source)
     check_tensors(config, shards)
     card = Card(source, layout, config, target.auto_map, base_model)
-    with staged(destination) as folder:
+    with atomic_folder(destination) as folder:
         copy_shards(shards, folder, {}, tied_copies(config, shards))
         write_config(config, shards, folder)
         write_generation_config(source, config, folder)

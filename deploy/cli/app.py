@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from common.errors import OpdlmError
+from opdlm.common.errors import OpdlmError
 
 app = typer.Typer(
     help="Turn an autoregressive language model into a diffusion language model, on a Ray cluster.",

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from common.config.schema import Strategy
-from deploy.cli.app import Chat, CheckpointFolder, Thinking, app, clear_errors, out
+from opdlm.common.config.schema import Strategy
+from opdlm.deploy.cli.app import Chat, CheckpointFolder, Thinking, app, clear_errors, out
 
 
 @app.command()
@@ -26,7 +26,7 @@ def convert(
         opdlm convert models/chain-teacher models/chain-student --block-size 4
     """
     with clear_errors():
-        from common.convert import convert as run_convert
+        from opdlm.common.model.convert import convert as run_convert
 
         mask_id = run_convert(source, destination, block_size, block_grid)
         out.print(
@@ -58,7 +58,7 @@ def export(
         opdlm export runs/mine/student exported/sdar --layout sdar --base-model Qwen/Qwen3-0.6B
     """
     with clear_errors():
-        from common.export import export as run_export
+        from opdlm.common.export import export as run_export
 
         for warning in run_export(checkpoint, destination, layout, base_model):
             print(f"opdlm: warning: {warning}", file=sys.stderr)
@@ -94,7 +94,7 @@ def generate(
         opdlm generate runs/math-thinking/student --prompt 'What is 6 times 7?' --chat --thinking --max-new-tokens 2000
     """
     with clear_errors():
-        from deploy.generate_job import GenerateOptions, run_generate
+        from opdlm.deploy.tools.generate import GenerateOptions, run_generate
 
         options = GenerateOptions(
             max_new_tokens,

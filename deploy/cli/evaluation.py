@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from deploy.cli.app import Chat, CheckpointFolder, Thinking, app, clear_errors, out
+from opdlm.deploy.cli.app import Chat, CheckpointFolder, Thinking, app, clear_errors, out
 
 TaskName = Annotated[str | None, typer.Option(help="Built-in task, as chain.")]
 DataFile = Annotated[Path | None, typer.Option("--data", help="JSONL file of prompts with reference answers.")]
@@ -68,7 +68,7 @@ def evaluate(
         opdlm eval runs/math/student --lm-eval gsm8k --chat --actors 8 --gpus-per-actor 1 --output gsm8k.json
     """
     with clear_errors():
-        from deploy.eval_job import EvalOptions, refuse_misplaced, run_eval, strategies
+        from opdlm.deploy.evaluate.commands import EvalOptions, refuse_misplaced, run_eval, strategies
 
         default = ["low_confidence_dynamic"] if lm_eval else ["low_confidence_static", "low_confidence_dynamic"]
         options = EvalOptions(
@@ -83,7 +83,7 @@ def evaluate(
         )
         if lm_eval:
             refuse_misplaced("--lm-eval", {"--task": task, "--data": data, "--problems": problems})
-            from deploy.lm_eval_job import HarnessOptions, run_harness
+            from opdlm.deploy.evaluate.lm_eval import HarnessOptions, run_harness
 
             run_harness(
                 checkpoint,
@@ -93,7 +93,7 @@ def evaluate(
             )
             return
         refuse_misplaced("--task and --data", {"--include-path": include_path, "--limit": limit, "--fewshot": fewshot})
-        from deploy.exams import QuestionSource
+        from opdlm.deploy.evaluate.questions import QuestionSource
 
         source = QuestionSource(task, data, prompt_field, answer_field, answer, problems, chat, thinking)
         run_eval(checkpoint, source, options, out)
@@ -137,9 +137,9 @@ def sweep(
         opdlm sweep runs/demo/student --task chain --threshold 0.5,0.9 --block-size 4,8 --out figure3.png
     """
     with clear_errors():
-        from deploy.eval_job import EvalOptions, strategies
-        from deploy.exams import QuestionSource
-        from deploy.sweep_job import numbers, run_sweep
+        from opdlm.deploy.evaluate.commands import EvalOptions, strategies
+        from opdlm.deploy.evaluate.questions import QuestionSource
+        from opdlm.deploy.evaluate.sweep import numbers, run_sweep
 
         options = EvalOptions(
             strategies(strategy or ["low_confidence_dynamic"]),
@@ -171,6 +171,6 @@ def lm_eval_command(context: typer.Context) -> None:
         opdlm lm-eval run --model opdlm --model_args pretrained=runs/math/student,batch_size=64 --tasks gsm8k
     """
     with clear_errors():
-        from deploy.lm_eval_job import pass_through
+        from opdlm.deploy.evaluate.lm_eval import pass_through
 
         pass_through(context.args)

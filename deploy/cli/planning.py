@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.cli.app import Overrides, RunFile, app, clear_errors, out
+from opdlm.deploy.cli.app import Overrides, RunFile, app, clear_errors, out
 
 
 @app.command()
@@ -33,7 +33,7 @@ def plan(
         opdlm plan deploy/demo.yaml --rates runs/demo --set rollout.actors=4 --json plan.json
     """
     with clear_errors():
-        from common.config import load_config
-        from deploy.plan_job import show_plan
+        from opdlm.common.config import load_config
+        from opdlm.deploy.run.plan import show_plan
 
         show_plan(load_config(run, override or []), rates, json_file, out)

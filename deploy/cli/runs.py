@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from common.config.schema import Strategy
-from deploy.cli.app import app, clear_errors, out
+from opdlm.common.config.schema import Strategy
+from opdlm.deploy.cli.app import app, clear_errors, out
 
 
 @app.command()
@@ -45,7 +45,7 @@ def trace(
         opdlm trace runs/demo --prompt '47+8-3=' --strategy low_confidence_dynamic --temperature 0
     """
     with clear_errors():
-        from deploy.trace_job import TraceOptions, run_trace
+        from opdlm.deploy.tools.trace.command import TraceOptions, run_trace
 
         options = TraceOptions(
             student, prompt or [], samples, strategy, threshold, temperature, max_new_tokens, top, page
@@ -71,7 +71,7 @@ def scale(
         opdlm scale runs/demo --rollout 6 --teacher 2
     """
     with clear_errors():
-        from deploy.scaling import request_scale
+        from opdlm.deploy.cluster.scaling import request_scale
 
         wanted = {role: count for role, count in (("rollout", rollout), ("teacher", teacher)) if count is not None}
         for role, (before, after) in request_scale(run, wanted, timeout).items():

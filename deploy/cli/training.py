@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.cli.app import Overrides, RunFile, app, clear_errors, out
+from opdlm.deploy.cli.app import Overrides, RunFile, app, clear_errors, out
 
 
 @app.command()
@@ -46,17 +46,17 @@ def train(
         opdlm train deploy/demo.yaml --replay runs/demo/rollouts --set run.dir=runs/jsd --set objective.divergence=jsd
     """
     with clear_errors():
-        from common.config import load_config
+        from opdlm.common.config import load_config
 
         flags = ["run.dump_rollouts=true"] if dump_rollouts else []
         flags += [f"run.replay={json.dumps(str(replay))}"] if replay else []
         config = load_config(run, [*(override or []), *flags])
         if dry_run:
-            from deploy.dry_run import show_plan
+            from opdlm.deploy.run.dry_run import show_plan
 
             show_plan(config, out)
             return
-        from deploy.train_job import train as run_job
+        from opdlm.deploy.run.train import train as run_job
 
         code = run_job(config, resume, out)
     raise typer.Exit(code)
@@ -83,9 +83,9 @@ def compare(
         opdlm compare deploy/retention.yaml --objectives opd,cft --seeds 0,1,2
     """
     with clear_errors():
-        from common.config import load_config
-        from common.errors import OpdlmError
-        from deploy.compare_job import run_comparison
+        from opdlm.common.config import load_config
+        from opdlm.common.errors import OpdlmError
+        from opdlm.deploy.run.compare import run_comparison
 
         config = load_config(run, override or [])
         if not all(seed.strip().isdigit() for seed in seeds.split(",")):
@@ -123,8 +123,8 @@ def pretrain(
         opdlm pretrain models/poet --text poems.txt --context 256 --steps 3000
     """
     with clear_errors():
-        from deploy.pretrain_job import run_pretrain
-        from learner.pretrain import PretrainSettings
+        from opdlm.deploy.tools.pretrain import run_pretrain
+        from opdlm.deploy.tools.pretraining import PretrainSettings
 
         settings = PretrainSettings(hidden_size, layers, heads, context, steps, batch_size, lr, seed)
         run_pretrain(destination, task, text, settings, out)

@@ -8,14 +8,14 @@ import os
 import pytest
 import torch
 
-from actors.decode_settings import DecodeSettings
-from actors.engine_guard import guarded, one_token_forward
-from actors.pool import ActorPool
-from actors.rollout_actor import RolloutActor, start_rollout_actor
-from actors.teacher_actor import TeacherActor, start_teacher_actor
-from common.config.schema import TeacherConfig
-from common.convert import convert
-from common.errors import OpdlmError
+from opdlm.actors.engine_guard import guarded, one_token_forward
+from opdlm.actors.pool import ActorPool
+from opdlm.actors.rollout.actor import RolloutActor, start_rollout_actor
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.teacher.actor import TeacherActor, start_teacher_actor
+from opdlm.common.config.schema import TeacherConfig
+from opdlm.common.errors import OpdlmError
+from opdlm.common.model.convert import convert
 from tests.tiny import request, tiny_model, trajectory
 
 CONFIG = TeacherConfig(targets="logits", dtype="float32")
@@ -33,7 +33,7 @@ def exits(monkeypatch) -> list[int]:
         codes.append(code)
         raise ProcessEnded
 
-    monkeypatch.setattr("actors.engine_guard.os._exit", leave)
+    monkeypatch.setattr("opdlm.actors.engine_guard.os._exit", leave)
     return codes
 
 

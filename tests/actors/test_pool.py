@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
-from actors.pool import DEATHS, ActorPool
-from common.errors import OpdlmError
+from opdlm.actors.pool import DEATHS, ActorPool
+from opdlm.common.errors import OpdlmError
 
 
 class FakeActor:
@@ -68,8 +68,8 @@ class _Method:
 def killed(monkeypatch) -> list[FakeActor]:
     """Actors that were ended by the pool."""
     ended: list[FakeActor] = []
-    monkeypatch.setattr("actors.pool.ray.kill", ended.append)
-    monkeypatch.setattr("actors.pool._LONGEST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("opdlm.actors.pool.ray.kill", ended.append)
+    monkeypatch.setattr("opdlm.actors.pool._LONGEST_PAUSE_SECONDS", 0.001)
     return ended
 
 

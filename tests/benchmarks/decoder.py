@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from actors.ar_generate import generate
-from actors.block_decoder import BlockDecoder
-from actors.decode_settings import DecodeSettings
-from common.tasks import get_task
-from common.types import RolloutRequest
-from deploy.checkpoint_decoder import CheckpointDecoder
-from deploy.evaluation import Exam
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.teacher.generate import generate
+from opdlm.common.data.tasks import get_task
+from opdlm.common.types import RolloutRequest
+from opdlm.deploy.evaluate.decoders import CheckpointDecoder
+from opdlm.deploy.evaluate.during_run import HeldOutProblems
 from tests.benchmarks.measure import OUT, Ratio, back_to_back, parser, write_json
 from tests.benchmarks.plain_decoder import plain_decode
 
@@ -164,7 +164,7 @@ def random_weights(batches: list[int], repetitions: int) -> list[dict]:
 def demo(student_folder: Path, teacher_folder: Path, repetitions: int) -> list[dict]:
     """The demo's student against its teacher."""
     student, teacher = CheckpointDecoder(student_folder), CheckpointDecoder(teacher_folder)
-    exam = Exam([get_task("chain")], student.tokenizer, 256)
+    exam = HeldOutProblems([get_task("chain")], student.tokenizer, 256)
     asked, inside = exam.requests(DEMO_LIMIT), Inside(student.model)
 
     def block(strategy: Any, batch: int) -> tuple[int, int]:

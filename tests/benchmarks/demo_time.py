@@ -23,9 +23,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from deploy.telemetry import read_records
+from opdlm.deploy.observe.records import read_records
 from tests.benchmarks.measure import OUT, write_json
-from tests.victims import TITLES
+from tests.system.victims import TITLES
 
 RUN_FILE, RUN, TARGET = Path("deploy/demo.yaml"), OUT / "demo", 0.97
 PARTS = ("rollout_busy_seconds", "teacher_busy_seconds", "train_seconds", "weight_push_seconds")
@@ -79,7 +79,7 @@ def main() -> None:
     chosen = parser.parse_args()
     shutil.rmtree(RUN, ignore_errors=True)
     OUT.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "deploy.cli", "train", str(RUN_FILE), "--set", f"run.dir={RUN}"]
+    command = [sys.executable, "-m", "opdlm", "train", str(RUN_FILE), "--set", f"run.dir={RUN}"]
     command += ["--set", f"run.rounds={chosen.rounds}"] if chosen.rounds else []
     started = time.perf_counter()
     cpu = watched(command, OUT / "demo_time.log")

@@ -18,11 +18,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from actors.block_decoder import BlockDecoder
-from actors.cuda_graphs import CudaGraphs
-from actors.decode_settings import DecodeSettings
-from common.masks import training_mask
-from learner.distill import DistillModule
+from opdlm.actors.rollout.cuda_graphs import CudaGraphs
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.masks import training_mask
+from opdlm.learner.distill import DistillModule
 from tests.benchmarks import learner_step
 from tests.benchmarks.decoder import EQUAL, MASK, S, random_model, requests
 from tests.benchmarks.measure import Ratio, parser, write_json

@@ -15,19 +15,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from actors.block_decoder import BlockDecoder
-from actors.decode_settings import DecodeSettings
-from actors.teacher_scoring import score
-from common.config import OpdlmConfig
-from common.convert import convert
-from common.grid import BlockGrid
-from common.models import load_model, load_output_matrix, read_facts, require_mask
-from common.types import ScoredTrajectory
-from deploy.preflight import preflight
-from deploy.sources import rollout_request
-from learner.distill import DistillModule
-from learner.schedule import learning_rate
-from learner.train_step import TrainStep
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.teacher.scoring import score
+from opdlm.common.config import OpdlmConfig
+from opdlm.common.grid import BlockGrid
+from opdlm.common.model.convert import convert
+from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.load import load_model, load_output_matrix
+from opdlm.common.types import ScoredTrajectory
+from opdlm.deploy.run.preflight import preflight
+from opdlm.deploy.run.sources import rollout_request
+from opdlm.learner.distill import DistillModule
+from opdlm.learner.schedule import learning_rate
+from opdlm.learner.train_step import TrainStep
 
 
 class PlainEngine:

@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.config.schema import ObjectiveConfig
-from common.grid import BlockGrid
-from common.models import hidden_states
-from common.types import HiddenTargets, ScoredTrajectory, Trajectory
-from learner.distill import DistillModule
-from learner.packing import MicroBatch, collate
-from learner.rows import build_rows
-from learner.targets import PositionTargets, gather_targets
+from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.grid import BlockGrid
+from opdlm.common.model.load import hidden_states
+from opdlm.common.types import HiddenTargets, ScoredTrajectory, Trajectory
+from opdlm.learner.distill import DistillModule
+from opdlm.learner.packing import MicroBatch, collate
+from opdlm.learner.rows import build_rows
+from opdlm.learner.targets import PositionTargets, gather_targets
 from tests.benchmarks.measure import OUT, Ratio, Usage, back_to_back, parser, usage, write_json
 
 V, P, S, LAYERS = 151_936, 128, 4, 4
@@ -71,7 +71,7 @@ def row(hidden: int, response: int, head: torch.Tensor) -> tuple[MicroBatch, Pos
 
 def direct(student: Qwen3ForCausalLM, batch: MicroBatch, targets: PositionTargets) -> torch.Tensor:
     """The mean forward KL, as one writes it first."""
-    from common.masks import training_mask
+    from opdlm.common.masks import training_mask
 
     visible = training_mask(batch.samples, batch.copies, batch.blocks)
     mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)

@@ -18,18 +18,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from actors.block_decoder import BlockDecoder
-from common.config import load_config
-from common.models import load_tokenizer
-from common.tasks import get_task
-from deploy.evaluation import Exam
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.common.config import load_config
+from opdlm.common.data.tasks import get_task
+from opdlm.common.model.tokenizer import load_tokenizer
+from opdlm.deploy.evaluate.during_run import HeldOutProblems
 from tests.benchmarks.in_process import InProcess
 from tests.benchmarks.measure import OUT, write_json
 
 RUN_FILE = Path("deploy/demo.yaml")
 
 
-def exact_match(run: InProcess, exam: Exam, limit: int) -> dict[str, float]:
+def exact_match(run: InProcess, exam: HeldOutProblems, limit: int) -> dict[str, float]:
     """Of the student as it is, by greedy strategy."""
     run.student.eval()
     found = {}
@@ -47,7 +47,7 @@ def arm(overrides: str, target: float, every: int) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     config = load_config(RUN_FILE, [f"run.dir={folder}", *overrides.split()])
     run = InProcess(config, folder)
-    exam = Exam([get_task(config.data.task or "")], load_tokenizer(config.model.teacher), 200)
+    exam = HeldOutProblems([get_task(config.data.task or "")], load_tokenizer(config.model.teacher), 200)
     tokens, seconds, curve, reached = 0, 0.0, [], False
     for number, done in enumerate(run.rounds(), start=1):
         tokens, seconds = tokens + done.response_tokens, seconds + done.seconds

@@ -4,7 +4,7 @@
 
 Random weights in the shape of Qwen3-0.6B, bfloat16, static decoding behind prompts of the lengths below, which stand
 for responses of which so much is there. Two arms in turn, by the least width that parts have of their own
-(`actors/slot_attention.py`); a step's time is the median over the steps of a call. There is no prefill: attention
+(`actors/rollout/attention.py`); a step's time is the median over the steps of a call. There is no prefill: attention
 takes the same time over zeros.
 """
 
@@ -20,9 +20,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from actors.block_decoder import BlockDecoder
-from actors.decode_settings import DecodeSettings
-from common.types import RolloutRequest
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.types import RolloutRequest
 from tests.benchmarks.decoder import MASK, S, random_model
 from tests.benchmarks.measure import Ratio, back_to_back, parser, write_json
 
@@ -55,7 +55,7 @@ def step_seconds(model: Any, lengths: list[int], narrowest: int) -> float:
     with (
         mock.patch.object(decoder, "_step", timed),
         mock.patch.object(decoder, "_prefill"),
-        mock.patch("actors.slot_attention.NARROWEST", narrowest),
+        mock.patch("opdlm.actors.rollout.attention.NARROWEST", narrowest),
     ):
         decoder.decode(requests)
     return median(seconds)

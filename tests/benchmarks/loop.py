@@ -21,8 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common.config import OpdlmConfig, load_config
-from deploy.telemetry import read_records
+from opdlm.common.config import OpdlmConfig, load_config
+from opdlm.deploy.observe.records import read_records
 from tests.benchmarks.in_process import InProcess
 from tests.benchmarks.measure import OUT, Ratio, write_json
 
@@ -42,7 +42,7 @@ def settings(rounds: int) -> list[str]:
 def distributed(rounds: int) -> dict[str, Any]:
     """`opdlm train`, in a process of its own."""
     shutil.rmtree(OUT / "loop", ignore_errors=True)
-    command = [sys.executable, "-m", "deploy.cli", "train", str(RUN_FILE)]
+    command = [sys.executable, "-m", "opdlm", "train", str(RUN_FILE)]
     command += [part for setting in settings(rounds) for part in ("--set", setting)]
     log = OUT / "loop.log"
     with log.open("w") as out:

@@ -1,6 +1,6 @@
 """Block decoding as one writes it first: a static batch, a forward a denoising step, another one for the commit.
 
-What `tests/benchmarks/decoder.py` compares with; `tests/actors/test_plain_decoder.py` holds it to the real one.
+What `tests/benchmarks/decoder.py` compares with; `tests/actors/rollout/test_plain_decoder.py` holds it to the real one.
 Prompts of one length that fills whole blocks, greedy, `low_confidence_dynamic`, no end-of-sequence token.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from common.types import RolloutRequest
+from opdlm.common.types import RolloutRequest
 
 
 @torch.inference_mode()

@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from actors.teacher_scoring import score
-from common.batches import batches_by_length
-from common.types import Trajectory
+from opdlm.actors.teacher.scoring import score
+from opdlm.common.batches import batches_by_length
+from opdlm.common.types import Trajectory
 from tests.benchmarks.decoder import MASK, random_model
 from tests.benchmarks.measure import Ratio, back_to_back, parser, write_json
 

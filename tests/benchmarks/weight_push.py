@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from actors.queue_actor import ReplayQueueActor
-from common.types import WeightHandle
-from common.weights import WeightPacker, load_weights
-from learner.queue_client import QueueClient
+from opdlm.actors.queue.actor import ReplayQueueActor
+from opdlm.common.types import WeightHandle
+from opdlm.common.weights import WeightPacker, load_weights
+from opdlm.learner.queue_client import QueueClient
 from tests.benchmarks.measure import Ratio, write_json
 
 TENSOR_VALUES = 4 << 20

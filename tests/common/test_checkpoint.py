@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from common.checkpoint import damage, latest_checkpoint, list_checkpoints, save_checkpoint
-from common.errors import OpdlmError
-from tests.full_disk import no_file_above, small_disk
+from opdlm.common.checkpoint import damage, latest_checkpoint, list_checkpoints, save_checkpoint
+from opdlm.common.errors import OpdlmError
+from tests.system.full_disk import no_file_above, small_disk
 
 
 def _write(value: float):

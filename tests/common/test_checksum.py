@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.checksum import checksum
+from opdlm.common.checksum import checksum
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 

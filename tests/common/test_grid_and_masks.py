@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
-from common.config.schema import ObjectiveConfig
-from common.grid import BlockGrid, block_index
-from common.masks import training_mask, training_mask_mod
-from common.models import hidden_states
-from learner.packing import collate
-from learner.rows import Row, build_rows
+from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.grid import BlockGrid, block_index
+from opdlm.common.masks import training_mask, training_mask_mod
+from opdlm.common.model.load import hidden_states
+from opdlm.learner.packing import collate
+from opdlm.learner.rows import Row, build_rows
 from tests.golden_files import unscored
 from tests.tiny import MASK, tiny_model, trajectory
 

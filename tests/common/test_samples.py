@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from common.batches import in_groups
-from common.config import config_from_dict
-from common.samples import SampleRef, distinct_groups, sample_refs, samples_per_reference
+from opdlm.common.batches import in_groups
+from opdlm.common.config import config_from_dict
+from opdlm.common.samples import SampleRef, distinct_groups, sample_refs, samples_per_reference
 
 MODEL = SimpleNamespace(hidden_size=1024, vocab_size=151_936)
 

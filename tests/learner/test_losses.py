@@ -8,17 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.teacher_scoring import score
-from common.config.schema import ObjectiveConfig
-from common.grid import BlockGrid
-from common.types import ScoredTrajectory
-from learner.chunked_loss import chunked_loss
-from learner.distill import DistillModule
-from learner.losses import divergence, forward_kl, jensen_shannon, restrict_to_top_k, reverse_kl
-from learner.packing import collate
-from learner.rows import build_rows
-from learner.targets import gather_targets
-from learner.tied_embedding import Sink, embed
+from opdlm.actors.teacher.scoring import score
+from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.grid import BlockGrid
+from opdlm.common.types import ScoredTrajectory
+from opdlm.learner.chunked_loss import chunked_loss
+from opdlm.learner.distill import DistillModule
+from opdlm.learner.losses import divergence, forward_kl, jensen_shannon, restrict_to_top_k, reverse_kl
+from opdlm.learner.packing import collate
+from opdlm.learner.rows import build_rows
+from opdlm.learner.targets import gather_targets
+from opdlm.learner.tied_embedding import Sink, embed
 from tests.tiny import EOS, MASK, tiny_model, trajectory
 
 OBJECTIVES = [
@@ -130,8 +130,8 @@ def test_gradients_do_not_depend_on_chunks_or_checkpointing(chunk, checkpointing
     batch, targets = _batch("logits", objective, teacher)
     weights = torch.rand(len(batch.loss_row))
 
-    from common.masks import training_mask
-    from common.models import hidden_states
+    from opdlm.common.masks import training_mask
+    from opdlm.common.model.load import hidden_states
 
     mask = training_mask(batch.samples, batch.copies, batch.blocks)
     logits = student.lm_head(hidden_states(student, batch.input_ids, batch.position_ids, mask))

@@ -8,16 +8,16 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from actors.teacher_scoring import score
-from common.config.schema import ObjectiveConfig
-from common.grid import BlockGrid
-from common.masks import PADDING, training_mask
-from common.types import ScoredTrajectory
-from learner.distill import DistillModule
-from learner.packing import collate, pack
-from learner.row_attention import RowParts
-from learner.rows import Row, build_rows
-from learner.targets import gather_targets
+from opdlm.actors.teacher.scoring import score
+from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.grid import BlockGrid
+from opdlm.common.masks import PADDING, training_mask
+from opdlm.common.types import ScoredTrajectory
+from opdlm.learner.distill import DistillModule
+from opdlm.learner.packing import collate, pack
+from opdlm.learner.row_attention import RowParts
+from opdlm.learner.rows import Row, build_rows
+from opdlm.learner.targets import gather_targets
 from tests.tiny import MASK, VOCABULARY, tiny_model, trajectory
 
 TEACHER = tiny_model(1)

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
-from common.errors import OpdlmError
-from common.outbox import Outbox
-from common.types import WeightPack
-from learner.queue_client import QueueClient
+from opdlm.common.errors import OpdlmError
+from opdlm.common.types import WeightPack
+from opdlm.common.weight_offer import WeightOffer
+from opdlm.learner.queue_client import QueueClient
 
 PACK = WeightPack(3, (), {}, 0)
 
@@ -19,21 +19,21 @@ PACK = WeightPack(3, (), {}, 0)
 def waits(monkeypatch) -> list[float]:
     """The learner's pauses, which take no time."""
     seconds: list[float] = []
-    monkeypatch.setattr("learner.queue_client.time.sleep", seconds.append)
+    monkeypatch.setattr("opdlm.learner.queue_client.time.sleep", seconds.append)
     return seconds
 
 
-def publish(monkeypatch, answers: list[Exception | None], limit: float = 1800) -> list[Outbox]:
+def publish(monkeypatch, answers: list[Exception | None], limit: float = 1800) -> list[WeightOffer]:
     """One rank's way to publish, without a model; what the queue was given, each time with the next answer."""
-    given: list[Outbox] = []
+    given: list[WeightOffer] = []
 
     def get(reference: object, timeout: float) -> None:
         if error := answers[len(given) - 1]:
             raise error
 
-    monkeypatch.setattr("learner.queue_client.ray.get", get)
+    monkeypatch.setattr("opdlm.learner.queue_client.ray.get", get)
     me = SimpleNamespace(current_actor="rank 0")
-    monkeypatch.setattr("learner.queue_client.ray.get_runtime_context", lambda: me)
+    monkeypatch.setattr("opdlm.learner.queue_client.ray.get_runtime_context", lambda: me)
     queue = SimpleNamespace(collect=SimpleNamespace(remote=given.append))
     QueueClient(queue, 0, limit).publish(PACK)
     return given
@@ -41,7 +41,7 @@ def publish(monkeypatch, answers: list[Exception | None], limit: float = 1800) -
 
 def test_it_waits_for_room(monkeypatch, waits) -> None:
     in_the_queue = RayTaskError("publish", "no room", OutOfDiskError("no room"))
-    assert publish(monkeypatch, [ObjectStoreFullError(), in_the_queue, None]) == [Outbox("rank 0", 3, 0)] * 3
+    assert publish(monkeypatch, [ObjectStoreFullError(), in_the_queue, None]) == [WeightOffer("rank 0", 3, 0)] * 3
     assert waits == [1.0, 2.0]
 
 
@@ -59,8 +59,8 @@ def test_other_errors_are_no_matter_of_room(monkeypatch, waits) -> None:
 def test_steps_are_told_together_and_all_before_a_round(monkeypatch) -> None:
     """One message in 0.2 s of nothing but steps; whatever else there is to tell takes those before along."""
     clock, told = [100.0], []
-    monkeypatch.setattr("learner.queue_client.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("learner.queue_client.ray.get", lambda reference, timeout: None)
+    monkeypatch.setattr("opdlm.learner.queue_client.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("opdlm.learner.queue_client.ray.get", lambda reference, timeout: None)
     written = SimpleNamespace(remote=lambda: told.append("written"))
     queue = QueueClient(SimpleNamespace(tell=SimpleNamespace(remote=told.append), events_written=written), 0, 60)
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from common.errors import OpdlmError
-from common.tensors import array_to_tensor, tensor_to_array
-from common.types import HiddenTargets, LogitsTargets, ScoredTrajectory, TeacherTargets, TopKTargets, Trajectory
-from learner.rollout_files import RolloutFacts, load_samples, read_header, round_file, save_round
+from opdlm.common.errors import OpdlmError
+from opdlm.common.tensors import array_to_tensor, tensor_to_array
+from opdlm.common.types import HiddenTargets, LogitsTargets, ScoredTrajectory, TeacherTargets, TopKTargets, Trajectory
+from opdlm.learner.rollout_files import RolloutFacts, load_samples, read_header, round_file, save_round
 
 FACTS = RolloutFacts(4, 4, "absolute", 11, "hidden", "feed", "abc float32")
 

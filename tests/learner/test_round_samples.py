@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from ray.exceptions import ObjectLostError
 
-from common.errors import OpdlmError
-from common.samples import SampleRef
-from common.types import LogitsTargets, ScoredTrajectory
-from learner.round_samples import RoundSamples
+from opdlm.common.errors import OpdlmError
+from opdlm.common.samples import SampleRef
+from opdlm.common.types import LogitsTargets, ScoredTrajectory
+from opdlm.learner.round_samples import RoundSamples
 from tests.tiny import trajectory
 
 FIRST = 30

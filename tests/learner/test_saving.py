@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from common.checkpoint import damage, list_checkpoints
-from learner.distill import DistillModule
-from tests.full_disk import no_file_above
+from opdlm.common.checkpoint import damage, list_checkpoints
+from opdlm.learner.distill import DistillModule
 from tests.learner import zero_ranks
+from tests.system.full_disk import no_file_above
 
 pytestmark = pytest.mark.zero
 
@@ -31,8 +31,8 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    from learner import zero
-    from learner.saving import GiveUp, Saver
+    from opdlm.learner import zero
+    from opdlm.learner.saving import GiveUp, Saver
 
     data, seen = zero_ranks.batches(), {}
     for stage in (2, 3):

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config.schema import LearnerConfig, ObjectiveConfig, OptimizerConfig
-from common.grid import BlockGrid
-from learner.plan import TrainingPlan
-from learner.rows import build_rows
-from learner.schedule import learning_rate
-from learner.states import SELECTIONS, BlockStates
-from learner.train_step import TrainStep
+from opdlm.common.config.schema import LearnerConfig, ObjectiveConfig, OptimizerConfig
+from opdlm.common.grid import BlockGrid
+from opdlm.learner.rows import build_rows
+from opdlm.learner.schedule import TrainingSchedule, learning_rate
+from opdlm.learner.states import SELECTIONS, BlockStates
+from opdlm.learner.train_step import TrainStep
 from tests.golden_files import unscored
 from tests.tiny import EOS, MASK, trajectory
 
@@ -75,7 +74,7 @@ def test_no_loss_past_the_end(exclude, expected) -> None:
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
 def test_plan_covers_every_sample_once_a_pass(passes) -> None:
-    plan = TrainingPlan(total=23, prompts_per_round=10, batch_size=4, seed=0, passes=passes)
+    plan = TrainingSchedule(total=23, prompts_per_round=10, batch_size=4, seed=0, passes=passes)
     assert plan.rounds == 3
     sizes = [10, 10, 3]
     steps = 0

@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from actors.block_decoder import BlockDecoder
-from actors.decode_settings import DecodeSettings
-from actors.teacher_backends import make_backend
-from common.config.schema import ObjectiveConfig, TeacherConfig
-from common.convert import convert
-from common.grid import BlockGrid
-from common.masks import training_mask
-from common.models import check_vocabularies, hidden_states, load_model, load_output_matrix, read_facts
-from common.types import ScoredTrajectory
-from learner.distill import DistillModule
-from learner.packing import collate
-from learner.rows import build_rows
-from learner.targets import gather_targets
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.teacher.backends import make_backend
+from opdlm.common.config.schema import ObjectiveConfig, TeacherConfig
+from opdlm.common.grid import BlockGrid
+from opdlm.common.masks import training_mask
+from opdlm.common.model.convert import convert
+from opdlm.common.model.facts import check_vocabularies, read_facts
+from opdlm.common.model.load import hidden_states, load_model, load_output_matrix
+from opdlm.common.types import ScoredTrajectory
+from opdlm.learner.distill import DistillModule
+from opdlm.learner.packing import collate
+from opdlm.learner.rows import build_rows
+from opdlm.learner.targets import gather_targets
 from tests.tiny import request, save_teacher
 
 VOCABULARY = 17  # the chain task's

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from common.errors import OpdlmError
-from common.grid import BlockGrid
-from learner.distill import DistillModule
-from learner.lora import add_adapters, merged_parameters, whole_already
-from learner.packing import collate
-from learner.rows import build_rows
-from learner.targets import gather_targets
+from opdlm.common.errors import OpdlmError
+from opdlm.common.grid import BlockGrid
+from opdlm.learner.distill import DistillModule
+from opdlm.learner.lora import add_adapters, merged_parameters, whole_already
+from opdlm.learner.packing import collate
+from opdlm.learner.rows import build_rows
+from opdlm.learner.targets import gather_targets
 from tests.learner import zero_ranks
 from tests.tiny import MASK, tiny_model
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from actors.teacher_scoring import score
-from common.config.schema import LearnerConfig, LoraConfig, ObjectiveConfig
-from common.grid import BlockGrid
-from common.types import ScoredTrajectory
-from learner.distill import DistillModule
-from learner.lora import add_adapters, save_adapter
-from learner.train_step import TrainStep
+from opdlm.actors.teacher.scoring import score
+from opdlm.common.config.schema import LearnerConfig, LoraConfig, ObjectiveConfig
+from opdlm.common.grid import BlockGrid
+from opdlm.common.types import ScoredTrajectory
+from opdlm.learner.distill import DistillModule
+from opdlm.learner.lora import add_adapters, save_adapter
+from opdlm.learner.train_step import TrainStep
 from tests.tiny import MASK, tiny_model, trajectory
 
 RATE, STEPS, SAVED_AFTER = 1e-2, 4, 2
@@ -84,7 +84,7 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
     )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    from learner import zero
+    from opdlm.learner import zero
 
     results: dict[str, dict] = {}
     data, root = batches(), Path(folder)

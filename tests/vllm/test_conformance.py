@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from actors.teacher_backends import TransformersTeacher, make_backend
-from actors.vllm_teacher import VllmTeacher
-from common.config.schema import TeacherConfig
-from common.types import LogitsTargets, TopKTargets, Trajectory
+from opdlm.actors.teacher.backends import TransformersTeacher, make_backend
+from opdlm.actors.teacher.vllm import VllmTeacher
+from opdlm.common.config.schema import TeacherConfig
+from opdlm.common.types import LogitsTargets, TopKTargets, Trajectory
 from tests.tiny import EOS, VOCABULARY, tiny_model, trajectory
 
 pytest.importorskip("vllm")

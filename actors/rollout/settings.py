@@ -1,0 +1,38 @@
+"""How the student decodes, apart from the model and the prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from opdlm.common.config.schema import Grid, RolloutConfig, Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSettings:
+    """Fields as in `rollout:` of the YAML (common/config/schema.py); `ignore_eos` decodes on to the limit."""
+
+    block_size: int = 4
+    block_grid: Grid = "absolute"
+    strategy: Strategy = "low_confidence_dynamic"
+    threshold: float = 0.9
+    entropy_budget: float = 0.1
+    denoising_steps: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    ignore_eos: bool = False
+
+    @property
+    def steps_per_block(self) -> int:
+        """Denoising steps that a block is planned for."""
+        return self.denoising_steps or self.block_size
+
+    @classmethod
+    def from_config(cls, rollout: RolloutConfig) -> DecodeSettings:
+        """The settings that a run's rollouts decode with."""
+        shared = {name: getattr(rollout, name) for name in cls.__slots__ if hasattr(rollout, name)}
+        return cls(**shared)
+
+    def greedy(self, strategy: Strategy) -> DecodeSettings:
+        """The same grid and block with a greedy strategy, as evaluation uses it."""
+        return replace(self, strategy=strategy, temperature=0.0, top_k=0, top_p=1.0)

@@ -1,0 +1,88 @@
+"""Teacher actor: the frozen AR teacher. Scores trajectories; answers prompts for the evaluation's first row."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from opdlm.actors.engine_guard import guarded
+from opdlm.actors.teacher.backends import make_backend
+from opdlm.common.batches import in_groups
+from opdlm.common.config.schema import TeacherConfig
+from opdlm.common.types import ScoredTrajectory, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreStats:
+    """What one scoring call did."""
+
+    tokens: int
+    """Response tokens scored."""
+    forward_tokens: int
+    """Tokens that went through the teacher."""
+    seconds: float
+    nbytes: int
+    """Bytes of targets that travel to the learner."""
+    lengths: tuple[tuple[int, int], ...] = ()
+    """(prompt tokens, response tokens) of each trajectory."""
+
+
+class TeacherActor:
+    """A backend behind Ray."""
+
+    def __init__(self, folder: str, config: TeacherConfig) -> None:
+        torch.set_num_threads(max(int(config.cpus_per_actor), 1))
+        self._backend = make_backend(folder, config)
+
+    def ready(self) -> None:
+        """Returns once the teacher is loaded."""
+
+    def score(
+        self, trajectories: Sequence[Trajectory], per_reference: int
+    ) -> tuple[list[ScoredTrajectory] | ScoreStats, ...]:
+        """One return value for so many trajectories at a time, then the statistics.
+
+        Fails as a whole: a score is never made up.
+        """
+        started = time.perf_counter()
+        with guarded("teacher", self._backend.probe):
+            targets = self._backend.score(list(trajectories))
+        scored = [ScoredTrajectory(t, target) for t, target in zip(trajectories, targets, strict=True)]
+        arrays = [getattr(target, field) for target in targets for field in type(target).__slots__]
+        nbytes = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+        lengths = tuple(t.lengths for t in trajectories)
+        tokens = sum(response for _, response in lengths)
+        forward_tokens = tokens + sum(prompt - 1 for prompt, _ in lengths)
+        stats = ScoreStats(tokens, forward_tokens, time.perf_counter() - started, nbytes, lengths)
+        return (*in_groups(scored, per_reference), stats)
+
+    def generate(
+        self,
+        prompts: list[np.ndarray],
+        max_new_tokens: int,
+        batch_size: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> tuple[list[np.ndarray], float]:
+        """Responses (greedy at temperature 0) and the seconds they took."""
+        started = time.perf_counter()
+        with guarded("teacher", self._backend.probe):
+            responses = self._backend.generate(prompts, max_new_tokens, batch_size, temperature, seed)
+        return responses, time.perf_counter() - started
+
+
+def start_teacher_actor(name: str, folder: str, config: TeacherConfig, restarts: int, **where: Any) -> Any:
+    """Starts one under its name; it may die `restarts` times. The pool repeats the call that died with it.
+
+    `where`: more options of Ray's, for its place.
+    """
+    actor = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor, max_restarts=restarts)(
+        TeacherActor
+    )
+    return actor.options(name=name, **where).remote(folder, config)

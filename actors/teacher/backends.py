@@ -1,0 +1,89 @@
+"""What a teacher can do, and the choice of who does it: transformers in this process, or vLLM. Imports no ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from opdlm.actors.engine_guard import one_token_forward
+from opdlm.actors.teacher.generate import generate
+from opdlm.actors.teacher.scoring import score
+from opdlm.common.config.schema import TeacherConfig
+from opdlm.common.errors import OpdlmError
+from opdlm.common.model.facts import read_facts
+from opdlm.common.model.load import input_device, load_model
+from opdlm.common.types import TeacherTargets, Trajectory
+
+
+class TeacherBackend(Protocol):
+    """What a teacher can do. To add one: implement this and choose it in `make_backend`."""
+
+    def score(self, trajectories: list[Trajectory]) -> list[TeacherTargets]:
+        """Targets of each trajectory, in order."""
+        ...
+
+    def generate(
+        self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int, temperature: float, seed: int
+    ) -> list[np.ndarray]:
+        """Responses, `[R] int32` each; greedy at temperature 0."""
+        ...
+
+    def probe(self) -> None:
+        """Makes one token, to see whether the engine is alive; raises if it cannot (actors/engine_guard.py)."""
+        ...
+
+
+def make_backend(folder: str, config: TeacherConfig) -> TeacherBackend:
+    """Loads the teacher into the backend that the run file names.
+
+    Raises:
+        OpdlmError: an unusable folder, or a teacher that does not fit where it was asked to be.
+    """
+    if config.backend == "vllm":
+        from opdlm.actors.teacher.vllm import VllmTeacher  # vLLM is an extra, and slow to import
+
+        return VllmTeacher(folder, config)
+    return TransformersTeacher(folder, config)
+
+
+class TransformersTeacher:
+    """The teacher as a transformers model in this process, on one device or (`device_map: auto`) over all it sees."""
+
+    def __init__(self, folder: str, config: TeacherConfig) -> None:
+        on_gpu = torch.cuda.is_available()
+        if config.device_map == "auto":
+            self._model = load_model(folder, config.dtype, device_map="auto")
+            if on_gpu:  # on one device, the model gets no map
+                refuse_offload(getattr(self._model, "hf_device_map", {"": str(input_device(self._model))}), folder)
+        else:
+            self._model = load_model(folder, config.dtype).to("cuda" if on_gpu else "cpu")
+        self._eos_ids = read_facts(folder).eos_ids
+        self._config = config
+
+    def score(self, trajectories: list[Trajectory]) -> list[TeacherTargets]:
+        """See `actors/teacher/scoring.py`."""
+        config = self._config
+        return score(self._model, trajectories, config.targets, config.top_k, config.batch_tokens)
+
+    def generate(
+        self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int, temperature: float, seed: int
+    ) -> list[np.ndarray]:
+        """See `actors/teacher/generate.py`."""
+        return generate(self._model, prompts, max_new_tokens, self._eos_ids, batch_size, temperature, seed)
+
+    def probe(self) -> None:
+        """See `TeacherBackend`."""
+        one_token_forward(self._model)
+
+
+def refuse_offload(device_map: Mapping[str, Any], folder: str) -> None:
+    """Raises `OpdlmError` where accelerate put layers into host memory: they would cross the bus at every forward."""
+    outside = [name for name, place in device_map.items() if place in ("cpu", "disk")]
+    if outside:
+        raise OpdlmError(
+            f"teacher.device_map: {folder} does not fit the actor's GPUs: {len(outside)} of {len(device_map)} parts "
+            f"(first `{outside[0]}`) would be on the {device_map[outside[0]]}; raise teacher.gpus_per_actor"
+        )

@@ -1,0 +1,58 @@
+"""Waiting for room in Ray's object store: whoever finds it full waits instead of using up attempts.
+
+Ray moves objects that do not fit to disk and back by itself. Where the disk is full too (above
+`local_fs_capacity_threshold`, 95 %), what an actor would return is not stored, and its call fails. A call of several
+outputs fails as a whole: Ray stores them in order, and the small value that the pool waits for comes last.
+
+Ray's errors are recognised by their names, because `common` does not import ray.
+"""
+
+from __future__ import annotations
+
+import time
+
+from opdlm.common.errors import OpdlmError
+
+LONGEST_PAUSE_SECONDS = 60.0
+_FULL = {"ObjectStoreFullError", "OutOfDiskError"}
+
+
+def store_is_full(error: BaseException | None) -> bool:
+    """Whether an error of Ray, or what caused it in the actor, is a full object store."""
+    while error is not None:
+        if any(kind.__name__ in _FULL for kind in type(error).__mro__):
+            return True
+        error = getattr(error, "cause", None)
+    return False
+
+
+class StoreWait:
+    """Pauses between attempts at one thing: first seconds, doubling up to a minute, and so long in all.
+
+    Args:
+        limit_seconds: longest time from the first pause on (`resources.call_timeout_seconds`).
+        first_seconds: the first pause.
+    """
+
+    def __init__(self, limit_seconds: float, first_seconds: float = 1.0) -> None:
+        self._limit, self._next = limit_seconds, first_seconds
+        self._started: float | None = None
+
+    def pause(self, what: str) -> float:
+        """Seconds to wait before the next attempt.
+
+        Raises:
+            OpdlmError: there was no room for `limit_seconds`.
+        """
+        now = time.monotonic()
+        self._started = self._started or now
+        left = self._started + self._limit - now
+        if left <= 0:
+            raise OpdlmError(
+                f"{what}: Ray's object store and its disk were full for {self._limit:g} s "
+                "(resources.call_timeout_seconds); the queue keeps all samples since the last checkpoint: give the "
+                "cluster more object store or spill space, or lower checkpoint.every_rounds, queue.max_staleness, "
+                "rollout.prompts_per_round or the size of teacher.targets"
+            )
+        seconds, self._next = min(self._next, left), min(2 * self._next, LONGEST_PAUSE_SECONDS)
+        return seconds

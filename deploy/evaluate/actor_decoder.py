@@ -1,0 +1,121 @@
+"""A checkpoint folder on a pool of Ray actors: the rollout actors of a run for a student, its teacher actors for AR.
+
+The calls are those that a run makes, so evaluation scales by the same pool; only the weights are the folder's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opdlm.actors.pool import ActorPool, stop_actors
+from opdlm.actors.rollout.actor import start_rollout_actor
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.teacher.actor import start_teacher_actor
+from opdlm.common.batches import in_groups
+from opdlm.common.config.schema import ResourcesConfig, TeacherConfig
+from opdlm.common.model.config import read_config
+from opdlm.common.types import RolloutRequest
+from opdlm.deploy.cluster.placement import check_demands
+from opdlm.deploy.cluster.roles import join_or_start
+from opdlm.deploy.evaluate.decoders import Answers, Decoder, cut_to_limits
+
+_PARTS_PER_ACTOR = 4
+"""Calls that an actor gets of a large set of prompts: few, so that slots are refilled; not one, so that none idles."""
+
+
+class ActorDecoder(Decoder):
+    """Answers with `actors` actors named `eval-0`, ...; use as a context manager, which ends them.
+
+    Joins the cluster of RAY_ADDRESS, else starts a local Ray with the CPUs that it needs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        actors: int,
+        gpus_per_actor: float = 0,
+        cpus_per_actor: float = 1,
+        block_size: int | None = None,
+    ) -> None:
+        super().__init__(folder.resolve(), block_size)
+        self.parallel = actors
+        self._dtype = _stored_dtype(folder)
+        resources = ResourcesConfig(local_dashboard=False)
+        asked = {
+            "CPU": [("--actors", actors, cpus_per_actor)],
+            "GPU": [("--actors", actors, gpus_per_actor)],
+        }
+        join_or_start(resources, asked)
+        check_demands(asked, "--actors")
+        restarts, path = resources.actor_restarts, str(self.folder)
+        if self.is_student:
+            handles = {
+                name: start_rollout_actor(name, path, self._dtype, cpus_per_actor, gpus_per_actor, restarts)
+                for name in _names(actors)
+            }
+        else:
+            config = TeacherConfig(dtype=self._dtype, cpus_per_actor=cpus_per_actor, gpus_per_actor=gpus_per_actor)
+            handles = {name: start_teacher_actor(name, path, config, restarts) for name in _names(actors)}
+        self._pool = ActorPool(handles, resources.call_timeout_seconds, restarts)
+        self._runner = asyncio.Runner()  # one event loop for all calls: the pool belongs to it
+
+    def __enter__(self) -> ActorDecoder:
+        """Waits until every actor has loaded the folder, so that `seconds` of answers are of decoding alone."""
+        arguments: tuple[Any, ...] = ("decode", [], None, self.base, 1) if self.is_student else ("ready",)
+        self._runner.run(self._pool.broadcast(*arguments))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        stop_actors(list(self._pool.actors.values()))
+        self._runner.close()
+
+    def answer(self, requests: Sequence[RolloutRequest], settings: DecodeSettings, batch_size: int) -> Answers:
+        """See `Decoder`. `seconds` are those of the whole pool."""
+        started = time.perf_counter()
+        parts = split(list(requests), self.parallel, batch_size)
+        call = self._decode if self.is_student else self._generate
+        done = self._runner.run(_together([call(part, settings, batch_size) for part in parts]))
+        responses = [response for part, _ in done for response in part]
+        return Answers(responses, sum(steps for _, steps in done), time.perf_counter() - started)
+
+    async def _decode(
+        self, part: list[RolloutRequest], settings: DecodeSettings, batch_size: int
+    ) -> tuple[list[np.ndarray], int]:
+        (decoded,), stats = await self._pool.fetch("decode", part, None, settings, batch_size, outputs=1)
+        return [trajectory.response for trajectory in decoded], stats.denoising_steps
+
+    async def _generate(
+        self, part: list[RolloutRequest], settings: DecodeSettings, batch_size: int
+    ) -> tuple[list[np.ndarray], int]:
+        prompts, limit = [r.prompt_ids for r in part], max(r.max_new_tokens for r in part)
+        arguments = (prompts, limit, batch_size, settings.temperature, part[0].seed)
+        _, (responses, _) = await self._pool.call("generate", *arguments)
+        responses = cut_to_limits(responses, part)
+        return responses, sum(len(response) for response in responses)
+
+
+def split(requests: list[RolloutRequest], actors: int, batch_size: int) -> list[list[RolloutRequest]]:
+    """Cuts requests into calls: some per actor, each at least a batch, and none so large that an actor stays idle."""
+    share = -(-len(requests) // actors)
+    size = min(share, max(batch_size, -(-share // _PARTS_PER_ACTOR)))
+    return in_groups(requests, size)
+
+
+async def _together(calls: list[Any]) -> list[Any]:
+    return await asyncio.gather(*calls)
+
+
+def _names(actors: int) -> list[str]:
+    return [f"eval-{i}" for i in range(actors)]
+
+
+def _stored_dtype(folder: Path) -> Any:
+    """The number format of the folder's weights; float32, which holds every float16, where roles have none like it."""
+    stored = str(read_config(folder).dtype).removeprefix("torch.")
+    return stored if stored in ("float32", "bfloat16") else "float32"

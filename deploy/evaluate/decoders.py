@@ -1,0 +1,142 @@
+"""A checkpoint folder as something that answers prompts: block decoding or AR, by what it is.
+
+Here in this process; `deploy/evaluate/actor_decoder.py` does the same over actors. Evaluation, sweeps and lm-eval take either.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.observation import StepObservation
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.teacher.generate import generate
+from opdlm.common.errors import OpdlmError
+from opdlm.common.grid import BlockGrid
+from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.load import load_model
+from opdlm.common.model.tokenizer import load_tokenizer
+from opdlm.common.types import RolloutRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Responses and what they cost."""
+
+    responses: list[np.ndarray]  # [R] int32 each
+    denoising_steps: int
+    """Summed over sequences; of an autoregressive model its tokens."""
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Response tokens."""
+        return sum(len(response) for response in self.responses)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Response tokens per denoising step (1 for an autoregressive model)."""
+        return self.tokens / self.denoising_steps
+
+
+class Decoder(ABC):
+    """One checkpoint. A folder without a mask token is autoregressive.
+
+    `block_size` None takes the checkpoint's own, else 4.
+    """
+
+    parallel = 1
+    """Calls of the decoder that run side by side."""
+
+    def __init__(self, folder: Path, block_size: int | None = None) -> None:
+        self.folder = folder
+        self.facts = read_facts(folder)
+        self.tokenizer = load_tokenizer(folder)
+        self.base = DecodeSettings(
+            block_size=block_size or self.facts.block_size or 4, block_grid=self.facts.block_grid or "absolute"
+        )
+
+    @property
+    def is_student(self) -> bool:
+        """Whether the folder is a diffusion student."""
+        return self.facts.is_student
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids `[P] int32` of a prompt."""
+        return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+    def check_room(self, requests: Sequence[RolloutRequest], block_size: int | None = None) -> None:
+        """Raises `OpdlmError` naming the first prompt that is empty or does not fit the context with its response."""
+        grid = BlockGrid(block_size or self.base.block_size, self.base.block_grid)
+        for request in requests:
+            length, limit = request.prompt_ids.size, request.max_new_tokens
+            if length == 0:
+                raise OpdlmError(f"{request.prompt_id}: the prompt is empty; a response needs a token before it")
+            end = grid.last_position(length, limit) if self.is_student else length + limit
+            if end > self.facts.context:
+                raise OpdlmError(
+                    f"{request.prompt_id}: {length} prompt tokens and at most {limit} new ones take {end} positions, "
+                    f"more than the context of {self.facts.context} (config.json); shorten the prompt or the limit"
+                )
+
+    @abstractmethod
+    def answer(self, requests: Sequence[RolloutRequest], settings: DecodeSettings, batch_size: int) -> Answers:
+        """Responses in the order of the requests. An AR checkpoint takes only the temperature from the settings."""
+
+
+class CheckpointDecoder(Decoder):
+    """Loads a folder once, into this process; decodes in any number of ways."""
+
+    def __init__(self, folder: Path, block_size: int | None = None, device: str | None = None) -> None:
+        super().__init__(folder, block_size)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_model(folder, "auto").to(device)
+
+    def answer(self, requests: Sequence[RolloutRequest], settings: DecodeSettings, batch_size: int) -> Answers:
+        """See `Decoder`."""
+        if self.is_student:
+            return self.decode(requests, settings, batch_size)
+        limit = max(request.max_new_tokens for request in requests)
+        prompts = [request.prompt_ids for request in requests]
+        answers = self.generate(prompts, limit, batch_size, settings.temperature, requests[0].seed)
+        responses = cut_to_limits(answers.responses, requests)
+        return Answers(responses, sum(len(response) for response in responses), answers.seconds)
+
+    def decode(
+        self,
+        requests: Sequence[RolloutRequest],
+        settings: DecodeSettings,
+        batch_size: int,
+        observer: Callable[[StepObservation], None] | None = None,
+    ) -> Answers:
+        """Block decoding."""
+        decoder = BlockDecoder(self.model, settings, require_mask(self.facts), self.facts.eos_ids, batch_size)
+        trajectories, stats = decoder.decode(requests, observer=observer)
+        return Answers([t.response for t in trajectories], stats.denoising_steps, stats.seconds)
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int,
+        batch_size: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Answers:
+        """Autoregressive decoding; greedy at temperature 0."""
+        started = time.perf_counter()
+        responses = generate(
+            self.model, prompts, max_new_tokens, self.facts.eos_ids, batch_size, temperature, seed=seed
+        )
+        return Answers(responses, sum(len(r) for r in responses), time.perf_counter() - started)
+
+
+def cut_to_limits(responses: Sequence[np.ndarray], requests: Sequence[RolloutRequest]) -> list[np.ndarray]:
+    """AR generation knows one limit a call, the longest; what is beyond a request's own is no part of its response."""
+    return [ids[: request.max_new_tokens] for ids, request in zip(responses, requests, strict=True)]

@@ -1,0 +1,128 @@
+"""Exact match on held-out problems, over the run's own actors."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from opdlm.actors.pool import ActorPool
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.batches import in_groups
+from opdlm.common.config.schema import EvaluationConfig
+from opdlm.common.data.tasks import Problem, Task, problems
+from opdlm.common.types import RolloutRequest, Trajectory, WeightHandle
+
+_TEST_SEED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """One row of the table."""
+
+    problems: int
+    exact_match: float
+    tokens_per_step: float
+    """Response tokens per denoising step (1 for an autoregressive model)."""
+    tokens_per_second: float
+    """Response tokens per second of one actor."""
+    by_task: dict[str, dict[str, float]]
+    """`exact_match`, `token_match` (share of the solution's tokens that stand right in their places: what is left of a
+    skill that no answer shows whole) and `tokens_per_step` of each task."""
+
+
+class HeldOutProblems:
+    """Held-out problems of one or more tasks, their token ids, and how to mark answers.
+
+    Args:
+        count: problems of each task.
+    """
+
+    def __init__(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+        self.tokenizer = tokenizer
+        self.problems: list[tuple[Task, Problem]] = [
+            (task, problem) for task in tasks for problem in _distinct_problems(task, count)
+        ]
+        self.prompt_ids = [
+            np.array(tokenizer(p.prompt, add_special_tokens=False)["input_ids"], dtype=np.int32)
+            for _, p in self.problems
+        ]
+
+    def requests(self, max_new_tokens: int) -> list[RolloutRequest]:
+        """The problems as decode requests."""
+        return [
+            RolloutRequest(i, f"{task.name}/test/{i}", ids, max_new_tokens, seed=i)
+            for i, ((task, _), ids) in enumerate(zip(self.problems, self.prompt_ids, strict=True))
+        ]
+
+    def exact_match(self, responses: Sequence[np.ndarray]) -> float:
+        """Share of right answers; a response that did not end is wrong."""
+        return float(self._right(responses).mean())
+
+    def result(self, responses: Sequence[np.ndarray], steps: Sequence[int], seconds: float) -> EvaluationResult:
+        """Marks the answers. `steps`: denoising steps of each response; `seconds`: that decoding took."""
+        right, lengths = self._right(responses), np.array([len(r) for r in responses])
+        tokens = np.array([_token_match(s, r) for s, r in zip(self._solution_ids(), responses, strict=True)])
+        by_task = {}
+        for name in dict.fromkeys(task.name for task, _ in self.problems):
+            of = np.array([task.name == name for task, _ in self.problems])
+            by_task[name] = {
+                "exact_match": float(right[of].mean()),
+                "token_match": float(tokens[of].mean()),
+                "tokens_per_step": float(lengths[of].sum() / np.array(steps)[of].sum()),
+            }
+        return EvaluationResult(
+            problems=len(responses),
+            exact_match=float(right.mean()),
+            tokens_per_step=float(lengths.sum() / sum(steps)),
+            tokens_per_second=float(lengths.sum() / seconds),
+            by_task=by_task,
+        )
+
+    def _solution_ids(self) -> list[np.ndarray]:
+        return [np.array(self.tokenizer(p.solution, add_special_tokens=False)["input_ids"]) for _, p in self.problems]
+
+    def _right(self, responses: Sequence[np.ndarray]) -> np.ndarray:
+        eos = self.tokenizer.eos_token_id
+        marks = [
+            len(ids) > 0 and ids[-1] == eos and task.is_correct(problem, self.tokenizer.decode(ids[:-1]))
+            for (task, problem), ids in zip(self.problems, responses, strict=True)
+        ]
+        return np.array(marks, dtype=bool)
+
+
+def _token_match(solution: np.ndarray, response: np.ndarray) -> float:
+    shared = min(len(solution), len(response))
+    return float((solution[:shared] == response[:shared]).sum() / len(solution))
+
+
+def _distinct_problems(task: Task, count: int) -> list[Problem]:
+    distinct = {p.prompt: p for p in itertools.islice(problems(task, "test", _TEST_SEED), 4 * count)}
+    return list(distinct.values())[:count]
+
+
+async def evaluate_student(
+    pool: ActorPool, exam: HeldOutProblems, handle: WeightHandle, settings: DecodeSettings, config: EvaluationConfig
+) -> EvaluationResult:
+    """Decodes the exam over all rollout actors with one weight version."""
+    requests = exam.requests(config.max_new_tokens)
+    size = -(-len(requests) // max(len(pool.actors), 1))  # the pool itself says that none is left
+    parts = in_groups(requests, size)
+    done = await asyncio.gather(
+        *(pool.fetch("decode", part, handle, settings, config.batch_size, outputs=1) for part in parts)
+    )
+    trajectories: list[Trajectory] = [trajectory for (decoded,), _ in done for trajectory in decoded]
+    stats = [stat for _, stat in done]
+    return exam.result(
+        [t.response for t in trajectories], [t.denoising_steps for t in trajectories], sum(s.seconds for s in stats)
+    )
+
+
+async def evaluate_teacher(pool: ActorPool, exam: HeldOutProblems, config: EvaluationConfig) -> EvaluationResult:
+    """Greedy autoregressive answers of the teacher: one token a step."""
+    _, (responses, seconds) = await pool.call("generate", exam.prompt_ids, config.max_new_tokens, config.batch_size)
+    return exam.result(responses, [len(r) for r in responses], seconds)

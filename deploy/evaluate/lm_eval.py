@@ -1,0 +1,124 @@
+"""`opdlm eval --lm-eval`: lm-eval's tasks over our decoders; `opdlm lm-eval`: lm-eval's own command with our model."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from opdlm.common.errors import OpdlmError, first_line
+from opdlm.deploy.evaluate.commands import EvalOptions, check_output, open_decoder, write_results
+
+
+@dataclass(frozen=True, slots=True)
+class HarnessOptions:
+    """As on the command line."""
+
+    tasks: list[str]
+    include_path: Path | None
+    limit: float | None
+    """Documents of each task, or below 1 a share of them."""
+    fewshot: int | None
+    chat: bool
+    thinking: bool | None
+
+
+def require_lm_eval() -> Any:
+    """The package, or one line that names the extra."""
+    try:
+        import lm_eval
+    except ImportError:
+        raise OpdlmError("lm-eval is not installed: pip install 'opdlm-ray[eval]'") from None
+    return lm_eval
+
+
+def run_harness(folder: Path, harness: HarnessOptions, options: EvalOptions, console: Console) -> None:
+    """Loads the tasks, decodes them with each strategy, prints lm-eval's tables; with `--output` writes all of it."""
+    lm_eval = require_lm_eval()
+    check_output(options.output)
+    manager, tasks = load_tasks(harness, folder)
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    from opdlm.deploy.evaluate.lm_eval_model import OpdlmLM
+
+    written: dict[str, Any] = {}
+    with open_decoder(folder, options) as decoder:
+        for strategy in options.strategies if decoder.is_student else options.strategies[:1]:
+            model = OpdlmLM(
+                decoder,
+                strategy,
+                options.threshold,
+                batch_size=options.batch_size,
+                max_new_tokens=options.max_new_tokens,
+                enable_thinking=harness.thinking,
+            )
+            results = lm_eval.simple_evaluate(
+                model=model,
+                tasks=tasks,
+                task_manager=manager,  # else it reads thousands of task files again
+                num_fewshot=harness.fewshot,
+                limit=harness.limit,
+                apply_chat_template=harness.chat,
+                fewshot_as_multiturn=harness.chat,
+                log_samples=options.output is not None,
+            )
+            how = model.get_model_info()
+            console.print(make_table(results), markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"{how['decoding']}: {how['tokens_per_step']:.2f} tokens per denoising step, "
+                f"{how['tokens_per_second']:,.0f} tokens per second",
+                highlight=False,
+            )
+            written[how["decoding"]] = results
+    if options.output:
+        write_results(options.output, written, console, handle_non_serializable)
+
+
+def load_tasks(harness: HarnessOptions, folder: Path) -> tuple[Any, list[Any]]:
+    """lm-eval's task manager and task objects; nothing is decoded before every task is known to be one that generates.
+
+    Raises:
+        OpdlmError: an unknown task, one whose data cannot be loaded, or one that asks for likelihoods.
+    """
+    from lm_eval.tasks import TaskManager
+
+    from opdlm.deploy.evaluate.lm_eval_model import no_likelihood
+
+    if harness.include_path is not None and not harness.include_path.is_dir():
+        raise OpdlmError(f"--include-path: {harness.include_path} is no folder; expected one with task YAMLs")
+    manager = TaskManager(include_path=str(harness.include_path) if harness.include_path else None)
+    tasks: list[Any] = []
+    for name in harness.tasks:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else "lm-eval ls tasks lists them; --include-path adds yours"
+            raise OpdlmError(f"--lm-eval: unknown task {name!r}; {hint}")
+        try:
+            loaded = manager.load([name])
+        except (OSError, ValueError) as error:  # the data: no network, no such file, another format
+            reason = first_line(error)
+            raise OpdlmError(f"--lm-eval: the data of task {name!r} cannot be loaded: {reason}") from error
+        for task in loaded["tasks"].values():
+            if task.OUTPUT_TYPE != "generate_until":
+                raise OpdlmError(f"--lm-eval: task {task.task_name!r}: {no_likelihood(task.OUTPUT_TYPE, folder)}")
+        tasks += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
+    return manager, tasks
+
+
+def pass_through(arguments: list[str]) -> None:
+    """lm-eval's command line with `--model opdlm` known to it."""
+    require_lm_eval()
+    from lm_eval.__main__ import cli_evaluate
+
+    import opdlm.deploy.evaluate.lm_eval_model  # noqa: F401  registers the model
+
+    before = sys.argv
+    sys.argv = ["lm-eval", *arguments]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before

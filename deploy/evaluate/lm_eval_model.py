@@ -1,0 +1,225 @@
+"""Students and AR checkpoints as a model of lm-eval (EleutherAI's evaluation harness), under the name `opdlm`.
+
+Importing this module registers it. lm-eval 0.4.13 looks up models in a list of its own and loads no plug-ins, so its
+plain `lm_eval` command cannot know of ours; `opdlm lm-eval` is that command with this module imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
+
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.batches import in_groups
+from opdlm.common.config.schema import Strategy
+from opdlm.common.data.chat import chat_prompt, require_template
+from opdlm.common.errors import OpdlmError
+from opdlm.common.model.facts import read_facts
+from opdlm.common.types import RolloutRequest
+from opdlm.deploy.evaluate.decoders import CheckpointDecoder, Decoder
+
+_BATCHES_A_CALL = 8
+"""Batches between two updates of the progress bar (and of lm-eval's response cache)."""
+
+
+@register_model("opdlm")
+class OpdlmLM(LM):
+    """`generate_until` with the block decoder, or token by token for an AR checkpoint.
+
+    Args (lm-eval's `model_args`):
+        pretrained: checkpoint folder; or, from Python, a `Decoder`.
+        strategy: remasking strategy. threshold: of `low_confidence_dynamic`. block_size: None takes the checkpoint's.
+        batch_size: sequences side by side; given here it goes before `--batch_size`, whose default is 1.
+        max_new_tokens: longest response where neither the task nor `--gen_kwargs` has `max_gen_toks`.
+        chat_template: Jinja file instead of the tokenizer's own. enable_thinking: passed to the template.
+        seed: of sampling, where a task samples. device: default cuda where there is one.
+
+    Raises:
+        OpdlmError: an unknown argument or a value that cannot be, by its name.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Decoder | None = None,
+        strategy: Strategy = "low_confidence_dynamic",
+        threshold: float = 0.9,
+        block_size: int | None = None,
+        batch_size: int | str = 64,
+        max_new_tokens: int = 256,
+        chat_template: str | None = None,
+        enable_thinking: bool | None = None,
+        seed: int = 0,
+        device: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        _check_arguments(unknown, strategy, threshold)
+        # lm-eval's `--batch_size` comes as text.
+        self.batch_size = _count("batch_size", int(batch_size) if str(batch_size).isdigit() else batch_size)
+        self.max_new_tokens = _count("max_new_tokens", max_new_tokens)
+        block_size = None if block_size is None else _count("block_size", block_size)
+        if pretrained is None:
+            raise OpdlmError(
+                "model_args: pretrained: missing; give a checkpoint folder, as pretrained=runs/demo/student"
+            )
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            device = None  # lm-eval's default is cuda:0, whatever is there
+        self.decoder = (
+            pretrained if isinstance(pretrained, Decoder) else CheckpointDecoder(Path(pretrained), block_size, device)
+        )
+        self.settings = replace(self.decoder.base.greedy(strategy), threshold=float(threshold))
+        self.seed, self._thinking = seed, enable_thinking
+        self._tokens = self._steps = 0
+        self._seconds = 0.0
+        if chat_template is not None:
+            if not Path(chat_template).is_file():
+                raise OpdlmError(f"model_args: chat_template: {chat_template} does not exist; expected a Jinja file")
+            self.decoder.tokenizer.chat_template = Path(chat_template).read_text()
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> OpdlmLM:
+        """From `model_args`, which go before lm-eval's own options (`--batch_size`, `--device`)."""
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**given | arg_dict)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> OpdlmLM:
+        """The same from `key=value,key=value`."""
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    # --- what it does -------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Responses as text, cut before the first stop string of the request's `until`."""
+        groups: dict[str, list[RolloutRequest]] = defaultdict(list)
+        until: list[list[str]] = []
+        for i, instance in enumerate(requests):
+            context, given = instance.args
+            how = dict(normalize_gen_kwargs(given, self.max_new_tokens))
+            until.append(how.pop("until"))
+            limit, ids = int(how.pop("max_gen_toks")), self.decoder.encode(context)
+            name = f"{instance.task_name} document {instance.doc_id}"
+            groups[json.dumps(how, sort_keys=True)].append(RolloutRequest(i, name, ids, limit, seed=self.seed + i))
+        settings = {key: self._settings(json.loads(key)) for key in groups}  # a mistake in any shows before the first
+        for group in groups.values():
+            self.decoder.check_room(group)
+        texts = [""] * len(requests)
+        size = _BATCHES_A_CALL * self.batch_size * self.decoder.parallel
+        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
+            for key, group in groups.items():
+                for part in in_groups(group, size):
+                    answers = self.decoder.answer(part, settings[key], self.batch_size)
+                    self._tokens, self._steps = self._tokens + answers.tokens, self._steps + answers.denoising_steps
+                    self._seconds += answers.seconds
+                    for request, ids in zip(part, answers.responses, strict=True):
+                        text = texts[request.index] = self._text(ids, until[request.index])
+                        self.cache_hook.add_partial("generate_until", requests[request.index].args, text)
+                    bar.update(len(part))
+        return texts
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Refused, with the reason."""
+        raise OpdlmError(no_likelihood("loglikelihood", self.decoder.folder))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Refused, with the reason."""
+        raise OpdlmError(no_likelihood("loglikelihood_rolling", self.decoder.folder))
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes beside its results: how it was decoded, and how fast."""
+        return {
+            "pretrained": str(self.decoder.folder),
+            "decoding": self.settings.strategy if self.decoder.is_student else "autoregressive",
+            "threshold": self.settings.threshold,
+            "block_size": self.settings.block_size,
+            "block_grid": self.settings.block_grid,
+            "tokens_per_step": self._tokens / self._steps if self._steps else None,
+            "tokens_per_second": self._tokens / self._seconds if self._steps else None,
+        }
+
+    # --- chat templates, as lm-eval asks for them ---------------------------------------------------------------
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the name of lm-eval's request cache."""
+        return str(self.decoder.folder.resolve()).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template in use (None: none is asked for)."""
+        name = chat_template if isinstance(chat_template, str) else None
+        return require_template(self.decoder.tokenizer, name) if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as text; without a generation prompt the assistant's last message goes on."""
+        return chat_prompt(self.decoder.tokenizer, chat_history, self._thinking, not add_generation_prompt)
+
+    # --- details ------------------------------------------------------------------------------------------------
+
+    def _settings(self, how: dict[str, Any]) -> DecodeSettings:
+        sampled = bool(how.pop("do_sample", False))
+        temperature, top_k, top_p = how.pop("temperature", 1.0), how.pop("top_k", 0), how.pop("top_p", 1.0)
+        if not sampled:
+            temperature, top_k, top_p = 0.0, 0, 1.0
+        if how:
+            raise OpdlmError(
+                f"gen_kwargs: {', '.join(sorted(how))}: not here; known: until, max_gen_toks, do_sample, temperature, "
+                "top_k, top_p"
+            )
+        if not self.decoder.is_student and (top_k, top_p) != (0, 1.0):
+            raise OpdlmError(f"gen_kwargs: {self.decoder.folder} is autoregressive; it samples without top_k and top_p")
+        return replace(self.settings, temperature=float(temperature), top_k=int(top_k), top_p=float(top_p))
+
+    def _text(self, ids: np.ndarray, until: list[str]) -> str:
+        tokenizer = self.decoder.tokenizer
+        # A stop string that is a special token leaves no trace in the text: it has to be looked for among the ids.
+        stops = [tokenizer.convert_tokens_to_ids(stop) for stop in until if stop in tokenizer.all_special_tokens]
+        ends = np.flatnonzero(np.isin(ids, stops))
+        ids = ids[: ends[0]] if ends.size else ids
+        return postprocess_generated_text(tokenizer.decode(ids, skip_special_tokens=True), until, None)
+
+
+def no_likelihood(what: str, folder: Path) -> str:
+    """Why lm-eval's request of that type is refused for that checkpoint, and what to do instead."""
+    hint = "use tasks that generate (`output_type: generate_until`)"
+    if read_facts(folder).is_student:
+        return (
+            f"lm-eval asks for {what}, but a block-diffusion model gives no exact sequence likelihood in one pass: "
+            f"the tokens of a block are revealed in many possible orders, over which it would be a sum; {hint}"
+        )
+    return (
+        f"lm-eval asks for {what}, which `opdlm` gives for no checkpoint; {folder} is autoregressive, so lm-eval's own "
+        f"`hf` model does (--model hf --model_args pretrained={folder}); or {hint}"
+    )
+
+
+def _check_arguments(unknown: dict[str, Any], strategy: Any, threshold: Any) -> None:
+    known = [name for name in inspect.signature(OpdlmLM).parameters if name != "unknown"]
+    for name in unknown:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
+        raise OpdlmError(f"model_args: {name}: unknown; {hint}")
+    if strategy not in get_args(Strategy):
+        raise OpdlmError(f"model_args: strategy: found {strategy!r}; known: {', '.join(get_args(Strategy))}")
+    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise OpdlmError(f"model_args: threshold: found {threshold!r}; expected a number within 0 and 1")
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise OpdlmError(f"model_args: {name}: found {value!r}; expected a whole number from 1")
+    return value

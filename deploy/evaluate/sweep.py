@@ -1,0 +1,175 @@
+"""`opdlm sweep`: what decoding in parallel costs in accuracy (the paper's figure 3), as table, PNG and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from opdlm.common.config.schema import Strategy
+from opdlm.common.errors import OpdlmError
+from opdlm.deploy.evaluate.commands import EvalOptions, check_output, open_decoder, write_results
+from opdlm.deploy.evaluate.decoders import Decoder
+from opdlm.deploy.evaluate.questions import Questions, QuestionSource
+
+_DYNAMIC: Strategy = "low_confidence_dynamic"
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """One way of decoding and what it gave."""
+
+    block_size: int
+    strategy: Strategy
+    threshold: float | None
+    """None where the strategy has none."""
+    right: float
+    """Share of right answers."""
+    unanswered: int
+    """Responses in which no answer was found."""
+    tokens_per_step: float
+    tokens_per_second: float
+
+
+def numbers(text: str, kind: type[int] | type[float], flag: str, least: float, most: float) -> list[Any]:
+    """`0.5,0.9` as numbers, in rising order, each once; raises `OpdlmError` naming the flag."""
+    try:
+        values = sorted({kind(part) for part in text.split(",")})
+    except ValueError:
+        raise OpdlmError(
+            f"{flag}: found {text!r}; expected numbers with commas between, as {least:g},{most:g}"
+        ) from None
+    if values[0] < least or values[-1] > most:
+        raise OpdlmError(f"{flag}: found {text!r}; each has to lie within {least:g} and {most:g}")
+    return values
+
+
+def run_sweep(
+    folder: Path,
+    source: QuestionSource,
+    thresholds: Sequence[float],
+    block_sizes: Sequence[int] | None,
+    options: EvalOptions,
+    out: Path | None,
+    console: Console,
+) -> list[SweepPoint]:
+    """Decodes the questions in every way, prints the table, writes `out` (PNG) and the same as JSON beside it."""
+    picture = out or folder.resolve().parent / "sweep.png"
+    if picture.suffix != ".png":
+        raise OpdlmError(f"--out: found {picture}; expected a .png (the .json goes beside it)")
+    check_output(picture)
+    with open_decoder(folder, options) as decoder:
+        if not decoder.is_student:
+            raise OpdlmError(f"sweep: {folder} is autoregressive; it has neither blocks nor thresholds (opdlm eval)")
+        blocks = block_sizes or [decoder.base.block_size]
+        ways = [
+            (block, strategy, threshold)
+            for block in blocks
+            for strategy in options.strategies
+            for threshold in (thresholds if strategy == _DYNAMIC else [None])
+        ]
+        questions = source.open(decoder)
+        requests = questions.requests(options.max_new_tokens)
+        for block in blocks:
+            decoder.check_room(requests, block)
+        points = []
+        with _progress(console, len(ways)) as (progress, bar):
+            for block, strategy, threshold in ways:
+                progress.update(bar, description=_name(block, strategy, threshold))
+                points.append(_point(decoder, questions, requests, options, block, strategy, threshold))
+                progress.advance(bar)
+    console.print(_table(f"{folder}: {questions.title}", questions.figure, points))
+    content = {
+        "checkpoint": str(folder),
+        "questions": questions.title,
+        "figure": questions.figure,
+        "block_grid": decoder.base.block_grid,
+        "trained_block_size": decoder.facts.block_size,
+        "max_new_tokens": options.max_new_tokens,
+        "points": [asdict(point) for point in points],
+    }
+    draw(points, f"{folder.name}: {questions.title}", questions.figure, picture)
+    console.print(f"written: {picture}", highlight=False, soft_wrap=True)
+    write_results(picture.with_suffix(".json"), content, console)
+    return points
+
+
+def _point(
+    decoder: Decoder,
+    questions: Questions,
+    requests: list[Any],
+    options: EvalOptions,
+    block: int,
+    strategy: Strategy,
+    threshold: float | None,
+) -> SweepPoint:
+    settings = replace(decoder.base.greedy(strategy), block_size=block)
+    if threshold is not None:
+        settings = replace(settings, threshold=threshold)
+    answers = decoder.answer(requests, settings, options.batch_size)
+    marks = questions.mark(answers.responses)
+    speed = answers.tokens / answers.seconds
+    return SweepPoint(block, strategy, threshold, marks.right, marks.unanswered, answers.tokens_per_step, speed)
+
+
+def draw(points: Sequence[SweepPoint], title: str, figure_name: str, file: Path) -> None:
+    """Accuracy over tokens per step: one line a block size through its thresholds, other strategies as lone marks."""
+    from matplotlib import ticker
+
+    from opdlm.deploy.observe.figures import new_figure, save_figure
+
+    figure, axis = new_figure(figsize=(7, 4.6))
+    others = sorted({point.strategy for point in points} - {_DYNAMIC})
+    for place, block in enumerate(sorted({point.block_size for point in points})):
+        line = sorted((p for p in points if (p.block_size, p.strategy) == (block, _DYNAMIC)), key=_threshold)
+        at = [p.tokens_per_step for p in line], [p.right for p in line]
+        if line:
+            axis.plot(*at, marker="o", color=f"C{place}", label=f"block {block}, dynamic")
+        for i, point in enumerate(line):
+            offset = (0, 7) if i % 2 == 0 else (0, -14)  # neighbours may lie closer than a label is wide
+            where, label = (point.tokens_per_step, point.right), f"{point.threshold:g}"
+            how = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": f"C{place}"}
+            axis.annotate(label, where, offset, **how)
+        for sign, strategy in zip("sD^v", others, strict=False):
+            for point in (p for p in points if (p.block_size, p.strategy) == (block, strategy)):
+                name = f"block {block}, {strategy.removeprefix('low_confidence_')}"
+                axis.plot(point.tokens_per_step, point.right, sign, color=f"C{place}", mfc="none", label=name)
+    axis.margins(y=0.15)
+    axis.set(xlabel="tokens per denoising step", ylabel=figure_name, xlim=(0, None), title=title)
+    axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=None))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save_figure(figure, file)
+
+
+def _threshold(point: SweepPoint) -> float:
+    return point.threshold or 0.0
+
+
+def _table(title: str, figure: str, points: Sequence[SweepPoint]) -> Table:
+    table = Table(title=title)
+    table.add_column("strategy")
+    for name in ("block size", "threshold", figure, "tokens per denoising step", "tokens per second"):
+        table.add_column(name, justify="right")
+    for p in points:
+        threshold = "" if p.threshold is None else f"{p.threshold:g}"
+        figures = f"{p.right:.1%}", f"{p.tokens_per_step:.2f}", f"{p.tokens_per_second:,.0f}"
+        table.add_row(p.strategy, str(p.block_size), threshold, *figures)
+    return table
+
+
+def _name(block: int, strategy: Strategy, threshold: float | None) -> str:
+    return f"block {block}, {strategy}" + ("" if threshold is None else f" {threshold:g}")
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[tuple[Progress, Any]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        yield progress, progress.add_task("", total=total)

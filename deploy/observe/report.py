@@ -1,0 +1,100 @@
+"""The end of a run: `report.json`, `report.png` and the table, all from the run's records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from opdlm.common.files import write_json
+from opdlm.deploy.observe.ledger import read_ledger
+from opdlm.deploy.observe.records import read_records
+
+TEACHER, BEFORE, STATIC, DYNAMIC = "teacher", "student before", "student static", "student dynamic"
+PERIODIC = "student"
+"""Names of evaluation rows."""
+
+
+def write_report(run_dir: Path, samples: tuple[int, int] | None = None) -> Table:
+    """Writes both files; returns the table. Rows that were not evaluated are left out.
+
+    `samples`: in a round and in the run, for what became of each (`samples_trained`, `samples_lost`, ...).
+    """
+    records = read_records(run_dir)
+    rows = {r["row"]: r for r in records if r["kind"] == "evaluation"}
+    rounds = [r for r in records if r["kind"] == "round"]
+    last = rounds[-1] if rounds else {"rollout_tokens": 0, "step": 0, "round": 0}
+    report: dict[str, Any] = {
+        "teacher_exact_match": _of(rows, TEACHER, "exact_match"),
+        "student_exact_match_before": _of(rows, BEFORE, "exact_match"),
+        "student_exact_match_static": _of(rows, STATIC, "exact_match"),
+        "student_exact_match_dynamic": _of(rows, DYNAMIC, "exact_match"),
+        "tokens_per_step_dynamic": _of(rows, DYNAMIC, "tokens_per_step"),
+        "rollout_tokens": last["rollout_tokens"],
+        "optimizer_steps": last["step"],
+        "weight_version": last["round"],
+        "wall_seconds": records[-1]["wall_seconds"] if records else 0.0,
+        "compute_flops": last.get("compute_flops", 0),
+        **(read_ledger(records, *samples).figures() if samples else {}),
+        "by_task": {row: r["by_task"] for row, r in rows.items() if row != PERIODIC},
+    }
+    write_json(run_dir / "report.json", report)
+    _draw(records, run_dir / "report.png")
+    return _table(rows)
+
+
+def _of(rows: dict[str, dict[str, Any]], row: str, figure: str) -> float | None:
+    return rows[row][figure] if row in rows else None
+
+
+def _table(rows: dict[str, dict[str, Any]]) -> Table:
+    problems = max((r["problems"] for r in rows.values()), default=0)
+    table = Table(title=f"held-out problems: {problems}")
+    table.add_column("model")
+    for name in ("exact match", "tokens per denoising step", "tokens per second"):
+        table.add_column(name, justify="right")
+    titles = {
+        TEACHER: "teacher (autoregressive)",
+        BEFORE: "student before (static)",
+        STATIC: "student after, static",
+        DYNAMIC: "student after, dynamic",
+    }
+    for row, title in titles.items():
+        if row in rows:
+            r = rows[row]
+            table.add_row(
+                title, f"{r['exact_match']:.1%}", f"{r['tokens_per_step']:.2f}", f"{r['tokens_per_second']:,.0f}"
+            )
+    return table
+
+
+def _draw(records: list[dict[str, Any]], file: Path) -> None:
+    from opdlm.deploy.observe.figures import new_figure, save_figure
+
+    rounds = [r for r in records if r["kind"] == "round"]
+    tokens_at = {0: 0} | {r["round"]: r["rollout_tokens"] for r in rounds}
+    points = sorted(
+        (tokens_at[r["round"]], r["exact_match"], r["tokens_per_step"])
+        for r in records
+        if r["kind"] == "evaluation" and r["row"] in (PERIODIC, DYNAMIC) and r["round"] in tokens_at
+    )
+    figure, (top, bottom) = new_figure(2, 1, figsize=(7, 6.5), sharex=True)
+    teacher = [r for r in records if r["kind"] == "evaluation" and r["row"] == TEACHER]
+    if teacher:
+        top.axhline(teacher[-1]["exact_match"], color="0.5", linestyle="--", label="teacher (autoregressive)")
+    if points:
+        top.plot([p[0] for p in points], [p[1] for p in points], marker="o", label="student, dynamic decoding")
+        bottom.plot([p[0] for p in points], [p[2] for p in points], marker="o", label="evaluation, dynamic decoding")
+    measured = [(r["rollout_tokens"], r["tokens_per_step"]) for r in rounds if "tokens_per_step" in r]
+    if measured:
+        bottom.plot(*zip(*measured, strict=True), color="C1", alpha=0.6, linewidth=1, label="training rollouts")
+    top.set(ylabel="exact match", ylim=(-0.03, 1.03), title="Exact match on held-out problems")
+    bottom.set(
+        ylabel="tokens per denoising step", xlabel="rollout tokens", title="Decoding parallelism", ylim=(0, None)
+    )
+    for axis in (top, bottom):
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(loc="lower right")
+    save_figure(figure, file)

@@ -1,0 +1,96 @@
+"""`opdlm compare`: objectives side by side, under one budget of prompts and one list of seeds.
+
+Each (objective, seed) is a whole run of its own in OUT/OBJECTIVE-seedN, by the code of `opdlm train`; what is finished
+is not run again, what was stopped goes on. Seeds share the teacher's responses; every run pays for their compute.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from opdlm.common.config import OpdlmConfig, config_from_dict
+from opdlm.common.errors import OpdlmError
+from opdlm.deploy.observe.comparison import write_comparison
+from opdlm.deploy.observe.report import DYNAMIC, STATIC
+from opdlm.deploy.run.directory import check_same_config, held_config
+from opdlm.deploy.run.preflight import preflight
+from opdlm.deploy.run.train import absolute, train
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "opd": {"kind": "opd", "selection": None},
+    "opd_random_mask": {"kind": "opd", "selection": "random_mask"},
+    "off_policy_kd": {"kind": "off_policy_kd", "selection": None},
+    "cft": {
+        "kind": "cft",
+        "selection": None,
+        "divergence": "kl",
+        "reverse_weight": 0.0,
+        "top_k": 0,
+        "tail": "drop",
+    },
+}
+"""What each objective sets; all else is the run file's. `opd_random_mask` is the paper's OPDLM-off."""
+
+
+def run_comparison(
+    base: OpdlmConfig, objectives: Sequence[str], seeds: Sequence[int], out: Path, console: Console
+) -> int:
+    """Runs what is missing, writes the comparison; returns an exit code (128 + signal after a stop).
+
+    Raises:
+        OpdlmError: an unknown objective, or a config that one of the runs would refuse; before any run starts.
+    """
+    for name in objectives:
+        if name not in OBJECTIVES:
+            raise OpdlmError(f"--objectives: found {name!r}; known: {', '.join(OBJECTIVES)}")
+    if not base.data.task or not base.evaluation.final_problems or base.run.replay is not None:
+        raise OpdlmError(
+            "compare: needs prompts of a task (data.task) and a final evaluation (evaluation.final_problems), and no "
+            "run.replay"
+        )
+    if base.evaluation.tasks and not set(_trained(base)) & set(base.evaluation.tasks):
+        raise OpdlmError(
+            f"evaluation.tasks: found {base.evaluation.tasks}, none of data.task {base.data.task}; add them"
+        )
+    runs = [(name, seed, _config(base, name, seed, out)) for seed in seeds for name in objectives]
+    for _, _, config in runs:
+        preflight(config)
+    for number, (name, seed, config) in enumerate(runs, start=1):
+        root = Path(config.run.dir)
+        if (root / "config.yaml").exists():
+            check_same_config(held_config(root), absolute(config).model_dump(mode="json"), root)
+        if _is_done(root):
+            console.print(f"[{number}/{len(runs)}] {name}, seed {seed}: done before", highlight=False)
+            continue
+        console.print(f"[{number}/{len(runs)}] {name}, seed {seed}: {root}", highlight=False)
+        code = train(config, resume=(root / "config.yaml").exists(), console=console)
+        if code:
+            return code
+    for table in write_comparison(out, [(name, seed, Path(c.run.dir)) for name, seed, c in runs], _trained(base)):
+        console.print(table)
+    console.print(f"written: {out}/compare.json, compare.png, retention.png", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _config(base: OpdlmConfig, name: str, seed: int, out: Path) -> OpdlmConfig:
+    raw = base.model_dump(mode="json")
+    raw["run"] |= {"seed": seed, "dir": str(out / f"{name}-seed{seed}")}
+    raw["objective"] |= OBJECTIVES[name]
+    raw["evaluation"]["tasks"] = base.evaluation.tasks or _trained(base)
+    raw["offline"] |= {"cache": str(out / f"teacher-responses-seed{seed}.parquet")}
+    return config_from_dict(raw)
+
+
+def _trained(base: OpdlmConfig) -> list[str]:
+    return str(base.data.task).split("+")
+
+
+def _is_done(root: Path) -> bool:
+    """Whether a run has its last evaluations; a stopped one has a report without them."""
+    file = root / "report.json"
+    return file.exists() and {STATIC, DYNAMIC} <= json.loads(file.read_text())["by_task"].keys()

@@ -1,0 +1,204 @@
+"""Given responses for `off_policy_kd` and `cft`: from the data, or made once by the teacher and kept as parquet."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray.exceptions import RayError
+
+from opdlm.actors.pool import ActorPool
+from opdlm.common.batches import in_groups
+from opdlm.common.config import OpdlmConfig
+from opdlm.common.data.prompts import Prompt
+from opdlm.common.errors import ConfigError, OpdlmError, first_line, last_line
+from opdlm.common.files import atomic_file
+from opdlm.common.model.shards import weights_fingerprint
+
+log = logging.getLogger("opdlm.offline")
+
+_CALLS_PER_BATCH = 4
+_KEY = b"opdlm"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a file of responses was made of; another one is another file."""
+
+    teacher: str
+    """Fingerprint of the teacher's weights."""
+    prompts: str
+    """Fingerprint of the prompts."""
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of the recipe."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True, slots=True)
+class GivenResponses:
+    """Responses by prompt id, and what making them took (also where they came from a cache)."""
+
+    by_prompt: dict[str, np.ndarray]  # [R] int32 each
+    forward_tokens: int
+    """Tokens that went through the teacher; 0 for responses from data."""
+    cached: bool
+
+    def cut_at_inner_end(self, eos_ids: Sequence[int]) -> int:
+        """Responses that hold an end-of-sequence token before their last one; they end at the first."""
+        return sum(bool(np.isin(r[:-1], eos_ids).any()) for r in self.by_prompt.values())
+
+
+def known_responses(config: OpdlmConfig, prompts: Sequence[Prompt], digest: str) -> GivenResponses | None:
+    """Responses that need no actor: from the data, or from the cache. None: there are none yet, or none are needed.
+
+    Raises:
+        ConfigError: as `read_responses`.
+    """
+    if config.objective.kind == "opd":
+        return None
+    if config.offline.responses == "data":
+        return GivenResponses({p.prompt_id: p.response for p in prompts if p.response is not None}, 0, False)
+    return read_responses(cache_file(config), recipe(config, digest))
+
+
+def cache_file(config: OpdlmConfig) -> Path:
+    """Where the teacher's responses are kept."""
+    return Path(config.offline.cache or Path(config.run.dir) / "offline_responses.parquet")
+
+
+def recipe(config: OpdlmConfig, prompts_digest: str) -> Recipe:
+    """What this run's responses are made of."""
+    length = config.curriculum.max_new_tokens
+    longest = config.rollout.max_new_tokens
+    if length is not None:  # no round trains on more
+        longest = int(max(length.start, length.end or 0))
+    return Recipe(
+        weights_fingerprint(config.model.teacher),
+        prompts_digest,
+        longest,
+        config.offline.temperature,
+        config.run.seed,
+    )
+
+
+def read_responses(file: Path, expected: Recipe) -> GivenResponses | None:
+    """The cache's responses; None where there is no file.
+
+    Raises:
+        ConfigError: the file is something else, or was made of something else.
+    """
+    if not file.exists():
+        return None
+    try:
+        table = pq.read_table(file)
+        made = json.loads((table.schema.metadata or {})[_KEY])
+        held, forward_tokens = dict(made["recipe"]), int(made["forward_tokens"])
+        ids = table.column("prompt_id").to_pylist()
+        responses = [np.array(r, dtype=np.int32) for r in table.column("response_ids").to_pylist()]
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        reason = first_line(error)
+        raise ConfigError(f"offline.cache: {file} is not a file of teacher responses of ours: {reason}") from None
+    differing = [f"{k} (there {held.get(k)!r}, here {v!r})" for k, v in asdict(expected).items() if held.get(k) != v]
+    if differing:
+        raise ConfigError(
+            f"offline.cache: {file} was made otherwise: {', '.join(differing)}; remove it, or give another"
+            " offline.cache"
+        )
+    return GivenResponses(dict(zip(ids, responses, strict=True)), forward_tokens, True)
+
+
+async def generate_responses(
+    config: OpdlmConfig,
+    prompts: Sequence[Prompt],
+    teachers: ActorPool,
+    made_of: Recipe,
+    progress: Callable[[int, int], None],
+) -> GivenResponses:
+    """Has the teacher actors answer every prompt, writes the cache (whole or not at all), returns the responses.
+
+    Answered chunks are kept beside the cache until it is whole, so an interrupted generation goes on where it was.
+    `progress` is told (prompts answered, prompts in all).
+
+    Raises:
+        OpdlmError: the cache's folder cannot be written, or a chunk failed `resources.sample_attempts` times.
+    """
+    file = cache_file(config)
+    parts = file.with_name(f".{file.name}.{made_of.digest}.parts")
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OpdlmError(f"offline.cache: {file} cannot be written: {error}") from None
+    size = config.offline.batch_size * _CALLS_PER_BATCH
+    done = 0
+
+    async def answer(number: int, chunk: Sequence[Prompt]) -> list[np.ndarray]:
+        nonlocal done
+        part = parts / f"{number:06d}.parquet"
+        kept = read_responses(part, made_of)
+        if kept is None or list(kept.by_prompt) != [p.prompt_id for p in chunk]:
+            seed = config.run.seed * 1_000_003 + number
+            responses = await _ask(config, teachers, chunk, made_of.max_new_tokens, seed)
+            _write(part, chunk, responses, made_of)
+        else:
+            responses = list(kept.by_prompt.values())
+        done += len(chunk)
+        progress(done, len(prompts))
+        return responses
+
+    chunks = in_groups(prompts, size)
+    answered = await asyncio.gather(*(answer(i, chunk) for i, chunk in enumerate(chunks)))
+    _write(file, prompts, [r for responses in answered for r in responses], made_of)
+    shutil.rmtree(parts)
+    made = read_responses(file, made_of)
+    assert made is not None, "it was just written"
+    return replace(made, cached=False)
+
+
+async def _ask(
+    config: OpdlmConfig, teachers: ActorPool, chunk: Sequence[Prompt], max_new_tokens: int, seed: int
+) -> list[np.ndarray]:
+    offline, attempts = config.offline, config.resources.sample_attempts
+    ids = [p.ids for p in chunk]
+    for attempt in range(1, attempts + 1):
+        try:
+            _, (responses, _) = await teachers.call(
+                "generate", ids, max_new_tokens, offline.batch_size, offline.temperature, seed
+            )
+            return responses
+        except RayError as error:
+            reason = last_line(error)
+            log.warning("teacher responses from %s on, attempt %d: %s", chunk[0].prompt_id, attempt, reason)
+            if attempt == attempts:
+                raise OpdlmError(
+                    f"the teacher's responses to {len(chunk)} prompts (the first is {chunk[0].prompt_id}) failed "
+                    f"{attempts} times (resources.sample_attempts): {reason}"
+                ) from error
+    raise AssertionError("resources.sample_attempts is at least 1")
+
+
+def _write(file: Path, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], made_of: Recipe) -> None:
+    tokens = sum(len(p.ids) + len(r) - 1 for p, r in zip(prompts, responses, strict=True))
+    made = {"recipe": asdict(made_of), "forward_tokens": tokens}
+    schema = pa.schema(
+        [("prompt_id", pa.string()), ("prompt_ids", pa.list_(pa.int32())), ("response_ids", pa.list_(pa.int32()))],
+        metadata={_KEY: json.dumps(made)},
+    )
+    columns = [[p.prompt_id for p in prompts], [p.ids for p in prompts], list(responses)]
+    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as staging:
+        pq.write_table(table, staging)

@@ -1,0 +1,159 @@
+"""Everything that can be known before an actor starts: models, tokenizer, prompts, plan. Raises clear errors only."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from opdlm.common.config import OpdlmConfig
+from opdlm.common.data.prompts import PromptOrder, PromptSet, load_prompts
+from opdlm.common.data.tasks import get_task
+from opdlm.common.errors import ConfigError
+from opdlm.common.grid import BlockGrid
+from opdlm.common.model.config import A2D_PREFIX
+from opdlm.common.model.convert import convert
+from opdlm.common.model.facts import ModelFacts, check_vocabularies, read_facts
+from opdlm.common.model.shards import read_shards
+from opdlm.common.model.tokenizer import check_tokenizers, load_tokenizer
+from opdlm.deploy.run.job_paths import check_job_paths
+from opdlm.deploy.run.replay import check_replay
+from opdlm.learner.schedule import TrainingSchedule
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What the checks found."""
+
+    teacher: ModelFacts
+    student: ModelFacts
+    """The given student, or the teacher where one will be converted."""
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSet
+    order: PromptOrder
+    plan: TrainingSchedule
+
+
+def preflight(config: OpdlmConfig) -> Preflight:
+    """Checks a config against the files that it names; writes nothing."""
+    check_job_paths(config)
+    teacher = read_facts(config.model.teacher)
+    student = read_facts(config.model.student) if config.model.student else teacher
+    tokenizer = load_tokenizer(config.model.student or config.model.teacher)
+    _check_backend(config, teacher)
+    _check_transport(config)
+    _check_lora(config, student)
+    if config.run.wandb_project is not None:
+        _require_package("wandb", f"run.wandb_project: found `{config.run.wandb_project}`", "opdlm-ray[wandb]")
+    if config.model.student:
+        _check_mask(config, student)
+        check_vocabularies(teacher, student)
+        check_tokenizers(teacher, student)
+        _check_grid(config, student)
+    if config.teacher.targets == "topk" and config.teacher.top_k > teacher.vocab_size:
+        raise ConfigError(
+            f"teacher.top_k: found {config.teacher.top_k}, more than the teacher's vocabulary of {teacher.vocab_size}"
+        )
+    for task in evaluated_tasks(config):
+        get_task(task)
+    longest = _longest_prompt(config, teacher, student)
+    prompts = load_prompts(config.data, tokenizer, longest, config.run.seed, teacher.vocab_size)
+    per_round = config.rollout.prompts_per_round
+    total = config.data.epochs * len(prompts.prompts) if config.run.rounds is None else config.run.rounds * per_round
+    epochs = -(-total // len(prompts.prompts))
+    learner = config.learner
+    plan = TrainingSchedule(total, per_round, learner.batch_size, config.run.seed, learner.passes)
+    order = PromptOrder(prompts.prompts, config.run.seed, epochs)
+    if config.run.replay is not None:
+        check_replay(config, Path(config.run.replay), teacher, plan, order.digest)
+    return Preflight(teacher, student, tokenizer, prompts, order, plan)
+
+
+def evaluated_tasks(config: OpdlmConfig) -> list[str]:
+    """Names of the tasks that the run's evaluations examine."""
+    return config.evaluation.tasks or ([config.data.task] if config.data.task else [])
+
+
+def prepare_student(config: OpdlmConfig) -> str:
+    """The folder of the student's start weights; converts the teacher into the run directory where none is given."""
+    if config.model.student:
+        return str(Path(config.model.student).resolve())
+    folder = Path(config.run.dir).resolve() / "student_init"
+    if not folder.exists():
+        convert(config.model.teacher, folder, config.rollout.block_size, config.rollout.block_grid)
+    return str(folder)
+
+
+def _longest_prompt(config: OpdlmConfig, teacher: ModelFacts, student: ModelFacts) -> int:
+    """Longest prompt that leaves room for a whole response, to the end of its last block, in both models."""
+    room = config.rollout.max_new_tokens
+    if evaluated_tasks(config) and (config.evaluation.every_rounds or config.evaluation.final_problems):
+        room = max(room, config.evaluation.max_new_tokens)
+    context = min(teacher.context, student.context)
+    longest = context - room - (config.rollout.block_size - 1)
+    if longest < 1:
+        raise ConfigError(
+            f"rollout.max_new_tokens: found {room} (with evaluation.max_new_tokens); the model's context of "
+            f"{context} tokens leaves no room for a prompt"
+        )
+    return longest
+
+
+def _check_mask(config: OpdlmConfig, student: ModelFacts) -> None:
+    if student.mask_id is None:
+        grid = f"--block-size {config.rollout.block_size} --block-grid {config.rollout.block_grid}"
+        raise ConfigError(
+            f"model.student: {student.folder} has no mask token; convert it first (opdlm convert {student.folder} DST "
+            f"{grid}) and set model.student to DST"
+        )
+
+
+def _check_backend(config: OpdlmConfig, teacher: ModelFacts) -> None:
+    if config.teacher.backend == "vllm":
+        _require_package("vllm", "teacher.backend: found `vllm`", "opdlm-ray[vllm]")
+        family = json.loads((teacher.folder / "config.json").read_text())["model_type"]
+        if family.startswith(A2D_PREFIX):
+            raise ConfigError(
+                f"teacher.backend: found `vllm`, which cannot load model_type `{family}` of {teacher.folder}; use "
+                "`transformers`"
+            )
+    if config.teacher.device_map == "auto":
+        _require_package("accelerate", "teacher.device_map: found `auto`", "opdlm-ray[device-map]")
+
+
+def _check_transport(config: OpdlmConfig) -> None:
+    if config.rollout.weight_transport == "nixl":
+        _require_package("nixl", "rollout.weight_transport: found `nixl`", "opdlm-ray[nixl]")
+
+
+def _check_lora(config: OpdlmConfig, student: ModelFacts) -> None:
+    lora = config.model.lora
+    if lora is None:
+        return
+    _require_package("peft", "model.lora: found adapters", "opdlm-ray[lora]")
+    shards = read_shards(student.folder)
+    layers = {n.split(".")[-2] for n in shards.file_of if ".layers." in n and len(shards.shape(n)) == 2}
+    if unknown := sorted(set(lora.target_modules) - layers):
+        raise ConfigError(
+            f"model.lora.target_modules: found {', '.join(unknown)}; the student's layers have "
+            f"{', '.join(sorted(layers))}"
+        )
+
+
+def _require_package(name: str, found: str, requirement: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise ConfigError(f"{found}, which needs the package {name}; pip install '{requirement}'")
+
+
+def _check_grid(config: OpdlmConfig, student: ModelFacts) -> None:
+    ours = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
+    for field, theirs in (("block_size", student.block_size), ("block_grid", student.block_grid)):
+        found = ours.block_size if field == "block_size" else ours.kind
+        if theirs is not None and theirs != found:
+            raise ConfigError(
+                f"rollout.{field}: found {found!r}, but the student {student.folder} was made for {theirs!r}; "
+                f"set rollout.{field} to that, or convert the teacher anew"
+            )

@@ -1,0 +1,169 @@
+"""Where samples come from: the student's own rollouts, or given responses. References out; tensors stay with actors.
+
+`on policy`:  decode (rollout pool) ─► score (teacher pool) ─► ScoredTrajectory
+`off policy`: given response ────────► score (teacher pool) ─► ScoredTrajectory
+`cft`:        given response ────────► its own tokens are the targets
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+
+from opdlm.actors.pool import ActorPool
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.batches import in_groups
+from opdlm.common.config import OpdlmConfig
+from opdlm.common.curriculum import dynamic_threshold, length_limit
+from opdlm.common.data.prompts import PromptOrder
+from opdlm.common.grid import BlockGrid
+from opdlm.common.samples import SampleRef, sample_refs
+from opdlm.common.types import RolloutRequest, ScoredTrajectory, TopKTargets, Trajectory, WeightHandle
+from opdlm.deploy.observe.records import RunRecords
+
+
+class SampleSource(Protocol):
+    """Makes samples of indices in the run's order of prompts; may be called again for the same ones after a failure."""
+
+    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], int]:
+        """Returns (where the `ScoredTrajectory` of each index is, the weight version they belong to)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Has the teachers score trajectories, which stay where they are, as do the samples."""
+
+    teachers: ActorPool
+    telemetry: RunRecords
+    per_reference: int
+    """Samples that share a reference (`samples_per_reference`)."""
+
+    async def score(self, trajectories: Any, count: int) -> list[SampleRef]:
+        """One sample a trajectory. `trajectories`: the list of so many, or a reference to it."""
+        outputs = -(-count // self.per_reference)
+        groups, stats = await self.teachers.call("score", trajectories, self.per_reference, outputs=outputs)
+        self.telemetry.scored(stats)
+        return sample_refs(groups, self.per_reference, stats.lengths)
+
+
+class OnPolicySource:
+    """Decodes with the newest weights, then scores."""
+
+    def __init__(self, config: OpdlmConfig, rollouts: ActorPool, scoring: Scoring, order: PromptOrder) -> None:
+        self.config, self.rollouts, self.scoring, self.order = config, rollouts, scoring, order
+        self.settings = DecodeSettings.from_config(config.rollout)
+
+    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], int]:
+        """See `SampleSource`."""
+        batch = self.config.rollout.batch_size
+        requests = [rollout_request(self.config, self.order, index) for index in indices]
+        (trajectories,), decoded = await self.rollouts.call(
+            "decode", requests, weights, self.settings, batch, outputs=1
+        )
+        samples = await self.scoring.score(trajectories, len(indices))
+        self.scoring.telemetry.decoded(decoded)
+        return samples, decoded.weight_version
+
+
+def rollout_request(config: OpdlmConfig, order: PromptOrder, index: int) -> RolloutRequest:
+    """What is decoded for a sample: prompt, limit and threshold of its round, a seed of its own."""
+    prompt, round_ = order[index], index // config.rollout.prompts_per_round
+    return RolloutRequest(
+        index=index,
+        prompt_id=prompt.prompt_id,
+        prompt_ids=prompt.ids,
+        max_new_tokens=length_limit(config, round_, prompt.domain, prompt.max_new_tokens),
+        seed=config.run.seed * 1_000_003 + index,
+        threshold=dynamic_threshold(config, round_),
+    )
+
+
+class GivenSource:
+    """Given responses as trajectories without a history: only `random_mask` makes states of them.
+
+    Args:
+        responses: `[R] int32` by prompt id; a response longer than the round's limit is cut there.
+        vocab_size: the teacher's V.
+        eos_ids: tokens that end a response.
+    """
+
+    def __init__(
+        self,
+        config: OpdlmConfig,
+        scoring: Scoring,
+        order: PromptOrder,
+        responses: dict[str, np.ndarray],
+        vocab_size: int,
+        eos_ids: Sequence[int],
+    ) -> None:
+        self.config, self.scoring, self.order = config, scoring, order
+        self.responses, self.vocab_size, self.eos_ids = responses, vocab_size, tuple(eos_ids)
+        self.grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
+
+    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], int]:
+        """See `SampleSource`. Given responses are never stale: they belong to the version of the moment."""
+        trajectories = [self._trajectory(index, weights.version) for index in indices]
+        if self.config.objective.kind != "cft":
+            return await self.scoring.score(trajectories, len(indices)), weights.version
+        samples, size = [ScoredTrajectory(t, self._one_hot(t)) for t in trajectories], self.scoring.per_reference
+        groups = [ray.put(group) for group in in_groups(samples, size)]
+        return sample_refs(groups, size, [t.lengths for t in trajectories]), weights.version
+
+    def _trajectory(self, index: int, version: int) -> Trajectory:
+        prompt, round_ = self.order[index], index // self.config.rollout.prompts_per_round
+        limit = length_limit(self.config, round_, prompt.domain, prompt.max_new_tokens)
+        response = self.responses[prompt.prompt_id]
+        return given_trajectory(index, prompt.prompt_id, prompt.ids, response, limit, self.eos_ids, self.grid, version)
+
+    def _one_hot(self, trajectory: Trajectory) -> TopKTargets:
+        # Cross-entropy on a token is the forward KL to the distribution that is certain of it: top-1 at log 1.
+        token_ids = trajectory.response[:, None]
+        return TopKTargets(token_ids, np.zeros(token_ids.shape, np.float32), self.vocab_size)
+
+
+def given_trajectory(
+    index: int,
+    prompt_id: str,
+    prompt_ids: np.ndarray,
+    response: np.ndarray,
+    limit: int,
+    eos_ids: Sequence[int],
+    grid: BlockGrid,
+    version: int,
+) -> Trajectory:
+    """A response as a trajectory; what fills its last block is what a decoder could have seen there.
+
+    A finished response is filled up with its end-of-sequence token. One that goes on behind the limit shows its own
+    next tokens (no loss is taken there); one of which no more is known ends with its last whole block instead, so that
+    no false end is ever seen.
+
+    Args:
+        response: `[R] int32`; what lies behind its first end-of-sequence token is left out.
+        limit: most tokens with a loss.
+    """
+    ends = np.flatnonzero(np.isin(response, eos_ids))
+    whole = response[: ends[0] + 1] if ends.size else response
+    length = min(len(whole), limit)
+    kept = grid.kept_length(len(prompt_ids), length)
+    if not ends.size and kept > len(whole) and (shorter := kept - grid.block_size) > 0:
+        length = kept = shorter
+    filled = np.full(kept, whole[-1] if ends.size else eos_ids[0], dtype=np.int32)
+    shown = whole[:kept]
+    filled[: len(shown)] = shown
+    finished = bool(ends.size) and length == len(whole)
+    return Trajectory(
+        index=index,
+        prompt_id=prompt_id,
+        prompt_ids=prompt_ids,
+        response_ids=filled,
+        reveal_step=np.ones(kept, dtype=np.int16),
+        response_length=length,
+        weight_version=version,
+        finish_reason="eos" if finished else "length",
+        denoising_steps=0,
+    )

@@ -1,0 +1,218 @@
+"""`opdlm trace`: decodes a few prompts with a run's student and writes what happened at each step as one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.teacher.scoring import score
+from opdlm.common.checkpoint import latest_checkpoint
+from opdlm.common.config import OpdlmConfig, load_config
+from opdlm.common.config.schema import Strategy
+from opdlm.common.data.chat import ChatTemplate
+from opdlm.common.data.prompts import load_prompts
+from opdlm.common.data.tasks import get_task
+from opdlm.common.errors import ConfigError, OpdlmError
+from opdlm.common.files import write_text
+from opdlm.common.model.facts import check_vocabularies, read_facts, require_mask
+from opdlm.common.model.load import load_model
+from opdlm.common.types import HiddenTargets, RolloutRequest, Trajectory
+from opdlm.deploy.evaluate.decoders import CheckpointDecoder
+from opdlm.deploy.evaluate.during_run import HeldOutProblems
+from opdlm.deploy.tools.trace.page import render_page
+from opdlm.deploy.tools.trace.record import Recorder, block_records, mean_kl
+from opdlm.learner.lora import add_adapters
+
+_SLOTS = 8
+_SAMPLES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class TraceOptions:
+    """As on the command line; None is the run's own setting."""
+
+    student: Path | None
+    prompts: list[str]
+    samples: int | None
+    strategy: Strategy | None
+    threshold: float | None
+    temperature: float | None
+    max_new_tokens: int | None
+    top: int
+    out: Path | None
+
+
+def run_trace(run: Path, options: TraceOptions, console: Console) -> None:
+    """Decodes, scores, decodes again under observation, writes the page."""
+    config = _run_config(run)
+    page = options.out or run / "trace.html"
+    if page.is_dir() or not page.parent.is_dir():
+        raise OpdlmError(f"--out {page}: expected a file name in a folder that exists")
+    student, shown_student = _student(run, config, options.student)
+    teacher_facts = read_facts(config.model.teacher)
+    check_vocabularies(teacher_facts, student.facts)
+    settings = _settings(config, student, options)
+    requests = _requests(config, student, settings.block_size, options, console)
+    with console.status("decoding ..."):
+        teacher = load_model(config.model.teacher, config.teacher.dtype).to(student.model.device)
+        record = trace(student, teacher, requests, settings, options.top, config.teacher.batch_tokens)
+    shown = ("strategy", "threshold", "temperature", "block_size", "block_grid")
+    record |= {
+        "run": str(run),
+        "student": shown_student,
+        "teacher": str(config.model.teacher),
+        "settings": {name: getattr(settings, name) for name in shown},
+    }
+    write_text(page, render_page(record, f"opdlm trace: {run.resolve().name}"))
+    size = page.stat().st_size
+    console.print(
+        f"{page}: {len(requests)} trajectories, {size / 1e3:,.0f} kB; open it in a browser",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def trace(
+    student: CheckpointDecoder,
+    teacher: Any,
+    requests: Sequence[RolloutRequest],
+    settings: DecodeSettings,
+    top: int,
+    batch_tokens: int,
+) -> dict[str, Any]:
+    """What the page shows, as JSON-able data: `tokens` (text by id) and `trajectories` (see `_entry`)."""
+    mask_id = require_mask(student.facts)
+    slots = min(_SLOTS, len(requests))
+    decoder = BlockDecoder(student.model, settings, mask_id, student.facts.eos_ids, slots)
+    trajectories, _ = decoder.decode(requests)
+    targets = [t for t in score(teacher, trajectories, "hidden", 0, batch_tokens) if isinstance(t, HiddenTargets)]
+    recorder = Recorder(trajectories, targets, teacher.lm_head, mask_id, top)
+    again, _ = decoder.decode(requests, observer=recorder)
+    for one, other in zip(trajectories, again, strict=True):
+        if not np.array_equal(one.response_ids, other.response_ids):
+            raise OpdlmError(
+                f"{one.prompt_id}: decoding it twice gave two responses; the device's kernels do not repeat"
+            )
+    entries = [_entry(student, t, recorder) for t in trajectories]
+    return {"tokens": _texts(student, entries), "trajectories": entries}
+
+
+def _entry(student: CheckpointDecoder, trajectory: Trajectory, recorder: Recorder) -> dict[str, Any]:
+    """One trajectory: texts, ids, reveal steps, the teacher's top tokens by response position, blocks, totals."""
+    tokenizer, index = student.tokenizer, trajectory.index
+    steps = recorder.steps[index]
+    return {
+        "name": trajectory.prompt_id,
+        "prompt": tokenizer.decode(trajectory.prompt_ids),
+        "response": tokenizer.decode(trajectory.response, skip_special_tokens=True),
+        "prompt_ids": trajectory.prompt_ids.tolist(),
+        "response_ids": trajectory.response_ids.tolist(),
+        "response_length": trajectory.response_length,
+        "reveal_step": trajectory.reveal_step.tolist(),
+        "finish_reason": trajectory.finish_reason,
+        "denoising_steps": trajectory.denoising_steps,
+        "tokens_per_step": round(trajectory.response_length / trajectory.denoising_steps, 4),
+        "mean_kl": mean_kl(steps),
+        "teacher": recorder.teacher_tops[index],
+        "blocks": block_records(trajectory, steps),
+    }
+
+
+def _texts(student: CheckpointDecoder, entries: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """The text of every token that the page names."""
+    used: set[int] = set()
+    for entry in entries:
+        used.update(entry["prompt_ids"], entry["response_ids"], *(tops[::2] for tops in entry["teacher"]))
+        places = [place for block in entry["blocks"] for step in block["steps"] for place in step["at"]]
+        used.update(*(place[5][::2] for place in places), (place[1] for place in places))
+    return {token: student.tokenizer.decode([token]) for token in sorted(used)}
+
+
+def _run_config(run: Path) -> OpdlmConfig:
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise OpdlmError(f"{run} is no run directory: it has no config.yaml (opdlm train makes one)")
+    return load_config(file)
+
+
+def _student(run: Path, config: OpdlmConfig, given: Path | None) -> tuple[CheckpointDecoder, str]:
+    """The student and its name: the given folder, else the finished one, else the newest checkpoint, else the start."""
+    if given is not None or (run / "student").is_dir():
+        folder = given or run / "student"
+        return CheckpointDecoder(folder), str(folder)
+    start = Path(config.model.student) if config.model.student else run / "student_init"
+    if not start.is_dir():
+        raise OpdlmError(f"{run} has neither student/ nor student_init/; train it, or give --student CKPT")
+    student = CheckpointDecoder(start)
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        return student, str(start)
+    if config.model.lora is not None:
+        add_adapters(student.model, config.model.lora, config.run.seed)
+    weights = load_file(checkpoint.folder / "weights.safetensors")
+    with torch.no_grad():
+        for name, parameter in student.model.named_parameters():
+            if parameter.requires_grad:  # a checkpoint holds what is trained
+                parameter.copy_(weights[name])
+    return student, str(checkpoint.folder)
+
+
+def _settings(config: OpdlmConfig, student: CheckpointDecoder, options: TraceOptions) -> DecodeSettings:
+    require_mask(student.facts)
+    given = {name: getattr(options, name) for name in ("strategy", "threshold", "temperature")}
+    return replace(
+        DecodeSettings.from_config(config.rollout),
+        block_size=student.facts.block_size or config.rollout.block_size,
+        block_grid=student.facts.block_grid or config.rollout.block_grid,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _requests(
+    config: OpdlmConfig, student: CheckpointDecoder, block_size: int, options: TraceOptions, console: Console
+) -> list[RolloutRequest]:
+    """The given prompts, then held-out problems of the run's task (else the first prompts of its data)."""
+    limit = options.max_new_tokens or config.rollout.max_new_tokens
+    room = student.facts.context - limit - (block_size - 1)
+    if room < 1:
+        raise ConfigError(
+            f"--max-new-tokens: {limit} leaves no room for a prompt in the student's context of {student.facts.context}"
+        )
+    chosen = [(f"--prompt {prompt[:30]!r}", _encode(prompt, config, student)) for prompt in options.prompts]
+    count = (0 if options.prompts else _SAMPLES) if options.samples is None else options.samples
+    if count and config.data.task:
+        exam = HeldOutProblems([get_task(config.data.task)], student.tokenizer, count)
+        chosen += [(f"{config.data.task}/test/{i}", ids) for i, ids in enumerate(exam.prompt_ids)]
+    elif count:
+        first = config.data.model_copy(update={"prompts": count})
+        found = load_prompts(first, student.tokenizer, room, config.run.seed)
+        for line in found.refused:
+            console.print(f"refused prompt {line}", highlight=False)
+        chosen += [(prompt.prompt_id, prompt.ids) for prompt in found.prompts]
+    for name, ids in chosen:
+        if not 0 < len(ids) <= room:
+            raise OpdlmError(
+                f"{name}: {len(ids)} tokens; expected 1 to {room} (context {student.facts.context}, "
+                f"--max-new-tokens {limit})"
+            )
+    return [
+        RolloutRequest(i, name, ids, limit, seed=config.run.seed * 1_000_003 + i)
+        for i, (name, ids) in enumerate(chosen)
+    ]
+
+
+def _encode(prompt: str, config: OpdlmConfig, student: CheckpointDecoder) -> np.ndarray:
+    """Token ids as the run makes them: through the chat template where it uses one."""
+    data = config.data
+    if not data.chat_template:
+        return student.encode(prompt)
+    return np.array(ChatTemplate(student.tokenizer, data.system_prompt, data.thinking).ids(prompt), dtype=np.int32)

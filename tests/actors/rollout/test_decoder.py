@@ -1,0 +1,271 @@
+"""The cached, batched decoder against the uncached oracle. `pytest tests/actors/rollout/test_decoder.py`"""
+
+from __future__ import annotations
+
+import copy
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from opdlm.actors.rollout.attention import attended, parts_of
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.forward import StepShape
+from opdlm.actors.rollout.kv_cache import SlotCache
+from opdlm.actors.rollout.remasking import STRATEGIES
+from opdlm.actors.rollout.settings import DecodeSettings
+from tests.oracles import uncached_decode
+from tests.tiny import EOS, MASK, OTHER_FAMILIES, request, tiny_model
+
+MODELS = [*(tiny_model(seed) for seed in range(3)), *(tiny_model(3, **other) for other in OTHER_FAMILIES.values())]
+
+
+@given(
+    model=st.sampled_from(MODELS),
+    block_size=st.integers(1, 6),
+    grid=st.sampled_from(["absolute", "response"]),
+    strategy=st.sampled_from(sorted(STRATEGIES)),
+    steps=st.integers(1, 6),
+    temperature=st.sampled_from([0.0, 0.7, 1.5]),
+    top_k=st.sampled_from([0, 5]),
+    top_p=st.sampled_from([1.0, 0.8]),
+    lengths=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 13)), min_size=1, max_size=7),
+    batch_size=st.integers(1, 4),
+    refill_share=st.sampled_from([0.25, 1.0]),
+    narrowest=st.sampled_from([256, 4]),
+    sorting=st.sampled_from([4, 0.1]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=60, deadline=None)
+def test_equals_uncached_oracle(
+    model,
+    block_size,
+    grid,
+    strategy,
+    steps,
+    temperature,
+    top_k,
+    top_p,
+    lengths,
+    batch_size,
+    refill_share,
+    narrowest,
+    sorting,
+    seed,
+) -> None:
+    """Slots, their parts and order, refills, cache, ride-along commits change nothing: same tokens, same steps."""
+    how = DecodeSettings(
+        block_size=block_size,
+        block_grid=grid,
+        strategy=strategy,
+        denoising_steps=min(steps, block_size),
+        threshold=0.4,
+        entropy_budget=1.0,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    requests = [request(p, i, limit, seed) for i, (p, limit) in enumerate(lengths)]
+    # Behind nothing but mask tokens every position is alike: an exact tie, which rounding breaks one way or the other.
+    assume(all(set(r.prompt_ids) != {MASK} for r in requests))
+    with (
+        mock.patch("opdlm.actors.rollout.decoder._REFILL_SHARE", refill_share),  # all slots free, or some of them
+        mock.patch("opdlm.actors.rollout.attention.NARROWEST", narrowest),
+        mock.patch("opdlm.actors.rollout.slots._SORTING", sorting),
+    ):
+        trajectories, stats = BlockDecoder(model, how, MASK, [EOS], batch_size).decode(requests)
+    for ours, asked in zip(trajectories, requests, strict=True):
+        tokens, reveal = uncached_decode(model, how, MASK, {EOS}, asked)
+        assert ours.response_ids.tolist() == tokens
+        assert ours.reveal_step.tolist() == reveal
+        assert MASK not in tokens
+        assert 1 <= ours.response_length <= asked.max_new_tokens
+        assert ours.denoising_steps == max(reveal)
+    assert stats.response_tokens == sum(t.response_length for t in trajectories)
+    assert stats.ended_by_eos == sum(t.finish_reason == "eos" for t in trajectories)
+
+
+def test_recorded_forwards_of_few_shapes_decode_the_same(monkeypatch) -> None:
+    """As CUDA graphs do: each shape computed from memory of its own, into memory of its own."""
+    monkeypatch.setattr("opdlm.actors.rollout.forward._FIRST_WIDTH", 16)
+    shapes, replays = [], []
+
+    def record(forward, own):
+        shapes.append([tuple(tensor.shape) for tensor in own])
+        output = torch.full_like(forward(*own), torch.nan)
+
+        def replay() -> torch.Tensor:
+            replays.append(len(own[0]))
+            return output.copy_(forward(*own))
+
+        return replay
+
+    requests = [request(1 + 5 * i % 11, i, 1 + 7 * i % 29, seed=3) for i in range(40)]
+    for how in (
+        DecodeSettings(threshold=0.4, temperature=1.0),
+        DecodeSettings(strategy="low_confidence_static", block_grid="response"),
+    ):
+        plain, few = (BlockDecoder(MODELS[1], how, MASK, [EOS], 9, made) for made in (None, lambda: record))
+        for asked in (requests, requests[:3], requests[5:]):  # with fewer slots, and then with a cache made anew
+            (expected, stats), (ours, recorded) = plain.decode(asked), few.decode(asked)
+            for one, other in zip(expected, ours, strict=True):
+                assert one.response_ids.tolist() == other.response_ids.tolist()
+                assert one.reveal_step.tolist() == other.reveal_step.tolist()
+            assert (stats.forwards, stats.forward_tokens) == (recorded.forwards, recorded.forward_tokens)
+    assert len(replays) > 2 * len(shapes), "most forwards are replays"
+
+
+@given(st.integers(1, 70), st.data())
+def test_shapes_are_few_and_large_enough(slots, data) -> None:
+    """And never larger than what there is."""
+    positions = data.draw(st.integers(16, 5000))
+    live, width = data.draw(st.integers(1, slots)), data.draw(st.integers(1, positions))
+    exact = StepShape(data.draw(st.integers(0, live)), ((live, width),))
+    rounded = exact.rounded_up(slots, positions)
+    assert exact.slots <= rounded.slots <= min(max(2 * exact.slots, 1), slots)
+    assert exact.commits <= rounded.commits <= rounded.slots
+    assert (rounded.commits == 0) == (exact.commits == 0)
+    ((count, wide),) = rounded.parts
+    assert count == rounded.slots
+    assert width <= wide <= positions
+    every = {
+        StepShape(c, ((n, width),)).rounded_up(slots, positions) for n in range(1, slots + 1) for c in range(n + 1)
+    }
+    assert len(every) <= 5 * (1 + slots.bit_length())
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=40))
+def test_parts_are_few_and_every_slot_has_what_it_needs(ends) -> None:
+    parts = parts_of(np.array(ends), most=3000)
+    widths = [width for count, width in parts for _ in range(count)]
+    assert len(widths) == len(ends)
+    assert all(end <= width <= 3000 for end, width in zip(ends, widths, strict=True))
+    assert widths == sorted(widths, reverse=True), "a forward sees as much as its first part"
+    assert len(parts) <= 5  # 256, 512, 1024, 2048, 4096
+    ordered = parts_of(np.array(sorted(ends, reverse=True)), most=3000)
+    assert attended(ordered) <= attended(parts)
+    assert attended(ordered) <= sum(max(2 * end + 16, 272) for end in ends), "no slot reads twice what it has"
+
+
+def test_slots_are_sorted_where_a_long_one_came_last(monkeypatch) -> None:
+    """And only then: sorting costs reading, so it waits until as much was read in vain."""
+    monkeypatch.setattr("opdlm.actors.rollout.attention.NARROWEST", 16)
+    sorted_at: list[list[int]] = []
+    reorder = SlotCache.reorder
+
+    def watched(cache: SlotCache, order: list[int], width: int) -> None:
+        sorted_at.append(order)
+        reorder(cache, order, width)
+
+    monkeypatch.setattr(SlotCache, "reorder", watched)
+    how, model = DecodeSettings(strategy="low_confidence_static", ignore_eos=True), MODELS[0]
+    for lengths, orders in (([3, 5, 2, 70], [[3, 0, 1, 2]]), ([70, 3, 5, 2], []), ([3, 5, 2, 4], [])):
+        sorted_at.clear()
+        requests = [request(length, index, 20) for index, length in enumerate(lengths)]
+        trajectories, _ = BlockDecoder(model, how, MASK, [EOS], 4).decode(requests)
+        assert sorted_at[:1] == orders
+        for ours, asked in zip(trajectories, requests, strict=True):
+            assert ours.response_ids.tolist() == uncached_decode(model, how, MASK, set(), asked)[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("model", MODELS)
+def test_cuda_graphs_decode_the_same(model) -> None:
+    from opdlm.actors.rollout.cuda_graphs import CudaGraphs
+
+    model, how = copy.deepcopy(model).cuda(), DecodeSettings(threshold=0.4, temperature=1.0)
+    requests = [request(1 + 5 * i % 11, i, 1 + 7 * i % 29, seed=3) for i in range(40)]
+    plain, _ = BlockDecoder(model, how, MASK, [EOS], 9).decode(requests)
+    decoder = BlockDecoder(model, how, MASK, [EOS], 9, CudaGraphs)
+    for asked in (requests[:20], requests):  # the second time with a longer cache, and new graphs
+        ours, _ = decoder.decode(asked)
+        assert [t.response_ids.tolist() for t in ours] == [t.response_ids.tolist() for t in plain[: len(asked)]]
+
+
+def test_a_second_call_finds_nothing_of_the_first() -> None:
+    """Its cache is used again for fewer and shorter sequences, and made anew for longer ones."""
+    how, model = DecodeSettings(), MODELS[0]
+    decoder = BlockDecoder(model, how, MASK, [EOS], 4)
+    for lengths, limit in (([9, 4, 11, 7], 16), ([3, 6, 2, 5], 6), ([5, 2], 8), ([10, 12, 13, 8], 24)):
+        requests = [request(length, index, limit) for index, length in enumerate(lengths)]
+        for ours, asked in zip(decoder.decode(requests)[0], requests, strict=True):
+            assert ours.response_ids.tolist() == uncached_decode(model, how, MASK, {EOS}, asked)[0]
+
+
+def test_block_size_one_is_autoregressive_decoding() -> None:
+    """With blocks of one token: append a mask, run the plain causal model, take the last position's best token."""
+    model, limit = MODELS[0], 10
+    asked = request(5, limit=limit)
+    ids = asked.prompt_ids.tolist()
+    for _ in range(limit):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*ids, MASK]])).logits[0, -1]
+        logits[MASK] = float("-inf")
+        ids.append(int(logits.argmax()))
+        if ids[-1] == EOS:
+            break
+    (ours,), _ = BlockDecoder(model, DecodeSettings(block_size=1), MASK, [EOS], 1).decode([asked])
+    assert ours.response.tolist() == ids[5:]
+
+
+def test_forwards_equal_denoising_steps() -> None:
+    """The commit of a block rides along: one sequence alone needs exactly one forward a denoising step."""
+    how = DecodeSettings(strategy="low_confidence_static", ignore_eos=True)
+    _, stats = BlockDecoder(MODELS[0], how, MASK, [EOS], 1).decode([request(6, limit=14)])
+    assert stats.forwards == stats.denoising_steps == 14
+
+
+def test_result_does_not_depend_on_company() -> None:
+    """Sampling is seeded by the sequence: alone or in any batch, a request decodes to the same tokens."""
+    how = DecodeSettings(strategy="random", temperature=1.0, top_p=0.9)
+    requests = [request(3 + i % 5, i) for i in range(9)]
+    together, _ = BlockDecoder(MODELS[1], how, MASK, [EOS], 4).decode(requests)
+    for asked, ours in zip(requests, together, strict=True):
+        (alone,), _ = BlockDecoder(MODELS[1], how, MASK, [EOS], 1).decode([asked])
+        assert alone.response_ids.tolist() == ours.response_ids.tolist()
+        assert alone.reveal_step.tolist() == ours.reveal_step.tolist()
+
+
+def test_limit_is_never_exceeded_and_last_block_is_kept_whole() -> None:
+    how = DecodeSettings(ignore_eos=True)
+    for limit in range(1, 9):
+        (ours,), _ = BlockDecoder(MODELS[0], how, MASK, [EOS], 1).decode([request(6, limit=limit)])
+        assert ours.response_length == limit
+        assert ours.finish_reason == "length"
+        assert (6 + len(ours.response_ids)) % 4 == 0
+
+
+def test_threshold_of_the_request_wins() -> None:
+    """The curriculum's threshold travels with the request."""
+    how = DecodeSettings(threshold=1.0, ignore_eos=True)
+    asked = request(4, limit=16)
+    loose = asked.__class__(0, "loose", asked.prompt_ids, 16, 0, threshold=0.0)
+    (strict,), _ = BlockDecoder(MODELS[0], how, MASK, [EOS], 1).decode([asked])
+    (quick,), _ = BlockDecoder(MODELS[0], how, MASK, [EOS], 1).decode([loose])
+    assert strict.denoising_steps == 16
+    assert quick.denoising_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "message"), [(0, 4, "is empty"), (3, 0, "at least 1"), (120, 8, "the model's context is 128")]
+)
+def test_impossible_requests_are_refused_by_name(length, limit, message) -> None:
+    asked = request(length, limit=limit)
+    if length == 120:
+        asked = request(121, limit=8)
+    with pytest.raises(ValueError, match=message) as caught:
+        BlockDecoder(MODELS[0], DecodeSettings(), MASK, [EOS], 1).decode([asked])
+    assert "test/0" in str(caught.value)
+
+
+def test_several_end_tokens() -> None:
+    """Any of the end tokens ends a response (Qwen3 has two)."""
+    (plain,), _ = BlockDecoder(MODELS[0], DecodeSettings(ignore_eos=True), MASK, [EOS], 1).decode([request(4)])
+    stop = int(plain.response[3])
+    (ours,), _ = BlockDecoder(MODELS[0], DecodeSettings(), MASK, [EOS, stop], 1).decode([request(4)])
+    first = np.flatnonzero(np.isin(plain.response, [EOS, stop]))[0]
+    assert ours.response_length == first + 1
+    assert ours.finish_reason == "eos"

@@ -1,0 +1,239 @@
+"""Sequences that go on with new weights (`rollout.on_new_weights`). `pytest tests/actors/rollout/test_new_weights.py`"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from opdlm.actors.rollout.actor import RolloutActor, start_rollout_actor
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.observation import StepObservation
+from opdlm.actors.rollout.remasking import STRATEGIES
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.model.convert import convert
+from opdlm.common.model.facts import read_facts
+from opdlm.common.model.load import load_model
+from opdlm.common.types import RolloutRequest, Trajectory, WeightHandle
+from opdlm.common.weights import WeightPacker
+from tests.oracles import uncached_decode
+from tests.tiny import EOS, MASK, request, tiny_model
+
+MODELS = [tiny_model(seed) for seed in range(20, 23)]
+HOW = DecodeSettings(strategy="low_confidence_static", ignore_eos=True)
+
+
+class Swaps:
+    """Puts other models' weights into a decoder's model before the n-th denoising step of the batch."""
+
+    def __init__(self, at: list[int]) -> None:
+        self.model = copy.deepcopy(MODELS[0])
+        self.at = at
+        self.calls = 0
+        self.done: dict[int, int] = {}  # sequence -> denoising steps so far
+        self.begins: list[dict[int, int]] = []  # at each swap, `done` of that moment
+
+    def renew(self) -> int | None:
+        self.calls += 1
+        if self.calls - 1 not in self.at:
+            return None
+        self.begins.append(dict(self.done))
+        self.model.load_state_dict(MODELS[len(self.begins)].state_dict())
+        return 10 * len(self.begins)
+
+    def observe(self, view: StepObservation) -> None:
+        self.done |= dict(zip(view.index, view.step, strict=True))
+
+    def history(self, index: int) -> list[tuple[int, int]]:
+        """(denoising steps before it, swap from 1) of a sequence."""
+        return [(begin.get(index, 0), i + 1) for i, begin in enumerate(self.begins)]
+
+
+@given(
+    block_size=st.integers(1, 6),
+    grid=st.sampled_from(["absolute", "response"]),
+    strategy=st.sampled_from(sorted(STRATEGIES)),
+    temperature=st.sampled_from([0.0, 1.0]),
+    lengths=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 13)), min_size=1, max_size=6),
+    batch_size=st.integers(1, 4),
+    at=st.lists(st.integers(0, 20), min_size=1, max_size=2, unique=True),
+    most_tokens=st.sampled_from([1, 30, 16384]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=50, deadline=None)
+def test_goes_on_as_the_new_model_would(
+    block_size, grid, strategy, temperature, lengths, batch_size, at, most_tokens, seed
+) -> None:
+    """Tokens before a change are the old model's, tokens after it those of the new one given what is there."""
+    how = DecodeSettings(block_size, grid, strategy, 0.4, 1.0, temperature=temperature)
+    requests = [request(p, i, limit, seed) for i, (p, limit) in enumerate(lengths)]
+    # Behind nothing but mask tokens every position is alike: an exact tie, which rounding breaks one way or the other.
+    assume(all(set(r.prompt_ids) != {MASK} for r in requests))
+    swaps = Swaps(at)
+    decoder = BlockDecoder(swaps.model, how, MASK, [EOS], batch_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opdlm.actors.rollout.decoder.PREFILL_TOKENS", most_tokens)
+        trajectories, stats = decoder.decode(requests, 0, swaps.observe, swaps.renew)
+    for ours, asked in zip(trajectories, requests, strict=True):
+        history = swaps.history(asked.index)
+        later = [(begin, MODELS[which]) for begin, which in history]
+        tokens, reveal = uncached_decode(MODELS[0], how, MASK, {EOS}, asked, later)
+        assert ours.response_ids.tolist() == tokens
+        assert ours.reveal_step.tolist() == reveal
+        expected = [max([10 * which for begin, which in history if begin < step], default=0) for step in reveal]
+        assert ours.weight_version == min(expected)
+        if len(set(expected)) == 1:
+            assert ours.token_versions is None
+        else:
+            assert ours.token_versions is not None
+            assert (ours.token_versions.dtype, ours.token_versions.tolist()) == (np.int32, expected)
+    continued = [t for t in trajectories if t.token_versions is not None]
+    assert stats.weight_version == min(t.weight_version for t in trajectories)
+    assert stats.continued_sequences == len(continued)
+    newer = [(t.token_versions[: t.response_length] > t.weight_version).sum() for t in continued]
+    assert stats.continued_tokens == sum(newer)
+    assert stats.version_spread_max == max((t.token_versions.max() - t.weight_version for t in continued), default=0)
+
+
+def test_without_new_weights_nothing_changes() -> None:
+    requests = [request(3 + i, i) for i in range(5)]
+    plain, before = BlockDecoder(MODELS[0], HOW, MASK, [EOS], 2).decode(requests, 3)
+    asked, after = BlockDecoder(MODELS[0], HOW, MASK, [EOS], 2).decode(requests, 3, renew=lambda: None)
+    assert [t.response_ids.tolist() for t in plain] == [t.response_ids.tolist() for t in asked]
+    assert [(t.weight_version, t.token_versions) for t in asked] == [(3, None)] * 5
+    assert (before.forward_tokens, before.forwards) == (after.forward_tokens, after.forwards)
+    assert (after.continued_sequences, after.continued_tokens, after.version_spread_max) == (0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def student(chain_teacher, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("new-weights") / "student"
+    convert(chain_teacher, folder, 4, "absolute")
+    return str(folder)
+
+
+def weights(student: str, version: int) -> tuple[torch.nn.Module, WeightHandle]:
+    """A model of that version and its weights, in place of the reference to them."""
+    torch.manual_seed(version)
+    model = load_model(student, "float32")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * version * torch.randn_like(parameter)
+    pack = WeightPacker().pack(version, model.named_parameters())
+    return model, WeightHandle(version, [pack], pack.nbytes)
+
+
+def requests_of(student: str) -> list[RolloutRequest]:
+    """Of random prompts; each takes many denoising steps."""
+    return [request(4 + i, i, limit=24, vocab=read_facts(student).vocab_size - 1) for i in range(5)]
+
+
+def expected_after(student: str, step: int) -> list[tuple[list[int], list[int]]]:
+    """Tokens and versions where version 1 takes over after so many denoising steps of the first batch."""
+    (old, _), (new, _), facts = weights(student, 0), weights(student, 1), read_facts(student)
+    result = []
+    for asked in requests_of(student):
+        tokens, reveal = uncached_decode(old, HOW, facts.mask_id, set(), asked, [(step, new)])
+        result.append((tokens[:24], [int(r > step) for r in reveal][:24]))
+    return result
+
+
+def tokens_and_versions(trajectories: list[Trajectory]) -> list[tuple[list[int], list[int]]]:
+    return [
+        (t.response.tolist(), [t.weight_version] * 24 if t.token_versions is None else t.token_versions[:24].tolist())
+        for t in trajectories
+    ]
+
+
+def test_a_push_reaches_an_actor_that_decodes(student, monkeypatch) -> None:
+    """One thread decodes; the other brings weights while a forward runs, which must not see them."""
+    monkeypatch.setattr("opdlm.actors.rollout.actor.ray", SimpleNamespace(get=lambda pack: pack))
+    actor = RolloutActor(student, "float32", 1, "continue")
+    (_, old), (_, new) = weights(student, 0), weights(student, 1)
+    in_forward, pushed, answers = threading.Event(), threading.Event(), []
+    forwards = []
+
+    def wait_in_the_fifth(*_) -> None:
+        forwards.append(1)
+        if len(forwards) == 5:
+            in_forward.set()
+            assert pushed.wait(timeout=300)
+
+    actor._model.lm_head.register_forward_pre_hook(wait_in_the_fifth)
+    decoding = threading.Thread(target=lambda: answers.append(actor.decode(requests_of(student), old, HOW, 5)))
+    decoding.start()
+    assert in_forward.wait(timeout=300)
+    before = [parameter.clone() for parameter in actor._model.parameters()]
+    actor.load_weights(new)
+    assert actor._version == 0
+    assert all(a.equal(b) for a, b in zip(before, actor._model.parameters(), strict=True)), "in the midst of a forward"
+    actor.load_weights(old)  # late: a version never goes backwards
+    pushed.set()
+    decoding.join(timeout=300)
+    trajectories, stats = answers[0]
+    assert actor._version == 1
+    assert tokens_and_versions(trajectories) == expected_after(student, 5)
+    assert (stats.weight_version, stats.continued_sequences, stats.version_spread_max) == (0, 5, 1)
+    again, stats = actor.decode(requests_of(student), old, HOW, 5)
+    assert [t.weight_version for t in again] == [1] * 5, "a call that names an older version is served with this one"
+
+
+def test_weights_that_do_not_load_are_tried_again_not_passed_over(student, monkeypatch) -> None:
+    monkeypatch.setattr("opdlm.actors.rollout.actor.ray", SimpleNamespace(get=lambda pack: pack))
+    actor = RolloutActor(student, "float32", 1, "continue")
+    (_, old), (_, new) = weights(student, 0), weights(student, 1)
+    actor.load_weights(old)
+    good = new.pack[0].buffers["float32"][0]
+    new.pack[0].buffers["float32"][0] += 1
+    with pytest.raises(ValueError, match="weights version 1: checksum"):
+        actor.load_weights(new)
+    with pytest.raises(ValueError, match="weights version 1: checksum"):
+        actor.decode(requests_of(student), old, HOW, 5)
+    new.pack[0].buffers["float32"][0] = good
+    trajectories, _ = actor.decode(requests_of(student), old, HOW, 5)
+    assert {t.weight_version for t in trajectories} == {1}
+
+
+@pytest.mark.ray
+def test_a_push_reaches_a_ray_actor_that_decodes(ray_cluster, student) -> None:
+    import ray
+
+    ray.init(address=ray_cluster, ignore_reinit_error=True, logging_level="warning")
+    actor = start_rollout_actor("continuing", student, "float32", 1, 0, 0, "continue")
+
+    def wait_for_the_push(self) -> None:
+        import time  # runs in the actor
+
+        forwards: list[int] = []
+        self.forwards = 0
+
+        def hold(*_) -> None:
+            forwards.append(1)
+            self.forwards = len(forwards)
+            while self.forwards == 5 and self._arrived is None:
+                time.sleep(0.01)
+
+        self._model.lm_head.register_forward_pre_hook(hold)
+
+    try:
+        old, new = (
+            WeightHandle(version, [ray.put(handle.pack[0])], handle.nbytes)
+            for version, (_, handle) in ((v, weights(student, v)) for v in (0, 1))
+        )
+        ray.get(actor.__ray_call__.remote(wait_for_the_push), timeout=300)
+        ray.get(actor.load_weights.remote(old), timeout=300)
+        decoding = actor.decode.remote(requests_of(student), old, HOW, 5)
+        while ray.get(actor.__ray_call__.remote(lambda self: self.forwards), timeout=300) < 5:
+            pass  # a push that came before the decode would not be told from one that it took at its first step
+        ray.get(actor.load_weights.remote(new), timeout=300)  # would never return if it waited for the decode
+        trajectories, stats = ray.get(decoding, timeout=300)
+        assert tokens_and_versions(trajectories) == expected_after(student, 5)
+        assert stats.continued_sequences == 5
+    finally:
+        ray.kill(actor)

@@ -1,0 +1,65 @@
+"""Marking answers, with math-verify itself. `pytest tests/common/data/test_answers.py`"""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+
+from opdlm.common.data.answers import exact, math
+from opdlm.common.errors import OpdlmError
+
+
+def test_exact_is_equal_text_but_for_white_space_at_the_ends() -> None:
+    check = exact(" 47+8=55;55 \n")
+    assert check("47+8=55;55") is True
+    assert check("47+8=55; 55") is False
+
+
+@pytest.mark.parametrize(
+    ("reference", "response", "verdict"),
+    [
+        ("0.5", r"so it is \boxed{1/2}.", True),
+        (r"\frac{1}{2}", r"\boxed{0.5}", True),
+        (r"The sum is \boxed{0.5}", "the answer is 1/2", True),
+        ("(3, \\frac{\\pi}{2})", r"$r = 3$, so \boxed{\left(3, \frac{\pi}{2}\right)}", True),
+        ("1000", "That makes 1,000 in all.", True),
+        ("52", "47+8=55;55-3=52;52", True),
+        ("0.5", r"\boxed{1/3}", False),
+        ("2", r"first \boxed{1}, no: \boxed{2}", True),
+        ("1", r"first \boxed{1}, no: \boxed{2}", False),
+        ("2", r"1 + 1 = 2, so \boxed{3}", False),
+        ("2", r"of 2 and 3 I take \boxed{", None),
+        ("2", "I do not know.", None),
+        ("2", "", None),
+    ],
+)
+def test_math_compares_values(reference, response, verdict) -> None:
+    assert math(reference)(response) is verdict
+
+
+def test_a_reference_without_an_answer_is_refused() -> None:
+    with pytest.raises(ValueError, match="math-verify reads no answer in ''"):
+        math("")
+
+
+def test_without_the_package_the_error_names_the_extra(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(OpdlmError, match=r"--answer math needs math-verify: pip install 'opdlm-ray\[eval\]'"):
+        math("2")
+
+
+def test_outside_the_main_thread_it_raises_instead_of_calling_answers_wrong() -> None:
+    check, caught = math("2"), []
+
+    def run() -> None:
+        try:
+            check("2")
+        except ValueError as error:
+            caught.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert "thread" in caught[0]

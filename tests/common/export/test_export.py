@@ -1,0 +1,303 @@
+"""Exports in a bare environment give our logits and our decoding. `pytest tests/common/export/test_export.py`"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.errors import OpdlmError
+from opdlm.common.export import LAYOUTS, export
+from opdlm.common.grid import BlockGrid
+from opdlm.common.masks import block_causal
+from opdlm.common.model.config import read_config
+from opdlm.common.model.convert import convert
+from opdlm.common.model.facts import read_facts
+from opdlm.common.model.load import load_model
+from opdlm.common.model.shards import read_shards
+from opdlm.common.model.tokenizer import load_tokenizer
+from opdlm.common.types import RolloutRequest
+from tests.tiny import OTHER_FAMILIES, save_teacher
+
+SIZE = 4
+EXPORTS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    # name: layout, Auto class that loads its code, what the student is
+    "a2d-qwen3": ("a2d-qwen3", "AutoModelForMaskedLM", {"grid": "absolute"}),
+    "a2d-qwen3-response": ("a2d-qwen3", "AutoModelForMaskedLM", {"grid": "response", "tied": True}),
+    "a2d-qwen2": ("a2d-qwen2", "AutoModelForMaskedLM", {"grid": "absolute", **OTHER_FAMILIES["qwen2"]}),
+    "a2d-llama": ("a2d-llama", "AutoModelForMaskedLM", {"grid": "response", **OTHER_FAMILIES["llama"]}),
+    "sdar": ("sdar", "AutoModelForCausalLM", {"grid": "absolute", "max_shard_size": "4KB"}),
+    "sdar-yarn": ("sdar", "AutoModelForCausalLM", {"grid": "response", **OTHER_FAMILIES["qwen3-yarn"]}),
+    "plain-qwen3": ("qwen3", None, {"grid": "absolute"}),
+    "plain-llama": ("llama", None, {"grid": "response", **OTHER_FAMILIES["llama"]}),
+}
+WITH_CODE = [name for name, (_, auto, _) in EXPORTS.items() if auto]
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> Path:
+    """A folder with `NAME-student` and its export `NAME` for each of EXPORTS."""
+    root = tmp_path_factory.mktemp("exports")
+    for name, (layout, _, model) in EXPORTS.items():
+        model = dict(model)
+        grid = model.pop("grid")
+        save_teacher(root / f"{name}-teacher", seed=7, **model)
+        convert(root / f"{name}-teacher", root / f"{name}-student", SIZE, grid)
+        export(root / f"{name}-student", root / name, layout)
+    return root
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, torch.Tensor]:
+    """Token ids, paddings, a mask that no default gives, and prompts."""
+    rng = torch.Generator().manual_seed(3)
+    ids = torch.randint(2, 18, (2, 14), generator=rng)  # the mask token (17) among them
+    padding = torch.ones(2, 14, dtype=torch.int64)
+    padding[0, :3] = 0
+    given = torch.rand((2, 1, 14, 14), generator=rng) < 0.5
+    prompts = {f"prompt.{i}": torch.randint(2, 18, (1, 5 + i), generator=rng) for i in range(4)}
+    return {
+        **{f"{name}.ids": ids.clone() for name in ("whole", "left", "right")},
+        "left.padding": padding,
+        "right.padding": padding.flip(1).contiguous(),
+        "given.mask": given | torch.eye(14, dtype=torch.bool),
+        "given.positions": torch.randint(0, 40, (2, 14), generator=rng),
+        **prompts,
+    }
+
+
+@pytest.fixture(scope="module")
+def outside(exports, inputs, tmp_path_factory) -> tuple[dict[str, torch.Tensor], str]:
+    """What one process without our packages reads from the exports, and what the cards printed."""
+    work = tmp_path_factory.mktemp("outside")
+    save_file(inputs, work / "inputs.safetensors")
+    job = {
+        "inputs": str(work / "inputs.safetensors"),
+        "out": str(work / "out.safetensors"),
+        "folders": [{"path": str(exports / name), "auto": auto} for name, (_, auto, _) in EXPORTS.items()],
+    }
+    (work / "job.json").write_text(json.dumps(job))
+    reader = Path(__file__).with_name("bare_reader.py")
+    done = subprocess.run(
+        [sys.executable, "-I", str(reader), str(work / "job.json")],
+        cwd=work,
+        env=os.environ | {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(job["out"]), done.stdout
+
+
+def expected(model, ids, real, size: int, kind: str) -> torch.Tensor:
+    """Block-causal logits, row by row without its padding; zeros where padding is."""
+    logits = torch.zeros(*ids.shape, model.config.vocab_size)
+    for row in range(len(ids)):
+        tokens = ids[row][real[row]]
+        grid = BlockGrid(size, kind)
+        blocks = ((torch.arange(len(tokens)) + grid.offset(len(tokens))) // size)[None]
+        with torch.no_grad():
+            output = model(input_ids=tokens[None], attention_mask=block_causal(blocks, blocks), use_cache=False)
+        logits[row][real[row]] = output.logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_logits_in_a_bare_environment(exports, inputs, outside, name, implementation) -> None:
+    student = load_model(exports / f"{name}-student")
+    kind = read_facts(exports / name).block_grid
+    found = {key.rpartition(".")[2]: v for key, v in outside[0].items() if key.startswith(f"{name}/{implementation}.")}
+    same = {"rtol": 1e-5, "atol": 1e-5}
+
+    for case in ("whole", "left", "right"):
+        ids = inputs[f"{case}.ids"]
+        real = inputs.get(f"{case}.padding", torch.ones_like(ids)).bool()
+        want = expected(student, ids, real, SIZE, kind)
+        torch.testing.assert_close(found[case][real], want[real], **same)
+    with torch.no_grad():
+        want = student(
+            input_ids=inputs["whole.ids"],
+            attention_mask=inputs["given.mask"],
+            position_ids=inputs["given.positions"],
+            use_cache=False,
+        ).logits
+    torch.testing.assert_close(found["given"], want, **same)
+
+    whole = found["whole"]
+    if kind == "absolute":  # a cache of whole blocks changes nothing; on the other grid the end was not known then
+        torch.testing.assert_close(found["cached"], whole[:, 8:], **same)
+    labels = inputs["whole.ids"][:, 1::2]
+    loss = torch.nn.functional.cross_entropy(whole[:, 1::2].flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(found["loss"], loss, **same)
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_generate_of_an_export_is_our_decoder(exports, inputs, outside, name) -> None:
+    compared = 0
+    for limit, threshold in ((9, 0.3), (5, 1.0)):
+        for i, response in enumerate(decode(exports / f"{name}-student", inputs, limit, threshold)):
+            ours = torch.cat([inputs[f"prompt.{i}"][0], torch.from_numpy(response).long()])
+            assert outside[0][f"{name}/decode.{i}.{limit}"][0].tolist() == ours.tolist()
+            compared += 1
+    assert compared == 8
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_read_back_by_us(exports, inputs, name) -> None:
+    """An export decodes as the student does, and no code in it runs."""
+    before, after = exports / f"{name}-student", exports / name
+    facts, original = read_facts(after), read_facts(before)
+    for field in ("vocab_size", "context", "eos_ids", "mask_id", "block_size", "block_grid"):
+        assert getattr(facts, field) == getattr(original, field), field
+    assert facts.is_student
+    assert read_config(after).rope_parameters == read_config(before).rope_parameters
+    for ours, theirs in zip(decode(before, inputs, 9, 0.3), decode(after, inputs, 9, 0.3), strict=True):
+        assert ours.tolist() == theirs.tolist()
+    assert not any(module.startswith("transformers_modules") for module in sys.modules), "code of the folder ran"
+    for file in read_shards(before).headers:
+        assert (before / file).read_bytes() == (after / file).read_bytes(), file
+    assert load_tokenizer(after).mask_token_id == facts.mask_id
+
+
+def test_an_export_converts_to_another_block_size(exports, tmp_path) -> None:
+    """A public folder is as good a source as the student; its mask token stays."""
+    assert convert(exports / "a2d-qwen3", tmp_path / "eight", 8, "response") == 17
+    facts = read_facts(tmp_path / "eight")
+    assert (facts.block_size, facts.block_grid, facts.vocab_size) == (8, "response", 18)
+    assert (tmp_path / "eight" / "model.safetensors").read_bytes() == (
+        exports / "a2d-qwen3" / "model.safetensors"
+    ).read_bytes()
+    raw = json.loads((tmp_path / "eight" / "config.json").read_text())
+    assert (raw["model_type"], raw["architectures"], "auto_map" in raw) == ("qwen3", ["Qwen3ForCausalLM"], False)
+
+
+def test_cards_run_and_agree(exports, inputs, outside) -> None:
+    """Each card's code ran in the bare process; layouts of one student print one answer."""
+    printed = dict(re.findall(r"card of (\S+):\n(.*)\n", outside[1]))
+    assert printed.keys() == EXPORTS.keys()
+    assert all(text.startswith("47+8-3=") for text in printed.values())
+    tokenizer = load_tokenizer(exports / "a2d-qwen3")
+    prompt = torch.tensor([tokenizer("47+8-3=", add_special_tokens=False)["input_ids"]])
+    for name, text in printed.items():
+        threshold = 0.9 if EXPORTS[name][1] else 1.0
+        (response,) = decode(exports / f"{name}-student", {"prompt.0": prompt}, 32, threshold)
+        assert text.startswith("47+8-3=" + tokenizer.decode(response)), name
+
+
+def test_config_as_engines_read_it(exports, outside) -> None:
+    raw = json.loads((exports / "sdar" / "config.json").read_text())
+    assert (raw["model_type"], raw["architectures"]) == ("sdar", ["SDARForCausalLM"])
+    assert (raw["block_size"], raw["mask_token_id"], raw["rope_theta"]) == (SIZE, 17, 10000.0)
+    assert raw["auto_map"]["AutoModelForCausalLM"] == "modeling_sdar.SDARForCausalLM"
+    assert outside[0]["sdar-yarn/config"].tolist() == [1e6, 4.0], "as attributes of the config object"
+    raw = json.loads((exports / "a2d-qwen3" / "config.json").read_text())
+    assert (raw["model_type"], raw["architectures"]) == ("a2d-qwen3", ["A2DQwen3LMHeadModel"])
+    assert "rope_parameters" not in raw, "one place for it, which transformers 4 and 5 both read"
+
+
+def test_warnings_where_engines_take_things_for_granted(tmp_path) -> None:
+    from opdlm.common.export.layouts import engine_warnings
+
+    teacher = save_teacher(tmp_path / "teacher")
+    convert(teacher, tmp_path / "student", 8, "response")
+    lines = export(tmp_path / "student", tmp_path / "sdar", "sdar")
+    assert [re.search(r"the (mask token id|block grid|block size) is", line).group(1) for line in lines] == [
+        "mask token id",
+        "block grid",
+        "block size",
+    ]
+    assert all(line in (tmp_path / "sdar" / "README.md").read_text() for line in lines)
+    assert export(tmp_path / "student", tmp_path / "a2d", "a2d-qwen3") == []
+    config = read_config(tmp_path / "student")
+    config.update({"mask_token_id": 151669, "block_grid": "absolute", "block_size": 4})
+    assert engine_warnings(config) == []
+
+
+def test_card_tells_of_the_run_and_of_nothing_private(tmp_path) -> None:
+    run = tmp_path / "run"
+    teacher = save_teacher(tmp_path / "secret" / "chain-teacher")
+    convert(teacher, run / "student", 4, "absolute")
+    convert(teacher, run / "student_init", 4, "absolute")
+    config = {
+        "model": {"teacher": str(teacher)},
+        "data": {"path": "~/private/prompts.jsonl", "files": [str(tmp_path / "more.jsonl")]},
+        "learner": {"optimizer": {"lr": 0.0015}},
+        "resources": {"ray_address": "ray://10.0.0.7:10001"},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "report.json").write_text(json.dumps({"student_exact_match_static": 0.994, "wall_seconds": None}))
+    export(run / "student", tmp_path / "a", "a2d-qwen3")
+    card = (tmp_path / "a" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "transformers"
+    assert head["base_model"] == "chain-teacher"
+    assert {"opdlm", "block-diffusion"} <= set(head["tags"])
+    assert "| student exact match static | 0.994 |" in card
+    assert "lr: 0.0015" in card
+    assert "path: prompts.jsonl" in card
+    for private in (str(tmp_path), "secret", "private", "10.0.0.7", str(Path.home()) + "/"):
+        assert private not in card, private
+
+    export(run / "student", tmp_path / "b", "qwen3", base_model="Qwen/Qwen3-0.6B")
+    assert "base_model: Qwen/Qwen3-0.6B" in (tmp_path / "b" / "README.md").read_text()
+    export(run / "student_init", tmp_path / "c", "qwen3")
+    assert "0.994" not in (tmp_path / "c" / "README.md").read_text(), "the figures are of the trained student"
+
+
+def test_what_cannot_be_exported_is_named_and_leaves_nothing(tmp_path) -> None:
+    teacher = save_teacher(tmp_path / "teacher", family="llama")
+    convert(teacher, tmp_path / "student", 4, "absolute")
+    (tmp_path / "there").mkdir()
+
+    def refused(source: str, destination: str, layout: Any, message: str) -> None:
+        with pytest.raises(OpdlmError, match=message) as error:
+            export(tmp_path / source, tmp_path / destination, layout)
+        assert "\n" not in str(error.value)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["student", "teacher", "there"]
+        assert not list((tmp_path / "there").iterdir())
+
+    refused("student", "there", "a2d-llama", "exists; give a new folder")
+    for layout in ("a2d-qwen3", "sdar", "qwen2"):
+        refused("student", "new", layout, f"found {layout}, but .* is a llama; it can be: a2d-llama, llama")
+    refused("teacher", "new", "llama", "has no mask token; convert it first")
+    refused("nowhere", "new", "llama", "does not exist; expected a checkpoint")
+    raw = json.loads((tmp_path / "student" / "config.json").read_text())
+    del raw["block_size"]
+    (tmp_path / "student" / "config.json").write_text(json.dumps(raw))
+    refused("student", "new", "llama", "names no block_size; write one: opdlm convert .* --block-size N")
+
+
+def test_every_layout_has_a_home() -> None:
+    from opdlm.common.export.layouts import TEMPLATES
+
+    for layout in LAYOUTS.values():
+        code = "".join((TEMPLATES / file).read_text() for file in layout.files)
+        for target in layout.auto_map.values():
+            assert f"class {target.partition('.')[2]}(" in code
+        assert "import common" not in code
+        assert "from common" not in code
+
+
+def decode(folder: Path, inputs: dict[str, torch.Tensor], limit: int, threshold: float) -> list[np.ndarray]:
+    """Responses of our decoder to the prompts of `inputs`, greedy, dynamic."""
+    facts = read_facts(folder)
+    settings = DecodeSettings(facts.block_size, facts.block_grid, "low_confidence_dynamic", threshold)
+    prompts = [value[0].numpy().astype(np.int32) for key, value in inputs.items() if key.startswith("prompt.")]
+    requests = [RolloutRequest(i, str(i), ids, limit, seed=i) for i, ids in enumerate(prompts)]
+    decoder = BlockDecoder(load_model(folder), settings, facts.mask_id, facts.eos_ids, batch_size=4)
+    return [t.response for t in decoder.decode(requests)[0]]

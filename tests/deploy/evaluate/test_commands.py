@@ -1,0 +1,123 @@
+"""`opdlm eval --data` and `opdlm sweep`. `pytest tests/deploy/evaluate/test_commands.py`"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from opdlm.common.model.convert import convert
+from opdlm.deploy.evaluate.actor_decoder import split
+from opdlm.deploy.evaluate.decoders import CheckpointDecoder
+from opdlm.deploy.evaluate.questions import QuestionSource
+from tests.deploy.cli.test_cli import opdlm
+from tests.tiny import request
+
+PROMPTS = ["1+2=", "30-4+5=", "7+7=", "12-3="]
+
+
+@pytest.fixture(scope="module")
+def student(chain_teacher, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("commands") / "student"
+    convert(chain_teacher, folder, 4, "absolute")
+    return folder
+
+
+def _write(file: Path, rows: list[dict]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_data_with_answers(student, tmp_path) -> None:
+    """References made from the student's own greedy answers: the table must say just how many are right."""
+    decoder = CheckpointDecoder(student)
+    blank = _write(tmp_path / "blank.jsonl", [{"prompt": p, "answer": ""} for p in PROMPTS])
+    requests = QuestionSource(None, blank).open(decoder).requests(12)
+    answers = decoder.answer(requests, replace(decoder.base, threshold=0.9), 4)
+    texts = [decoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers.responses]
+    rows = [{"q": p, "gold": f" {t}" if i else f"{t}0"} for i, (p, t) in enumerate(zip(PROMPTS, texts, strict=True))]
+    data = _write(tmp_path / "rows.jsonl", rows)
+    fields = ("--data", data, "--prompt-field", "q", "--answer-field", "gold", "--max-new-tokens", 12)
+    text = opdlm("eval", student, *fields, "--strategy", "low_confidence_dynamic", "--output", tmp_path / "o.json")
+    assert "4 rows of rows.jsonl" in text
+    (row,) = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert (row["right"], row["tokens_per_step"]) == (0.75, answers.tokens_per_step)
+    opdlm("eval", student, *fields, "--problems", 1, "--output", tmp_path / "o.json")
+    assert [r["right"] for r in json.loads((tmp_path / "o.json").read_text())["rows"]][-1] == 0
+
+
+def test_math_marks_what_the_responses_say(student, tmp_path) -> None:
+    data = _write(tmp_path / "math.jsonl", [{"prompt": "1+1=", "answer": a} for a in (52, "0.5", "3", 7)])
+    decoder = CheckpointDecoder(student)
+    questions = QuestionSource(None, data, answer="math").open(decoder)
+    said = ["50+2=52;52", "1-0=1", "+-", "7"]
+    marks = questions.mark([decoder.encode(text) for text in said])
+    assert (marks.right, marks.unanswered) == (0.5, 1)
+    assert "no answer found" in opdlm("eval", student, "--data", data, "--answer", "math", "--max-new-tokens", 4)
+
+
+def test_sweep_gives_the_figures_of_direct_evaluation(student, tmp_path) -> None:
+    out = tmp_path / "figure.png"
+    options = ("--problems", 12, "--max-new-tokens", 12, "--block-size", "8,4", "--threshold", "0.9,0.2,0.5")
+    strategies = ("--strategy", "low_confidence_static", "--strategy", "low_confidence_dynamic")
+    opdlm("sweep", student, "--task", "chain", *options, *strategies, "--out", out)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    written = json.loads(out.with_suffix(".json").read_text())
+    assert (written["trained_block_size"], written["questions"]) == (4, "12 held-out problems of chain")
+    ways = [(p["block_size"], p["strategy"], p["threshold"]) for p in written["points"]]
+    dynamic = [(b, "low_confidence_dynamic", t) for b in (4, 8) for t in (0.2, 0.5, 0.9)]
+    static = [(b, "low_confidence_static", None) for b in (4, 8)]
+    assert sorted(ways, key=str) == sorted([*dynamic, *static], key=str)
+    decoder = CheckpointDecoder(student)
+    questions = QuestionSource("chain", None, problems=12).open(decoder)
+    for point in written["points"]:
+        settings = replace(decoder.base, block_size=point["block_size"], strategy=point["strategy"])
+        settings = replace(settings, threshold=point["threshold"] or 0.0)
+        answers = decoder.answer(questions.requests(12), settings, 5)
+        assert point["right"] == questions.mark(answers.responses).right
+        assert point["tokens_per_step"] == pytest.approx(answers.tokens_per_step)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_sweep_writes_beside_the_checkpoint(student) -> None:
+    opdlm("sweep", student, "--task", "chain", "--problems", 3, "--max-new-tokens", 4, "--threshold", 0.5)
+    assert {"sweep.png", "sweep.json"} <= {file.name for file in student.parent.iterdir()}
+
+
+def test_mistakes(student, chain_teacher, tmp_path) -> None:
+    good = _write(tmp_path / "good.jsonl", [{"prompt": "1+2=", "answer": "3"}])
+    bad = _write(tmp_path / "bad.jsonl", [{"prompt": "1+2=", "answer": "3"}, {"prompt": "1", "answer": None}])
+    for command, arguments, message in [
+        ("eval", (), "found neither of --task and --data; give one"),
+        ("eval", ("--task", "chain", "--data", good), "found both of --task and --data; give one"),
+        ("eval", ("--data", tmp_path / "no.jsonl"), "no.jsonl does not exist; expected a JSONL file"),
+        (
+            "eval",
+            ("--data", good, "--answer-field", "gold"),
+            "--answer-field: good.jsonl:1 has no `gold`; found: prompt",
+        ),
+        ("eval", ("--data", bad), "--answer-field: bad.jsonl:2: `answer` is None; expected text"),
+        ("eval", ("--data", good, "--chat"), "chat template: "),
+        ("eval", ("--data", good, "--max-new-tokens", 500), "good.jsonl:1: 4 prompt tokens and at most 500 new ones"),
+        ("sweep", ("--task", "chain", "--threshold", "0.5,high"), "--threshold: found '0.5,high'; expected numbers"),
+        ("sweep", ("--task", "chain", "--threshold", "0.5,9"), "--threshold: found '0.5,9'; each has to lie within 0"),
+        ("sweep", ("--task", "chain", "--block-size", "0"), "--block-size: found '0'; each has to lie within 1"),
+        ("sweep", ("--task", "chain", "--out", tmp_path / "x.pdf"), "x.pdf; expected a .png"),
+        ("sweep", ("--task", "chain", "--out", tmp_path / "no" / "x.png"), "which does not exist; give a new file"),
+    ]:
+        assert message in opdlm(command, student, *arguments, code=2)
+    unreadable = _write(tmp_path / "odd.jsonl", [{"prompt": "1+2=", "answer": ""}])
+    text = opdlm("eval", student, "--data", unreadable, "--answer", "math", code=2)
+    assert "--answer math: odd.jsonl:1: math-verify reads no answer in ''" in text
+    text = opdlm("sweep", chain_teacher, "--task", "chain", code=2)
+    assert "is autoregressive; it has neither blocks nor thresholds" in text
+
+
+def test_requests_are_split_so_that_every_actor_has_work() -> None:
+    requests = [request(3, i) for i in range(103)]
+    for actors, batch_size, parts in [(1, 200, 1), (2, 64, 2), (2, 8, 8), (4, 1, 15), (200, 8, 103)]:
+        cut = split(requests, actors, batch_size)
+        assert [r.index for part in cut for r in part] == list(range(103))
+        assert len(cut) == parts

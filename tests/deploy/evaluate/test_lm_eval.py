@@ -1,0 +1,262 @@
+"""lm-eval itself over our decoders, on a local task. `pytest tests/deploy/evaluate/test_lm_eval.py`"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+
+from opdlm.common.errors import OpdlmError
+from opdlm.common.model.convert import convert
+from opdlm.common.types import RolloutRequest
+from opdlm.deploy.evaluate.actor_decoder import ActorDecoder
+from opdlm.deploy.evaluate.decoders import CheckpointDecoder
+from opdlm.deploy.evaluate.lm_eval_model import OpdlmLM
+from tests.deploy.cli.test_cli import opdlm
+
+PROMPTS = ["1+2=", "30-4+5=", "7+7=", "12-3=", "59-9-9=", "0+1+2="]
+LIMIT = 12
+
+
+@pytest.fixture(scope="module")
+def student(chain_teacher, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lm_eval") / "student"
+    convert(chain_teacher, folder, 4, "absolute")
+    return folder
+
+
+def asked(contexts: list[str], **gen_kwargs: object) -> list[Instance]:
+    """Requests as lm-eval makes them of documents."""
+    return [
+        Instance("generate_until", {}, (context, dict(gen_kwargs)), i, metadata=("chain_local", i, 1))
+        for i, context in enumerate(contexts)
+    ]
+
+
+def direct(folder: Path, limit: int = LIMIT, **settings: object) -> list[str]:
+    """The same prompts decoded without lm-eval, uncut."""
+    decoder = CheckpointDecoder(folder)
+    requests = [_request(decoder, i, limit) for i in range(len(PROMPTS))]
+    answers = decoder.answer(requests, replace(decoder.base, **settings), 4)
+    assert [len(r) <= limit for r in answers.responses] == [True] * len(PROMPTS)
+    return [decoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers.responses]
+
+
+def _request(decoder: CheckpointDecoder, i: int, limit: int) -> RolloutRequest:
+    return RolloutRequest(i, str(i), decoder.encode(PROMPTS[i]), limit, seed=i)
+
+
+def test_generate_until_is_direct_decoding_with_the_settings_that_were_asked_for(student) -> None:
+    model = get_model("opdlm").create_from_arg_string(
+        f"pretrained={student},strategy=low_confidence_dynamic,threshold=0.3,block_size=8,batch_size=4",
+        {"batch_size": 1, "device": "cuda:0", "max_batch_size": None},  # what the plain command always passes
+    )
+    assert (type(model), model.batch_size, model.max_new_tokens) == (OpdlmLM, 4, 256)
+    texts = model.generate_until(asked(PROMPTS, until=[], max_gen_toks=LIMIT), disable_tqdm=True)
+    assert texts == direct(student, strategy="low_confidence_dynamic", threshold=0.3, block_size=8)
+    assert texts != direct(student, strategy="low_confidence_static", block_size=4)
+    info, settings = model.get_model_info(), replace(model.decoder.base, threshold=0.3)
+    again = model.decoder.answer([_request(model.decoder, i, LIMIT) for i in range(len(PROMPTS))], settings, 4)
+    assert (info["tokens_per_step"], info["block_size"], info["threshold"]) == (again.tokens_per_step, 8, 0.3)
+
+
+def test_each_request_keeps_its_own_limit_and_stop_strings(student) -> None:
+    model = OpdlmLM(str(student), "sequential", max_new_tokens=7)
+    whole = direct(student, strategy="sequential")
+    stop = whole[0][3:5]
+    first = asked(PROMPTS[:1], until=[stop, "never"], max_gen_toks=LIMIT)
+    rest = asked(PROMPTS[1:])  # neither in the task: the model's own limit
+    texts = model.generate_until([*first, *rest], disable_tqdm=True)
+    assert texts[0] == whole[0].split(stop)[0] != whole[0]
+    assert texts[1:] == direct(student, 7, strategy="sequential")[1:]
+
+
+def test_a_stop_string_that_is_a_special_token_stops_too(student) -> None:
+    model = OpdlmLM(str(student))
+    tokenizer = model.decoder.tokenizer
+    ids = np.array([*tokenizer("1+2")["input_ids"], tokenizer.pad_token_id, *tokenizer("9")["input_ids"]])
+    assert model._text(ids, []) == "1+29"
+    assert model._text(ids, [tokenizer.pad_token]) == "1+2"
+
+
+def test_sampling_and_what_is_not_there(student, chain_teacher) -> None:
+    model = OpdlmLM(str(student))
+    sampled = asked(PROMPTS, do_sample=True, temperature=1.0, top_k=3, max_gen_toks=LIMIT)
+    texts = model.generate_until(sampled, disable_tqdm=True)
+    assert texts == direct(student, temperature=1.0, top_k=3)
+    assert texts != model.generate_until(asked(PROMPTS, max_gen_toks=LIMIT), disable_tqdm=True)
+    with pytest.raises(OpdlmError, match="gen_kwargs: repetition_penalty: not here; known: until"):
+        model.generate_until(asked(PROMPTS, repetition_penalty=1.2), disable_tqdm=True)
+    with pytest.raises(OpdlmError, match="is autoregressive; it samples without top_k and top_p"):
+        OpdlmLM(str(chain_teacher)).generate_until(sampled, disable_tqdm=True)
+    with pytest.raises(OpdlmError, match=r"chain_local document 0: 4 prompt tokens and at most 500 new ones take"):
+        model.generate_until(asked(PROMPTS, max_gen_toks=500), disable_tqdm=True)
+
+
+def test_autoregressive_checkpoints_answer_token_by_token(chain_teacher) -> None:
+    model = OpdlmLM(str(chain_teacher), batch_size=2)
+    texts = model.generate_until(asked(PROMPTS, max_gen_toks=LIMIT), disable_tqdm=True)
+    assert texts == direct(chain_teacher)
+    assert model.get_model_info()["tokens_per_step"] == 1
+    assert model.get_model_info()["decoding"] == "autoregressive"
+
+
+def test_likelihoods_are_refused_with_the_reason(student, chain_teacher) -> None:
+    for method in ("loglikelihood", "loglikelihood_rolling"):
+        with pytest.raises(OpdlmError, match=f"asks for {method}, but a block-diffusion model gives no exact sequence"):
+            getattr(OpdlmLM(str(student)), method)([])
+        with pytest.raises(OpdlmError, match=f"--model hf --model_args pretrained={chain_teacher}"):
+            getattr(OpdlmLM(str(chain_teacher)), method)([])
+
+
+def test_mistakes_in_model_args(student) -> None:
+    for arguments, message in [
+        ({"blok_size": 4}, "model_args: blok_size: unknown; did you mean `block_size`?"),
+        ({"strategy": "best"}, "model_args: strategy: found 'best'; known: low_confidence_static"),
+        ({"threshold": 2}, "model_args: threshold: found 2; expected a number within 0 and 1"),
+        ({"batch_size": "auto"}, "model_args: batch_size: found 'auto'; expected a whole number from 1"),
+        ({"chat_template": "/no/such.jinja"}, "chat_template: /no/such.jinja does not exist"),
+        ({"pretrained": None}, "model_args: pretrained: missing"),
+    ]:
+        with pytest.raises(OpdlmError, match=message.replace("?", r"\?")):
+            OpdlmLM(**{"pretrained": str(student), **arguments})
+
+
+def test_chat_templates(student, tmp_path) -> None:
+    history = [{"role": "user", "content": "1+2="}]
+    plain = OpdlmLM(str(student))
+    with pytest.raises(OpdlmError, match="chat template: "):
+        plain.apply_chat_template(history)
+    file = tmp_path / "chat.jinja"
+    file.write_text(
+        "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% if not loop.last or add_generation_prompt %};"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}a{% if enable_thinking is false %}-{% endif %}{% endif %}"
+    )
+    model = OpdlmLM(str(student), chat_template=str(file), enable_thinking=False)
+    assert model.chat_template(True) == file.read_text()
+    assert model.chat_template(False) is None
+    assert model.apply_chat_template(history) == "u1+2=;a-"
+    begun = [*history, {"role": "assistant", "content": "1+"}]
+    assert model.apply_chat_template(begun, add_generation_prompt=False) == "u1+2=;a1+"
+    assert str(student.name) in model.tokenizer_name
+
+
+# --- the harness as a whole ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def task_folder(student, tmp_path_factory) -> Path:
+    """A local lm-eval task of PROMPTS. Two of six references are what the student answers, the others are not."""
+    folder = tmp_path_factory.mktemp("tasks")
+    answers = direct(student, strategy="low_confidence_dynamic")
+    rows = [{"q": p, "a": a if i < 2 else f"{a}!"} for i, (p, a) in enumerate(zip(PROMPTS, answers, strict=True))]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "chain_local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": ["never"], "max_gen_toks": LIMIT, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "chain_local.yaml").write_text(yaml.safe_dump(task))
+    likelihood = task | {"task": "chain_choice", "output_type": "multiple_choice", "doc_to_choice": ["1", "2"]}
+    likelihood |= {"doc_to_target": 0, "metric_list": [{"metric": "acc"}]}
+    (folder / "chain_choice.yaml").write_text(yaml.safe_dump({k: v for k, v in likelihood.items() if k[:3] != "gen"}))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_data_cache(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_task_index() -> Iterator[None]:
+    """lm-eval reads its 14,000 task files at each `TaskManager()`, some 9 s: here once a folder."""
+    made: dict[str, TaskManager] = {}
+
+    def shared(include_path: str | None = None, **others: object) -> TaskManager:
+        if any(others.values()):
+            return TaskManager(include_path=include_path, **others)
+        return made.setdefault(str(include_path), made.get(str(include_path)) or TaskManager(include_path=include_path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.tasks.TaskManager", shared)
+        yield
+
+
+def test_eval_runs_the_harness(student, task_folder, tmp_path) -> None:
+    file = tmp_path / "results.json"
+    local = ("--lm-eval", "chain_local", "--include-path", task_folder)
+    text = opdlm("eval", student, *local, "--output", file)
+    assert "exact_match" in text
+    assert "low_confidence_dynamic: " in text
+    results = json.loads(file.read_text())["low_confidence_dynamic"]
+    assert results["results"]["chain_local"]["exact_match,none"] == pytest.approx(2 / 6)
+    assert results["config"]["pretrained"] == str(student)
+    answers = [sample["resps"][0][0] for sample in results["samples"]["chain_local"]]
+    assert answers == direct(student, strategy="low_confidence_dynamic")
+    opdlm("eval", student, *local, "--limit", 2, "--output", file)
+    assert json.loads(file.read_text())["low_confidence_dynamic"]["results"]["chain_local"]["exact_match,none"] == 1.0
+
+
+def test_lm_evals_own_command_knows_the_model(student, task_folder, tmp_path) -> None:
+    arguments = f"pretrained={student},batch_size=4"
+    options = ("--tasks", "chain_local", "--include_path", task_folder, "--output_path", tmp_path / "out.json")
+    before = list(sys.argv)
+    opdlm("lm-eval", "run", "--model", "opdlm", "--model_args", arguments, *options)
+    assert sys.argv == before
+    (file,) = tmp_path.glob("out*.json")
+    written = json.loads(file.read_text())
+    assert written["results"]["chain_local"]["exact_match,none"] == pytest.approx(2 / 6)
+    assert written["config"]["block_size"] == 4
+
+
+def test_mistakes_are_named_before_anything_is_decoded(student, task_folder, monkeypatch) -> None:
+    local = ("--include-path", task_folder)
+    monkeypatch.setattr("opdlm.deploy.evaluate.lm_eval.open_decoder", lambda *_: pytest.fail("a model was loaded"))
+    for arguments, message in [
+        (("--lm-eval", "chain_lokal", *local), "unknown task 'chain_lokal'; did you mean `chain_local`?"),
+        (("--lm-eval", "chain_choice", *local), "task 'chain_choice': lm-eval asks for multiple_choice, but a block-"),
+        (("--lm-eval", "x", "--include-path", "/no/such"), "--include-path: /no/such is no folder"),
+        (("--lm-eval", "x", "--task", "chain"), "--task: found chain; it does not go with --lm-eval"),
+        (("--lm-eval", "x", "--output", "/no/such/f.json"), "--output: /no/such/f.json lies in /no/such, which does"),
+        (("--task", "chain", "--limit", 3), "--limit: found 3.0; it does not go with --task and --data"),
+    ]:
+        assert message in opdlm("eval", student, *arguments, code=2)
+
+
+def test_without_the_package_the_error_names_the_extra(student, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "pip install 'opdlm-ray[eval]'" in opdlm("eval", student, "--lm-eval", "gsm8k", code=2)
+    assert "pip install 'opdlm-ray[eval]'" in opdlm("lm-eval", "run", code=2)
+
+
+@pytest.mark.ray
+def test_actors_give_what_one_process_gives(ray_cluster, student, chain_teacher, task_folder, tmp_path) -> None:
+    """The harness over two rollout actors; and the teacher actors' answers of an AR checkpoint."""
+    file = tmp_path / "results.json"
+    local = ("--lm-eval", "chain_local", "--include-path", task_folder, "--batch-size", 2)
+    text = opdlm("eval", student, *local, "--actors", 2, "--output", file)
+    assert "tokens per denoising step" in text
+    samples = json.loads(file.read_text())["low_confidence_dynamic"]["samples"]["chain_local"]
+    assert [s["resps"][0][0] for s in samples] == direct(student, strategy="low_confidence_dynamic")
+    with ActorDecoder(chain_teacher, actors=1) as decoder:
+        model = OpdlmLM(decoder, batch_size=2)
+        texts = model.generate_until(asked(PROMPTS, max_gen_toks=LIMIT), disable_tqdm=True)
+        assert texts == direct(chain_teacher)
+    with pytest.raises(OpdlmError, match=r"--actors: the run asks for 99 CPUs .--actors 99 x 1., the cluster has 8"):
+        ActorDecoder(student, actors=99)

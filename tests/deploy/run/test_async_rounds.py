@@ -1,0 +1,173 @@
+"""What asynchrony is worth, and what it must never cost, in simulated time. `pytest tests/deploy/run/test_async_rounds.py`
+
+The coordinator, the pools and the queue are the real ones. The time of a round is exact: see virtual_time.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray.exceptions import RayActorError, RayError
+
+from tests.fakes import virtual_time
+from tests.fakes.simulated_run import Shape, SimulatedRun, Stages
+
+POOLS = [(1, 1), (2, 2), (4, 2)]
+"""Rollout actors, teacher actors."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def learner_as_a_coroutine():
+    """No thread and no object store: nothing has a time of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opdlm.actors.queue.actor.ray.put", lambda pack: pack)
+        patch.setattr("opdlm.deploy.run.loops.in_daemon_thread", lambda fit: asyncio.ensure_future(fit()))
+        yield
+
+
+def seconds_per_round(shape: Shape, stages: Stages) -> float:
+    async def scenario(folder: str) -> float:
+        run = SimulatedRun(Path(folder), shape, stages)
+        await run.run()
+        return run.seconds_per_round()
+
+    with tempfile.TemporaryDirectory() as folder:
+        return virtual_time.run(scenario(folder))
+
+
+def bound(stages: Stages, staleness: int) -> float:
+    """What no schedule can beat: a role does one thing at a time, and round r needs the weights of r - staleness.
+
+    A rollout actor that takes weights does not decode.
+    """
+    if staleness == 0:
+        return stages.total
+    return max(stages.decode + stages.push, stages.score, stages.train, stages.total / (staleness + 1))
+
+
+@pytest.mark.parametrize(("rollouts", "teachers"), POOLS)
+@pytest.mark.parametrize("stages", [Stages(10, 3, 5, 0.5), Stages(1, 1, 1, 1)])
+def test_strictly_on_policy_a_round_takes_the_sum_of_its_stages(stages, rollouts, teachers) -> None:
+    shape = Shape(0, 12, 16, rollouts, teachers)
+    assert seconds_per_round(shape, stages) == pytest.approx(stages.total)
+
+
+@pytest.mark.parametrize(("rollouts", "teachers"), POOLS)
+@pytest.mark.parametrize("staleness", [1, 2])
+@pytest.mark.parametrize("stages", [Stages(10, 3, 5, 0.5), Stages(5, 10, 3, 0.5), Stages(3, 5, 10, 0.5)])
+def test_beside_each_other_a_round_takes_its_slowest_stage(stages, staleness, rollouts, teachers) -> None:
+    took = seconds_per_round(Shape(staleness, 36, 16, rollouts, teachers), stages)
+    assert 0.999 * 10 <= took <= 1.1 * 10
+
+
+@pytest.mark.parametrize(("rollouts", "teachers"), POOLS)
+def test_equal_stages_need_a_staleness_of_two_or_small_calls(rollouts, teachers) -> None:
+    """Three stages, one after the other, of two rounds on the way: one of three roles always waits."""
+    equal, n = Stages(1, 1, 1, 0.05), 32
+    assert seconds_per_round(Shape(2, 36, n, rollouts, teachers), equal) <= 1.1
+    assert seconds_per_round(Shape(1, 36, n, rollouts, teachers), equal) == pytest.approx(equal.total / 2)
+    small_calls = (("prompts_per_call", n // rollouts // 8),)
+    assert seconds_per_round(Shape(1, 36, n, rollouts, teachers, small_calls), equal) <= 1.1
+
+
+@pytest.mark.parametrize(("rollouts", "teachers"), POOLS)
+def test_a_push_waits_for_a_decode_or_goes_beside_it(rollouts, teachers) -> None:
+    slow_push, n = Stages(10, 3, 5, 3), 16
+    for staleness, beside in ((1, slow_push.total / 2), (2, 10)):
+        finish, keep_on = (
+            seconds_per_round(Shape(staleness, 36, n, rollouts, teachers, (("on_new_weights", what),)), slow_push)
+            for what in ("finish", "continue")
+        )
+        assert finish == pytest.approx(13)
+        assert keep_on == pytest.approx(beside)
+
+
+@given(
+    durations=st.tuples(*[st.floats(0.1, 10)] * 3),
+    push=st.floats(0.001, 0.1),
+    staleness=st.integers(0, 3),
+    pools=st.sampled_from(POOLS),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_schedule_would_be_a_tenth_faster(durations, push, staleness, pools) -> None:
+    stages = Stages(*durations, push * max(durations))
+    # The steady state repeats itself every staleness + 1 rounds; 24 rounds are whole repeats.
+    took = seconds_per_round(Shape(staleness, 48, 8, *pools), stages)
+    best = bound(stages, staleness)
+    assert 0.98 * best <= took <= 1.1 * best
+
+
+FAULTS = st.lists(st.sampled_from(["none", "none", "error", "death"]), max_size=30)
+DEATHS = st.lists(st.sampled_from(["nowhere", "nowhere", "taken", "trained", "published"]), max_size=12)
+
+
+@given(
+    n=st.integers(1, 6),
+    rounds=st.integers(1, 6),
+    staleness=st.integers(0, 3),
+    pools=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    call=st.none() | st.integers(1, 3),
+    every=st.integers(1, 3),
+    on_new_weights=st.sampled_from(["finish", "continue"]),
+    faults=FAULTS,
+    deaths=DEATHS,
+    stops=st.lists(st.floats(0, 30), max_size=2),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=120, deadline=None)
+def test_every_sample_once_whatever_dies(
+    n, rounds, staleness, pools, call, every, on_new_weights, faults, deaths, stops, seed
+) -> None:
+    """Failed and repeated calls, actors that die, a learner that goes back to its checkpoint, stops and resumes.
+
+    In every surviving history each sample is trained once, in its round; the slots are never exceeded (the fakes check
+    at every decode and every train); no weights are older than allowed.
+    """
+    remaining, learner_dies, chance = iter(faults), iter(deaths), random.Random(seed)
+    trained: dict[int, list[int]] = {}
+    decoded: list[tuple[int, int]] = []
+
+    async def life(folder: str, first_round: int, stop_at: float | None) -> int:
+        dead: set[str] = set()  # never the last of its kind
+
+        def fault(name: str) -> None:
+            what, role = next(remaining, "none"), name.split("-")[0]
+            if what == "death" and len([d for d in dead if d.startswith(role)]) < pools[role == "teacher"] - 1:
+                dead.add(name)
+                raise RayActorError
+            if what != "none":
+                raise RayError("the worker ran out of memory")
+
+        overrides = (("prompts_per_call", call), ("on_new_weights", on_new_weights))
+        shape = Shape(staleness, rounds, n, *pools, overrides, len(faults) + 1, first_round, every)
+        stages = Stages(2.0, 1.0, 1.5, 0.3)
+        run = SimulatedRun(
+            Path(folder), shape, stages, fault, lambda: chance.choice([0.0, 0.1, 1.0, 5.0]), learner_dies
+        )
+
+        async def stop() -> None:
+            await asyncio.sleep(stop_at)
+            await run.coordinator.stop()
+
+        stopping = asyncio.ensure_future(stop()) if stop_at is not None else None
+        await run.run()
+        if stopping is not None:
+            stopping.cancel()
+        assert not trained.keys() & run.trained.keys(), "a resumed run trained a round again"
+        trained.update(run.trained)
+        decoded.extend(run.decoded)
+        return run.committed
+
+    done = 0
+    for stop_at in [*stops, None]:
+        with tempfile.TemporaryDirectory() as folder:
+            done = virtual_time.run(life(folder, done, stop_at))
+    assert done == rounds
+    assert trained == {r: list(range(r * n, (r + 1) * n)) for r in range(rounds)}
+    assert all(0 <= index // n - version <= staleness for index, version in decoded)

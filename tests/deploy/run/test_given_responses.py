@@ -1,0 +1,245 @@
+"""Given responses: as trajectories, as targets, their parquet cache. `pytest tests/deploy/run/test_given_responses.py`"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ray.exceptions import RayError
+
+from opdlm.actors.teacher.actor import ScoreStats
+from opdlm.actors.teacher.generate import generate
+from opdlm.common.config import config_from_dict
+from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.data.prompts import Prompt, PromptOrder
+from opdlm.common.errors import ConfigError, OpdlmError
+from opdlm.common.grid import BlockGrid
+from opdlm.common.masks import training_mask
+from opdlm.common.model.load import hidden_states
+from opdlm.common.model.shards import weights_fingerprint
+from opdlm.common.samples import SampleRef
+from opdlm.common.types import ScoredTrajectory, WeightHandle
+from opdlm.deploy.run import given_responses as offline
+from opdlm.deploy.run.sources import GivenSource, Scoring, given_trajectory
+from opdlm.learner.distill import DistillModule
+from opdlm.learner.packing import collate
+from opdlm.learner.rows import build_rows
+from opdlm.learner.targets import gather_targets
+from tests.tiny import EOS, MASK, VOCABULARY, request, save_teacher, tiny_model
+
+
+@pytest.mark.parametrize("kind", ["absolute", "response"])
+@pytest.mark.parametrize("prompt_length", [1, 4, 6])
+def test_a_given_response_fills_its_last_block_with_end_tokens(kind, prompt_length) -> None:
+    grid = BlockGrid(4, kind)
+    made = given_trajectory(3, "p", np.arange(prompt_length), np.array([7, 8, 9, EOS, 5]), 99, [EOS], grid, version=2)
+    assert made.response.tolist() == [7, 8, 9, EOS]  # what lies behind the end is left out
+    assert (made.finish_reason, made.weight_version, made.index) == ("eos", 2, 3)
+    assert (prompt_length + grid.offset(prompt_length) + len(made.response_ids)) % 4 == 0
+    assert set(made.response_ids[4:].tolist()) <= {EOS}
+
+
+@pytest.mark.parametrize("kind", ["absolute", "response"])
+@pytest.mark.parametrize("prompt_length", [1, 4, 6])
+@pytest.mark.parametrize("limit", [1, 5, 6, 9, 11])
+def test_a_cut_response_never_shows_a_false_end(kind, prompt_length, limit) -> None:
+    grid, prompt = BlockGrid(4, kind), np.arange(prompt_length)
+    response = np.array([7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, EOS])
+    made = given_trajectory(3, "p", prompt, response, limit, [EOS], grid, version=2)
+    assert (made.finish_reason, made.response_length) == ("length", limit)
+    assert made.response_ids.tolist() == response[: len(made.response_ids)].tolist(), "the fill is what came next"
+    unknown = given_trajectory(3, "p", prompt, response[:11], 11, [EOS], grid, version=2)
+    assert unknown.finish_reason == "length"
+    assert 8 <= unknown.response_length == len(unknown.response_ids) <= 11, "to the last whole block"
+    assert EOS not in unknown.response_ids
+
+
+def test_cft_is_cross_entropy_on_the_masked_clean_tokens() -> None:
+    """The loss of the learner's path equals a direct cross-entropy over the same masked row."""
+    student, grid = tiny_model(3), BlockGrid(4, "absolute")
+    objective = ObjectiveConfig(kind="cft", exclude_eos=False)
+    prompt = request(6).prompt_ids
+    response = np.array([5, 9, 11, 4, 8, EOS], dtype=np.int32)
+    trajectory = given_trajectory(0, "p", prompt, response, 99, [EOS], grid, 0)
+    source = _source([Prompt("p", prompt, response=response)], "cft")
+    scored = ScoredTrajectory(trajectory, source._one_hot(trajectory))
+    (row,) = build_rows(scored, grid, objective, MASK, np.random.default_rng(0))
+    assert len(row.loss_positions) >= 2
+    batch = collate([row])
+    module = DistillModule(student, objective, logits_chunk=3)
+    _, losses = module(batch, gather_targets([row], None, objective), torch.ones(len(row.loss_positions)))
+    mask = training_mask(batch.samples, batch.copies, batch.blocks)
+    hidden = hidden_states(student, batch.input_ids, batch.position_ids, mask)
+    logits = student.lm_head(hidden[0, row.loss_columns])
+    labels = torch.tensor(response[row.loss_positions], dtype=torch.int64)
+    direct = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    assert torch.allclose(losses, direct.detach(), rtol=1e-5)
+
+
+def _config(**sections):
+    base = {"model": {"teacher": "t"}, "data": {"path": "p"}, "rollout": {"max_new_tokens": 12}}
+    return config_from_dict(base | sections)
+
+
+def _source(prompts, kind: str, teachers=None) -> GivenSource:
+    config = _config(objective={"kind": kind})
+    responses = {p.prompt_id: p.response for p in prompts}
+
+    class Quiet:
+        def scored(self, stats) -> None: ...
+
+    scoring = Scoring(teachers, Quiet(), per_reference=2)
+    return GivenSource(config, scoring, PromptOrder(prompts, 0, 1), responses, VOCABULARY, [EOS])
+
+
+def test_off_policy_samples_are_scored_and_belong_to_the_version_of_the_moment() -> None:
+    prompts = [Prompt(str(i), request(3, i).prompt_ids, response=np.array([4, 5, i, EOS])) for i in (6, 7, 8)]
+    asked: list[tuple] = []
+
+    class Teachers:
+        async def call(self, method, trajectories, per_reference, outputs):
+            asked.append((method, trajectories, per_reference, outputs))
+            return ["first", "second"], ScoreStats(12, 18, 0.1, 0, ((3, 4), (3, 5), (3, 3)))
+
+    source = _source(prompts, "off_policy_kd", Teachers())
+    samples, version = asyncio.run(source.sample([0, 1, 2], WeightHandle(5, [], 0)))
+    assert samples == [SampleRef("first", 0, 3, 4), SampleRef("first", 1, 3, 5), SampleRef("second", 0, 3, 3)]
+    assert version == 5
+    ((method, trajectories, per_reference, outputs),) = asked
+    assert (method, per_reference, outputs) == ("score", 2, 2)
+    order = source.order
+    assert [t.response.tolist() for t in trajectories] == [order[i].response.tolist() for i in (0, 1, 2)]
+
+
+class Teachers:
+    """Answers as a tiny teacher does; fails at some calls."""
+
+    def __init__(self, fail_at: tuple[int, ...] = ()) -> None:
+        self.model, self.calls, self.fail_at = tiny_model(vocab_size=17), 0, fail_at
+
+    async def call(self, method, ids, limit, batch, temperature, seed):
+        assert method == "generate"
+        self.calls += 1
+        if self.calls in self.fail_at:
+            raise RayError("out of memory")
+        return None, (generate(self.model, ids, limit, [EOS], batch, temperature, seed), 0.1)
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """A config with a cache of answers by a tiny teacher, and what made it."""
+    save_teacher(tmp_path / "teacher")
+    config = _config(
+        model={"teacher": str(tmp_path / "teacher")},
+        objective={"kind": "cft"},
+        offline={"cache": str(tmp_path / "sub" / "c.parquet"), "batch_size": 1},
+    )
+    prompts = [Prompt(f"p{i}", request(3 + i, i, vocab=17).prompt_ids) for i in range(6)]
+    told: list[tuple[int, int]] = []
+    made_of = offline.recipe(config, "digest")
+    given = asyncio.run(offline.generate_responses(config, prompts, Teachers(), made_of, lambda *n: told.append(n)))
+    assert told[-1] == (6, 6)
+    return config, prompts, given
+
+
+def test_the_cache_gives_back_what_the_teacher_said(cached) -> None:
+    config, prompts, given = cached
+    again = offline.known_responses(config, prompts, "digest")
+    assert again is not None
+    assert again.cached
+    assert again.forward_tokens == given.forward_tokens > 0
+    assert {k: v.tolist() for k, v in again.by_prompt.items()} == {k: v.tolist() for k, v in given.by_prompt.items()}
+    assert list(offline.cache_file(config).parent.iterdir()) == [offline.cache_file(config)]
+
+
+def test_a_cache_of_something_else_is_refused(cached) -> None:
+    config, prompts, _ = cached
+    with pytest.raises(ConfigError, match=r"offline.cache: .* was made otherwise: prompts \(there 'digest', here 'o"):
+        offline.known_responses(config, prompts, "other")
+    file = offline.cache_file(config)
+    other = replace(offline.recipe(config, "digest"), max_new_tokens=99)
+    with pytest.raises(ConfigError, match=r"max_new_tokens \(there 12, here 99\); remove it"):
+        offline.read_responses(file, other)
+    file.write_bytes(b"nonsense")
+    with pytest.raises(ConfigError, match="is not a file of teacher responses of ours"):
+        offline.known_responses(config, prompts, "digest")
+
+
+def test_generation_retries_and_goes_on_where_it_was(cached, tmp_path) -> None:
+    config, prompts, expected = cached
+    config = config.model_copy(
+        update={"offline": config.offline.model_copy(update={"cache": str(tmp_path / "again.parquet")})}
+    )
+    made_of = offline.recipe(config, "digest")
+
+    def run(teachers: Teachers):
+        return asyncio.run(offline.generate_responses(config, prompts, teachers, made_of, lambda *_: None))
+
+    with pytest.raises(
+        OpdlmError, match=r"the first is p4\) failed 3 times .resources.sample_attempts.: out of memory"
+    ):
+        run(Teachers(fail_at=(2, 3, 4)))  # the second chunk of four, three times
+    assert not offline.cache_file(config).exists()
+    second = Teachers(fail_at=(1,))
+    given = run(second)
+    assert second.calls == 2, "the first chunk was kept; the second failed once more and was asked again"
+    assert {k: v.tolist() for k, v in given.by_prompt.items()} == {k: v.tolist() for k, v in expected.by_prompt.items()}
+    assert [f.name for f in tmp_path.glob("*again*")] == ["again.parquet"]
+    assert not list(tmp_path.glob(".again*"))
+
+
+def test_ends_inside_a_response_are_counted() -> None:
+    inner, plain = np.array([4, EOS, 5, EOS]), np.array([4, 5, EOS])
+    assert offline.GivenResponses({"a": inner, "b": plain}, 0, False).cut_at_inner_end([EOS]) == 1
+
+
+def test_another_training_is_another_fingerprint(tmp_path) -> None:
+    one, two = (save_teacher(tmp_path / str(seed), seed) for seed in (0, 1))
+    assert weights_fingerprint(one) != weights_fingerprint(two)
+    assert weights_fingerprint(one) == weights_fingerprint(save_teacher(tmp_path / "again", 0))
+
+
+def test_sampling_at_a_temperature_is_seeded() -> None:
+    model, prompts = tiny_model(), [request(4, i).prompt_ids for i in range(4)]
+
+    def drawn(seed: int, temperature: float = 1.0) -> list[list[int]]:
+        return [r.tolist() for r in generate(model, prompts, 10, [EOS], 4, temperature, seed)]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert drawn(1, 0.0) == drawn(2, 0.0)
+
+
+def test_the_folders_own_generation_settings_do_not_reshape_the_teacher() -> None:
+    model, prompts = tiny_model(), [request(4, i).prompt_ids for i in range(8)]
+    plain = [r.tolist() for r in generate(model, prompts, 10, [EOS], 8)]
+    model.generation_config.repetition_penalty = 1.9
+    model.generation_config.no_repeat_ngram_size = 1
+    assert [r.tolist() for r in generate(model, prompts, 10, [EOS], 8)] == plain
+    assert model.generation_config.repetition_penalty == 1.9, "the model itself is left as it was"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"objective": {"kind": "cft", "selection": "all_states"}},
+            "objective.selection: found 'all_states'; the responses of objective.kind 'cft' have no visited states",
+        ),
+        ({"objective": {"kind": "cft", "divergence": "jsd"}}, "objective: `cft` is a cross-entropy; found divergence"),
+        (
+            {"objective": {"kind": "off_policy_kd"}, "offline": {"responses": "data"}},
+            "offline.responses: found `data`, but data.response_field names no column",
+        ),
+        (
+            {"data": {"task": "chain", "prompts": 4, "chat_template": True}},
+            "data.chat_template: built-in tasks have no chat form",
+        ),
+        ({"data": {"path": "p", "thinking": True}}, "data.thinking: found True without data.chat_template"),
+    ],
+)
+def test_contradictions_are_named(sections, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _config(**sections)

@@ -1,0 +1,244 @@
+"""A run in simulated time: the real coordinator, pools and queue; actors and learner that only take their time.
+
+A fake actor does one call at a time, as a Ray actor does; a rollout actor that takes weights therefore does not decode
+meanwhile, unless `rollout.on_new_weights` is `continue`. The learner is a coroutine instead of a thread, so nothing but
+the virtual clock decides who comes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray.exceptions import RayActorError
+
+from opdlm.actors.pool import ActorPool
+from opdlm.actors.queue.actor import ReplayQueueActor
+from opdlm.actors.teacher.actor import ScoreStats
+from opdlm.common.batches import in_groups
+from opdlm.common.config import config_from_dict
+from opdlm.common.data.prompts import Prompt, PromptOrder
+from opdlm.common.types import DecodeStats, RolloutRequest, WeightHandle
+from opdlm.deploy.cluster.roles import Roles
+from opdlm.deploy.observe.records import RunRecords
+from opdlm.deploy.run.loops import Loops
+from opdlm.deploy.run.sources import OnPolicySource, Scoring
+from tests.deploy.run.test_loops import Remote
+
+Fault = Callable[[str], None]
+"""Called with the name of an actor at the end of its call, before it answers; raises what the call shall fail with."""
+Jitter = Callable[[], float]
+"""Factor of the next call's seconds."""
+
+
+class LearnerDiedError(Exception):
+    """The worker group is gone with everything since its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Seconds that each stage takes for one round, by all actors of its pool together; push: on every actor."""
+
+    decode: float
+    score: float
+    train: float
+    push: float
+
+    @property
+    def total(self) -> float:
+        """One round after the other."""
+        return self.decode + self.score + self.train + self.push
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a run is laid out."""
+
+    staleness: int
+    rounds: int
+    prompts_per_round: int = 8
+    rollouts: int = 1
+    teachers: int = 1
+    overrides: tuple[tuple[str, Any], ...] = ()
+    """More settings of `rollout:`."""
+    attempts: int = 3
+    first_round: int = 0
+    """Where a resumed run begins."""
+    checkpoint_every: int = 1
+
+
+class SimulatedRollout:
+    """Decodes nothing, in time."""
+
+    def __init__(self, run: SimulatedRun, name: str) -> None:
+        self.run, self.name = run, name
+        self.version = -1
+        self._one_call = asyncio.Lock()
+
+    async def load_weights(self, handle: WeightHandle) -> float:
+        if self.run.config.rollout.on_new_weights == "continue":
+            return await self._load(handle)
+        async with self._one_call:
+            return await self._load(handle)
+
+    async def decode(self, requests: list[RolloutRequest], handle: WeightHandle, *_: Any) -> tuple[Any, ...]:
+        async with self._one_call:
+            await self._load(handle)
+            version = self.version
+            self.run.check_slots()
+            await self.run.take_time(self.run.stages.decode, len(requests), self.run.shape.rollouts)
+            self.run.fault(self.name)
+            self.run.decoded += [(r.index, version) for r in requests]
+            return [r.index for r in requests], DecodeStats(version, len(requests), 1, 1, 1, 1, 0.1)
+
+    async def ready(self) -> None:
+        raise RayActorError  # asked of one that died: it does not come back
+
+    async def _load(self, handle: WeightHandle) -> float:
+        if handle.version > self.version:
+            await asyncio.sleep(self.run.stages.push)
+            self.version = max(self.version, handle.version)
+        return 0.0
+
+
+class SimulatedTeacher:
+    """Scores nothing, in time."""
+
+    def __init__(self, run: SimulatedRun, name: str) -> None:
+        self.run, self.name = run, name
+        self._one_call = asyncio.Lock()
+
+    async def score(self, decoded: Any, per_reference: int) -> tuple[Any, ...]:
+        async with self._one_call:
+            indices = await decoded
+            await self.run.take_time(self.run.stages.score, len(indices), self.run.shape.teachers)
+            self.run.fault(self.name)
+            return (*in_groups(indices, per_reference), ScoreStats(1, 1, 0.1, 1, ((1, 1),) * len(indices)))
+
+    async def ready(self) -> None:
+        raise RayActorError
+
+
+class SimulatedRun:
+    """One run of the coordinator's loops; make it inside a virtual loop."""
+
+    def __init__(
+        self,
+        folder: Path,
+        shape: Shape,
+        stages: Stages,
+        fault: Fault = lambda name: None,
+        jitter: Jitter = lambda: 1.0,
+        deaths: Iterable[str] = (),
+    ) -> None:
+        """`deaths`: where the learner dies, by rounds that it begins: `taken`, `trained`, `published`, or nowhere."""
+        self.shape, self.stages, self.fault, self.jitter = shape, stages, fault, jitter
+        self.deaths = iter(deaths)
+        loop, n = asyncio.get_running_loop(), shape.prompts_per_round
+        self.queue = ReplayQueueActor(n, shape.staleness, n * shape.rounds, shape.first_round)
+        self.trained: dict[int, list[int]] = {}
+        """By round, the samples that the surviving weights have seen."""
+        self.committed = shape.first_round
+        """Rounds that a checkpoint covers."""
+        self.handed: dict[int, list[int]] = {}
+        """By round, what the learner was given first: after a restart it must be given the same."""
+        self.trained_at: list[float] = []
+        """When each round's training ended."""
+        self.decoded: list[tuple[int, int]] = []
+        """(sample, weight version) of everything that was decoded."""
+        self.config = config = config_from_dict(
+            {
+                "model": {"teacher": "t"},
+                "data": {"path": "p"},
+                "rollout": {"prompts_per_round": n, "actors": shape.rollouts, **dict(shape.overrides)},
+                "teacher": {"actors": shape.teachers},
+                "learner": {"batch_size": n},
+                "queue": {"max_staleness": shape.staleness},
+                "resources": {"sample_attempts": shape.attempts},
+            }
+        )
+        forever = 1e9
+        rollouts = {f"rollout-{i}": SimulatedRollout(self, f"rollout-{i}") for i in range(shape.rollouts)}
+        teachers = {f"teacher-{i}": SimulatedTeacher(self, f"teacher-{i}") for i in range(shape.teachers)}
+        self.rollouts = ActorPool({name: Remote(a, loop) for name, a in rollouts.items()}, forever, 0)
+        self.teachers = ActorPool({name: Remote(a, loop) for name, a in teachers.items()}, forever, 0)
+        order = PromptOrder([Prompt(str(i), np.array([1])) for i in range(n * shape.rounds)], 0, 1)
+        view = type("View", (), {"show": lambda self, record: None})()
+        self.telemetry = telemetry = RunRecords(folder, view)
+        roles = Roles(Remote(self.queue, loop), self.rollouts, self.teachers)
+        source = OnPolicySource(config, self.rollouts, Scoring(self.teachers, telemetry, 3), order)
+        self.coordinator = Loops(config, roles, source, telemetry, self._no_hook)
+
+    async def run(self) -> None:
+        """To the end of the learner."""
+        try:
+            await self.coordinator.run(self._learn)
+        finally:
+            self.telemetry.close()
+
+    async def _no_hook(self, handle: WeightHandle) -> None:
+        return
+
+    async def take_time(self, seconds: float, samples: int, actors: int) -> None:
+        """As long as one of so many actors needs for its part of a round that takes all of them `seconds`."""
+        await asyncio.sleep(seconds * samples * actors / self.shape.prompts_per_round * self.jitter())
+
+    def check_slots(self) -> None:
+        """No more samples are on the way than there are slots."""
+        core, n = self.queue._queue, self.shape.prompts_per_round
+        assert core.slots_in_use <= (self.shape.staleness + 1) * n, "more samples on the way than there are slots"
+
+    async def _learn(self) -> None:
+        """The learner: takes a round, trains, publishes, saves; where it dies it begins again at its checkpoint."""
+        while True:
+            try:
+                await self._publish(self.committed)
+                for round_ in range(self.committed, self.shape.rounds):
+                    if not await self._train(round_):
+                        await self._save(round_)
+                        return
+                return
+            except LearnerDiedError:
+                self.trained = {r: samples for r, samples in self.trained.items() if r < self.committed}
+
+    async def _train(self, round_: int) -> bool:
+        """One round; False where a stop comes before it."""
+        dies = next(self.deaths, "nowhere")
+        taken = await self.queue.take_round(round_)
+        if taken is None:
+            return False
+        assert all(0 <= staleness <= self.shape.staleness for staleness in taken[1])
+        samples = [(await sample.group)[sample.place] for sample in taken[0]]
+        assert self.handed.setdefault(round_, samples) == samples, "a round that is taken again is another one"
+        self._die(dies == "taken")
+        await asyncio.sleep(self.stages.train * self.jitter())
+        self.check_slots()
+        self.trained[round_] = samples
+        self.trained_at.append(asyncio.get_running_loop().time())
+        self._die(dies == "trained")
+        await self._publish(round_ + 1)
+        self._die(dies == "published")
+        if (round_ + 1) % self.shape.checkpoint_every == 0 or round_ + 1 == self.shape.rounds:
+            await self._save(round_ + 1)
+        return True
+
+    async def _publish(self, version: int) -> None:
+        await self.queue.publish(version, ["pack"], 8)
+
+    async def _save(self, rounds: int) -> None:
+        self.committed = rounds
+        await self.queue.committed(rounds)
+
+    @staticmethod
+    def _die(now: bool) -> None:
+        if now:
+            raise LearnerDiedError
+
+    def seconds_per_round(self) -> float:
+        """In the steady state: the mean over the second half of the run."""
+        half = len(self.trained_at) // 2
+        return (self.trained_at[-1] - self.trained_at[half - 1]) / (len(self.trained_at) - half)

@@ -1,0 +1,93 @@
+"""A node dies, in a cluster of two on this machine. `pytest tests/system/test_node_death.py`"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from opdlm.actors.queue.actor import start_queue
+from opdlm.common.samples import SampleRef
+from opdlm.common.types import HiddenTargets, ScoredTrajectory
+from opdlm.learner.queue_client import QueueClient
+from opdlm.learner.round_samples import RoundSamples
+from tests.common.test_weight_offer import Rank
+from tests.tiny import trajectory
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def two_nodes(monkeypatch) -> Iterator[Cluster]:
+    """A cluster of its own: a head of four logical CPUs, and a node of four that alone has the resource `second`."""
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 0, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    cluster.second = cluster.add_node(num_cpus=4, resources={"second": 4})
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def scored(*indices: int) -> list[ScoredTrajectory]:
+    """Samples too large to travel inside a message: they lie in the store of the node that made them."""
+    made = [dataclasses.replace(trajectory([5, 6], [7, 8], [1, 2]), index=index) for index in indices]
+    return [ScoredTrajectory(t, HiddenTargets(np.zeros((8, 65536), np.float32))) for t in made]
+
+
+def test_weights_outlive_the_node_of_the_rank_that_laid_them_out(two_nodes) -> None:
+    """Once the queue's node has its copy, which it takes by itself: nobody here reads them before the node dies."""
+    queue = start_queue(prompts_per_round=1, max_staleness=0, total=1, first_round=0)
+    rank = Rank.options(resources={"second": 1}).remote(queue)
+    ray.get(rank.start.remote())
+    handle = ray.get(queue.next_weights.remote(-1), timeout=60)
+    deadline = time.monotonic() + 60
+    while len(ray.experimental.get_object_locations(handle.pack)[handle.pack[0]]["node_ids"]) < 2:
+        assert time.monotonic() < deadline, "no second copy"
+        time.sleep(0.1)
+    two_nodes.remove_node(two_nodes.second, allow_graceful=False)
+    pack = ray.get(handle.pack[0], timeout=60)
+    assert np.array_equal(pack.buffers["float32"], np.arange(1 << 16, dtype=np.float32))
+    ray.kill(queue)
+
+
+def test_samples_that_died_with_a_node_are_made_again(two_nodes) -> None:
+    """Three of five samples lie on the node that dies, two of them behind one reference; the learner gets all five."""
+    queue = start_queue(prompts_per_round=5, max_staleness=0, total=5, first_round=0)
+    make = ray.remote(num_cpus=0, max_retries=0)(scored)  # as an actor's outputs, they are not made again by Ray
+    ray.get(queue.publish.remote(0, ["pack"], 8))
+    ray.get(queue.weights_taken.remote(0))
+    assert ray.get(queue.lease.remote(5)) == [0, 1, 2, 3, 4]
+    here, there = (make.options(resources=r) for r in ({"node:__internal_head__": 0.1}, {"second": 1}))
+    groups = [here.remote(0), there.remote(1, 2), there.remote(3), here.remote(4)]
+    ray.wait(groups, num_returns=4, fetch_local=False)
+    places = [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0)]
+    ray.get(queue.put.remote([0, 1, 2, 3, 4], 0, [SampleRef(groups[g], place, 2, 2) for g, place in places]))
+
+    two_nodes.remove_node(two_nodes.second, allow_graceful=False)
+    made_again = []
+
+    def coordinate() -> None:
+        while indices := ray.get(queue.lease.remote(1)):
+            made_again.extend(indices)
+            ray.get(queue.put.remote(indices, 0, [SampleRef(make.remote(i), 0, 2, 2) for i in indices]))
+
+    producing = threading.Thread(target=coordinate)
+    producing.start()
+    rank = QueueClient(queue, 0, timeout_seconds=120)
+    taken, _ = rank.take_round(0)
+    samples = RoundSamples(taken, 0, rank)
+    assert [s.trajectory.index for s in samples.fetch([3, 0, 1])] == [3, 0, 1]
+    assert [s.trajectory.index for s in samples.fetch([2, 4])] == [2, 4]
+    ray.get(queue.learner_ended.remote())
+    producing.join()
+    assert sorted(made_again) == [1, 2, 3]
+    assert ray.get(queue.state.remote())["samples_made_again"] == 3
+    ray.kill(queue)

@@ -1,0 +1,83 @@
+"""Whole runs with more samples in flight than Ray's object store holds. `pytest tests/system/test_object_store.py`"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from opdlm.common.config import OpdlmConfig, dump_config
+from opdlm.deploy.observe.records import read_records
+from opdlm.deploy.run.train import train
+from tests import REPOSITORY
+from tests.system.runs import losses, run_config
+from tests.tiny import save_teacher
+
+pytestmark = pytest.mark.ray
+
+VOCABULARY, STORE_MEGABYTES = 32768, 80
+
+
+@pytest.fixture(scope="module")
+def wide_teacher(tmp_path_factory) -> Path:
+    """The chain task's tokenizer before a vocabulary that makes a token's logits 128 KiB."""
+    return save_teacher(tmp_path_factory.mktemp("wide") / "teacher", spare_rows=VOCABULARY - 18)
+
+
+def wide_config(teacher: Path, run_dir: Path, **sections) -> OpdlmConfig:
+    """Samples of more than a megabyte each."""
+    base = {
+        "run": {"rounds": 4},
+        "data": {"prompts": 200},
+        "rollout": {"prompts_per_round": 32, "batch_size": 16},
+        "learner": {"workers": 1, "batch_size": 16},
+        "teacher": {"targets": "logits"},
+        "evaluation": {"final_problems": 0},
+    }
+    merged = {name: base.get(name, {}) | sections.get(name, {}) for name in base | sections}
+    return run_config(teacher, run_dir, **merged)
+
+
+@contextmanager
+def small_store() -> Iterator[dict[str, str]]:
+    """The environment of a driver for a cluster of its own, whose object store is small."""
+    from ray.cluster_utils import Cluster
+
+    arguments = {"num_cpus": 8, "num_gpus": 0, "include_dashboard": False, "object_store_memory": STORE_MEGABYTES << 20}
+    cluster = Cluster(head_node_args=arguments, initialize_head=True)
+    try:
+        yield os.environ | {"RAY_ADDRESS": cluster.address}
+    finally:
+        cluster.shutdown()
+
+
+def run_there(config: OpdlmConfig, environment: dict[str, str]) -> str:
+    """`opdlm train` in a process of its own, to its end; its output."""
+    file = Path(config.run.dir).with_suffix(".yaml")
+    file.write_text(dump_config(config))
+    command = [sys.executable, "-m", "opdlm", "train", str(file)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_more_samples_than_the_store_holds(ray_cluster, wide_teacher, tmp_path) -> None:
+    """The queue keeps all four rounds, as no checkpoint comes before the end; Ray moves them to disk and back."""
+    checkpoint = {"every_rounds": 10}
+    roomy, tight = (wide_config(wide_teacher, tmp_path / name, checkpoint=checkpoint) for name in ("roomy", "tight"))
+    assert train(roomy, resume=False, console=Console(quiet=True)) == 0
+    with small_store() as environment:
+        run_there(tight, environment)
+    rounds = [r for r in read_records(tmp_path / "tight") if r["kind"] == "round"]
+    kept = sum(r["target_bytes_per_token"] * r["round_tokens"] for r in rounds)
+    assert kept > 1.5 * (STORE_MEGABYTES << 20)
+    assert (rounds[-1]["refused_duplicate"], rounds[-1]["refused_stale"]) == (0, 0)
+    steps = [r for r in read_records(tmp_path / "tight") if r["kind"] == "step"]
+    assert sum(r["rows"] + r["rows_without_loss"] for r in steps) == 4 * 32
+    assert losses(tmp_path / "tight") == losses(tmp_path / "roomy")

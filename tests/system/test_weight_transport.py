@@ -1,0 +1,33 @@
+"""Weights that rollout actors read from the learner (`rollout.weight_transport: nixl`), through real Ray and UCX.
+
+Here from CPU to CPU; on GPUs the same code reads from GPU to GPU. `pytest tests/system/test_weight_transport.py`
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.system.runs import losses, run_config, wait_for_rounds
+from tests.system.test_deaths import assert_sound, records_of, running, wait_until_still
+
+pytestmark = pytest.mark.ray
+pytest.importorskip("nixl", reason="needs the extra opdlm-ray[nixl]")
+
+
+def test_the_run_is_the_same_also_when_their_holder_dies(chain_teacher, whole, victims, tmp_path) -> None:
+    """A rollout actor that comes back finds no weights: it waits until the restarted learner has come to them."""
+    run_dir = tmp_path / "run"
+    config = run_config(chain_teacher, run_dir, rollout={"weight_transport": "nixl"}, checkpoint={"every_rounds": 2})
+    with running(config) as process:
+        wait_for_rounds(run_dir, 3, process)
+        rollout = victims.find("rollout")
+        rollout.suspend()
+        wait_until_still(run_dir)  # in the middle of decoding
+        victims.kill("learner")
+        rollout.kill()
+        assert process.wait(timeout=400) == 0
+    kinds = assert_sound(run_dir)
+    assert kinds["learner_restart"] == 1
+    assert [r["role"] for r in records_of(run_dir, "actor_death")] == ["rollout"]
+    assert any("WeightsLost" in r["error"] for r in records_of(run_dir, "failure"))
+    assert losses(run_dir) == losses(whole)
