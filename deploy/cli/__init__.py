@@ -1,6 +1,6 @@
-"""`opdlm`: the command line. Each command's work is in a module of its own; heavy imports wait until it is called."""
+"""`opdlm`: the command line. Each command imports the module that does its work only when it is called."""
 
-from opdlm.deploy.cli import checkpoints, evaluation, planning, runs, training  # their commands register with the app
+from opdlm.deploy.cli import checkpoints, evaluation, planning, runs, training  # registers their commands
 from opdlm.deploy.cli.app import app
 
 __all__ = ["app", "checkpoints", "evaluation", "planning", "runs", "training"]

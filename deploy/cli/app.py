@@ -1,14 +1,17 @@
-"""What all commands share: the app, the terminal, and how a user's mistake ends."""
+"""What all commands share: the app, the terminal, groups of options, and how a user's mistake ends."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import functools
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -27,11 +30,6 @@ CheckpointFolder = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoi
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file; see deploy/*.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting; repeatable.")
-]
-
-Chat = Annotated[bool, typer.Option("--chat", help="Put prompts through the tokenizer's chat template.")]
-Thinking = Annotated[
-    bool | None, typer.Option("--thinking/--no-thinking", help="The template's enable_thinking. Default: its own.")
 ]
 
 
@@ -53,3 +51,37 @@ def clear_errors() -> Iterator[None]:
             raise
         print(f"opdlm: {error.filename or 'a file'} cannot be written: {error.strerror}; make room", file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Lets several commands share options: a parameter whose type is a dataclass stands for one option per field.
+
+    The fields carry `typer.Option` in their annotations, and defaults. The command gets the dataclass.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name not in groups:
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[parameter.name]))
+            continue
+        group = groups[parameter.name]
+        of_fields = get_type_hints(group, include_extras=True)
+        parameters += [
+            parameter.replace(
+                name=field.name, kind=parameter.KEYWORD_ONLY, default=field.default, annotation=of_fields[field.name]
+            )
+            for field in dataclasses.fields(group)
+        ]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        built = {
+            name: group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **built)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 import typer
 
 from opdlm.common.config.schema import Strategy
-from opdlm.deploy.cli.app import Chat, CheckpointFolder, Thinking, app, clear_errors, out
+from opdlm.common.export.names import LayoutName
+from opdlm.deploy.cli.app import CheckpointFolder, app, clear_errors, out
+from opdlm.deploy.evaluate.options import Chat, Thinking
 
 
 @app.command()
@@ -26,9 +28,9 @@ def convert(
         opdlm convert models/chain-teacher models/chain-student --block-size 4
     """
     with clear_errors():
-        from opdlm.common.model.convert import convert as run_convert
+        from opdlm.common.model.convert import convert_checkpoint
 
-        mask_id = run_convert(source, destination, block_size, block_grid)
+        mask_id = convert_checkpoint(source, destination, block_size, block_grid)
         out.print(
             f"{destination}: mask token id {mask_id}, block size {block_size}, {block_grid} grid", highlight=False
         )
@@ -39,7 +41,7 @@ def export(
     checkpoint: CheckpointFolder,
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder.")],
     layout: Annotated[
-        Literal["a2d-qwen3", "a2d-qwen2", "a2d-llama", "sdar", "qwen3", "qwen2", "llama"],
+        LayoutName,
         typer.Option(
             help="`a2d-*`: the public OPDLM checkpoints', for AutoModelForMaskedLM. `sdar`: what SGLang and LMDeploy "
             "serve. The others: the plain network."
@@ -58,9 +60,9 @@ def export(
         opdlm export runs/mine/student exported/sdar --layout sdar --base-model Qwen/Qwen3-0.6B
     """
     with clear_errors():
-        from opdlm.common.export import export as run_export
+        from opdlm.common.export import export as write_export
 
-        for warning in run_export(checkpoint, destination, layout, base_model):
+        for warning in write_export(checkpoint, destination, layout, base_model):
             print(f"opdlm: warning: {warning}", file=sys.stderr)
         out.print(f"{destination}: {layout} layout", highlight=False)
 
@@ -94,19 +96,21 @@ def generate(
         opdlm generate runs/math-thinking/student --prompt 'What is 6 times 7?' --chat --thinking --max-new-tokens 2000
     """
     with clear_errors():
-        from opdlm.deploy.tools.generate import GenerateOptions, run_generate
+        from opdlm.deploy.tools.generate import run_generate
 
-        options = GenerateOptions(
-            max_new_tokens,
-            strategy,
-            threshold,
+        run_generate(
+            checkpoint,
+            prompt,
             block_size,
-            temperature,
-            top_k,
-            top_p,
-            seed,
             trace,
-            chat,
-            thinking,
+            out,
+            max_new_tokens=max_new_tokens,
+            strategy=strategy,
+            threshold=threshold,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            chat=chat,
+            thinking=thinking,
+            seed=seed,
         )
-        run_generate(checkpoint, prompt, options, out)

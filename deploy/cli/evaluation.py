@@ -3,57 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from opdlm.deploy.cli.app import Chat, CheckpointFolder, Thinking, app, clear_errors, out
-
-TaskName = Annotated[str | None, typer.Option(help="Built-in task, as chain.")]
-DataFile = Annotated[Path | None, typer.Option("--data", help="JSONL file of prompts with reference answers.")]
-PromptField = Annotated[str, typer.Option(help="Key of the prompt in a line of --data.")]
-AnswerField = Annotated[str, typer.Option(help="Key of the reference answer.")]
-AnswerKind = Annotated[
-    Literal["exact", "math"],
-    typer.Option("--answer", help="`exact` text, or `math`: the value of the last \\boxed{} or number (math-verify)."),
-]
-Problems = Annotated[int | None, typer.Option(min=1, help="Problems; default 1,000 of a task, all rows of --data.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Problems decoded side by side, in each actor.")]
-Actors = Annotated[int, typer.Option(min=0, help="Decode on so many Ray actors; 0: in this process.")]
-GpusPerActor = Annotated[float, typer.Option(min=0, help="GPUs of each actor.")]
+from opdlm.deploy.cli.app import CheckpointFolder, app, clear_errors, out, with_option_groups
+from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions
 
 
 @app.command("eval")
+@with_option_groups
 def evaluate(
     checkpoint: CheckpointFolder,
-    task: TaskName = None,
-    data: DataFile = None,
-    prompt_field: PromptField = "prompt",
-    answer_field: AnswerField = "answer",
-    answer: AnswerKind = "exact",
+    questions: QuestionOptions,
+    decoding: DecodingOptions,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="Strategies to try; repeatable. Default: static and dynamic; with --lm-eval dynamic."),
+    ] = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of low_confidence_dynamic.")] = 0.9,
+    block_size: Annotated[int | None, typer.Option(min=1, help="Default: what the checkpoint says, else 4.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results (lm-eval: and samples).")] = None,
     lm_eval: Annotated[
         str | None, typer.Option(metavar="TASKS", help="Tasks of lm-eval, with commas between; they must generate.")
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder of your own lm-eval task YAMLs.")] = None,
-    limit: Annotated[float | None, typer.Option(min=0, help="Documents of each lm-eval task; below 1 a share.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="lm-eval: documents of each task; below 1 a share of them.")
+    ] = None,
     fewshot: Annotated[
-        int | None, typer.Option(min=0, help="lm-eval: examples in the prompt. Default: task's.")
+        int | None, typer.Option(min=0, help="lm-eval: examples in the prompt. Default: the task's.")
     ] = None,
-    problems: Problems = None,
-    chat: Chat = False,
-    thinking: Thinking = None,
-    strategy: Annotated[
-        list[str] | None,
-        typer.Option(help="Strategies to try; repeatable. Default: static and dynamic; lm-eval: dynamic."),
-    ] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of low_confidence_dynamic.")] = 0.9,
-    block_size: Annotated[int | None, typer.Option(min=1, help="Default: what the checkpoint says, else 4.")] = None,
-    max_new_tokens: MaxNewTokens = 64,
-    batch_size: BatchSize = 128,
-    actors: Actors = 0,
-    gpus_per_actor: GpusPerActor = 0.0,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the results (lm-eval: and samples).")] = None,
 ) -> None:
     """Share of right answers, tokens per denoising step and tokens per second; AR and student alike.
 
@@ -68,48 +48,30 @@ def evaluate(
         opdlm eval runs/math/student --lm-eval gsm8k --chat --actors 8 --gpus-per-actor 1 --output gsm8k.json
     """
     with clear_errors():
-        from opdlm.deploy.evaluate.commands import EvalOptions, refuse_misplaced, run_eval, strategies
+        from opdlm.deploy.evaluate.commands import EvalOptions, known_strategies, refuse_misplaced, run_eval
 
         default = ["low_confidence_dynamic"] if lm_eval else ["low_confidence_static", "low_confidence_dynamic"]
-        options = EvalOptions(
-            strategies(strategy or default),
-            threshold,
-            block_size,
-            max_new_tokens,
-            batch_size,
-            actors,
-            gpus_per_actor,
-            output,
-        )
+        options = EvalOptions(known_strategies(strategy or default), threshold, block_size, output)
         if lm_eval:
-            refuse_misplaced("--lm-eval", {"--task": task, "--data": data, "--problems": problems})
+            given = {"--task": questions.task, "--data": questions.data, "--problems": questions.problems}
+            refuse_misplaced("--lm-eval", given)
             from opdlm.deploy.evaluate.lm_eval import HarnessOptions, run_harness
 
-            run_harness(
-                checkpoint,
-                HarnessOptions(lm_eval.split(","), include_path, limit, fewshot, chat, thinking),
-                options,
-                out,
+            harness = HarnessOptions(
+                lm_eval.split(","), include_path, limit, fewshot, questions.chat, questions.thinking
             )
+            run_harness(checkpoint, harness, options, decoding, out)
             return
         refuse_misplaced("--task and --data", {"--include-path": include_path, "--limit": limit, "--fewshot": fewshot})
-        from opdlm.deploy.evaluate.questions import QuestionSource
-
-        source = QuestionSource(task, data, prompt_field, answer_field, answer, problems, chat, thinking)
-        run_eval(checkpoint, source, options, out)
+        run_eval(checkpoint, questions, options, decoding, out)
 
 
 @app.command()
+@with_option_groups
 def sweep(
     checkpoint: CheckpointFolder,
-    task: TaskName = None,
-    data: DataFile = None,
-    prompt_field: PromptField = "prompt",
-    answer_field: AnswerField = "answer",
-    answer: AnswerKind = "exact",
-    problems: Problems = None,
-    chat: Chat = False,
-    thinking: Thinking = None,
+    questions: QuestionOptions,
+    decoding: DecodingOptions,
     threshold: Annotated[str, typer.Option(help="Thresholds of low_confidence_dynamic, with commas between.")] = (
         "0.5,0.7,0.9,0.95"
     ),
@@ -118,12 +80,8 @@ def sweep(
     ] = None,
     strategy: Annotated[
         list[str] | None,
-        typer.Option(help="Strategies; repeatable. Default: dynamic. One without a threshold is a point a block size."),
+        typer.Option(help="Strategies; repeatable. Default: dynamic. One without a threshold gives a point per block."),
     ] = None,
-    max_new_tokens: MaxNewTokens = 64,
-    batch_size: BatchSize = 128,
-    actors: Actors = 0,
-    gpus_per_actor: GpusPerActor = 0.0,
     picture: Annotated[
         Path | None, typer.Option("--out", help="PNG; the JSON goes beside it. Default: sweep.png beside the folder.")
     ] = None,
@@ -137,23 +95,13 @@ def sweep(
         opdlm sweep runs/demo/student --task chain --threshold 0.5,0.9 --block-size 4,8 --out figure3.png
     """
     with clear_errors():
-        from opdlm.deploy.evaluate.commands import EvalOptions, strategies
-        from opdlm.deploy.evaluate.questions import QuestionSource
+        from opdlm.deploy.evaluate.commands import known_strategies
         from opdlm.deploy.evaluate.sweep import numbers, run_sweep
 
-        options = EvalOptions(
-            strategies(strategy or ["low_confidence_dynamic"]),
-            0.9,
-            None,
-            max_new_tokens,
-            batch_size,
-            actors,
-            gpus_per_actor,
-        )
+        strategies = known_strategies(strategy or ["low_confidence_dynamic"])
         thresholds = numbers(threshold, float, "--threshold", 0, 1)
         blocks = numbers(block_size, int, "--block-size", 1, 4096) if block_size else None
-        source = QuestionSource(task, data, prompt_field, answer_field, answer, problems, chat, thinking)
-        run_sweep(checkpoint, source, thresholds, blocks, options, picture, out)
+        run_sweep(checkpoint, questions, strategies, thresholds, blocks, decoding, picture, out)
 
 
 @app.command(

@@ -14,15 +14,11 @@ from opdlm.deploy.cli.app import Overrides, RunFile, app, clear_errors, out
 def plan(
     run: RunFile,
     override: Overrides = None,
-    rates: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN_DIR", help="A run whose measured rates tell how the roles will be balanced."),
-    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the same figures as JSON.")
     ] = None,
 ) -> None:
-    """Print who gets which CPUs and GPUs, the memory of each role with its arithmetic, and the balance of roles.
+    """Print what a run will do, who gets which CPUs and GPUs, and the memory of each role with its arithmetic.
 
     Starts nothing and loads no weights: parameters are counted in the headers of the weight files.
 
@@ -30,10 +26,10 @@ def plan(
 
         opdlm plan deploy/demo.yaml
 
-        opdlm plan deploy/demo.yaml --rates runs/demo --set rollout.actors=4 --json plan.json
+        opdlm plan deploy/qwen3-8b.yaml --set rollout.actors=4 --json plan.json
     """
     with clear_errors():
         from opdlm.common.config import load_config
         from opdlm.deploy.run.plan import show_plan
 
-        show_plan(load_config(run, override or []), rates, json_file, out)
+        show_plan(load_config(run, override or []), out, json_file)

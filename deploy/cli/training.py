@@ -52,13 +52,13 @@ def train(
         flags += [f"run.replay={json.dumps(str(replay))}"] if replay else []
         config = load_config(run, [*(override or []), *flags])
         if dry_run:
-            from opdlm.deploy.run.dry_run import show_plan
+            from opdlm.deploy.run.plan import show_plan
 
             show_plan(config, out)
             return
-        from opdlm.deploy.run.train import train as run_job
+        from opdlm.deploy.run.train import train as run_training
 
-        code = run_job(config, resume, out)
+        code = run_training(config, resume, out)
     raise typer.Exit(code)
 
 
@@ -123,8 +123,7 @@ def pretrain(
         opdlm pretrain models/poet --text poems.txt --context 256 --steps 3000
     """
     with clear_errors():
-        from opdlm.deploy.tools.pretrain import run_pretrain
-        from opdlm.deploy.tools.pretraining import PretrainSettings
+        from opdlm.deploy.tools.pretrain import PretrainSettings, run_pretrain
 
         settings = PretrainSettings(hidden_size, layers, heads, context, steps, batch_size, lr, seed)
         run_pretrain(destination, task, text, settings, out)

@@ -1,6 +1,6 @@
-"""A checkpoint folder on a pool of Ray actors: the rollout actors of a run for a student, its teacher actors for AR.
+"""A checkpoint folder on a pool of Ray actors: rollout actors for a student, teacher actors for an AR checkpoint.
 
-The calls are those that a run makes, so evaluation scales by the same pool; only the weights are the folder's own.
+The actors and their calls are those of a run, so evaluation scales in the same way. Their weights come from the folder.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from opdlm.common.batches import in_groups
 from opdlm.common.config.schema import ResourcesConfig, TeacherConfig
 from opdlm.common.model.config import read_config
 from opdlm.common.types import RolloutRequest
+from opdlm.deploy.cluster.connection import join_or_start
 from opdlm.deploy.cluster.placement import check_demands
-from opdlm.deploy.cluster.roles import join_or_start
 from opdlm.deploy.evaluate.decoders import Answers, Decoder, cut_to_limits
 
 _PARTS_PER_ACTOR = 4
-"""Calls that an actor gets of a large set of prompts: few, so that slots are refilled; not one, so that none idles."""
+"""Calls per actor for a large set of prompts: few, so that slots are refilled; several, so that no actor idles."""
 
 
 class ActorDecoder(Decoder):
-    """Answers with `actors` actors named `eval-0`, ...; use as a context manager, which ends them.
+    """Answers with actors named `eval-0`, `eval-1`, ...; use it as a context manager, which ends them.
 
     Joins the cluster of RAY_ADDRESS, else starts a local Ray with the CPUs that it needs.
     """
@@ -66,7 +66,7 @@ class ActorDecoder(Decoder):
         self._runner = asyncio.Runner()  # one event loop for all calls: the pool belongs to it
 
     def __enter__(self) -> ActorDecoder:
-        """Waits until every actor has loaded the folder, so that `seconds` of answers are of decoding alone."""
+        """Waits until every actor has loaded the folder, so that `Answers.seconds` measures decoding only."""
         arguments: tuple[Any, ...] = ("decode", [], None, self.base, 1) if self.is_student else ("ready",)
         self._runner.run(self._pool.broadcast(*arguments))
         return self
@@ -76,7 +76,7 @@ class ActorDecoder(Decoder):
         self._runner.close()
 
     def answer(self, requests: Sequence[RolloutRequest], settings: DecodeSettings, batch_size: int) -> Answers:
-        """See `Decoder`. `seconds` are those of the whole pool."""
+        """See `Decoder`. `Answers.seconds` is the wall time of the whole pool."""
         started = time.perf_counter()
         parts = split(list(requests), self.parallel, batch_size)
         call = self._decode if self.is_student else self._generate
@@ -101,7 +101,7 @@ class ActorDecoder(Decoder):
 
 
 def split(requests: list[RolloutRequest], actors: int, batch_size: int) -> list[list[RolloutRequest]]:
-    """Cuts requests into calls: some per actor, each at least a batch, and none so large that an actor stays idle."""
+    """Cuts requests into calls: several per actor, at least a batch each, none so large that an actor idles."""
     share = -(-len(requests) // actors)
     size = min(share, max(batch_size, -(-share // _PARTS_PER_ACTOR)))
     return in_groups(requests, size)
@@ -116,6 +116,6 @@ def _names(actors: int) -> list[str]:
 
 
 def _stored_dtype(folder: Path) -> Any:
-    """The number format of the folder's weights; float32, which holds every float16, where roles have none like it."""
+    """The number format of the folder's weights; float32, which holds every float16 value, for other formats."""
     stored = str(read_config(folder).dtype).removeprefix("torch.")
     return stored if stored in ("float32", "bfloat16") else "float32"

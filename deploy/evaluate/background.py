@@ -1,9 +1,9 @@
 """Periodic evaluations beside the run: spare actors evaluate a weight version while decoding and training go on.
 
-One at a time, in the order of the versions, and every one is done: a version that comes meanwhile waits. At most
-`MOST_WAITING` wait, because each keeps a whole weight pack alive in the object store; the next push then waits for a
-place (back-pressure), so a run whose evaluations are slower than its rounds goes at their pace instead of filling the
-store.
+Evaluations run one at a time, in the order of the versions, and none is left out: a version that arrives during an
+evaluation waits. At most `MOST_WAITING` versions wait, because each keeps a whole weight pack alive in the object
+store. The next push then waits for a place, so a run whose evaluations are slower than its rounds goes at their pace
+and does not fill the store.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from opdlm.common.errors import WeightsLost
 from opdlm.common.types import WeightHandle
 
 MOST_WAITING = 2
-"""Versions that wait for the one in work."""
+"""Versions that may wait while one is evaluated."""
 
 
 class BackgroundEvaluations:
-    """A line of evaluations. `evaluate` does one; the handle that it is given keeps the version's weights alive.
+    """A queue of evaluations.
 
-    `lost` is told of a version whose weights died before they were evaluated: the curve then has a gap there.
+    Args:
+        evaluate: evaluates one version. The handle that it gets keeps the version's weights alive.
+        lost: called for a version whose weights died before they were evaluated. The curve has a gap there.
     """
 
     def __init__(
@@ -35,17 +37,22 @@ class BackgroundEvaluations:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def submit(self, handle: WeightHandle) -> None:
-        """Puts a version in line; waits only where the line is full. Raises what an earlier evaluation raised."""
-        await self._places.acquire()
+        """Adds a version; waits only where the queue is full. Raises what an earlier evaluation raised."""
         self._raise_failure()
+        await self._places.acquire()
+        try:
+            self._raise_failure()
+        except Exception:
+            self._places.release()
+            raise
         self._tasks.append(asyncio.create_task(self._run(handle)))
 
     async def finish(self) -> None:
-        """Waits for all of them. Raises what one of them raised."""
+        """Waits for all evaluations. Raises what one of them raised."""
         await asyncio.gather(*self._tasks)
 
     def drop(self) -> None:
-        """Ends all of them: the weights that they need are gone."""
+        """Cancels all evaluations: the weights that they need are gone."""
         for task in self._tasks:
             task.cancel()
         self._tasks = []
@@ -53,7 +60,7 @@ class BackgroundEvaluations:
     async def _run(self, handle: WeightHandle) -> None:
         try:
             async with self._one_at_a_time:
-                self._raise_failure()  # one that failed ends the run: those behind it are not begun
+                self._raise_failure()  # a failed evaluation ends the run, so later ones do not start
                 await self._evaluate(handle)
         except WeightsLost as error:
             self._lost(handle, error)

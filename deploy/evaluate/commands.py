@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,27 +16,25 @@ from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import write_json
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder, Decoder
-from opdlm.deploy.evaluate.questions import QuestionSource
+from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions
+from opdlm.deploy.evaluate.questions import Questions, open_questions
 
 AUTOREGRESSIVE = "autoregressive, greedy"
 
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    """As on the command line."""
+    """The ways of decoding that `opdlm eval` compares, and where its results go."""
 
     strategies: tuple[Strategy, ...]
     threshold: float
     block_size: int | None
-    max_new_tokens: int
-    batch_size: int
-    actors: int = 0
-    gpus_per_actor: float = 0.0
+    """None: what the checkpoint says, else 4."""
     output: Path | None = None
 
 
-def strategies(names: Sequence[str]) -> tuple[Strategy, ...]:
-    """Checks names from the command line."""
+def known_strategies(names: Sequence[str]) -> tuple[Strategy, ...]:
+    """Names from the command line as strategies, in the schema's order; raises `OpdlmError` for an unknown one."""
     known = get_args(Strategy)
     for name in names:
         if name not in known:
@@ -44,57 +42,81 @@ def strategies(names: Sequence[str]) -> tuple[Strategy, ...]:
     return tuple(name for name in known if name in names)
 
 
-def refuse_misplaced(mode: str, options: dict[str, object]) -> None:
-    """Raises `OpdlmError` for an option that was given but has no meaning with what is evaluated."""
+def refuse_misplaced(mode: str, options: Mapping[str, object]) -> None:
+    """Raises `OpdlmError` for an option that was given but means nothing with what is evaluated."""
     for name, value in options.items():
         if value is not None:
             raise OpdlmError(f"{name}: found {value}; it does not go with {mode}")
 
 
-def open_decoder(folder: Path, options: EvalOptions) -> AbstractContextManager[Decoder]:
+def open_decoder(
+    folder: Path, decoding: DecodingOptions, block_size: int | None = None
+) -> AbstractContextManager[Decoder]:
     """The checkpoint in this process, or over Ray actors."""
-    if options.actors == 0:
-        return contextlib.nullcontext(CheckpointDecoder(folder, options.block_size))
+    if decoding.actors == 0:
+        return contextlib.nullcontext(CheckpointDecoder(folder, block_size))
     from opdlm.deploy.evaluate.actor_decoder import ActorDecoder
 
-    return ActorDecoder(folder, options.actors, options.gpus_per_actor, block_size=options.block_size)
+    return ActorDecoder(folder, decoding.actors, decoding.gpus_per_actor, block_size=block_size)
 
 
-def run_eval(folder: Path, source: QuestionSource, options: EvalOptions, console: Console) -> None:
+def run_eval(
+    folder: Path, asked: QuestionOptions, options: EvalOptions, decoding: DecodingOptions, console: Console
+) -> None:
     """Evaluates and prints the table; writes its rows to `options.output`, where given."""
     check_output(options.output)
-    with open_decoder(folder, options) as decoder:
-        questions = source.open(decoder)
-        requests = questions.requests(options.max_new_tokens)
-        decoder.check_room(requests)
-        table = Table(title=f"{folder}: {questions.title}")
-        table.add_column("decoding")
-        columns = [questions.figure, "tokens per denoising step", "tokens per second"]
-        for name in columns + (["no answer found"] if source.answer == "math" else []):
-            table.add_column(name, justify="right")
-        rows: list[dict[str, Any]] = []
+    with open_decoder(folder, decoding, options.block_size) as decoder:
+        questions = open_questions(asked, decoder)
         with console.status("decoding ...") as status:
-            for strategy in options.strategies if decoder.is_student else options.strategies[:1]:
-                name = strategy if decoder.is_student else AUTOREGRESSIVE
-                status.update(f"decoding: {name} ...")
-                settings = replace(decoder.base.greedy(strategy), threshold=options.threshold)
-                answers = decoder.answer(requests, settings, options.batch_size)
-                marks = questions.mark(answers.responses)
-                rows.append(
-                    {
-                        "decoding": name,
-                        "right": marks.right,
-                        "unanswered": marks.unanswered,
-                        "tokens_per_step": answers.tokens_per_step,
-                        "tokens_per_second": answers.tokens / answers.seconds,
-                    }
-                )
-                figures = [f"{marks.right:.1%}", f"{answers.tokens_per_step:.2f}"]
-                figures += [f"{answers.tokens / answers.seconds:,.0f}"]
-                table.add_row(name, *figures, *([str(marks.unanswered)] if source.answer == "math" else []))
+            rows = evaluate(decoder, questions, options, decoding, lambda way: status.update(f"decoding: {way} ..."))
+    table = Table(title=f"{folder}: {questions.title}")
+    table.add_column("decoding")
+    columns = [questions.figure, "tokens per denoising step", "tokens per second"]
+    for name in columns + (["no answer found"] if asked.answer == "math" else []):
+        table.add_column(name, justify="right")
+    for row in rows:
+        figures = [f"{row['right']:.1%}", f"{row['tokens_per_step']:.2f}", f"{row['tokens_per_second']:,.0f}"]
+        unanswered = [str(row["unanswered"])] if asked.answer == "math" else []
+        table.add_row(row["decoding"], *figures, *unanswered)
     console.print(table)
     if options.output:
         write_results(options.output, {"checkpoint": str(folder), "questions": questions.title, "rows": rows}, console)
+
+
+def evaluate(
+    decoder: Decoder,
+    questions: Questions,
+    options: EvalOptions,
+    decoding: DecodingOptions,
+    progress: Callable[[str], None] = lambda way: None,
+) -> list[dict[str, Any]]:
+    """Answers the questions with each strategy (an AR checkpoint: once, greedily) and marks the answers.
+
+    Returns: a row per way of decoding: `decoding`, `right` (share), `unanswered`, `tokens_per_step`,
+        `tokens_per_second`.
+
+    Raises:
+        OpdlmError: a prompt is empty or too long for the context.
+    """
+    requests = questions.requests(decoding.max_new_tokens)
+    decoder.check_room(requests)
+    rows: list[dict[str, Any]] = []
+    for strategy in options.strategies if decoder.is_student else options.strategies[:1]:
+        way = strategy if decoder.is_student else AUTOREGRESSIVE
+        progress(way)
+        settings = replace(decoder.base.greedy(strategy), threshold=options.threshold)
+        answers = decoder.answer(requests, settings, decoding.batch_size)
+        marks = questions.mark(answers.responses)
+        rows.append(
+            {
+                "decoding": way,
+                "right": marks.right,
+                "unanswered": marks.unanswered,
+                "tokens_per_step": answers.tokens_per_step,
+                "tokens_per_second": answers.tokens / answers.seconds,
+            }
+        )
+    return rows
 
 
 def check_output(file: Path | None) -> None:

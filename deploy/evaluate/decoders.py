@@ -1,6 +1,7 @@
-"""A checkpoint folder as something that answers prompts: block decoding or AR, by what it is.
+"""Checkpoint folders that answer prompts: a student by block decoding, any other checkpoint token by token.
 
-Here in this process; `deploy/evaluate/actor_decoder.py` does the same over actors. Evaluation, sweeps and lm-eval take either.
+`CheckpointDecoder` answers in this process, `ActorDecoder` (actor_decoder.py) over Ray actors. Evaluation, sweeps and
+lm-eval take either.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ import torch
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.observation import StepObservation
 from opdlm.actors.rollout.settings import DecodeSettings
-from opdlm.actors.teacher.generate import generate
+from opdlm.actors.teacher.generation import generate
 from opdlm.common.errors import OpdlmError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.facts import read_facts, require_mask
 from opdlm.common.model.load import load_model
 from opdlm.common.model.tokenizer import load_tokenizer
-from opdlm.common.types import RolloutRequest
+from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Responses and what they cost."""
+    """Responses, and the steps and time that they took."""
 
     responses: list[np.ndarray]  # [R] int32 each
     denoising_steps: int
-    """Summed over sequences; of an autoregressive model its tokens."""
+    """Denoising steps summed over sequences; an autoregressive model takes one per token."""
     seconds: float
 
     @property
@@ -47,13 +48,14 @@ class Answers:
 
 
 class Decoder(ABC):
-    """One checkpoint. A folder without a mask token is autoregressive.
+    """One checkpoint folder. A folder without a mask token is autoregressive.
 
-    `block_size` None takes the checkpoint's own, else 4.
+    Args:
+        block_size: None takes the checkpoint's own, else 4.
     """
 
     parallel = 1
-    """Calls of the decoder that run side by side."""
+    """Number of actors that decode side by side."""
 
     def __init__(self, folder: Path, block_size: int | None = None) -> None:
         self.folder = folder
@@ -73,13 +75,13 @@ class Decoder(ABC):
         return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
     def check_room(self, requests: Sequence[RolloutRequest], block_size: int | None = None) -> None:
-        """Raises `OpdlmError` naming the first prompt that is empty or does not fit the context with its response."""
+        """Raises `OpdlmError` for the first prompt that is empty, or too long for the context with its response."""
         grid = BlockGrid(block_size or self.base.block_size, self.base.block_grid)
         for request in requests:
             length, limit = request.prompt_ids.size, request.max_new_tokens
             if length == 0:
                 raise OpdlmError(f"{request.prompt_id}: the prompt is empty; a response needs a token before it")
-            end = grid.last_position(length, limit) if self.is_student else length + limit
+            end = grid.end_position(length, limit) if self.is_student else length + limit
             if end > self.facts.context:
                 raise OpdlmError(
                     f"{request.prompt_id}: {length} prompt tokens and at most {limit} new ones take {end} positions, "
@@ -88,11 +90,11 @@ class Decoder(ABC):
 
     @abstractmethod
     def answer(self, requests: Sequence[RolloutRequest], settings: DecodeSettings, batch_size: int) -> Answers:
-        """Responses in the order of the requests. An AR checkpoint takes only the temperature from the settings."""
+        """Responses in the order of the requests. An AR checkpoint uses only the temperature of the settings."""
 
 
 class CheckpointDecoder(Decoder):
-    """Loads a folder once, into this process; decodes in any number of ways."""
+    """Loads a folder once, into this process."""
 
     def __init__(self, folder: Path, block_size: int | None = None, device: str | None = None) -> None:
         super().__init__(folder, block_size)
@@ -102,12 +104,11 @@ class CheckpointDecoder(Decoder):
     def answer(self, requests: Sequence[RolloutRequest], settings: DecodeSettings, batch_size: int) -> Answers:
         """See `Decoder`."""
         if self.is_student:
-            return self.decode(requests, settings, batch_size)
-        limit = max(request.max_new_tokens for request in requests)
-        prompts = [request.prompt_ids for request in requests]
-        answers = self.generate(prompts, limit, batch_size, settings.temperature, requests[0].seed)
-        responses = cut_to_limits(answers.responses, requests)
-        return Answers(responses, sum(len(response) for response in responses), answers.seconds)
+            trajectories, stats = self.decode(requests, settings, batch_size)
+            return Answers([t.response for t in trajectories], stats.denoising_steps, stats.seconds)
+        started = time.perf_counter()
+        responses = self.continue_prompts(requests, settings.temperature, batch_size)
+        return Answers(responses, sum(len(ids) for ids in responses), time.perf_counter() - started)
 
     def decode(
         self,
@@ -115,28 +116,22 @@ class CheckpointDecoder(Decoder):
         settings: DecodeSettings,
         batch_size: int,
         observer: Callable[[StepObservation], None] | None = None,
-    ) -> Answers:
-        """Block decoding."""
+    ) -> tuple[list[Trajectory], DecodeStats]:
+        """Block decoding with a student; `observer` sees every denoising step."""
         decoder = BlockDecoder(self.model, settings, require_mask(self.facts), self.facts.eos_ids, batch_size)
-        trajectories, stats = decoder.decode(requests, observer=observer)
-        return Answers([t.response for t in trajectories], stats.denoising_steps, stats.seconds)
+        return decoder.decode(requests, observer=observer)
 
-    def generate(
-        self,
-        prompts: Sequence[np.ndarray],
-        max_new_tokens: int,
-        batch_size: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> Answers:
-        """Autoregressive decoding; greedy at temperature 0."""
-        started = time.perf_counter()
-        responses = generate(
-            self.model, prompts, max_new_tokens, self.facts.eos_ids, batch_size, temperature, seed=seed
-        )
-        return Answers(responses, sum(len(r) for r in responses), time.perf_counter() - started)
+    def continue_prompts(
+        self, requests: Sequence[RolloutRequest], temperature: float, batch_size: int
+    ) -> list[np.ndarray]:
+        """Autoregressive responses, `[R] int32` each; greedy at temperature 0, else with the first request's seed."""
+        limit = max(request.max_new_tokens for request in requests)
+        prompts = [request.prompt_ids for request in requests]
+        seed = requests[0].seed
+        responses = generate(self.model, prompts, limit, self.facts.eos_ids, batch_size, temperature, seed=seed)
+        return cut_to_limits(responses, requests)
 
 
 def cut_to_limits(responses: Sequence[np.ndarray], requests: Sequence[RolloutRequest]) -> list[np.ndarray]:
-    """AR generation knows one limit a call, the longest; what is beyond a request's own is no part of its response."""
+    """Cuts responses to their own limits: AR generation has one limit per call, the longest."""
     return [ids[: request.max_new_tokens] for ids, request in zip(responses, requests, strict=True)]

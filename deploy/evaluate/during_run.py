@@ -1,128 +1,133 @@
-"""Exact match on held-out problems, over the run's own actors."""
+"""The evaluations of a run, with its own actors: before training, every few rounds, and at the end.
+
+A periodic evaluation on spare actors (`evaluation.actors`) goes on beside the run (`BackgroundEvaluations`). Without
+spare actors the rollout actors evaluate, and decoding waits for them.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
-from transformers import PreTrainedTokenizerBase
+from pathlib import Path
 
 from opdlm.actors.pool import ActorPool
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.batches import in_groups
-from opdlm.common.config.schema import EvaluationConfig
-from opdlm.common.data.tasks import Problem, Task, problems
-from opdlm.common.types import RolloutRequest, Trajectory, WeightHandle
-
-_TEST_SEED = 1
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationResult:
-    """One row of the table."""
-
-    problems: int
-    exact_match: float
-    tokens_per_step: float
-    """Response tokens per denoising step (1 for an autoregressive model)."""
-    tokens_per_second: float
-    """Response tokens per second of one actor."""
-    by_task: dict[str, dict[str, float]]
-    """`exact_match`, `token_match` (share of the solution's tokens that stand right in their places: what is left of a
-    skill that no answer shows whole) and `tokens_per_step` of each task."""
+from opdlm.common.config.schema import EvaluationConfig, Strategy
+from opdlm.common.data.tasks import get_task
+from opdlm.common.errors import WeightsLost, last_line
+from opdlm.common.types import Trajectory, WeightHandle
+from opdlm.deploy.cluster.roles import Roles
+from opdlm.deploy.evaluate.background import BackgroundEvaluations
+from opdlm.deploy.evaluate.held_out import EvaluationResult, HeldOutProblems
+from opdlm.deploy.observe.records import RunRecords, read_records
+from opdlm.deploy.observe.report import BEFORE, DYNAMIC, PERIODIC, STATIC, TEACHER
+from opdlm.deploy.run.preflight import Preflight, evaluated_tasks
 
 
-class HeldOutProblems:
-    """Held-out problems of one or more tasks, their token ids, and how to mark answers.
+class RunEvaluations:
+    """Evaluates weight versions and records the results. A replay has no actors that could answer, so it does nothing.
 
     Args:
-        count: problems of each task.
+        checked: what the preflight found: tokenizer and schedule.
+        roles: the pools that answer.
+        records: gets the results.
     """
 
-    def __init__(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, count: int) -> None:
-        self.tokenizer = tokenizer
-        self.problems: list[tuple[Task, Problem]] = [
-            (task, problem) for task in tasks for problem in _distinct_problems(task, count)
-        ]
-        self.prompt_ids = [
-            np.array(tokenizer(p.prompt, add_special_tokens=False)["input_ids"], dtype=np.int32)
-            for _, p in self.problems
-        ]
+    def __init__(self, checked: Preflight, roles: Roles, records: RunRecords) -> None:
+        config = checked.config
+        self._config, self._checked, self._roles, self._records = config, checked, roles, records
+        self._settings = DecodeSettings.from_config(config.rollout)
+        self._background = BackgroundEvaluations(self._evaluate_periodically, self._note_lost_weights)
+        self._done: set[tuple[str, int]] = set()
+        """(row, weight version) of what was evaluated before, perhaps by an earlier process of the run."""
+        settings = config.evaluation
+        tasks = [get_task(name) for name in evaluated_tasks(config)] if config.run.replay is None else []
 
-    def requests(self, max_new_tokens: int) -> list[RolloutRequest]:
-        """The problems as decode requests."""
-        return [
-            RolloutRequest(i, f"{task.name}/test/{i}", ids, max_new_tokens, seed=i)
-            for i, ((task, _), ids) in enumerate(zip(self.problems, self.prompt_ids, strict=True))
-        ]
+        def held_out(count: int | None) -> HeldOutProblems | None:
+            return HeldOutProblems(tasks, checked.tokenizer, count) if tasks and count else None
 
-    def exact_match(self, responses: Sequence[np.ndarray]) -> float:
-        """Share of right answers; a response that did not end is wrong."""
-        return float(self._right(responses).mean())
+        self._newest: WeightHandle | None = None
+        self._final = held_out(settings.final_problems)
+        self._periodic = held_out(settings.problems if settings.every_rounds else None)
 
-    def result(self, responses: Sequence[np.ndarray], steps: Sequence[int], seconds: float) -> EvaluationResult:
-        """Marks the answers. `steps`: denoising steps of each response; `seconds`: that decoding took."""
-        right, lengths = self._right(responses), np.array([len(r) for r in responses])
-        tokens = np.array([_token_match(s, r) for s, r in zip(self._solution_ids(), responses, strict=True)])
-        by_task = {}
-        for name in dict.fromkeys(task.name for task, _ in self.problems):
-            of = np.array([task.name == name for task, _ in self.problems])
-            by_task[name] = {
-                "exact_match": float(right[of].mean()),
-                "token_match": float(tokens[of].mean()),
-                "tokens_per_step": float(lengths[of].sum() / np.array(steps)[of].sum()),
-            }
-        return EvaluationResult(
-            problems=len(responses),
-            exact_match=float(right.mean()),
-            tokens_per_step=float(lengths.sum() / sum(steps)),
-            tokens_per_second=float(lengths.sum() / seconds),
-            by_task=by_task,
-        )
+    def begin(self) -> None:
+        """Reads from the run's records what need not be evaluated again. Call this before the loops start."""
+        records = read_records(Path(self._config.run.dir))
+        self._done = {(record["row"], record["round"]) for record in records if record["kind"] == "evaluation"}
 
-    def _solution_ids(self) -> list[np.ndarray]:
-        return [np.array(self.tokenizer(p.solution, add_special_tokens=False)["input_ids"]) for _, p in self.problems]
+    async def on_weights(self, handle: WeightHandle) -> None:
+        """Evaluates what is due with a version: the first rows of the table with version 0, later the curve's points.
 
-    def _right(self, responses: Sequence[np.ndarray]) -> np.ndarray:
-        eos = self.tokenizer.eos_token_id
-        marks = [
-            len(ids) > 0 and ids[-1] == eos and task.is_correct(problem, self.tokenizer.decode(ids[:-1]))
-            for (task, problem), ids in zip(self.problems, responses, strict=True)
-        ]
-        return np.array(marks, dtype=bool)
+        Raises:
+            WeightsLost: the version died before the rollout actors had it.
+        """
+        self._newest = handle
+        if handle.version == 0 and self._final is not None:
+            rows = {row for row, _ in self._done}
+            if TEACHER not in rows:
+                result = await evaluate_teacher(self._roles.teachers, self._final, self._config.evaluation)
+                self._record(TEACHER, 0, result, step=0)
+            if BEFORE not in rows:
+                await self._evaluate(BEFORE, self._final, handle)
+        every = self._config.evaluation.every_rounds
+        due = every is not None and handle.version % every == 0 and (PERIODIC, handle.version) not in self._done
+        if due and self._periodic is not None:
+            await (self._background.submit(handle) if self._roles.evaluators else self._evaluate_periodically(handle))
 
+    def drop(self) -> None:
+        """Cancels the background evaluations: the weights that they need are gone."""
+        self._background.drop()
 
-def _token_match(solution: np.ndarray, response: np.ndarray) -> float:
-    shared = min(len(solution), len(response))
-    return float((solution[:shared] == response[:shared]).sum() / len(solution))
+    async def finish(self) -> None:
+        """Waits for the background evaluations, also after a stop: a resumed run would not make them."""
+        await self._background.finish()
 
+    async def final(self) -> None:
+        """Evaluates the newest version, which is the trained student, for the last rows of the table."""
+        if self._final is not None and self._newest is not None:
+            await self._evaluate(STATIC, self._final, self._newest)
+            await self._evaluate(DYNAMIC, self._final, self._newest)
 
-def _distinct_problems(task: Task, count: int) -> list[Problem]:
-    distinct = {p.prompt: p for p in itertools.islice(problems(task, "test", _TEST_SEED), 4 * count)}
-    return list(distinct.values())[:count]
+    async def _evaluate_periodically(self, handle: WeightHandle) -> None:
+        assert self._periodic is not None
+        await self._evaluate(PERIODIC, self._periodic, handle, self._roles.evaluators)
+
+    def _note_lost_weights(self, handle: WeightHandle, error: WeightsLost) -> None:
+        reason = f"no evaluation of version {handle.version}: {last_line(error)}"
+        self._records.failed([], 1, reason, type(error).__name__)
+
+    async def _evaluate(
+        self, row: str, problems: HeldOutProblems, handle: WeightHandle, pool: ActorPool | None = None
+    ) -> None:
+        dynamic = row in (DYNAMIC, PERIODIC)
+        strategy: Strategy = "low_confidence_dynamic" if dynamic else "low_confidence_static"
+        pool = pool or self._roles.rollouts
+        settings = self._settings.greedy(strategy)
+        result = await evaluate_student(pool, problems, handle, settings, self._config.evaluation)
+        self._record(row, handle.version, result, self._checked.schedule.steps_before(handle.version))
+
+    def _record(self, row: str, version: int, result: EvaluationResult, step: int) -> None:
+        self._records.evaluated(row, version, result, step)
+        self._done.add((row, version))
 
 
 async def evaluate_student(
-    pool: ActorPool, exam: HeldOutProblems, handle: WeightHandle, settings: DecodeSettings, config: EvaluationConfig
+    pool: ActorPool, problems: HeldOutProblems, handle: WeightHandle, settings: DecodeSettings, config: EvaluationConfig
 ) -> EvaluationResult:
-    """Decodes the exam over all rollout actors with one weight version."""
-    requests = exam.requests(config.max_new_tokens)
-    size = -(-len(requests) // max(len(pool.actors), 1))  # the pool itself says that none is left
+    """Decodes the problems over all actors of a pool with one weight version."""
+    requests = problems.requests(config.max_new_tokens)
+    size = -(-len(requests) // max(len(pool.actors), 1))  # an empty pool raises its own error
     parts = in_groups(requests, size)
     done = await asyncio.gather(
         *(pool.fetch("decode", part, handle, settings, config.batch_size, outputs=1) for part in parts)
     )
     trajectories: list[Trajectory] = [trajectory for (decoded,), _ in done for trajectory in decoded]
-    stats = [stat for _, stat in done]
-    return exam.result(
-        [t.response for t in trajectories], [t.denoising_steps for t in trajectories], sum(s.seconds for s in stats)
-    )
+    seconds = sum(stats.seconds for _, stats in done)
+    return problems.result([t.response for t in trajectories], [t.denoising_steps for t in trajectories], seconds)
 
 
-async def evaluate_teacher(pool: ActorPool, exam: HeldOutProblems, config: EvaluationConfig) -> EvaluationResult:
-    """Greedy autoregressive answers of the teacher: one token a step."""
-    _, (responses, seconds) = await pool.call("generate", exam.prompt_ids, config.max_new_tokens, config.batch_size)
-    return exam.result(responses, [len(r) for r in responses], seconds)
+async def evaluate_teacher(pool: ActorPool, problems: HeldOutProblems, config: EvaluationConfig) -> EvaluationResult:
+    """The teacher's greedy autoregressive answers: one token per step."""
+    arguments = (problems.prompt_ids, config.max_new_tokens, config.batch_size)
+    _, (responses, seconds) = await pool.call("generate", *arguments)
+    return problems.result(responses, [len(response) for response in responses], seconds)

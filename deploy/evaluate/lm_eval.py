@@ -1,4 +1,4 @@
-"""`opdlm eval --lm-eval`: lm-eval's tasks over our decoders; `opdlm lm-eval`: lm-eval's own command with our model."""
+"""`opdlm eval --lm-eval` runs tasks of lm-eval; `opdlm lm-eval` is lm-eval's own command, with our model registered."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from rich.console import Console
 
 from opdlm.common.errors import OpdlmError, first_line
 from opdlm.deploy.evaluate.commands import EvalOptions, check_output, open_decoder, write_results
+from opdlm.deploy.evaluate.options import DecodingOptions
 
 
 @dataclass(frozen=True, slots=True)
 class HarnessOptions:
-    """As on the command line."""
+    """The options of lm-eval that `opdlm eval` passes on."""
 
     tasks: list[str]
     include_path: Path | None
     limit: float | None
-    """Documents of each task, or below 1 a share of them."""
+    """Documents of each task; below 1 a share of them."""
     fewshot: int | None
     chat: bool
     thinking: bool | None
 
 
 def require_lm_eval() -> Any:
-    """The package, or one line that names the extra."""
+    """The package lm_eval; an `OpdlmError` names the extra where it is missing."""
     try:
         import lm_eval
     except ImportError:
@@ -36,8 +37,10 @@ def require_lm_eval() -> Any:
     return lm_eval
 
 
-def run_harness(folder: Path, harness: HarnessOptions, options: EvalOptions, console: Console) -> None:
-    """Loads the tasks, decodes them with each strategy, prints lm-eval's tables; with `--output` writes all of it."""
+def run_harness(
+    folder: Path, harness: HarnessOptions, options: EvalOptions, decoding: DecodingOptions, console: Console
+) -> None:
+    """Loads the tasks, decodes them with each strategy, prints lm-eval's tables, writes the results."""
     lm_eval = require_lm_eval()
     check_output(options.output)
     manager, tasks = load_tasks(harness, folder)
@@ -46,14 +49,14 @@ def run_harness(folder: Path, harness: HarnessOptions, options: EvalOptions, con
     from opdlm.deploy.evaluate.lm_eval_model import OpdlmLM
 
     written: dict[str, Any] = {}
-    with open_decoder(folder, options) as decoder:
+    with open_decoder(folder, decoding, options.block_size) as decoder:
         for strategy in options.strategies if decoder.is_student else options.strategies[:1]:
             model = OpdlmLM(
                 decoder,
                 strategy,
                 options.threshold,
-                batch_size=options.batch_size,
-                max_new_tokens=options.max_new_tokens,
+                batch_size=decoding.batch_size,
+                max_new_tokens=decoding.max_new_tokens,
                 enable_thinking=harness.thinking,
             )
             results = lm_eval.simple_evaluate(
@@ -79,10 +82,10 @@ def run_harness(folder: Path, harness: HarnessOptions, options: EvalOptions, con
 
 
 def load_tasks(harness: HarnessOptions, folder: Path) -> tuple[Any, list[Any]]:
-    """lm-eval's task manager and task objects; nothing is decoded before every task is known to be one that generates.
+    """lm-eval's task manager and task objects. Nothing is decoded before every task is known to generate text.
 
     Raises:
-        OpdlmError: an unknown task, one whose data cannot be loaded, or one that asks for likelihoods.
+        OpdlmError: a task is unknown, its data cannot be loaded, or it asks for likelihoods.
     """
     from lm_eval.tasks import TaskManager
 
@@ -110,7 +113,7 @@ def load_tasks(harness: HarnessOptions, folder: Path) -> tuple[Any, list[Any]]:
 
 
 def pass_through(arguments: list[str]) -> None:
-    """lm-eval's command line with `--model opdlm` known to it."""
+    """Runs lm-eval's command line, with `--model opdlm` registered."""
     require_lm_eval()
     from lm_eval.__main__ import cli_evaluate
 

@@ -32,7 +32,7 @@ from opdlm.common.types import RolloutRequest
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder, Decoder
 
 _BATCHES_A_CALL = 8
-"""Batches between two updates of the progress bar (and of lm-eval's response cache)."""
+"""Batches per update of the progress bar and of lm-eval's response cache."""
 
 
 @register_model("opdlm")
@@ -42,13 +42,13 @@ class OpdlmLM(LM):
     Args (lm-eval's `model_args`):
         pretrained: checkpoint folder; or, from Python, a `Decoder`.
         strategy: remasking strategy. threshold: of `low_confidence_dynamic`. block_size: None takes the checkpoint's.
-        batch_size: sequences side by side; given here it goes before `--batch_size`, whose default is 1.
-        max_new_tokens: longest response where neither the task nor `--gen_kwargs` has `max_gen_toks`.
-        chat_template: Jinja file instead of the tokenizer's own. enable_thinking: passed to the template.
-        seed: of sampling, where a task samples. device: default cuda where there is one.
+        batch_size: sequences decoded side by side; it overrides `--batch_size`, whose default is 1.
+        max_new_tokens: longest response where neither the task nor `--gen_kwargs` sets `max_gen_toks`.
+        chat_template: Jinja file in place of the tokenizer's own. enable_thinking: passed to the template.
+        seed: of sampling, where a task samples. device: by default cuda if there is one.
 
     Raises:
-        OpdlmError: an unknown argument or a value that cannot be, by its name.
+        OpdlmError: names an unknown argument, or one with an impossible value.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class OpdlmLM(LM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> OpdlmLM:
-        """From `model_args`, which go before lm-eval's own options (`--batch_size`, `--device`)."""
+        """Makes one from `model_args`, which override lm-eval's own options (`--batch_size`, `--device`)."""
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**given | arg_dict)
 
@@ -102,7 +102,7 @@ class OpdlmLM(LM):
 
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
-    # --- what it does -------------------------------------------------------------------------------------------
+    # --- generation ----------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Responses as text, cut before the first stop string of the request's `until`."""
@@ -115,7 +115,9 @@ class OpdlmLM(LM):
             limit, ids = int(how.pop("max_gen_toks")), self.decoder.encode(context)
             name = f"{instance.task_name} document {instance.doc_id}"
             groups[json.dumps(how, sort_keys=True)].append(RolloutRequest(i, name, ids, limit, seed=self.seed + i))
-        settings = {key: self._settings(json.loads(key)) for key in groups}  # a mistake in any shows before the first
+        settings = {
+            key: self._settings(json.loads(key)) for key in groups
+        }  # checks all of them before the first is decoded
         for group in groups.values():
             self.decoder.check_room(group)
         texts = [""] * len(requests)
@@ -141,7 +143,7 @@ class OpdlmLM(LM):
         raise OpdlmError(no_likelihood("loglikelihood_rolling", self.decoder.folder))
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside its results: how it was decoded, and how fast."""
+        """The way and the speed of decoding, which lm-eval writes beside its results."""
         return {
             "pretrained": str(self.decoder.folder),
             "decoding": self.settings.strategy if self.decoder.is_student else "autoregressive",
@@ -160,12 +162,12 @@ class OpdlmLM(LM):
         return str(self.decoder.folder.resolve()).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template in use (None: none is asked for)."""
+        """The template in use; None where lm-eval asks for none."""
         name = chat_template if isinstance(chat_template, str) else None
         return require_template(self.decoder.tokenizer, name) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text; without a generation prompt the assistant's last message goes on."""
+        """The conversation as text; without a generation prompt the assistant's last message is continued."""
         return chat_prompt(self.decoder.tokenizer, chat_history, self._thinking, not add_generation_prompt)
 
     # --- details ------------------------------------------------------------------------------------------------
@@ -177,8 +179,8 @@ class OpdlmLM(LM):
             temperature, top_k, top_p = 0.0, 0, 1.0
         if how:
             raise OpdlmError(
-                f"gen_kwargs: {', '.join(sorted(how))}: not here; known: until, max_gen_toks, do_sample, temperature, "
-                "top_k, top_p"
+                f"gen_kwargs: {', '.join(sorted(how))}: not supported; known: until, max_gen_toks, do_sample, "
+                "temperature, top_k, top_p"
             )
         if not self.decoder.is_student and (top_k, top_p) != (0, 1.0):
             raise OpdlmError(f"gen_kwargs: {self.decoder.folder} is autoregressive; it samples without top_k and top_p")
@@ -194,7 +196,7 @@ class OpdlmLM(LM):
 
 
 def no_likelihood(what: str, folder: Path) -> str:
-    """Why lm-eval's request of that type is refused for that checkpoint, and what to do instead."""
+    """Why a request of this type is refused for this checkpoint, and what to do instead."""
     hint = "use tasks that generate (`output_type: generate_until`)"
     if read_facts(folder).is_student:
         return (

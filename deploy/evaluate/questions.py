@@ -1,4 +1,4 @@
-"""What a checkpoint is examined on: held-out problems of a built-in task, or a file of prompts with answers."""
+"""Questions with known answers: held-out problems of a built-in task, or a file of prompts and answers."""
 
 from __future__ import annotations
 
@@ -11,34 +11,42 @@ from typing import Protocol
 import numpy as np
 
 from opdlm.common.config.schema import DataConfig
-from opdlm.common.data.answers import CHECKS, AnswerKind, Check
+from opdlm.common.data.answers import ANSWER_CHECKS, AnswerCheck, AnswerKind
 from opdlm.common.data.chat import chat_prompt
-from opdlm.common.data.rows import read_records
+from opdlm.common.data.rows import Question, read_questions
 from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.evaluate.decoders import Decoder
-from opdlm.deploy.evaluate.during_run import HeldOutProblems
+from opdlm.deploy.evaluate.held_out import HeldOutProblems
+from opdlm.deploy.evaluate.options import QuestionOptions
 
 TASK_PROBLEMS = 1000
+
+_OPTIONS = {
+    "data.path:": "--data:",
+    "data.prompt_field:": "--prompt-field:",
+    "data.response_field:": "--answer-field:",
+}
+"""How an error of `read_questions` begins: the setting that it names -> the option that sets it here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """How many answers were right."""
+    """The share of right answers."""
 
     right: float
-    """Share of right ones."""
+    """Share of right answers."""
     unanswered: int
-    """Responses in which no answer was found; they count as wrong."""
+    """Number of responses without any answer; they count as wrong."""
 
 
 class Questions(Protocol):
-    """Prompts, and how to mark the answers to them."""
+    """Prompts, and the way to mark the answers."""
 
     title: str
     figure: str
-    """What `Marks.right` is called."""
+    """Name of `Marks.right` in tables."""
 
     def requests(self, max_new_tokens: int) -> list[RolloutRequest]:
         """The prompts as decode requests."""
@@ -49,31 +57,15 @@ class Questions(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class QuestionSource:
-    """As on the command line: a task, or a file with its fields."""
+def open_questions(asked: QuestionOptions, decoder: Decoder) -> Questions:
+    """Reads the questions and encodes their prompts.
 
-    task: str | None
-    data: Path | None
-    prompt_field: str = "prompt"
-    answer_field: str = "answer"
-    answer: AnswerKind = "exact"
-    problems: int | None = None
-    """Of a task 1,000 by default, of a file all."""
-    chat: bool = False
-    """Put each prompt of a file through the tokenizer's chat template, as the user's message."""
-    thinking: bool | None = None
-    """`enable_thinking` of the template; None leaves it to the template."""
-
-    def open(self, decoder: Decoder) -> Questions:
-        """Reads the questions and turns the prompts to ids.
-
-        Raises:
-            OpdlmError: not exactly one source, or one that cannot be used; the row is named.
-        """
-        if (self.task is None) == (self.data is None):
-            raise OpdlmError(f"found {'neither' if self.task is None else 'both'} of --task and --data; give one")
-        return TaskQuestions(self, decoder) if self.data is None else DataQuestions(self, self.data, decoder)
+    Raises:
+        OpdlmError: there is not exactly one source, or it cannot be used; the row is named.
+    """
+    if (asked.task is None) == (asked.data is None):
+        raise OpdlmError(f"found {'neither' if asked.task is None else 'both'} of --task and --data; give one")
+    return TaskQuestions(asked, decoder) if asked.data is None else DataQuestions(asked, asked.data, decoder)
 
 
 class TaskQuestions:
@@ -81,31 +73,35 @@ class TaskQuestions:
 
     figure = "exact match"
 
-    def __init__(self, source: QuestionSource, decoder: Decoder) -> None:
-        if source.chat:
+    def __init__(self, asked: QuestionOptions, decoder: Decoder) -> None:
+        if asked.chat:
             raise OpdlmError("--chat: built-in tasks have no chat form; it goes with --data or --lm-eval")
-        self._exam = HeldOutProblems([get_task(str(source.task))], decoder.tokenizer, source.problems or TASK_PROBLEMS)
-        self.requests = self._exam.requests
-        self.title = f"{len(self._exam.problems)} held-out problems of {source.task}"
+        self._problems = HeldOutProblems(
+            [get_task(str(asked.task))], decoder.tokenizer, asked.problems or TASK_PROBLEMS
+        )
+        self.requests = self._problems.requests
+        self.title = f"{len(self._problems.problems)} held-out problems of {asked.task}"
 
     def mark(self, responses: Sequence[np.ndarray]) -> Marks:
-        """Whole answers, ended."""
-        return Marks(self._exam.exact_match(responses), 0)
+        """A right answer is the whole solution with an end-of-sequence token."""
+        return Marks(self._problems.exact_match(responses), 0)
 
 
 class DataQuestions:
     """Rows of a data set, each a prompt and a reference answer."""
 
-    def __init__(self, source: QuestionSource, file: Path, decoder: Decoder) -> None:
-        rows = read_rows(file, source.prompt_field, source.answer_field, source.problems)
-        self.title = f"{len(rows)} rows of {file.name}"
-        self.figure = "exact match" if source.answer == "exact" else "right (math)"
+    def __init__(self, asked: QuestionOptions, file: Path, decoder: Decoder) -> None:
+        questions = _read(asked, file)
+        self.title = f"{len(questions)} rows of {file.name}"
+        self.figure = "exact match" if asked.answer == "exact" else "right (math)"
         self._decoder = decoder
-        self._names = [where for where, _, _ in rows]
-        self._checks = [_check(source.answer, where, answer) for where, _, answer in rows]
+        self._names = [question.name for question in questions]
+        self._checks = [_answer_check(asked.answer, question) for question in questions]
         self._prompts = [
-            decoder.encode(chat_prompt(decoder.tokenizer, prompt, source.thinking) if source.chat else prompt)
-            for _, prompt, _ in rows
+            decoder.encode(
+                chat_prompt(decoder.tokenizer, question.prompt, asked.thinking) if asked.chat else question.prompt
+            )
+            for question in questions
         ]
 
     def requests(self, max_new_tokens: int) -> list[RolloutRequest]:
@@ -114,42 +110,29 @@ class DataQuestions:
         return [RolloutRequest(i, name, ids, max_new_tokens, seed=i) for i, (name, ids) in enumerate(named)]
 
     def mark(self, responses: Sequence[np.ndarray]) -> Marks:
-        """Marks the text of the responses, special tokens left out."""
+        """Marks the text of the responses without special tokens."""
         texts = [self._decoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
         verdicts = [check(text) for check, text in zip(self._checks, texts, strict=True)]
         return Marks(sum(verdict is True for verdict in verdicts) / len(verdicts), verdicts.count(None))
 
 
-def read_rows(file: Path, prompt_field: str, answer_field: str, most: int | None) -> list[tuple[str, str, str]]:
-    """`(file:row, prompt, answer)` of each row of a data set, the first `most` of them.
-
-    Raises:
-        OpdlmError: no data, or the first row that is broken or lacks a field, by its number.
-    """
-    rows: list[tuple[str, str, str]] = []
+def _read(asked: QuestionOptions, file: Path) -> list[Question]:
+    """Reads the questions of a file; an error names the command's option in place of the run file's setting."""
+    data = DataConfig(path=str(file), prompt_field=asked.prompt_field, response_field=asked.answer_field)
     try:
-        for where, row in itertools.islice(read_records(DataConfig(path=str(file))), most):
-            for flag, field, kinds in (
-                ("--prompt-field", prompt_field, (str,)),
-                ("--answer-field", answer_field, _ANSWER),
-            ):
-                if field not in row:
-                    raise OpdlmError(f"{flag}: {where} has no `{field}`; found: {', '.join(row)}")
-                if not isinstance(row[field], kinds) or isinstance(row[field], bool):
-                    raise OpdlmError(f"{flag}: {where}: `{field}` is {row[field]!r}; expected text")
-            rows.append((where, row[prompt_field], str(row[answer_field])))
+        questions = list(itertools.islice(read_questions(data), asked.problems))
     except ConfigError as error:
-        raise OpdlmError(str(error).replace("data.path:", "--data:")) from error
-    if not rows:
+        text = str(error)
+        for setting, option in _OPTIONS.items():
+            text = text.replace(setting, option)
+        raise OpdlmError(text) from error
+    if not questions:
         raise OpdlmError(f"--data: {file} has no rows")
-    return rows
+    return questions
 
 
-_ANSWER = (str, int, float)
-
-
-def _check(kind: AnswerKind, where: str, answer: str) -> Check:
+def _answer_check(kind: AnswerKind, question: Question) -> AnswerCheck:
     try:
-        return CHECKS[kind](answer)
+        return ANSWER_CHECKS[kind](question.answer)
     except ValueError as error:
-        raise OpdlmError(f"--answer {kind}: {where}: {error}") from None
+        raise OpdlmError(f"--answer {kind}: {question.name}: {error}") from None

@@ -14,16 +14,17 @@ from rich.table import Table
 
 from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
-from opdlm.deploy.evaluate.commands import EvalOptions, check_output, open_decoder, write_results
+from opdlm.deploy.evaluate.commands import check_output, open_decoder, write_results
 from opdlm.deploy.evaluate.decoders import Decoder
-from opdlm.deploy.evaluate.questions import Questions, QuestionSource
+from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions
+from opdlm.deploy.evaluate.questions import Questions, open_questions
 
 _DYNAMIC: Strategy = "low_confidence_dynamic"
 
 
 @dataclass(frozen=True, slots=True)
 class SweepPoint:
-    """One way of decoding and what it gave."""
+    """One way of decoding and its figures."""
 
     block_size: int
     strategy: Strategy
@@ -38,7 +39,7 @@ class SweepPoint:
 
 
 def numbers(text: str, kind: type[int] | type[float], flag: str, least: float, most: float) -> list[Any]:
-    """`0.5,0.9` as numbers, in rising order, each once; raises `OpdlmError` naming the flag."""
+    """The numbers in a text such as `0.5,0.9`, in rising order, each once; an `OpdlmError` names the flag."""
     try:
         values = sorted({kind(part) for part in text.split(",")})
     except ValueError:
@@ -52,37 +53,38 @@ def numbers(text: str, kind: type[int] | type[float], flag: str, least: float, m
 
 def run_sweep(
     folder: Path,
-    source: QuestionSource,
+    asked: QuestionOptions,
+    strategies: Sequence[Strategy],
     thresholds: Sequence[float],
     block_sizes: Sequence[int] | None,
-    options: EvalOptions,
+    decoding: DecodingOptions,
     out: Path | None,
     console: Console,
 ) -> list[SweepPoint]:
-    """Decodes the questions in every way, prints the table, writes `out` (PNG) and the same as JSON beside it."""
+    """Decodes the questions in every way, prints the table, writes a plot (`out`, PNG) and a JSON file beside it."""
     picture = out or folder.resolve().parent / "sweep.png"
     if picture.suffix != ".png":
         raise OpdlmError(f"--out: found {picture}; expected a .png (the .json goes beside it)")
     check_output(picture)
-    with open_decoder(folder, options) as decoder:
+    with open_decoder(folder, decoding) as decoder:
         if not decoder.is_student:
             raise OpdlmError(f"sweep: {folder} is autoregressive; it has neither blocks nor thresholds (opdlm eval)")
         blocks = block_sizes or [decoder.base.block_size]
         ways = [
             (block, strategy, threshold)
             for block in blocks
-            for strategy in options.strategies
+            for strategy in strategies
             for threshold in (thresholds if strategy == _DYNAMIC else [None])
         ]
-        questions = source.open(decoder)
-        requests = questions.requests(options.max_new_tokens)
+        questions = open_questions(asked, decoder)
+        requests = questions.requests(decoding.max_new_tokens)
         for block in blocks:
             decoder.check_room(requests, block)
         points = []
         with _progress(console, len(ways)) as (progress, bar):
             for block, strategy, threshold in ways:
                 progress.update(bar, description=_name(block, strategy, threshold))
-                points.append(_point(decoder, questions, requests, options, block, strategy, threshold))
+                points.append(_point(decoder, questions, requests, decoding, block, strategy, threshold))
                 progress.advance(bar)
     console.print(_table(f"{folder}: {questions.title}", questions.figure, points))
     content = {
@@ -91,7 +93,7 @@ def run_sweep(
         "figure": questions.figure,
         "block_grid": decoder.base.block_grid,
         "trained_block_size": decoder.facts.block_size,
-        "max_new_tokens": options.max_new_tokens,
+        "max_new_tokens": decoding.max_new_tokens,
         "points": [asdict(point) for point in points],
     }
     draw(points, f"{folder.name}: {questions.title}", questions.figure, picture)
@@ -104,7 +106,7 @@ def _point(
     decoder: Decoder,
     questions: Questions,
     requests: list[Any],
-    options: EvalOptions,
+    decoding: DecodingOptions,
     block: int,
     strategy: Strategy,
     threshold: float | None,
@@ -112,14 +114,14 @@ def _point(
     settings = replace(decoder.base.greedy(strategy), block_size=block)
     if threshold is not None:
         settings = replace(settings, threshold=threshold)
-    answers = decoder.answer(requests, settings, options.batch_size)
+    answers = decoder.answer(requests, settings, decoding.batch_size)
     marks = questions.mark(answers.responses)
     speed = answers.tokens / answers.seconds
     return SweepPoint(block, strategy, threshold, marks.right, marks.unanswered, answers.tokens_per_step, speed)
 
 
 def draw(points: Sequence[SweepPoint], title: str, figure_name: str, file: Path) -> None:
-    """Accuracy over tokens per step: one line a block size through its thresholds, other strategies as lone marks."""
+    """Draws accuracy over tokens per step: a line per block size through its thresholds, a mark per other strategy."""
     from matplotlib import ticker
 
     from opdlm.deploy.observe.figures import new_figure, save_figure
@@ -132,7 +134,7 @@ def draw(points: Sequence[SweepPoint], title: str, figure_name: str, file: Path)
         if line:
             axis.plot(*at, marker="o", color=f"C{place}", label=f"block {block}, dynamic")
         for i, point in enumerate(line):
-            offset = (0, 7) if i % 2 == 0 else (0, -14)  # neighbours may lie closer than a label is wide
+            offset = (0, 7) if i % 2 == 0 else (0, -14)  # neighbours may be closer to each other than a label is wide
             where, label = (point.tokens_per_step, point.right), f"{point.threshold:g}"
             how = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": f"C{place}"}
             axis.annotate(label, where, offset, **how)

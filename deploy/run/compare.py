@@ -1,7 +1,7 @@
 """`opdlm compare`: objectives side by side, under one budget of prompts and one list of seeds.
 
-Each (objective, seed) is a whole run of its own in OUT/OBJECTIVE-seedN, by the code of `opdlm train`; what is finished
-is not run again, what was stopped goes on. Seeds share the teacher's responses; every run pays for their compute.
+Each (objective, seed) is a run of its own in OUT/OBJECTIVE-seedN, made by `opdlm train`. A finished run is not
+repeated, and a stopped one is resumed. Runs of one seed share the teacher's responses, whose compute counts for each.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from opdlm.common.errors import OpdlmError
 from opdlm.deploy.observe.comparison import write_comparison
 from opdlm.deploy.observe.report import DYNAMIC, STATIC
 from opdlm.deploy.run.directory import check_same_config, held_config
+from opdlm.deploy.run.paths import absolute_paths
 from opdlm.deploy.run.preflight import preflight
-from opdlm.deploy.run.train import absolute, train
+from opdlm.deploy.run.train import train
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "opd": {"kind": "opd", "selection": None},
@@ -34,13 +35,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "tail": "drop",
     },
 }
-"""What each objective sets; all else is the run file's. `opd_random_mask` is the paper's OPDLM-off."""
+"""What each objective sets; the run file decides everything else. `opd_random_mask` is the paper's OPDLM-off."""
 
 
 def run_comparison(
     base: OpdlmConfig, objectives: Sequence[str], seeds: Sequence[int], out: Path, console: Console
 ) -> int:
-    """Runs what is missing, writes the comparison; returns an exit code (128 + signal after a stop).
+    """Makes the runs that are missing and writes the comparison; returns an exit code (128 + signal after a stop).
 
     Raises:
         OpdlmError: an unknown objective, or a config that one of the runs would refuse; before any run starts.
@@ -63,7 +64,7 @@ def run_comparison(
     for number, (name, seed, config) in enumerate(runs, start=1):
         root = Path(config.run.dir)
         if (root / "config.yaml").exists():
-            check_same_config(held_config(root), absolute(config).model_dump(mode="json"), root)
+            check_same_config(held_config(root), absolute_paths(config).model_dump(mode="json"), root)
         if _is_done(root):
             console.print(f"[{number}/{len(runs)}] {name}, seed {seed}: done before", highlight=False)
             continue
@@ -91,6 +92,6 @@ def _trained(base: OpdlmConfig) -> list[str]:
 
 
 def _is_done(root: Path) -> bool:
-    """Whether a run has its last evaluations; a stopped one has a report without them."""
+    """Whether a run has its last evaluations; the report of a stopped run has none."""
     file = root / "report.json"
     return file.exists() and {STATIC, DYNAMIC} <= json.loads(file.read_text())["by_task"].keys()

@@ -1,4 +1,4 @@
-"""The run directory: what a run leaves behind, and whether it may be started or continued there.
+"""The run directory: what a run writes there, and whether a run may start or resume there.
 
 RUN/config.yaml  metrics.jsonl  timeline.json  tensorboard/  checkpoints/  student_init/  student/  rollouts/
     report.json  report.png
@@ -43,17 +43,18 @@ _MAY_CHANGE = (
     "run.wandb_project",
     "offline.cache",
 )
-"""Settings that a resumed run may have otherwise: they move work around, not results."""
+"""Settings that may differ when a run is resumed: they change where work is done, not its results."""
 
 
 def open_run(config: OpdlmConfig, resume: bool, data_digest: str) -> Checkpoint | None:
-    """Makes or reopens the run directory; returns the checkpoint to go on from.
+    """Makes or reopens the run directory; returns the checkpoint from which the run goes on, or None.
 
-    `data_digest`: fingerprint of the prompts; a run is not resumed on other ones.
+    Args:
+        data_digest: fingerprint of the prompts; a run is not resumed on other prompts.
 
     Raises:
-        ConfigError: the directory holds a run and `resume` is off, or the run in it has another config, or there is
-            nothing to resume. In each case nothing is touched.
+        ConfigError: the directory holds a run and `resume` is off, its run has another config or other prompts, or
+            there is nothing to resume. In each case nothing is changed.
     """
     root = Path(config.run.dir)
     file = root / "config.yaml"
@@ -80,12 +81,12 @@ def open_run(config: OpdlmConfig, resume: bool, data_digest: str) -> Checkpoint 
 
 
 def held_config(root: Path) -> dict[str, Any]:
-    """The config of the run in a directory; settings that are newer than it have their defaults."""
+    """The config of the run in a directory; settings that did not exist when it was written have their defaults."""
     return config_from_dict(read_yaml(root / "config.yaml")).model_dump(mode="json")
 
 
 def check_same_config(held: dict[str, Any], given: dict[str, Any], root: Path) -> None:
-    """Raises `ConfigError` naming the settings in which a run and its continuation differ."""
+    """Raises `ConfigError` that names the settings in which a run and its continuation differ."""
     before, now = flatten(held), flatten(given)
     differing = [
         key
@@ -115,11 +116,11 @@ def config_digest(config: OpdlmConfig) -> str:
 
 
 HISTORY = frozenset({"failure", "actor_death", "learner_restart", "queue_death", "failed_save", "scale"})
-"""Kinds of records that say what happened to the run, not what it learned: training again does not undo them."""
+"""Kinds of records about what happened to the run, not what it learned. They stay when rounds are trained again."""
 
 
 def truncate_metrics(file: Path, rounds: int, kept_kinds: frozenset[str] = HISTORY) -> None:
-    """Drops the records of rounds that will be trained again, and a line that a crash or a full disk cut short."""
+    """Removes the records of rounds that will be trained again, and a line that a crash or a full disk cut short."""
     if not file.exists():
         return
     kept = []
@@ -128,7 +129,7 @@ def truncate_metrics(file: Path, rounds: int, kept_kinds: frozenset[str] = HISTO
             record = json.loads(line)
         except json.JSONDecodeError:
             break  # only the last line can be cut short
-        # A step says which round it is part of; everything else how many rounds were trained by then.
+        # `round` is the index of the round in a record of a step, and the number of trained rounds in all others.
         ends = rounds + (record["kind"] not in ("step", "skipped_step"))
         if record["round"] < ends or record["kind"] in kept_kinds:
             kept.append(line + "\n")

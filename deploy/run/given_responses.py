@@ -1,4 +1,4 @@
-"""Given responses for `off_policy_kd` and `cft`: from the data, or made once by the teacher and kept as parquet."""
+"""Given responses for `off_policy_kd` and `cft`: from the data, or written once by the teacher and kept as parquet."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _KEY = b"opdlm"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a file of responses was made of; another one is another file."""
+    """Everything that a file of responses depends on; a file of another recipe is refused."""
 
     teacher: str
     """Fingerprint of the teacher's weights."""
@@ -50,7 +50,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class GivenResponses:
-    """Responses by prompt id, and what making them took (also where they came from a cache)."""
+    """Responses by prompt id, and the compute that made them (also where they came from a cache)."""
 
     by_prompt: dict[str, np.ndarray]  # [R] int32 each
     forward_tokens: int
@@ -58,21 +58,21 @@ class GivenResponses:
     cached: bool
 
     def cut_at_inner_end(self, eos_ids: Sequence[int]) -> int:
-        """Responses that hold an end-of-sequence token before their last one; they end at the first."""
+        """Number of responses with an end-of-sequence token before their last token; they end at the first."""
         return sum(bool(np.isin(r[:-1], eos_ids).any()) for r in self.by_prompt.values())
 
 
 def known_responses(config: OpdlmConfig, prompts: Sequence[Prompt], digest: str) -> GivenResponses | None:
-    """Responses that need no actor: from the data, or from the cache. None: there are none yet, or none are needed.
+    """Responses that need no actor: from the data or from the cache. None: there are none yet, or none are needed.
 
     Raises:
-        ConfigError: as `read_responses`.
+        ConfigError: see `read_responses`.
     """
     if config.objective.kind == "opd":
         return None
     if config.offline.responses == "data":
         return GivenResponses({p.prompt_id: p.response for p in prompts if p.response is not None}, 0, False)
-    return read_responses(cache_file(config), recipe(config, digest))
+    return read_responses(cache_file(config), response_recipe(config, digest))
 
 
 def cache_file(config: OpdlmConfig) -> Path:
@@ -80,11 +80,11 @@ def cache_file(config: OpdlmConfig) -> Path:
     return Path(config.offline.cache or Path(config.run.dir) / "offline_responses.parquet")
 
 
-def recipe(config: OpdlmConfig, prompts_digest: str) -> Recipe:
-    """What this run's responses are made of."""
+def response_recipe(config: OpdlmConfig, prompts_digest: str) -> Recipe:
+    """The recipe of this run's responses."""
     length = config.curriculum.max_new_tokens
     longest = config.rollout.max_new_tokens
-    if length is not None:  # no round trains on more
+    if length is not None:  # no round trains on longer responses
         longest = int(max(length.start, length.end or 0))
     return Recipe(
         weights_fingerprint(config.model.teacher),
@@ -96,10 +96,10 @@ def recipe(config: OpdlmConfig, prompts_digest: str) -> Recipe:
 
 
 def read_responses(file: Path, expected: Recipe) -> GivenResponses | None:
-    """The cache's responses; None where there is no file.
+    """The responses of a cache file; None where there is no file.
 
     Raises:
-        ConfigError: the file is something else, or was made of something else.
+        ConfigError: the file is no cache of responses, or it has another recipe.
     """
     if not file.exists():
         return None
@@ -125,19 +125,22 @@ async def generate_responses(
     config: OpdlmConfig,
     prompts: Sequence[Prompt],
     teachers: ActorPool,
-    made_of: Recipe,
+    recipe: Recipe,
     progress: Callable[[int, int], None],
 ) -> GivenResponses:
-    """Has the teacher actors answer every prompt, writes the cache (whole or not at all), returns the responses.
+    """Has the teacher actors answer every prompt, writes the cache, and returns the responses.
 
-    Answered chunks are kept beside the cache until it is whole, so an interrupted generation goes on where it was.
-    `progress` is told (prompts answered, prompts in all).
+    Answered chunks are kept beside the cache until it is complete, so an interrupted generation goes on where it was.
+
+    Args:
+        recipe: what the responses depend on.
+        progress: called with (prompts answered, prompts in all).
 
     Raises:
         OpdlmError: the cache's folder cannot be written, or a chunk failed `resources.sample_attempts` times.
     """
     file = cache_file(config)
-    parts = file.with_name(f".{file.name}.{made_of.digest}.parts")
+    parts = file.with_name(f".{file.name}.{recipe.digest}.parts")
     try:
         parts.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -148,11 +151,11 @@ async def generate_responses(
     async def answer(number: int, chunk: Sequence[Prompt]) -> list[np.ndarray]:
         nonlocal done
         part = parts / f"{number:06d}.parquet"
-        kept = read_responses(part, made_of)
+        kept = read_responses(part, recipe)
         if kept is None or list(kept.by_prompt) != [p.prompt_id for p in chunk]:
             seed = config.run.seed * 1_000_003 + number
-            responses = await _ask(config, teachers, chunk, made_of.max_new_tokens, seed)
-            _write(part, chunk, responses, made_of)
+            responses = await _ask(config, teachers, chunk, recipe.max_new_tokens, seed)
+            _write(part, chunk, responses, recipe)
         else:
             responses = list(kept.by_prompt.values())
         done += len(chunk)
@@ -161,9 +164,9 @@ async def generate_responses(
 
     chunks = in_groups(prompts, size)
     answered = await asyncio.gather(*(answer(i, chunk) for i, chunk in enumerate(chunks)))
-    _write(file, prompts, [r for responses in answered for r in responses], made_of)
+    _write(file, prompts, [r for responses in answered for r in responses], recipe)
     shutil.rmtree(parts)
-    made = read_responses(file, made_of)
+    made = read_responses(file, recipe)
     assert made is not None, "it was just written"
     return replace(made, cached=False)
 
@@ -190,9 +193,9 @@ async def _ask(
     raise AssertionError("resources.sample_attempts is at least 1")
 
 
-def _write(file: Path, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], made_of: Recipe) -> None:
+def _write(file: Path, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], recipe: Recipe) -> None:
     tokens = sum(len(p.ids) + len(r) - 1 for p, r in zip(prompts, responses, strict=True))
-    made = {"recipe": asdict(made_of), "forward_tokens": tokens}
+    made = {"recipe": asdict(recipe), "forward_tokens": tokens}
     schema = pa.schema(
         [("prompt_id", pa.string()), ("prompt_ids", pa.list_(pa.int32())), ("response_ids", pa.list_(pa.int32()))],
         metadata={_KEY: json.dumps(made)},

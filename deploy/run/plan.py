@@ -1,10 +1,11 @@
-"""`opdlm plan`: who gets what, memory per GPU, and which role a run will wait for. Starts nothing, loads no weights."""
+"""The plan of a run: what it will do, which processes get which CPUs and GPUs, and the memory of each role.
+
+`opdlm plan` and `opdlm train --dry-run` print it. It starts nothing and loads no weights.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,14 @@ from rich.table import Table
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.curriculum import length_limit
 from opdlm.common.errors import OpdlmError
+from opdlm.common.files import write_json
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.config import read_config
 from opdlm.common.model.tokenizer import load_tokenizer
-from opdlm.deploy.cluster.memory import (
-    Lengths,
-    RoleMemory,
-    adapter_parameters,
-    learner_memory,
-    model_size,
-    rollout_memory,
-    teacher_memory,
-    to_plain,
-)
+from opdlm.deploy.cluster.learner_memory import adapter_parameters, learner_memory
+from opdlm.deploy.cluster.memory import Lengths, RoleMemory, model_size, rollout_memory, teacher_memory, to_plain
 from opdlm.deploy.cluster.placement import Demands, demands, placement_lines
-from opdlm.deploy.run.balance import Balance, Rates, balance_to_plain, balances, read_rates
+from opdlm.deploy.observe.session import show_refused
 from opdlm.deploy.run.preflight import Preflight, preflight
 
 GIB = 2**30
@@ -40,15 +34,34 @@ _WIDTH = 100
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What `opdlm plan` knows about a run."""
+    """What is known of a run before it starts."""
 
+    checked: Preflight
     demands: Demands
+    """CPUs, GPUs and other resources that the roles ask Ray for."""
     memory: list[RoleMemory]
-    rates: Rates | None
-    balances: list[Balance]
+
+    def steps(self) -> dict[str, str]:
+        """What the run will do, in words by topic."""
+        config, schedule, prompts = self.checked.config, self.checked.schedule, self.checked.prompts
+        rollout, last = config.rollout, self.checked.schedule.rounds - 1
+        first_limit, last_limit = length_limit(config, 0), length_limit(config, last)
+        return {
+            "teacher": f"{config.model.teacher} (vocabulary {self.checked.teacher.vocab_size:,})",
+            "student starts from": config.model.student or "the teacher, converted",
+            "prompts": f"{len(prompts.prompts):,} kept, {len(prompts.refused)} refused",
+            "samples": f"{schedule.total:,} in {schedule.rounds:,} rounds of {rollout.prompts_per_round}",
+            "optimizer steps": (
+                f"{schedule.steps_before(schedule.rounds):,} of {config.learner.batch_size} trajectories"
+            ),
+            "rollout length": f"{first_limit} tokens in round 0, {last_limit} in round {last}",
+            "trains on": config.run.replay or "rollouts of its own",
+            "decoding": f"block {rollout.block_size}, {rollout.block_grid} grid, {rollout.strategy}",
+            "staleness": f"at most {config.queue.max_staleness} rounds",
+        }
 
     def plain(self) -> dict[str, Any]:
-        """The same figures for JSON; memory in bytes."""
+        """The same for JSON; memory in bytes."""
         asked = {
             kind: {
                 "total": sum(count * each for _, count, each in rows),
@@ -56,53 +69,60 @@ class Plan:
             }
             for kind, rows in self.demands.items()
         }
-        measured = balance_to_plain(self.rates, self.balances) if self.rates else None
-        return {"resources": asked, "memory": [to_plain(m) for m in self.memory], "balance": measured}
+        return {"run": self.steps(), "resources": asked, "memory": [to_plain(m) for m in self.memory]}
 
 
-def make_plan(config: OpdlmConfig, rates_of: Path | None) -> Plan:
+def make_plan(config: OpdlmConfig) -> Plan:
     """Works the plan out.
 
     Raises:
-        OpdlmError: what `opdlm train` would refuse too (models, data, settings), or an unusable `rates_of`.
+        OpdlmError: what `opdlm train` would refuse, too: models, data, settings.
     """
-    rates = read_rates(rates_of) if rates_of else None
     checked = preflight(config)
-    lengths = longest(config, checked)
+    lengths = longest_sequences(checked)
     teacher = model_size(config.model.teacher)
     start = config.model.student or config.model.teacher
     student = model_size(start)
     if config.model.student is None and checked.student.mask_id is None:
         tied = read_config(start).tie_word_embeddings
-        # Conversion gives the mask token the id behind the tokenizer's last; without a spare row it adds one.
+        # Conversion gives the mask token the id after the tokenizer's last; without a spare row it adds one.
         student = student.with_rows(max(len(load_tokenizer(start)) + 1 - student.vocabulary, 0), tied)
     adapters = adapter_parameters(start, config.model.lora) if config.model.lora else None
     memory = [learner_memory(config, student, teacher, adapters, lengths)]
     if config.run.replay is None:
         memory = [rollout_memory(config, student, lengths), teacher_memory(config, teacher, lengths), *memory]
-    return Plan(demands(config), memory, rates, balances(config, rates) if rates else [])
+    return Plan(checked, demands(config), memory)
 
 
-def longest(config: OpdlmConfig, checked: Preflight) -> Lengths:
-    """The longest prompt, the longest end, the longest training row, over all prompts at their longest response."""
+def longest_sequences(checked: Preflight) -> Lengths:
+    """The longest prompt, sequence and training row over all prompts, each with its longest response."""
+    config = checked.config
     grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
     ends, rows = [0], [0]
     for prompt in checked.prompts.prompts:
         size = len(prompt.ids)
         # A schedule moves one way, so the longest response is in the first round or in the last.
-        limit = max(length_limit(config, r, prompt.domain, prompt.max_new_tokens) for r in (0, checked.plan.rounds - 1))
-        end = grid.last_position(size, limit)
+        limit = max(
+            length_limit(config, r, prompt.domain, prompt.max_new_tokens) for r in (0, checked.schedule.rounds - 1)
+        )
+        end = grid.end_position(size, limit)
         ends.append(end)
         rows.append(2 * end - grid.first_block_start(size))
     return Lengths(max(len(p.ids) for p in checked.prompts.prompts), max(ends), max(rows))
 
 
-def show_plan(config: OpdlmConfig, rates_of: Path | None, json_file: Path | None, console: Console) -> None:
-    """Prints the plan, and writes it to `json_file`."""
-    plan = make_plan(config, rates_of)
+def show_plan(config: OpdlmConfig, console: Console, json_file: Path | None = None) -> None:
+    """Prints the plan, and writes it to `json_file`.
+
+    Raises:
+        OpdlmError: see `make_plan`; or the folder of `json_file` does not exist.
+    """
+    plan = make_plan(config)
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise OpdlmError(f"--json: the folder {json_file.parent} does not exist; make it, or give another file")
     width = min(console.width, _WIDTH)
+    console.print(_steps(plan), width=width)
+    show_refused(plan.checked.prompts, console)
     console.print(_resources(plan.demands), width=width)
     for line in placement_lines(config):
         console.print(line, width=width, highlight=False)
@@ -111,22 +131,15 @@ def show_plan(config: OpdlmConfig, rates_of: Path | None, json_file: Path | None
     for line in sharing(plan):
         console.print(line, width=width, highlight=False)
     console.print("~ an estimate or an upper bound; the CUDA context is not counted", width=width, highlight=False)
-    if plan.rates is None:
-        text = "balance: needs measured rates; give a run that trained some rounds: --rates RUN_DIR"
-        console.print(text, width=width, highlight=False)
-    else:
-        console.print(_balance(config, plan.rates, plan.balances), width=width)
-        for line in advice(config, plan.rates, plan.balances):
-            console.print(line, width=width, highlight=False)
     if json_file is not None:
-        aside = json_file.with_name(f".{json_file.name}.part")
-        aside.write_text(json.dumps(plan.plain(), indent=2) + "\n")
-        aside.replace(json_file)
+        write_json(json_file, plan.plain())
         console.print(f"written: {json_file}", highlight=False, soft_wrap=True)
+    state = "holds a run (needs --resume)" if (Path(config.run.dir) / "checkpoints").exists() else "is free"
+    console.print(f"nothing was started; the run directory {state}", highlight=False)
 
 
 def sharing(plan: Plan) -> list[str]:
-    """What several processes on one GPU need together."""
+    """The memory that several processes on one GPU need together, a line per case."""
     counts = {role: count for role, count, _ in plan.demands["GPU"]}
     parts = [m for m in plan.memory if 0 < m.gpus < 1]
     asked = sum(count * each for _, count, each in plan.demands["GPU"])
@@ -145,20 +158,11 @@ def sharing(plan: Plan) -> list[str]:
     return lines
 
 
-def advice(config: OpdlmConfig, rates: Rates, rows: Sequence[Balance]) -> list[str]:
-    """What the table says, in words."""
-    now = rows[0]
-    staleness = config.queue.max_staleness
-    overlap = f"overlap: a round is as long as the longest of them, or their sum / {staleness + 1} where that is more"
-    how = "take turns: a round is their sum" if staleness == 0 else overlap
-    lines = [f"bottleneck: {now.bottleneck}; at max_staleness {staleness} the roles {how}"]
-    changed = [row for row in rows if row.slots < rates.slots]
-    if changed:
-        lines.append(
-            f"the rates are of {rates.slots} slots an actor; with {changed[0].rollout_actors} actors a round has only "
-            f"{changed[0].slots} prompts for each, so it will decode slower than shown"
-        )
-    return lines
+def _steps(plan: Plan) -> Table:
+    table = Table(title=f"plan of {plan.checked.config.run.dir}", show_header=False, title_justify="left")
+    for topic, words in plan.steps().items():
+        table.add_row(topic, words)
+    return table
 
 
 def _resources(asked: Demands) -> Table:
@@ -194,25 +198,6 @@ def _memory(memory: RoleMemory) -> Table:
     table.add_row("sum", "" if memory.gpus else "host memory", f"{memory.device_bytes / unit:.2f}")
     if memory.host_bytes:
         table.add_row("", "offloaded to host memory", f"{memory.host_bytes / unit:.2f}")
-    return table
-
-
-def _balance(config: OpdlmConfig, rates: Rates, rows: Sequence[Balance]) -> Table:
-    title = f"seconds a round of {config.rollout.prompts_per_round} prompts, from the rates of {rates.rounds} rounds"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for name in ("rollout actors", "rollout", "push", "teacher", "learner", "round", "tokens/s"):
-        table.add_column(name, justify="right")
-    table.add_column("longest")
-    for row in rows:
-        seconds = (
-            row.rollout_seconds,
-            row.push_seconds,
-            row.teacher_seconds,
-            row.learner_seconds,
-            row.round_seconds,
-        )
-        figures = [f"{value:.3g}" for value in seconds]
-        table.add_row(str(row.rollout_actors), *figures, f"{row.tokens_per_second:,.0f}", row.bottleneck)
     return table
 
 

@@ -1,4 +1,4 @@
-"""Everything that can be known before an actor starts: models, tokenizer, prompts, plan. Raises clear errors only."""
+"""Checks everything that can be known before an actor starts: models, tokenizer, prompts, settings. Writes nothing."""
 
 from __future__ import annotations
 
@@ -15,30 +15,35 @@ from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import ConfigError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.config import A2D_PREFIX
-from opdlm.common.model.convert import convert
+from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import ModelFacts, check_vocabularies, read_facts
 from opdlm.common.model.shards import read_shards
 from opdlm.common.model.tokenizer import check_tokenizers, load_tokenizer
-from opdlm.deploy.run.job_paths import check_job_paths
+from opdlm.deploy.run.paths import check_job_paths
 from opdlm.deploy.run.replay import check_replay
 from opdlm.learner.schedule import TrainingSchedule
 
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What the checks found."""
+    """A config that passed the checks, and what they read."""
 
+    config: OpdlmConfig
     teacher: ModelFacts
     student: ModelFacts
-    """The given student, or the teacher where one will be converted."""
+    """The given student; the teacher where the run converts one from it."""
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptSet
     order: PromptOrder
-    plan: TrainingSchedule
+    schedule: TrainingSchedule
 
 
 def preflight(config: OpdlmConfig) -> Preflight:
-    """Checks a config against the files that it names; writes nothing."""
+    """Checks a config against the files that it names.
+
+    Raises:
+        OpdlmError: the first thing that cannot be right, in one line per mistake.
+    """
     check_job_paths(config)
     teacher = read_facts(config.model.teacher)
     student = read_facts(config.model.student) if config.model.student else teacher
@@ -65,25 +70,25 @@ def preflight(config: OpdlmConfig) -> Preflight:
     total = config.data.epochs * len(prompts.prompts) if config.run.rounds is None else config.run.rounds * per_round
     epochs = -(-total // len(prompts.prompts))
     learner = config.learner
-    plan = TrainingSchedule(total, per_round, learner.batch_size, config.run.seed, learner.passes)
+    schedule = TrainingSchedule(total, per_round, learner.batch_size, config.run.seed, learner.passes)
     order = PromptOrder(prompts.prompts, config.run.seed, epochs)
     if config.run.replay is not None:
-        check_replay(config, Path(config.run.replay), teacher, plan, order.digest)
-    return Preflight(teacher, student, tokenizer, prompts, order, plan)
+        check_replay(config, Path(config.run.replay), teacher, schedule, order.digest)
+    return Preflight(config, teacher, student, tokenizer, prompts, order, schedule)
 
 
 def evaluated_tasks(config: OpdlmConfig) -> list[str]:
-    """Names of the tasks that the run's evaluations examine."""
+    """Names of the tasks on which the run evaluates."""
     return config.evaluation.tasks or ([config.data.task] if config.data.task else [])
 
 
 def prepare_student(config: OpdlmConfig) -> str:
-    """The folder of the student's start weights; converts the teacher into the run directory where none is given."""
+    """The folder of the student's first weights; without a given student, the teacher is converted into it."""
     if config.model.student:
         return str(Path(config.model.student).resolve())
     folder = Path(config.run.dir).resolve() / "student_init"
     if not folder.exists():
-        convert(config.model.teacher, folder, config.rollout.block_size, config.rollout.block_grid)
+        convert_checkpoint(config.model.teacher, folder, config.rollout.block_size, config.rollout.block_grid)
     return str(folder)
 
 

@@ -1,8 +1,14 @@
-"""A run outlives its replay queue. A life is one queue, one worker group, one set of loops.
+"""What happens in a run when something dies, is lost or comes too late. The loops (`loops.py`) do not show it.
 
-The queue's process holds the ledger of what is decoded and not yet in a checkpoint. Where it dies, the run goes back to
-its last checkpoint, as `--resume` would, within the same driver: the rollout and teacher actors keep their models, and
-take up work again once the learner has published the checkpoint's weights.
+a rollout or teacher actor dies     its call goes to another actor (`actors/pool.py`)
+a call fails                        `Attempts` repeats it, `resources.sample_attempts` times in all
+the object store is full            `Attempts` waits for room
+published weights are lost          `Attempts` waits until the restarted learner publishes them again
+a learner rank dies                 Ray Train restarts the group from its last checkpoint (`learner/group.py`)
+the learner hangs                   `learner_events` raises `LearnerSilent`
+a loop fails, or a stop is asked    the other loops end, and the learner saves (`ending.py`)
+the replay queue dies               `survive_queue_deaths` goes back to the last checkpoint with a new queue
+the driver dies                     `opdlm train --resume`
 """
 
 from __future__ import annotations
@@ -10,55 +16,180 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from opdlm.actors.pool import stop_actors, value_of
 from opdlm.actors.queue.actor import NAME, start_queue
 from opdlm.common.checkpoint import latest_checkpoint
 from opdlm.common.config import OpdlmConfig
-from opdlm.common.errors import OpdlmError, first_line
+from opdlm.common.errors import OpdlmError, WeightsLost, first_line, last_line
+from opdlm.common.retry import StoreWait, store_is_full
+from opdlm.common.types import WeightHandle
 from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.observe.records import RunRecords
 
-log = logging.getLogger("opdlm.lives")
+log = logging.getLogger("opdlm.recovery")
 
+_HEARTBEAT_SECONDS = 10.0
+"""Longest time between two signs of the driver's life to the learner."""
 _PATIENCE_SECONDS = 60.0
 """For an answer of the queue, which is never busy."""
+_LOST_PAUSE_SECONDS = 10.0
+"""Between two requests for lost weights."""
+NO_SIGN = "(resources.call_timeout_seconds); is there room in the cluster for its ranks?"
+
+
+class LearnerSilent(OpdlmError):
+    """The learner hangs, so nothing waits for its end."""
+
+
+class Attempts:
+    """Repeats calls of one set of loops until they succeed."""
+
+    def __init__(self, config: OpdlmConfig, queue: Any, records: RunRecords) -> None:
+        self._config, self._queue, self._records = config, queue, records
+        self.weights: WeightHandle | None = None
+        """The newest version that every rollout actor has loaded; None before the first one."""
+        self._lost_since: dict[int, float] = {}
+        """By weight version, when its data was first found lost."""
+
+    async def until_done(
+        self,
+        act: Callable[[WeightHandle], Awaitable[None]],
+        weights: WeightHandle,
+        what: str,
+        indices: Sequence[int] = (),
+    ) -> WeightHandle | None:
+        """Awaits `act(weights)` until it succeeds.
+
+        A failed score is an error and a retry, never zeros (METHOD.md section 3).
+
+        Args:
+            act: makes samples, loads or evaluates weights; it may run several times, later with newer weights.
+            what: names the action in errors, as in `samples 0 to 7`.
+            indices: samples that the action makes, for the records.
+
+        Returns: the weights with which it succeeded; None when the learner ended while lost weights were waited for.
+
+        Raises:
+            OpdlmError: it failed `resources.sample_attempts` times, or waited `resources.call_timeout_seconds`.
+            RayActorError: the queue died. (The pools handle the deaths of their own actors.)
+        """
+        resources = self._config.resources
+        attempt, store = 1, StoreWait(resources.call_timeout_seconds)
+        handle: WeightHandle | None = weights
+        while handle is not None:
+            try:
+                await act(handle)
+            except RayActorError:
+                raise
+            except WeightsLost as error:
+                handle = await self._published_again(handle, error)
+            except RayError as error:
+                reason = self._note_failure(indices, attempt, error)
+                if store_is_full(error):  # not the fault of the samples: the learner must let go of some first
+                    await asyncio.sleep(store.pause(what))
+                    continue
+                if attempt == resources.sample_attempts:
+                    raise OpdlmError(f"{what} failed {attempt} times (resources.sample_attempts): {reason}") from error
+                attempt += 1
+                if self.weights is not None and self.weights.version > handle.version:
+                    handle = self.weights
+            else:
+                self._lost_since.pop(handle.version, None)
+                return handle
+        return None
+
+    async def _published_again(self, lost: WeightHandle, error: WeightsLost) -> WeightHandle | None:
+        """Waits until the learner publishes a lost version again, or a later one. None when the learner has ended.
+
+        The restarted learner trains its rounds again, with the samples that the queue has kept. If samples died with
+        the same node, an actor that still holds the lost version must make them first. So after a pause this returns
+        `lost` itself, which is tried once more.
+        """
+        limit = self._config.resources.call_timeout_seconds
+        since = self._lost_since.setdefault(lost.version, time.monotonic())
+        log.warning("%s; waiting for the learner to publish them again", self._note_failure([], 1, error))
+        try:
+            async with asyncio.timeout(min(_LOST_PAUSE_SECONDS, limit)):
+                again: WeightHandle | None = await self._queue.republished_weights.remote(lost)
+        except TimeoutError:
+            if time.monotonic() - since < limit:
+                return lost
+            raise OpdlmError(
+                f"{last_line(error)}; not published again within {limit:g} s (rollout.weight_transport, "
+                "resources.call_timeout_seconds)"
+            ) from error
+        self._lost_since.pop(lost.version, None)
+        if again is not None and self.weights is not None and again.version == self.weights.version:
+            self.weights = again
+        return again
+
+    def _note_failure(self, indices: Sequence[int], attempt: int, error: Exception) -> str:
+        """Records a failed call; returns the line of the error that says why."""
+        reason = last_line(error)
+        self._records.failed(list(indices), attempt, reason, type(error).__name__)
+        return reason
+
+
+async def learner_events(
+    queue: Any, limit_seconds: float
+) -> AsyncIterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Yields events of the learner with the queue's state, at least every few seconds, until the learner has ended.
+
+    Asking for the next ones tells the queue that the events before were written.
+
+    Raises:
+        LearnerSilent: for `limit_seconds` the learner neither told of anything nor waited for samples.
+    """
+    heard = time.monotonic()
+    while (events := await queue.take_events.remote(min(_HEARTBEAT_SECONDS, limit_seconds))) is not None:
+        state = await queue.state.remote()
+        waits = state.pop("learner_waits")
+        yield events, state
+        if events or waits:
+            heard = time.monotonic()
+        elif time.monotonic() - heard > limit_seconds:
+            raise LearnerSilent(f"learner: it neither trains nor waits for samples since {limit_seconds:g} s {NO_SIGN}")
 
 
 async def survive_queue_deaths(
     config: OpdlmConfig,
     roles: Roles,
     total: int,
-    telemetry: RunRecords,
-    live: Callable[[], Awaitable[None]],
-    stopped: Callable[[], bool],
+    records: RunRecords,
+    run_loops: Callable[[], Awaitable[None]],
+    stop_asked: Callable[[], bool],
 ) -> None:
-    """Awaits `live()`, and again with a new queue in `roles` each time that the queue has died.
+    """Awaits `run_loops()`, and again with a new queue in `roles` each time that the queue dies.
+
+    The queue's process holds the ledger of what is decoded and not yet in a checkpoint. When it dies, the run goes back
+    to its last checkpoint, as `--resume` would, within the same driver: the rollout and teacher actors keep their
+    models, and work again once the learner has published the checkpoint's weights.
 
     Args:
         total: samples in the run.
-        stopped: whether an end was asked for; then the last checkpoint is where `--resume` goes on.
 
     Raises:
-        OpdlmError: the queue died more often than `resources.actor_restarts`; or whatever `live` raised, the queue
-            being alive.
+        OpdlmError: the queue died more often than `resources.actor_restarts` allows.
+        Exception: whatever `run_loops` raised while the queue was alive.
     """
     for deaths in itertools.count(1):
         try:
-            await live()
+            await run_loops()
             return
         except Exception as error:
             reason = await _death_of(roles.queue)
             if reason is None:
                 raise
             log.warning("replay-queue died (%s): %s", reason, error)
-        telemetry.queue_died(reason)
-        if stopped():
+        records.queue_died(reason)
+        if stop_asked():
             return
         if deaths > config.resources.actor_restarts:
             raise OpdlmError(
@@ -66,9 +197,9 @@ async def survive_queue_deaths(
                 f"allows: {reason}; go on from the last checkpoint with --resume"
             )
         checkpoint = latest_checkpoint(Path(config.run.dir) / "checkpoints")
-        rollout, first_round = config.rollout, checkpoint.rounds if checkpoint else 0
-        stop_actors([roles.queue])  # one that hangs is not dead yet; and Ray frees a dead one's name in its own time
-        limits = (rollout.prompts_per_round, config.queue.max_staleness, total, first_round)
+        first_round = checkpoint.rounds if checkpoint else 0
+        stop_actors([roles.queue])  # a queue that hangs is not dead yet, and Ray frees a dead one's name late
+        limits = (config.rollout.prompts_per_round, config.queue.max_staleness, total, first_round)
         roles.queue = start_queue(*limits, name=f"{NAME}-{deaths + 1}")
         for pool in (roles.rollouts, roles.evaluators):
             if pool is not None:

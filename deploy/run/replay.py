@@ -58,14 +58,14 @@ class ReplaySource:
 
 
 def check_replay(
-    config: OpdlmConfig, folder: Path, teacher: ModelFacts, plan: TrainingSchedule, data_digest: str
+    config: OpdlmConfig, folder: Path, teacher: ModelFacts, schedule: TrainingSchedule, data_digest: str
 ) -> None:
     """Whether a run can be trained on saved rollouts. Objective, optimizer and learner may be others.
 
     Raises:
         ConfigError: rounds or samples are missing, or what a trajectory or its targets depend on differs.
     """
-    files = [round_file(folder, round_) for round_ in range(plan.rounds)]
+    files = [round_file(folder, round_) for round_ in range(schedule.rounds)]
     missing = [round_ for round_, file in enumerate(files) if not file.is_file()]
     if len(missing) == len(files):
         inside = folder / "rollouts"
@@ -73,7 +73,7 @@ def check_replay(
         raise ConfigError(f"run.replay: {folder} holds no {files[0].name}; {hint}")
     if missing:
         raise ConfigError(
-            f"run.replay: {folder} lacks {len(missing)} of the run's {plan.rounds} rounds, the first is "
+            f"run.replay: {folder} lacks {len(missing)} of the run's {schedule.rounds} rounds, the first is "
             f"{files[missing[0]].name}; run.rounds {missing[0]} would do with what is there"
         )
     facts = facts_of(config, teacher.vocab_size, data_digest, weights_fingerprint(teacher.folder))
@@ -81,7 +81,7 @@ def check_replay(
     for round_, file in enumerate(files):
         header = read_header(file)
         _check_facts(file, header.facts, facts)
-        _check_samples(file, header, plan, round_, config)
+        _check_samples(file, header, schedule, round_, config)
         _check_states(file, header, config)
         _check_targets(file, header, config, hidden_size)
 
@@ -93,9 +93,11 @@ def _check_facts(file: Path, held: RolloutFacts, ours: RolloutFacts) -> None:
         raise ConfigError(f"run.replay: {file} is of another run: {', '.join(differing)}; these must agree")
 
 
-def _check_samples(file: Path, header: RoundHeader, plan: TrainingSchedule, round_: int, config: OpdlmConfig) -> None:
-    start = round_ * plan.prompts_per_round
-    wanted = range(start, min(start + plan.prompts_per_round, plan.total))
+def _check_samples(
+    file: Path, header: RoundHeader, schedule: TrainingSchedule, round_: int, config: OpdlmConfig
+) -> None:
+    start = round_ * schedule.prompts_per_round
+    wanted = range(start, min(start + schedule.prompts_per_round, schedule.total))
     absent = [index for index in wanted if index not in header.weight_versions]
     if absent:
         raise ConfigError(
@@ -111,10 +113,10 @@ def _check_samples(file: Path, header: RoundHeader, plan: TrainingSchedule, roun
 
 
 def _check_states(file: Path, header: RoundHeader, config: OpdlmConfig) -> None:
-    if not header.visited_states and config.objective.states != "random_mask":
+    if not header.visited_states and config.objective.resolved_selection != "random_mask":
         raise ConfigError(
-            f"objective.selection: found {config.objective.states!r}, but the responses in {file} were given, not "
-            "decoded, and have no visited states; use `random_mask`"
+            f"objective.selection: found {config.objective.resolved_selection!r}, but the responses in {file} were "
+            "given, not decoded, and have no visited states; use `random_mask`"
         )
 
 

@@ -1,14 +1,17 @@
-"""Where samples come from: the student's own rollouts, or given responses. References out; tensors stay with actors.
+"""Where samples come from. A source returns references; the tensors stay with the actors and the object store.
 
-`on policy`:  decode (rollout pool) ─► score (teacher pool) ─► ScoredTrajectory
-`off policy`: given response ────────► score (teacher pool) ─► ScoredTrajectory
-`cft`:        given response ────────► its own tokens are the targets
+objective       sample
+opd             decode (rollout pool) ─► score (teacher pool) ─► ScoredTrajectory
+off_policy_kd   given response ────────► score (teacher pool) ─► ScoredTrajectory
+cft             given response ────────► its own tokens are the targets
+run.replay      files of an earlier run (`replay.py`)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,38 +24,69 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.curriculum import dynamic_threshold, length_limit
 from opdlm.common.data.prompts import PromptOrder
 from opdlm.common.grid import BlockGrid
-from opdlm.common.samples import SampleRef, sample_refs
+from opdlm.common.model.config import read_config
+from opdlm.common.samples import SampleRef, sample_refs, samples_per_reference
 from opdlm.common.types import RolloutRequest, ScoredTrajectory, TopKTargets, Trajectory, WeightHandle
+from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.observe.records import RunRecords
+from opdlm.deploy.run.given_responses import GivenResponses, generate_responses, response_recipe
+from opdlm.deploy.run.preflight import Preflight
+from opdlm.deploy.run.replay import ReplaySource
 
 
 class SampleSource(Protocol):
-    """Makes samples of indices in the run's order of prompts; may be called again for the same ones after a failure."""
+    """Makes the samples of given indices in the run's order of prompts. After a failure the same call is repeated."""
 
     async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], int]:
-        """Returns (where the `ScoredTrajectory` of each index is, the weight version they belong to)."""
+        """Returns (a reference to the `ScoredTrajectory` of each index, the weight version they belong to)."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """Has the teachers score trajectories, which stay where they are, as do the samples."""
+    """Has the teacher pool score trajectories. Neither they nor the samples pass through this process."""
 
     teachers: ActorPool
-    telemetry: RunRecords
+    records: RunRecords
     per_reference: int
-    """Samples that share a reference (`samples_per_reference`)."""
+    """Samples that share a reference (`common/samples.py`)."""
 
     async def score(self, trajectories: Any, count: int) -> list[SampleRef]:
-        """One sample a trajectory. `trajectories`: the list of so many, or a reference to it."""
+        """One sample per trajectory. `trajectories`: the list of `count` trajectories, or a reference to it."""
         outputs = -(-count // self.per_reference)
         groups, stats = await self.teachers.call("score", trajectories, self.per_reference, outputs=outputs)
-        self.telemetry.scored(stats)
+        self.records.scored(stats)
         return sample_refs(groups, self.per_reference, stats.lengths)
 
 
+async def open_source(
+    checked: Preflight, roles: Roles, records: RunRecords, responses: GivenResponses | None
+) -> SampleSource:
+    """The source that the run's objective needs.
+
+    Args:
+        responses: given responses that are known already. Where the objective needs some and there are none, the
+            teacher pool writes them now, which takes as long as it takes.
+    """
+    config, teacher = checked.config, checked.teacher
+    longest_prompt = max(len(prompt.ids) for prompt in checked.prompts.prompts)
+    per_reference = samples_per_reference(config, read_config(config.model.teacher), longest_prompt)
+    if config.run.replay is not None:
+        return ReplaySource(Path(config.run.replay), config.rollout.prompts_per_round, per_reference)
+    scoring = Scoring(roles.teachers, records, per_reference)
+    if config.objective.kind == "opd":
+        return OnPolicySource(config, roles.rollouts, scoring, checked.order)
+    if responses is None:
+        recipe = response_recipe(config, checked.order.digest)
+        prompts = checked.prompts.prompts
+        responses = await generate_responses(config, prompts, roles.teachers, recipe, records.generating)
+    cut = responses.cut_at_inner_end(teacher.eos_ids)
+    records.given(len(responses.by_prompt), responses.forward_tokens, responses.cached, cut)
+    return GivenSource(config, scoring, checked.order, responses.by_prompt, teacher.vocab_size, teacher.eos_ids)
+
+
 class OnPolicySource:
-    """Decodes with the newest weights, then scores."""
+    """The student's own rollouts: decodes with the newest weights, then scores."""
 
     def __init__(self, config: OpdlmConfig, rollouts: ActorPool, scoring: Scoring, order: PromptOrder) -> None:
         self.config, self.rollouts, self.scoring, self.order = config, rollouts, scoring, order
@@ -66,12 +100,12 @@ class OnPolicySource:
             "decode", requests, weights, self.settings, batch, outputs=1
         )
         samples = await self.scoring.score(trajectories, len(indices))
-        self.scoring.telemetry.decoded(decoded)
+        self.scoring.records.decoded(decoded)
         return samples, decoded.weight_version
 
 
 def rollout_request(config: OpdlmConfig, order: PromptOrder, index: int) -> RolloutRequest:
-    """What is decoded for a sample: prompt, limit and threshold of its round, a seed of its own."""
+    """The request for one sample: its prompt, the length limit and threshold of its round, and a seed of its own."""
     prompt, round_ = order[index], index // config.rollout.prompts_per_round
     return RolloutRequest(
         index=index,
@@ -84,10 +118,10 @@ def rollout_request(config: OpdlmConfig, order: PromptOrder, index: int) -> Roll
 
 
 class GivenSource:
-    """Given responses as trajectories without a history: only `random_mask` makes states of them.
+    """Given responses as trajectories that visited no states, so only `random_mask` makes states of them.
 
     Args:
-        responses: `[R] int32` by prompt id; a response longer than the round's limit is cut there.
+        responses: `[R] int32` by prompt id; a response longer than the round's limit is cut at the limit.
         vocab_size: the teacher's V.
         eos_ids: tokens that end a response.
     """
@@ -106,7 +140,7 @@ class GivenSource:
         self.grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
 
     async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], int]:
-        """See `SampleSource`. Given responses are never stale: they belong to the version of the moment."""
+        """See `SampleSource`. Given responses are never stale: they count as made with the given weights."""
         trajectories = [self._trajectory(index, weights.version) for index in indices]
         if self.config.objective.kind != "cft":
             return await self.scoring.score(trajectories, len(indices)), weights.version
@@ -121,7 +155,7 @@ class GivenSource:
         return given_trajectory(index, prompt.prompt_id, prompt.ids, response, limit, self.eos_ids, self.grid, version)
 
     def _one_hot(self, trajectory: Trajectory) -> TopKTargets:
-        # Cross-entropy on a token is the forward KL to the distribution that is certain of it: top-1 at log 1.
+        # Cross-entropy on a token is the forward KL to the distribution that gives it probability 1: top-1 at log 1.
         token_ids = trajectory.response[:, None]
         return TopKTargets(token_ids, np.zeros(token_ids.shape, np.float32), self.vocab_size)
 
@@ -136,14 +170,14 @@ def given_trajectory(
     grid: BlockGrid,
     version: int,
 ) -> Trajectory:
-    """A response as a trajectory; what fills its last block is what a decoder could have seen there.
+    """A given response as a trajectory whose last block is filled with what a decoder could have seen there.
 
-    A finished response is filled up with its end-of-sequence token. One that goes on behind the limit shows its own
-    next tokens (no loss is taken there); one of which no more is known ends with its last whole block instead, so that
-    no false end is ever seen.
+    A finished response is filled up with its end-of-sequence token. A response that goes on after the limit shows its
+    own next tokens, without a loss on them. A response that stops without an end-of-sequence token ends with its last
+    whole block, so that the student never sees a false end.
 
     Args:
-        response: `[R] int32`; what lies behind its first end-of-sequence token is left out.
+        response: `[R] int32`; tokens after its first end-of-sequence token are left out.
         limit: most tokens with a loss.
     """
     ends = np.flatnonzero(np.isin(response, eos_ids))

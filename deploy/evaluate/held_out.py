@@ -1,0 +1,106 @@
+"""Held-out problems of built-in tasks, and how to mark answers to them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from opdlm.common.data.tasks import Problem, Task, problems
+from opdlm.common.types import RolloutRequest
+
+_TEST_SEED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """The figures of one evaluation."""
+
+    problems: int
+    exact_match: float
+    tokens_per_step: float
+    """Response tokens per denoising step (1 for an autoregressive model)."""
+    tokens_per_second: float
+    """Response tokens per second of one actor."""
+    by_task: dict[str, dict[str, float]]
+    """By task: `exact_match`, `tokens_per_step`, and `token_match`, the share of the solution's tokens that the
+    response has at the same places. It shows what is left of a skill when no answer is right as a whole."""
+
+
+class HeldOutProblems:
+    """Held-out problems of one or more tasks, with their token ids and the way to mark answers.
+
+    Args:
+        count: problems of each task.
+    """
+
+    def __init__(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+        self.tokenizer = tokenizer
+        self.problems: list[tuple[Task, Problem]] = [
+            (task, problem) for task in tasks for problem in _distinct_problems(task, count)
+        ]
+        self.prompt_ids = [
+            np.array(tokenizer(p.prompt, add_special_tokens=False)["input_ids"], dtype=np.int32)
+            for _, p in self.problems
+        ]
+
+    def requests(self, max_new_tokens: int) -> list[RolloutRequest]:
+        """The problems as decode requests."""
+        return [
+            RolloutRequest(i, f"{task.name}/test/{i}", ids, max_new_tokens, seed=i)
+            for i, ((task, _), ids) in enumerate(zip(self.problems, self.prompt_ids, strict=True))
+        ]
+
+    def exact_match(self, responses: Sequence[np.ndarray]) -> float:
+        """Share of right answers; a response without an end-of-sequence token is wrong."""
+        return float(self._right(responses).mean())
+
+    def result(self, responses: Sequence[np.ndarray], steps: Sequence[int], seconds: float) -> EvaluationResult:
+        """Marks the answers.
+
+        Args:
+            responses: `[R] int32` each, in the order of the problems.
+            steps: denoising steps of each response.
+            seconds: how long decoding took.
+        """
+        right, lengths = self._right(responses), np.array([len(r) for r in responses])
+        tokens = np.array([_token_match(s, r) for s, r in zip(self._solution_ids(), responses, strict=True)])
+        by_task = {}
+        for name in dict.fromkeys(task.name for task, _ in self.problems):
+            of = np.array([task.name == name for task, _ in self.problems])
+            by_task[name] = {
+                "exact_match": float(right[of].mean()),
+                "token_match": float(tokens[of].mean()),
+                "tokens_per_step": float(lengths[of].sum() / np.array(steps)[of].sum()),
+            }
+        return EvaluationResult(
+            problems=len(responses),
+            exact_match=float(right.mean()),
+            tokens_per_step=float(lengths.sum() / sum(steps)),
+            tokens_per_second=float(lengths.sum() / seconds),
+            by_task=by_task,
+        )
+
+    def _solution_ids(self) -> list[np.ndarray]:
+        return [np.array(self.tokenizer(p.solution, add_special_tokens=False)["input_ids"]) for _, p in self.problems]
+
+    def _right(self, responses: Sequence[np.ndarray]) -> np.ndarray:
+        eos = self.tokenizer.eos_token_id
+        marks = [
+            len(ids) > 0 and ids[-1] == eos and task.is_correct(problem, self.tokenizer.decode(ids[:-1]))
+            for (task, problem), ids in zip(self.problems, responses, strict=True)
+        ]
+        return np.array(marks, dtype=bool)
+
+
+def _token_match(solution: np.ndarray, response: np.ndarray) -> float:
+    shared = min(len(solution), len(response))
+    return float((solution[:shared] == response[:shared]).sum() / len(solution))
+
+
+def _distinct_problems(task: Task, count: int) -> list[Problem]:
+    distinct = {p.prompt: p for p in itertools.islice(problems(task, "test", _TEST_SEED), 4 * count)}
+    return list(distinct.values())[:count]
