@@ -1,4 +1,4 @@
-"""Who runs where: what each role's processes ask of a node, whether the cluster has it, placement groups.
+"""Placement: what each process asks of a node, whether the cluster has it, and the placement groups that reserve it.
 
 opdlm train ─► check_room: totals, then single nodes ─► reserve: a placement group for each role that asks for one
 """
@@ -20,64 +20,64 @@ from opdlm.common.config.schema import PlacementConfig
 from opdlm.common.errors import ConfigError, OpdlmError
 
 Demands = dict[str, list[tuple[str, int, float]]]
-"""Who asks for what: `{"CPU": [(role, count, each), ...], "GPU": ..., "decode": ...}`."""
+"""What the roles ask for, by resource: `{"CPU": [(role, processes, each), ...], "GPU": ..., "decode": ...}`."""
 
 log = logging.getLogger("opdlm.placement")
 
 _ACCELERATOR = "accelerator_type:"
 _TOLERANCE = 1e-6
-_SOON_SECONDS = 10.0
-"""Longest wait for a placement group that is not worth a word."""
+_QUIET_SECONDS = 10.0
+"""A longer wait for a placement group is logged."""
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What a role asks for."""
+class RoleDemand:
+    """What the processes of one role ask for."""
 
     role: str
     count: int
-    """Processes."""
+    """Number of processes."""
     each: Mapping[str, float]
-    """Resources of one, by Ray's names."""
+    """Resources of one process, by Ray's names."""
     group: str = "none"
     """`placement.group`."""
 
 
-def shares(config: OpdlmConfig) -> list[Share]:
-    """What the roles of a run ask for; of a replay, the learner's alone."""
+def role_demands(config: OpdlmConfig) -> list[RoleDemand]:
+    """What each role of a run asks for. A replay has only a learner."""
     rollout, teacher, learner, spare = config.rollout, config.teacher, config.learner, config.evaluation.actors
     student = rollout.placement.resources(rollout.cpus_per_actor, rollout.gpus_per_actor)
     score = teacher.placement.resources(teacher.cpus_per_actor, teacher.gpus_per_actor)
     train = learner.placement.resources(learner.cpus_per_worker, learner.gpus_per_worker)
-    learners = Share("learner", learner.workers, train, learner.placement.group)
+    learners = RoleDemand("learner", learner.workers, train, learner.placement.group)
     if config.run.replay is not None:
         return [learners]
     return [
-        Share("rollout", rollout.actors, student, rollout.placement.group),
-        Share("teacher", teacher.actors, score, teacher.placement.group),
+        RoleDemand("rollout", rollout.actors, student, rollout.placement.group),
+        RoleDemand("teacher", teacher.actors, score, teacher.placement.group),
         learners,
-        Share("evaluation", spare, student),
+        RoleDemand("evaluation", spare, student),
     ]
 
 
 def demands(config: OpdlmConfig) -> Demands:
-    """The same by resource. CPUs and GPUs are always there, nodes' own resources where a role asks for them."""
-    asked = shares(config)
-    own = {kind: None for share in asked if share.count for kind in share.each if not kind.startswith(_ACCELERATOR)}
+    """What the roles of a run ask for, by resource: CPU, GPU, and the nodes' own resources that a role asks for."""
+    asked = role_demands(config)
+    own = {kind: None for demand in asked if demand.count for kind in demand.each if not kind.startswith(_ACCELERATOR)}
     return {
-        kind: [(share.role, share.count, share.each.get(kind, 0.0)) for share in asked]
+        kind: [(demand.role, demand.count, demand.each.get(kind, 0.0)) for demand in asked]
         for kind in ("CPU", "GPU", *(kind for kind in own if kind not in ("CPU", "GPU")))
     }
 
 
 def check_room(config: OpdlmConfig, where: str) -> None:
-    """Raises `ConfigError` where the cluster that was joined lacks what a run asks for; `where` begins the message."""
+    """Raises `ConfigError` if the joined cluster lacks what a run asks for. `where`: the beginning of the message."""
     check_demands(demands(config), where)
-    check_nodes(shares(config), [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    check_nodes(role_demands(config), [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
 def check_demands(demanded: Demands, where: str) -> None:
-    """Raises `ConfigError` with the arithmetic where the roles ask for more than the cluster has."""
+    """Raises `ConfigError`, with the arithmetic, if the roles ask for more than the whole cluster has."""
     available = ray.cluster_resources()
     for kind, rows in demanded.items():
         asked = sum(count * each for _, count, each in rows)
@@ -89,39 +89,39 @@ def check_demands(demanded: Demands, where: str) -> None:
             )
 
 
-def check_nodes(asked: Sequence[Share], nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raises `ConfigError` where a process, or a strict group of them, fits on no node even if that is free.
+def check_nodes(asked: Sequence[RoleDemand], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raises `ConfigError` if a process, or a strict group of processes, would not fit even if all nodes were free.
 
     Args:
         nodes: resources of each node, by Ray's names.
     """
-    for share in asked:
-        if share.count == 0:
+    for demand in asked:
+        if demand.count == 0:
             continue
-        fitting = sum(_fits(share.each, node) for node in nodes)
+        fitting = sum(_fits(demand.each, node) for node in nodes)
         if fitting == 0:
             raise ConfigError(
-                f"{share.role}: one process asks for {_words(share.each)}; no node of the {len(nodes)} has all of it "
-                f"({_best(share.each, nodes)})"
+                f"{demand.role}: one process asks for {_in_words(demand.each)}; no node of the {len(nodes)} has all of "
+                f"it ({_most_on_one_node(demand.each, nodes)})"
             )
-        whole = {kind: share.count * amount for kind, amount in share.each.items()}
-        if share.group == "strict_pack" and not any(_fits(whole, node) for node in nodes):
+        whole = {kind: demand.count * amount for kind, amount in demand.each.items()}
+        if demand.group == "strict_pack" and not any(_fits(whole, node) for node in nodes):
             raise ConfigError(
-                f"{share.role}.placement.group: found `strict_pack` for {share.count} processes, {_words(whole)} in "
-                f"all; no node has that ({_best(whole, nodes)}); use `pack`, or fewer"
+                f"{demand.role}.placement.group: found `strict_pack` for {demand.count} processes, {_in_words(whole)} "
+                f"in all; no node has that ({_most_on_one_node(whole, nodes)}); use `pack`, or fewer"
             )
-        if share.group == "strict_spread" and fitting < share.count:
+        if demand.group == "strict_spread" and fitting < demand.count:
             raise ConfigError(
-                f"{share.role}.placement.group: found `strict_spread` for {share.count} processes; only {fitting} of "
-                f"{len(nodes)} nodes have {_words(share.each)}; use `spread`, or fewer"
+                f"{demand.role}.placement.group: found `strict_spread` for {demand.count} processes; only {fitting} of "
+                f"{len(nodes)} nodes have {_in_words(demand.each)}; use `spread`, or fewer"
             )
 
 
 def reserve(config: OpdlmConfig) -> dict[str, Places]:
-    """Where the actors go, by role (the learner's ranks are Ray Train's business): all groups, or none and an error.
+    """Reserves the places of the actors, by role; Ray Train places the learner's ranks.
 
     Raises:
-        OpdlmError: a placement group found no room in time.
+        OpdlmError: a placement group found no room in time. The groups before it are given back.
     """
     placements = {
         "rollout": config.rollout.placement,
@@ -130,10 +130,10 @@ def reserve(config: OpdlmConfig) -> dict[str, Places]:
     }
     places: dict[str, Places] = {}
     try:
-        for share in shares(config):
-            if share.role in placements:
-                patience = config.resources.call_timeout_seconds
-                places[share.role] = Places(share, placements[share.role], patience)
+        for demand in role_demands(config):
+            if demand.role in placements:
+                timeout = config.resources.call_timeout_seconds
+                places[demand.role] = Places(demand, placements[demand.role], timeout)
     except BaseException:
         for made in places.values():
             made.free()
@@ -142,40 +142,40 @@ def reserve(config: OpdlmConfig) -> dict[str, Places]:
 
 
 class Places:
-    """Where the actors of one role go; its placement group, if there is one.
+    """The places of one role's actors: its placement group, if it has one, and the node resources that it asks for.
 
     Args:
-        patience_seconds: longest wait for the group; what others run may have to end first.
+        timeout_seconds: longest wait for the group; other jobs on the cluster may have to end first.
 
     Raises:
         OpdlmError: the group found no room in time.
     """
 
-    def __init__(self, share: Share, placement: PlacementConfig, patience_seconds: float) -> None:
-        self._resources = placement.resources(0, 0)  # beside the CPUs and GPUs that an actor asks for by itself
-        self._reserved = share.count if share.group != "none" else 0
+    def __init__(self, demand: RoleDemand, placement: PlacementConfig, timeout_seconds: float) -> None:
+        self._resources = placement.resources(0, 0)  # without the CPUs and GPUs, which are options of their own
+        self._reserved = demand.count if demand.group != "none" else 0
         self._group: PlacementGroup | None = None
         if self._reserved:
-            bundles = [dict(share.each)] * share.count
+            bundles = [dict(demand.each)] * demand.count
             self._group = placement_group(
-                bundles, strategy=share.group.upper(), name=f"opdlm-{share.role}-{uuid4().hex[:8]}"
+                bundles, strategy=demand.group.upper(), name=f"opdlm-{demand.role}-{uuid4().hex[:8]}"
             )
-            what = f"{share.count} x ({_words(share.each)}) as `{share.group}`"
-            if self._group.wait(min(_SOON_SECONDS, patience_seconds)):
+            what = f"{demand.count} x ({_in_words(demand.each)}) as `{demand.group}`"
+            if self._group.wait(min(_QUIET_SECONDS, timeout_seconds)):
                 return
-            log.warning("%s: waits up to %g s for room for %s", share.role, patience_seconds, what)
-            if not self._group.wait(patience_seconds):
+            log.warning("%s: waits up to %g s for room for %s", demand.role, timeout_seconds, what)
+            if not self._group.wait(timeout_seconds):
                 self.free()
                 raise OpdlmError(
-                    f"{share.role}.placement.group: no room for {what} in {patience_seconds:g} s "
-                    f"(resources.call_timeout_seconds); what is free in all is {_words(ray.available_resources())}"
+                    f"{demand.role}.placement.group: no room for {what} in {timeout_seconds:g} s "
+                    f"(resources.call_timeout_seconds); what is free in all is {_in_words(ray.available_resources())}"
                 )
 
     def options(self, running: int) -> dict[str, Any]:
-        """Ray's options for one more actor, where so many run.
+        """Ray's options that place one more actor while `running` actors run.
 
-        In the group while it has room; those that `opdlm scale` adds beyond it go where Ray finds some. As the
-        youngest leave first, fewer actors than the group has bundles means that a bundle is free.
+        The actor goes into the placement group while that has a free bundle. It has one if fewer actors run than it
+        has bundles, because `opdlm scale` removes the youngest actors first. Further actors go where Ray finds room.
         """
         options: dict[str, Any] = {"resources": self._resources} if self._resources else {}
         if running < self._reserved:
@@ -183,31 +183,31 @@ class Places:
         return options
 
     def free(self) -> None:
-        """Gives the group back."""
+        """Gives the placement group back."""
         if self._group is not None:
             remove_placement_group(self._group)
             self._group, self._reserved = None, 0
 
 
 def placement_lines(config: OpdlmConfig) -> list[str]:
-    """What roles ask for beside CPUs and GPUs, a line for each that does."""
+    """One line for each role that asks for more than CPUs and GPUs."""
     lines = []
-    for share in shares(config):
-        own = {kind: amount for kind, amount in share.each.items() if kind not in ("CPU", "GPU")}
-        wishes = [f"nodes with {_words(own)} for each process"] if own else []
-        wishes += [f"reserved together, {share.group}"] if share.group != "none" else []
-        if wishes and share.count:
-            lines.append(f"{share.role}: {'; '.join(wishes)}")
+    for demand in role_demands(config):
+        own = {kind: amount for kind, amount in demand.each.items() if kind not in ("CPU", "GPU")}
+        wishes = [f"nodes with {_in_words(own)} for each process"] if own else []
+        wishes += [f"reserved together, {demand.group}"] if demand.group != "none" else []
+        if wishes and demand.count:
+            lines.append(f"{demand.role}: {'; '.join(wishes)}")
     return lines
 
 
 def terms(rows: Sequence[tuple[str, int, float]]) -> str:
-    """`rollout 4 x 1 + teacher 1 x 2`; those that ask for nothing are left out."""
+    """A sum in words, `rollout 4 x 1 + teacher 1 x 2`; roles that ask for nothing are left out."""
     return " + ".join(f"{role} {count} x {each:g}" for role, count, each in rows if count * each)
 
 
 def plural(kind: str) -> str:
-    """A resource in a sentence: `CPUs`, `GPUs`, `decode`."""
+    """The name of a resource in a sentence: `CPUs`, `GPUs`, `decode`."""
     return f"{kind}s" if kind in ("CPU", "GPU") else f"`{kind}`"
 
 
@@ -215,8 +215,8 @@ def _fits(asked: Mapping[str, float], node: Mapping[str, float]) -> bool:
     return all(amount <= node.get(kind, 0.0) + _TOLERANCE for kind, amount in asked.items())
 
 
-def _words(resources: Mapping[str, float]) -> str:
-    """What people set, in words: Ray's memory figures and node addresses are left out."""
+def _in_words(resources: Mapping[str, float]) -> str:
+    """Resources in words, without those that Ray adds by itself (memory, node addresses, placement groups)."""
     parts = []
     for kind, amount in resources.items():
         if kind.startswith(_ACCELERATOR):
@@ -226,8 +226,8 @@ def _words(resources: Mapping[str, float]) -> str:
     return ", ".join(parts) or "nothing"
 
 
-def _best(asked: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> str:
-    """The most that one node has of each kind that is asked for."""
+def _most_on_one_node(asked: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> str:
+    """In words, the most that one node has of each resource in `asked`."""
     kinds = [kind for kind in asked if not kind.startswith(_ACCELERATOR)]
     most = [f"{max((node.get(kind, 0.0) for node in nodes), default=0.0):g} {plural(kind)}" for kind in kinds]
     types = {kind.removeprefix(_ACCELERATOR) for node in nodes for kind in node if kind.startswith(_ACCELERATOR)}

@@ -1,7 +1,7 @@
-"""`opdlm scale`: rollout and teacher actors added to a run, or taken away, while it goes on.
+"""`opdlm scale`: adds rollout and teacher actors to a running run, or removes some.
 
-The request is a file in the run directory, so that it reaches the driver wherever that runs (in this terminal, in a
-job of the cluster) without a port or a token; the answer is a record in `metrics.jsonl`.
+The request is a file in the run directory, so it reaches the driver without a port or a token, wherever the driver runs
+(in a terminal, in a job of the cluster). The answer is a record in `metrics.jsonl`.
 
     opdlm scale ──RUN/scale.json──► driver: checks against the cluster, changes pools ──record `scale`──► opdlm scale
 """
@@ -32,26 +32,26 @@ _FILE = "scale.json"
 _POLL_SECONDS = 1.0
 
 
-def request_scale(run_dir: Path, wanted: dict[str, int], patience_seconds: float) -> dict[str, Any]:
-    """Asks a running run for other numbers of actors; waits for its answer.
+def request_scale(run_dir: Path, wanted: dict[str, int], timeout_seconds: float) -> dict[str, Any]:
+    """Asks a running run for other numbers of actors, and waits for its answer.
 
     Args:
-        wanted: actors by role, `rollout` and `teacher`; what is left out stays.
+        wanted: actors by role (`rollout`, `teacher`); a role that is left out keeps its actors.
 
     Returns: by role, `[before, after]`.
 
     Raises:
-        OpdlmError: no run there, no answer in time, or the run refuses (its reason).
+        OpdlmError: the folder holds no run, the run does not answer in time, or it refuses the request.
     """
     if not (run_dir / "metrics.jsonl").exists():
         raise OpdlmError(f"RUN: {run_dir} holds no run; give the run.dir of one that is running")
     if not wanted:
-        raise OpdlmError("nothing was asked for; give --rollout N, --teacher N, or both")
+        raise OpdlmError("opdlm scale: found neither --rollout nor --teacher; give --rollout N, --teacher N, or both")
     if too_few := [f"--{role}: found {count}; at least 1" for role, count in wanted.items() if count < 1]:
         raise OpdlmError(too_few[0])
     request = uuid.uuid4().hex
     write_json(run_dir / _FILE, {"request": request, "actors": wanted})
-    deadline = time.monotonic() + patience_seconds
+    deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
         for record in read_records(run_dir):
             if record["kind"] == "scale" and record["request"] == request:
@@ -60,29 +60,32 @@ def request_scale(run_dir: Path, wanted: dict[str, int], patience_seconds: float
                 return {role: record[role] for role in wanted}
         time.sleep(_POLL_SECONDS / 2)
     with contextlib.suppress(FileNotFoundError):
-        if request in (run_dir / _FILE).read_text():  # not another's, which came meanwhile
+        if request in (run_dir / _FILE).read_text():  # the request of another process may have replaced this one
             (run_dir / _FILE).unlink()
-    raise OpdlmError(f"RUN: {run_dir} gave no answer in {patience_seconds:g} s (--timeout); is it running?")
+    raise OpdlmError(f"RUN: {run_dir} gave no answer in {timeout_seconds:g} s (--timeout); is it running?")
 
 
 class Scaler:
-    """The driver's side. Numbers of actors that were asked for hold until the run's process ends.
+    """Carries out the requests in the driver. The new numbers of actors hold until the run's process ends.
 
     Args:
         student: folder of the student's start weights, for new rollout actors.
     """
 
-    def __init__(self, config: OpdlmConfig, roles: Roles, student: str, telemetry: RunRecords) -> None:
-        self._config, self._telemetry = config, telemetry
+    def __init__(self, config: OpdlmConfig, roles: Roles, student: str, records: RunRecords) -> None:
+        self._config, self._records = config, records
         self._file = Path(config.run.dir) / _FILE
-        self._file.unlink(missing_ok=True)  # of an earlier life: the run file says how many there are now
+        self._file.unlink(missing_ok=True)  # a request to an earlier process of the run does not hold any more
         self._pools = {"rollout": roles.rollouts, "teacher": roles.teachers}
         self._places = roles.places
         self._start: dict[str, Callable[[str, Mapping[str, Any]], Any]] = {
-            "rollout": lambda name, where: start_rollout(config, name, student, config.rollout.on_new_weights, where),
-            "teacher": lambda name, where: start_teacher(config, name, where),
+            "rollout": lambda name, placement: start_rollout(
+                config, name, student, config.rollout.on_new_weights, placement
+            ),
+            "teacher": lambda name, placement: start_teacher(config, name, placement),
         }
-        self._named = {role: len(pool.actors) for role, pool in self._pools.items()}
+        self._next_number = {role: len(pool.actors) for role, pool in self._pools.items()}
+        """Number in the name of the next new actor: names are not used twice."""
 
     async def watch(self) -> None:
         """Answers requests until it is cancelled."""
@@ -91,11 +94,11 @@ class Scaler:
             if not self._file.exists():
                 continue
             try:
-                taken = self._file.rename(self._file.with_name(f".{_FILE}.taken"))  # another may come meanwhile
+                taken = self._file.rename(self._file.with_name(f".{_FILE}.taken"))  # another request may arrive now
                 asked = json.loads(taken.read_bytes())
                 request = str(asked["request"])
                 wanted = {role: int(asked["actors"][role]) for role in self._pools if role in asked["actors"]}
-            except (OSError, ValueError, TypeError, KeyError) as error:  # or who asked has taken it back
+            except (OSError, ValueError, TypeError, KeyError) as error:  # or its sender took it back
                 log.warning("%s is no request of `opdlm scale`: %r", self._file, error)
                 continue
             await self._answer(request, wanted)
@@ -110,13 +113,13 @@ class Scaler:
                 self._grow(role, pool, count)
                 await self._shrink(pool, count)
                 changes[role] = [before, len(pool.actors)]
-        except Exception as error:  # whatever it is, who asked is told, and the run goes on
+        except Exception as error:  # any error is the answer, and the run goes on
             if not isinstance(error, ConfigError):
                 log.exception("scaling to %s failed after %s", wanted, changes)
-            self._telemetry.scaled(request=request, refused=first_line(error))
+            self._records.scaled(request=request, refused=first_line(error))
             return
         log.info("scaled: %s", changes)
-        self._telemetry.scaled(request=request, refused="", **changes)
+        self._records.scaled(request=request, refused="", **changes)
 
     def _check(self, wanted: dict[str, int]) -> None:
         config = self._config
@@ -131,10 +134,10 @@ class Scaler:
 
     def _grow(self, role: str, pool: ActorPool, count: int) -> None:
         for _ in range(count - len(pool.actors)):
-            name = f"{role}-{self._named[role]}"
-            self._named[role] += 1
+            name = f"{role}-{self._next_number[role]}"
+            self._next_number[role] += 1
             pool.add(name, self._start[role](name, self._places[role].options(len(pool.actors))))
 
     async def _shrink(self, pool: ActorPool, count: int) -> None:
-        """The youngest go first, each after the call that it is busy with."""
+        """Removes the youngest actors, each after its current call."""
         await asyncio.gather(*(pool.retire(name) for name in list(pool.actors)[count:]))

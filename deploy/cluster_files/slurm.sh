@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Ray on the nodes of a Slurm allocation, token authentication on, then `opdlm train`:
+# Starts Ray on the nodes of a Slurm allocation, with token authentication, and then `opdlm train`:
 #   sbatch deploy/cluster_files/slurm.sh deploy/multi-node.yaml [further options of opdlm train]
-# Slurm sends TERM five minutes before the time limit: the run writes a checkpoint; submit again with --resume.
+# Slurm sends TERM five minutes before the time limit, and the run writes a checkpoint. Submit again with --resume.
 #SBATCH --job-name=opdlm
 #SBATCH --nodes=3
 #SBATCH --ntasks-per-node=1
@@ -24,7 +24,7 @@ address=${OPDLM_HEAD_IP:-$(hostname --ip-address | cut -d " " -f 1)}
 count=$(wc -l <<<"$nodes")
 cpus=${SLURM_CPUS_PER_TASK:-1}
 
-# A token of this job alone, in a file that every node sees and only its owner reads.
+# A token for this job only, in a file that every node sees and only its owner can read.
 umask 077
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH=${OPDLM_TOKEN_FOLDER:-$HOME/.ray}/opdlm-$SLURM_JOB_ID.token
@@ -37,7 +37,7 @@ finish() {
   rm -f "$RAY_AUTH_TOKEN_PATH"
 }
 trap finish EXIT
-trap 'exit 143' TERM INT # before the run there is nothing to save
+trap 'exit 143' TERM INT # before the run starts, there is nothing to save
 
 # The dashboard is on the head's loopback: ssh -L 8265:127.0.0.1:8265 HEAD
 srun --nodes=1 --ntasks=1 --overlap -w "$head" \
@@ -45,7 +45,7 @@ srun --nodes=1 --ntasks=1 --overlap -w "$head" \
 started+=($!)
 export RAY_ADDRESS=$address:$port
 
-ready() { # waits until the cluster has so many nodes, five minutes at most
+ready() { # waits until the cluster has $1 nodes, for five minutes at most
   local deadline=$((SECONDS + 300))
   # The list is one line of JSON.
   until [ "$(ray list nodes --filter state=ALIVE --format json 2>/dev/null | grep -o '"node_id"' | wc -l)" -ge "$1" ]; do

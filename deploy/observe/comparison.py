@@ -1,4 +1,4 @@
-"""The figures of a comparison: `compare.json`, tables, plots of accuracy over tokens and compute, and of retention."""
+"""The results of `opdlm compare`: `compare.json`, tables, plots (accuracy over tokens and compute, retention)."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ Run = tuple[str, int, Path]
 
 
 def write_comparison(out: Path, runs: Sequence[Run], trained: Sequence[str]) -> list[Table]:
-    """Writes the files; returns the tables. `trained`: tasks that the prompts were of; the others show retention."""
+    """Writes `compare.json`, `compare.png` and `retention.png`; returns the tables.
+
+    `trained`: the tasks that the training prompts belong to. The other tasks show retention.
+    """
     reports = {(name, seed): json.loads((folder / "report.json").read_text()) for name, seed, folder in runs}
     names = list(dict.fromkeys(name for name, _, _ in runs))
     summary = {name: _summary([r for (n, _), r in reports.items() if n == name], trained) for name in names}
     curves = {name: [_curve(folder, trained) for n, _, folder in runs if n == name] for name in names}
-    anyone = next(iter(reports.values()))["by_task"]
+    first_report = next(iter(reports.values()))["by_task"]
     result = {
         "trained_tasks": list(trained),
         "seeds": sorted({seed for _, seed, _ in runs}),
-        "teacher": anyone[TEACHER],
-        "student_before": anyone[BEFORE],
+        "teacher": first_report[TEACHER],
+        "student_before": first_report[BEFORE],
         "objectives": summary,
         "runs": {f"{name}-seed{seed}": report for (name, seed), report in reports.items()},
     }
@@ -40,13 +43,13 @@ def write_comparison(out: Path, runs: Sequence[Run], trained: Sequence[str]) -> 
         _budget_table(summary),
         _task_table(result, "exact match, static decoding,", "static", "exact_match"),
         _task_table(result, "exact match, dynamic decoding,", "dynamic", "exact_match"),
-        _task_table(result, "tokens right in their places, static decoding,", "tokens", "token_match"),
+        _task_table(result, "solution tokens in the right place, static decoding,", "tokens", "token_match"),
     ]
 
 
 def _summary(reports: Sequence[dict[str, Any]], trained: Sequence[str]) -> dict[str, Any]:
     tasks = list(reports[0]["by_task"][STATIC])
-    of_tasks = {
+    by_task = {
         task: {
             decoding: _spread([r["by_task"][row][task]["exact_match"] for r in reports])
             for decoding, row in (("static", STATIC), ("dynamic", DYNAMIC))
@@ -54,7 +57,7 @@ def _summary(reports: Sequence[dict[str, Any]], trained: Sequence[str]) -> dict[
         | {"tokens": _spread([r["by_task"][STATIC][task]["token_match"] for r in reports])}
         for task in tasks
     }
-    figures: dict[str, Any] = {"tasks": of_tasks}
+    figures: dict[str, Any] = {"tasks": by_task}
     for group, members in (
         ("trained", [t for t in tasks if t in trained]),
         ("kept", [t for t in tasks if t not in trained]),
@@ -78,7 +81,7 @@ def _curve(folder: Path, trained: Sequence[str]) -> dict[str, list[float]]:
     records = read_records(folder)
     rounds = {r["round"]: r for r in records if r["kind"] == "round"}
     start = next((r["compute_flops"] for r in records if r["kind"] == "offline"), 0)
-    # One point a version; at the last, the final evaluation stands for the periodic one.
+    # One point per weight version. At the last version, the final evaluation replaces the periodic one.
     points = {
         r["round"]: r["by_task"] for r in records if r["kind"] == "evaluation" and r["row"] in (PERIODIC, DYNAMIC)
     }
@@ -110,7 +113,7 @@ def _draw_curves(curves: dict[str, list[dict[str, list[float]]]], file: Path) ->
                 axis.fill_between(places, values.min(0), values.max(0), color=f"C{number}", alpha=0.12, linewidth=0)
     axes[0].set(xlabel="response tokens", ylabel="exact match, dynamic decoding", ylim=(-0.03, 1.03))
     axes[1].set(xlabel="compute [FLOP]")
-    axes[0].plot([], [], "k-", label="tasks of the prompts")
+    axes[0].plot([], [], "k-", label="tasks of the training prompts")
     axes[0].plot([], [], "k--", label="other tasks (retention)")
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -126,7 +129,7 @@ def _draw_retention(result: dict[str, Any], file: Path) -> None:
     figure, axes = new_figure(2, 1, figsize=(9, 7), sharex=True)
     width = 0.8 / (len(objectives) + 2)
     places = np.arange(len(tasks)) - 0.4 + width / 2
-    panels = (("static", "exact_match", "exact match"), ("tokens", "token_match", "tokens right in their places"))
+    panels = (("static", "exact_match", "exact match"), ("tokens", "token_match", "solution tokens in the right place"))
     for axis, (key, figure_name, title) in zip(axes, panels, strict=True):
         for number, (row, colour) in enumerate((("teacher", "0.5"), ("student_before", "0.8"))):
             heights = [result[row][t][figure_name] for t in tasks]
@@ -155,7 +158,7 @@ def _draw_retention(result: dict[str, Any], file: Path) -> None:
 
 
 def _budget_table(summary: dict[str, Any]) -> Table:
-    table = Table(title="tasks of the prompts, in %: mean ± standard deviation over seeds")
+    table = Table(title="tasks of the training prompts, in %: mean ± standard deviation over seeds")
     table.add_column("objective")
     for name in ("static", "dynamic", "tokens/step", "response tokens", "TFLOP", "s"):
         table.add_column(name, justify="right")
@@ -173,7 +176,7 @@ def _budget_table(summary: dict[str, Any]) -> Table:
 
 
 def _task_table(result: dict[str, Any], title: str, key: str, figure_name: str) -> Table:
-    table = Table(title=f"{title} by task, in % (* the prompts were of it)")
+    table = Table(title=f"{title} by task, in % (*: task of the training prompts)")
     table.add_column("model")
     for task in result["teacher"]:
         table.add_column(task + (" *" if task in result["trained_tasks"] else ""), justify="right")

@@ -1,4 +1,4 @@
-"""Plots without a display: a figure to draw on, and a PNG that appears whole."""
+"""Matplotlib figures without a display, saved as PNG files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
-def new_figure(*grid: int, **how: Any) -> tuple[Any, Any]:
-    """A figure and its axes. `grid`, `how`: as in `pyplot.subplots`."""
-    return pyplot.subplots(*grid, layout="constrained", **how)
+def new_figure(*grid: int, **options: Any) -> tuple[Any, Any]:
+    """Makes a figure and its axes. `grid` and `options`: as in `pyplot.subplots`."""
+    return pyplot.subplots(*grid, layout="constrained", **options)
 
 
 def save_figure(figure: Any, file: Path) -> None:
-    """Writes a figure as PNG and closes it."""
+    """Saves a figure as PNG and closes it."""
     with atomic_file(file) as staging:
         figure.savefig(staging, dpi=130, format="png")
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""The ledger of a run: which samples its weights have seen, from the records of its optimizer steps."""
+"""The ledger of a run: how often each sample was trained, counted from the records of its optimizer steps."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What became of the samples of the rounds that were trained. Sample i is the run's i-th prompt, epoch by epoch."""
+    """What became of the samples of the trained rounds. Sample i is the run's i-th prompt, epoch by epoch."""
 
     trained: int
-    """Samples in optimizer steps that were made, once for each of `learner.passes`."""
+    """Samples in optimizer steps, counted once for each pass over them (`learner.passes`)."""
     skipped: int
-    """Samples of steps that were skipped because their gradient was not finite."""
+    """Samples of the steps that were skipped because their gradient was not finite."""
     twice: list[int]
-    """Samples in more than one step of a pass."""
+    """Samples that some pass has in more than one step."""
     lost: list[int]
-    """Samples of a trained round that a pass has in no step."""
+    """Samples of a trained round that some pass has in no step."""
 
     def figures(self) -> dict[str, int]:
         """Counts, for the report."""
@@ -32,17 +32,17 @@ class Ledger:
 
 
 def read_ledger(records: Iterable[dict[str, Any]], prompts_per_round: int, total: int) -> Ledger:
-    """Counts samples over the records of `metrics.jsonl`, which holds a step that was trained again once.
+    """Counts the samples in the records of `metrics.jsonl`, which has each step once, also one that was trained again.
 
     Args:
-        total: samples in the whole run; those of the rounds that have a `round` record are due.
+        total: samples in the whole run. Those of the rounds that have a `round` record must have been trained.
     """
-    times: Counter[tuple[int, int]] = Counter()  # by pass and sample
+    times: Counter[tuple[int, int]] = Counter()  # by (pass, sample)
     skipped = rounds = 0
     passes = {0}
     for record in records:
         if record["kind"] in ("step", "skipped_step"):
-            samples = record.get("samples", ())  # older runs did not record them, nor passes
+            samples = record.get("samples", ())  # older runs recorded neither samples nor passes
             passes.add(pass_ := record.get("pass_number", 0))
             times.update((pass_, index) for index in samples)
             skipped += len(samples) if record["kind"] == "skipped_step" else 0

@@ -1,4 +1,4 @@
-"""The end of a run: `report.json`, `report.png` and the table, all from the run's records."""
+"""The report of a run (`report.json`, `report.png` and a table), made from the run's records."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ PERIODIC = "student"
 
 
 def write_report(run_dir: Path, samples: tuple[int, int] | None = None) -> Table:
-    """Writes both files; returns the table. Rows that were not evaluated are left out.
+    """Writes `report.json` and `report.png`; returns the table, without the rows that were not evaluated.
 
-    `samples`: in a round and in the run, for what became of each (`samples_trained`, `samples_lost`, ...).
+    `samples`: (samples in a round, samples in the run), to count what became of them (`samples_trained`,
+    `samples_lost`, ...). None: nothing is counted.
     """
     records = read_records(run_dir)
     rows = {r["row"]: r for r in records if r["kind"] == "evaluation"}
     rounds = [r for r in records if r["kind"] == "round"]
     last = rounds[-1] if rounds else {"rollout_tokens": 0, "step": 0, "round": 0}
     report: dict[str, Any] = {
-        "teacher_exact_match": _of(rows, TEACHER, "exact_match"),
-        "student_exact_match_before": _of(rows, BEFORE, "exact_match"),
-        "student_exact_match_static": _of(rows, STATIC, "exact_match"),
-        "student_exact_match_dynamic": _of(rows, DYNAMIC, "exact_match"),
-        "tokens_per_step_dynamic": _of(rows, DYNAMIC, "tokens_per_step"),
+        "teacher_exact_match": _figure(rows, TEACHER, "exact_match"),
+        "student_exact_match_before": _figure(rows, BEFORE, "exact_match"),
+        "student_exact_match_static": _figure(rows, STATIC, "exact_match"),
+        "student_exact_match_dynamic": _figure(rows, DYNAMIC, "exact_match"),
+        "tokens_per_step_dynamic": _figure(rows, DYNAMIC, "tokens_per_step"),
         "rollout_tokens": last["rollout_tokens"],
         "optimizer_steps": last["step"],
         "weight_version": last["round"],
@@ -44,7 +45,7 @@ def write_report(run_dir: Path, samples: tuple[int, int] | None = None) -> Table
     return _table(rows)
 
 
-def _of(rows: dict[str, dict[str, Any]], row: str, figure: str) -> float | None:
+def _figure(rows: dict[str, dict[str, Any]], row: str, figure: str) -> float | None:
     return rows[row][figure] if row in rows else None
 
 

@@ -1,4 +1,4 @@
-"""The run in the terminal: a table that stays in place, or plain lines where there is no terminal."""
+"""The live view of a run: a table that is redrawn in place, or plain lines where the output is no terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PLAIN_EVERY_SECONDS = 5.0
 
 
 class LiveView:
-    """Rich table of the newest figures, redrawn at most four times a second."""
+    """A table of the newest figures, redrawn at most four times per second."""
 
     def __init__(self, console: Console, rounds: int, first_round: int) -> None:
         self._latest: dict[str, dict[str, Any]] = {}
@@ -32,18 +32,18 @@ class LiveView:
         self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
     def show(self, record: dict[str, Any]) -> None:
-        """Takes the newest record of its kind."""
+        """Shows a record in place of the one of its kind before."""
         key = f"evaluation {record['row']}" if record["kind"] == "evaluation" else record["kind"]
         self._latest[key] = record
         if record["kind"] == "round":
             self._progress.update(self._task, completed=record["round"])
-        elif line := trouble(record):
-            self.live.console.print(line, soft_wrap=True, highlight=False)  # stays, above the table
+        elif line := warning_line(record):
+            self.live.console.print(line, soft_wrap=True, highlight=False)  # stays above the table
 
     def _render(self) -> Group:
         step, round_ = self._latest.get("step", {}), self._latest.get("round", {})
         table = Table(box=None, show_header=False, pad_edge=False)
-        for left, right in zip(_training_figures(step, round_), _flow_figures(round_), strict=True):
+        for left, right in zip(_training_figures(step, round_), _throughput_figures(round_), strict=True):
             table.add_row(*left, "   ", *right)
         for name, record in self._latest.items():
             if record["kind"] == "generating" and record["done"] < record["total"]:
@@ -56,7 +56,7 @@ class LiveView:
 
 
 class PlainView:
-    """One line a round (at most every few seconds) and one an evaluation."""
+    """Prints one line per round (at most one every few seconds), per evaluation and per warning."""
 
     def __init__(self, console: Console, rounds: int) -> None:
         self._console, self._rounds = console, rounds
@@ -65,10 +65,10 @@ class PlainView:
         self._first: int | None = None
 
     def show(self, record: dict[str, Any]) -> None:
-        """Prints what is worth a line."""
+        """Prints a line about a record, or only remembers its loss."""
         if record["kind"] == "step":
             self._loss = record["loss"]
-        elif line := trouble(record):
+        elif line := warning_line(record):
             self._print(line)
         elif record["kind"] == "generating":
             self._print(f"teacher responses: {record['done']:,} of {record['total']:,}")
@@ -100,7 +100,7 @@ class PlainView:
 
 @contextmanager
 def open_view(console: Console, rounds: int, first_round: int) -> Iterator[LiveView | PlainView]:
-    """The view that suits the console."""
+    """A live table where the console is a terminal, otherwise plain lines."""
     if not console.is_terminal:
         yield PlainView(console, rounds)
         return
@@ -109,8 +109,8 @@ def open_view(console: Console, rounds: int, first_round: int) -> Iterator[LiveV
         yield view
 
 
-def trouble(record: dict[str, Any]) -> str | None:
-    """A line about what went wrong and did not end the run, or None."""
+def warning_line(record: dict[str, Any]) -> str | None:
+    """A line about what went wrong without ending the run; None for other records."""
     if record["kind"] == "skipped_step":
         return f"step {record['step']} skipped: {record['reason']} ({record['in_a_row']} in a row)"
     if record["kind"] == "actor_death":
@@ -136,7 +136,7 @@ def _training_figures(step: dict[str, Any], round_: dict[str, Any]) -> list[tupl
     ]
 
 
-def _flow_figures(round_: dict[str, Any]) -> list[tuple[str, str]]:
+def _throughput_figures(round_: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("rollout tokens/s", _number(round_, "rollout_tokens_per_second", "{:,.0f}")),
         ("teacher tokens/s", _number(round_, "teacher_tokens_per_second", "{:,.0f}")),

@@ -1,7 +1,7 @@
-"""When each actor did what, for Perfetto: `RUN/timeline.json` in Chrome's trace format, one track an actor.
+"""What each actor did at which time: `RUN/timeline.json` in Chrome's trace format, with one track per actor.
 
-Open it at ui.perfetto.dev. The array is never closed, which the format allows, so that a run that dies leaves a file
-that opens, and a resumed one goes on in it.
+Open the file at ui.perfetto.dev. Its JSON array is never closed, which the format allows: the file of a run that died
+can be opened, and a resumed run appends to it.
 """
 
 from __future__ import annotations
@@ -19,21 +19,28 @@ log = logging.getLogger("opdlm.timeline")
 
 
 class Timeline:
-    """Writes spans as they end."""
+    """Writes each span when it ends."""
 
     def __init__(self, run_dir: Path) -> None:
         file = run_dir / "timeline.json"
-        before = file.read_bytes() if file.exists() else b""
-        if (whole := before.rfind(b"\n") + 1) < len(before):  # a full disk, or a crash, cut the last line short
-            os.truncate(file, whole)
+        content = file.read_bytes() if file.exists() else b""
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content):  # a full disk or a crash cut the last line short
+            os.truncate(file, complete)
         self._file: Any = file.open("a", buffering=1)
         self._tracks: set[str] = set()
-        if not whole:
+        if not complete:
             self._write("[")
 
     def span(self, track: str, name: str, seconds: float, ended_ago: float = 0.0, **figures: Any) -> None:
-        """A span that ended so many seconds ago. `track`: who; `name`: did what; `figures`: shown with it."""
-        number = zlib.crc32(track.encode()) % 10**6  # the same in every life of a run
+        """Writes a span.
+
+        Args:
+            track: the actor; name: what it did.
+            ended_ago: seconds since the end of the span.
+            figures: shown with the span.
+        """
+        number = zlib.crc32(track.encode()) % 10**6  # the same after a resume
         if track not in self._tracks:
             self._tracks.add(track)
             self._event({"ph": "M", "name": "thread_name", "pid": 1, "tid": number, "args": {"name": track}})
@@ -44,7 +51,7 @@ class Timeline:
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # each span was written, or its failure told, when it came
+            with contextlib.suppress(OSError):  # each span was written, or its failed write logged, when it ended
                 self._file.close()
             self._file = None
 
@@ -52,7 +59,7 @@ class Timeline:
         self._write(json.dumps(event) + ",")
 
     def _write(self, line: str) -> None:
-        """Nothing depends on the timeline: where it cannot be written, it ends."""
+        """Where the file cannot be written, the timeline ends. The run goes on, as nothing depends on it."""
         if self._file is None:
             return
         try:
@@ -63,7 +70,7 @@ class Timeline:
 
 
 def read_spans(run_dir: Path) -> list[dict[str, Any]]:
-    """All spans of a run that are written whole: `track`, `name`, `ts` and `dur` in microseconds, `args`."""
+    """The complete spans of a run, with `track`, `name`, `args`, and `ts` and `dur` in microseconds."""
     lines = (run_dir / "timeline.json").read_text().splitlines(keepends=True)[1:]
     events = [json.loads(line.rstrip(",\n")) for line in lines if line.endswith("\n")]
     tracks = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}

@@ -1,31 +1,64 @@
-"""`opdlm pretrain`: trains with a progress bar, checks the result where a task knows the answers, saves."""
+"""`opdlm pretrain`: trains a small AR teacher from scratch, a Qwen3 of any size, with next-token cross-entropy."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from opdlm.actors.teacher.generate import generate
-from opdlm.common.data.tasks import get_task
+from opdlm.actors.teacher.generation import generate
+from opdlm.common.data.tasks import Task, get_task, problems
 from opdlm.common.errors import OpdlmError
+from opdlm.common.files import refuse_existing
 from opdlm.common.model.char_tokenizer import build_char_tokenizer
 from opdlm.common.model.convert import save_model
-from opdlm.deploy.evaluate.during_run import HeldOutProblems
-from opdlm.deploy.tools.pretraining import PretrainSettings, build_model, pretrain, task_batches, text_batches
+from opdlm.deploy.evaluate.held_out import HeldOutProblems
 
-_EXAM_PROBLEMS = 500
+_HELD_OUT_PROBLEMS = 500
+_IGNORED = -100
+"""The label of positions without loss."""
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+"""Endless (ids, labels), each `[B, T]` int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainSettings:
+    """Size of the model and length of the training; the defaults are the demo's."""
+
+    hidden_size: int = 96
+    layers: int = 3
+    heads: int = 4
+    context: int = 128
+    """Longest sequence in tokens."""
+    steps: int = 600
+    batch_size: int = 64
+    """Sequences per step."""
+    lr: float = 3e-3
+    """Peak learning rate: 5 % of the steps are warm-up, then it falls as a cosine to a tenth."""
+    seed: int = 0
 
 
 def run_pretrain(
     destination: Path, task_name: str | None, text: Path | None, settings: PretrainSettings, console: Console
 ) -> None:
-    """Trains and writes a checkpoint in Hugging Face layout; the folder appears whole or not at all."""
+    """Trains on a task or a text file, and saves a checkpoint folder in Hugging Face layout, whole or not at all.
+
+    Prints the exact match on held-out problems where a task is given.
+
+    Raises:
+        OpdlmError: options that do not fit together, a destination that exists, or an unusable text file.
+    """
     if (task_name is None) == (text is None):
         raise OpdlmError("pretrain: give exactly one of --task (e.g. chain) and --text FILE")
-    if destination.exists():
-        raise OpdlmError(f"pretrain: {destination} exists; give a new folder (nothing was written)")
+    refuse_existing("pretrain", destination)
     if settings.hidden_size % settings.heads:
         raise OpdlmError(
             f"pretrain: --hidden-size {settings.hidden_size} is not a multiple of --heads {settings.heads}"
@@ -41,6 +74,22 @@ def run_pretrain(
     console.print(
         f"training {parameters:,} parameters, vocabulary {len(tokenizer)}, {settings.steps} steps", highlight=False
     )
+    _train_with_progress(model, batches, settings, console)
+    if task is not None:
+        held_out = HeldOutProblems([task], tokenizer, _HELD_OUT_PROBLEMS)
+        responses = generate(model, held_out.prompt_ids, settings.context // 2, [tokenizer.eos_token_id], 128)
+        console.print(
+            f"exact match on {_HELD_OUT_PROBLEMS} held-out problems: {held_out.exact_match(responses):.1%}",
+            highlight=False,
+        )
+    save_model(model, tokenizer, destination)
+    console.print(f"written: {destination}", highlight=False)
+
+
+def _train_with_progress(
+    model: Qwen3ForCausalLM, batches: Batches, settings: PretrainSettings, console: Console
+) -> None:
+    """Shows a progress bar; prints ten lines instead where the console is no terminal."""
     every = max(settings.steps // 10, 1)
     with Progress(
         TextColumn("step"),
@@ -61,11 +110,85 @@ def run_pretrain(
                 console.print(f"step {step}/{settings.steps} loss {loss:.4f}", highlight=False)
 
         pretrain(model, batches, settings, progress)
-    if task is not None:
-        exam = HeldOutProblems([task], tokenizer, _EXAM_PROBLEMS)
-        responses = generate(model, exam.prompt_ids, settings.context // 2, [tokenizer.eos_token_id], 128)
-        console.print(
-            f"exact match on {_EXAM_PROBLEMS} held-out problems: {exam.exact_match(responses):.1%}", highlight=False
+
+
+def build_model(settings: PretrainSettings, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A Qwen3 with random weights, float32."""
+    torch.manual_seed(settings.seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=2 * settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=max(settings.heads // 2, 1),
+        head_dim=settings.hidden_size // settings.heads,
+        max_position_embeddings=settings.context,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def pretrain(
+    model: Qwen3ForCausalLM,
+    batches: Batches,
+    settings: PretrainSettings,
+    progress: Callable[[int, float], None],
+) -> None:
+    """Trains in place. After each step, `progress` is called with the number of steps done and the loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(settings.steps // 20, 1)
+    model.train()
+    for step in range(settings.steps):
+        scale = min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / settings.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * scale
+        ids, labels = next(batches)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=_IGNORED
         )
-    save_model(model, tokenizer, destination)
-    console.print(f"written: {destination}", highlight=False)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        progress(step + 1, loss.item())
+    model.eval()
+
+
+def task_batches(task: Task, tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings) -> Batches:
+    """Training problems of a task; the loss is on the solution and its end-of-sequence token."""
+    training = problems(task, "train", settings.seed)
+    while True:
+        rows, labels = [], []
+        for problem in (next(training) for _ in range(settings.batch_size)):
+            prompt = tokenizer(problem.prompt)["input_ids"]
+            solution = [*tokenizer(problem.solution)["input_ids"], tokenizer.eos_token_id]
+            rows.append(prompt + solution)
+            labels.append([_IGNORED] * len(prompt) + solution)
+        longest = max(len(row) for row in rows)
+        yield _padded(rows, longest, tokenizer.pad_token_id), _padded(labels, longest, _IGNORED)
+
+
+def text_batches(file: Path, tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings) -> Batches:
+    """Random windows of a text file; the loss is on every token.
+
+    Raises:
+        OpdlmError: the text is not longer than one window.
+    """
+    ids = np.array(tokenizer(file.read_text())["input_ids"], dtype=np.int64)
+    length = settings.context
+    if len(ids) <= length:
+        raise OpdlmError(f"pretrain: {file} has {len(ids)} characters; more than --context {length} are needed")
+    rng = np.random.default_rng(settings.seed)
+    while True:
+        starts = rng.integers(0, len(ids) - length, size=settings.batch_size)
+        windows = torch.from_numpy(np.stack([ids[s : s + length] for s in starts]))
+        yield windows, windows
+
+
+def _padded(rows: list[list[int]], length: int, fill: int) -> torch.Tensor:
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])

@@ -1,4 +1,4 @@
-"""`opdlm trace`: decodes a few prompts with a run's student and writes what happened at each step as one HTML page."""
+"""`opdlm trace`: decodes a few prompts with a run's student and writes an HTML page of what each denoising step did."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from opdlm.common.model.facts import check_vocabularies, read_facts, require_mas
 from opdlm.common.model.load import load_model
 from opdlm.common.types import HiddenTargets, RolloutRequest, Trajectory
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder
-from opdlm.deploy.evaluate.during_run import HeldOutProblems
+from opdlm.deploy.evaluate.held_out import HeldOutProblems
 from opdlm.deploy.tools.trace.page import render_page
 from opdlm.deploy.tools.trace.record import Recorder, block_records, mean_kl
 from opdlm.learner.lora import add_adapters
 
 _SLOTS = 8
 _SAMPLES = 3
+"""Prompts from the run's task or data where none is given."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceOptions:
-    """As on the command line; None is the run's own setting."""
+    """The options of the command line. None: the run's own setting."""
 
     student: Path | None
     prompts: list[str]
@@ -52,12 +53,16 @@ class TraceOptions:
 
 
 def run_trace(run: Path, options: TraceOptions, console: Console) -> None:
-    """Decodes, scores, decodes again under observation, writes the page."""
+    """Decodes and scores the prompts, decodes them again with a `Recorder`, and writes the page.
+
+    Raises:
+        OpdlmError: a folder that holds no run or no student, a prompt that does not fit, or an unusable `--out`.
+    """
     config = _run_config(run)
     page = options.out or run / "trace.html"
     if page.is_dir() or not page.parent.is_dir():
         raise OpdlmError(f"--out {page}: expected a file name in a folder that exists")
-    student, shown_student = _student(run, config, options.student)
+    student, student_name = _student(run, config, options.student)
     teacher_facts = read_facts(config.model.teacher)
     check_vocabularies(teacher_facts, student.facts)
     settings = _settings(config, student, options)
@@ -68,7 +73,7 @@ def run_trace(run: Path, options: TraceOptions, console: Console) -> None:
     shown = ("strategy", "threshold", "temperature", "block_size", "block_grid")
     record |= {
         "run": str(run),
-        "student": shown_student,
+        "student": student_name,
         "teacher": str(config.model.teacher),
         "settings": {name: getattr(settings, name) for name in shown},
     }
@@ -89,7 +94,11 @@ def trace(
     top: int,
     batch_tokens: int,
 ) -> dict[str, Any]:
-    """What the page shows, as JSON-able data: `tokens` (text by id) and `trajectories` (see `_entry`)."""
+    """What the page shows, as data for JSON: `tokens` (text by id) and `trajectories` (see `_entry`).
+
+    Raises:
+        OpdlmError: decoding a prompt a second time gave another response.
+    """
     mask_id = require_mask(student.facts)
     slots = min(_SLOTS, len(requests))
     decoder = BlockDecoder(student.model, settings, mask_id, student.facts.eos_ids, slots)
@@ -107,7 +116,7 @@ def trace(
 
 
 def _entry(student: CheckpointDecoder, trajectory: Trajectory, recorder: Recorder) -> dict[str, Any]:
-    """One trajectory: texts, ids, reveal steps, the teacher's top tokens by response position, blocks, totals."""
+    """One trajectory: texts, ids, reveal steps, the teacher's top tokens at each response position, blocks, totals."""
     tokenizer, index = student.tokenizer, trajectory.index
     steps = recorder.steps[index]
     return {
@@ -128,12 +137,12 @@ def _entry(student: CheckpointDecoder, trajectory: Trajectory, recorder: Recorde
 
 
 def _texts(student: CheckpointDecoder, entries: Sequence[dict[str, Any]]) -> dict[int, str]:
-    """The text of every token that the page names."""
+    """The texts of all tokens on the page, by token id."""
     used: set[int] = set()
     for entry in entries:
         used.update(entry["prompt_ids"], entry["response_ids"], *(tops[::2] for tops in entry["teacher"]))
-        places = [place for block in entry["blocks"] for step in block["steps"] for place in step["at"]]
-        used.update(*(place[5][::2] for place in places), (place[1] for place in places))
+        masks = [mask for block in entry["blocks"] for step in block["steps"] for mask in step["at"]]
+        used.update(*(mask[5][::2] for mask in masks), (mask[1] for mask in masks))
     return {token: student.tokenizer.decode([token]) for token in sorted(used)}
 
 
@@ -145,7 +154,7 @@ def _run_config(run: Path) -> OpdlmConfig:
 
 
 def _student(run: Path, config: OpdlmConfig, given: Path | None) -> tuple[CheckpointDecoder, str]:
-    """The student and its name: the given folder, else the finished one, else the newest checkpoint, else the start."""
+    """The student and its folder: `given`, else the run's finished one, else its newest checkpoint, else its start."""
     if given is not None or (run / "student").is_dir():
         folder = given or run / "student"
         return CheckpointDecoder(folder), str(folder)
@@ -161,7 +170,7 @@ def _student(run: Path, config: OpdlmConfig, given: Path | None) -> tuple[Checkp
     weights = load_file(checkpoint.folder / "weights.safetensors")
     with torch.no_grad():
         for name, parameter in student.model.named_parameters():
-            if parameter.requires_grad:  # a checkpoint holds what is trained
+            if parameter.requires_grad:  # a checkpoint holds the trained parameters
                 parameter.copy_(weights[name])
     return student, str(checkpoint.folder)
 
@@ -180,28 +189,28 @@ def _settings(config: OpdlmConfig, student: CheckpointDecoder, options: TraceOpt
 def _requests(
     config: OpdlmConfig, student: CheckpointDecoder, block_size: int, options: TraceOptions, console: Console
 ) -> list[RolloutRequest]:
-    """The given prompts, then held-out problems of the run's task (else the first prompts of its data)."""
+    """The given prompts, then held-out problems of the run's task; without a task, the first prompts of its data."""
     limit = options.max_new_tokens or config.rollout.max_new_tokens
-    room = student.facts.context - limit - (block_size - 1)
-    if room < 1:
+    longest = student.facts.context - limit - (block_size - 1)
+    if longest < 1:
         raise ConfigError(
             f"--max-new-tokens: {limit} leaves no room for a prompt in the student's context of {student.facts.context}"
         )
     chosen = [(f"--prompt {prompt[:30]!r}", _encode(prompt, config, student)) for prompt in options.prompts]
     count = (0 if options.prompts else _SAMPLES) if options.samples is None else options.samples
     if count and config.data.task:
-        exam = HeldOutProblems([get_task(config.data.task)], student.tokenizer, count)
-        chosen += [(f"{config.data.task}/test/{i}", ids) for i, ids in enumerate(exam.prompt_ids)]
+        held_out = HeldOutProblems([get_task(config.data.task)], student.tokenizer, count)
+        chosen += [(f"{config.data.task}/test/{i}", ids) for i, ids in enumerate(held_out.prompt_ids)]
     elif count:
         first = config.data.model_copy(update={"prompts": count})
-        found = load_prompts(first, student.tokenizer, room, config.run.seed)
+        found = load_prompts(first, student.tokenizer, longest, config.run.seed)
         for line in found.refused:
             console.print(f"refused prompt {line}", highlight=False)
         chosen += [(prompt.prompt_id, prompt.ids) for prompt in found.prompts]
     for name, ids in chosen:
-        if not 0 < len(ids) <= room:
+        if not 0 < len(ids) <= longest:
             raise OpdlmError(
-                f"{name}: {len(ids)} tokens; expected 1 to {room} (context {student.facts.context}, "
+                f"{name}: {len(ids)} tokens; expected 1 to {longest} (context {student.facts.context}, "
                 f"--max-new-tokens {limit})"
             )
     return [
@@ -211,7 +220,7 @@ def _requests(
 
 
 def _encode(prompt: str, config: OpdlmConfig, student: CheckpointDecoder) -> np.ndarray:
-    """Token ids as the run makes them: through the chat template where it uses one."""
+    """Token ids of a prompt, through the chat template where the run uses one."""
     data = config.data
     if not data.chat_template:
         return student.encode(prompt)

@@ -1,7 +1,7 @@
-"""The page of `opdlm trace`: template, style, script and data in one HTML file that asks for nothing from outside.
+"""The page of `opdlm trace`: template, style, script and data in one HTML file that loads nothing from outside.
 
-Everything that a model or a prompt can choose travels as JSON inside a script element that the browser does not run,
-and the script puts it on the page as text, never as markup.
+All text that comes from a model or a prompt is JSON inside a script element that the browser does not run, and the
+page's script inserts it as text, never as markup.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _ESCAPES: dict[str, str | int | None] = {
     "\u2028": "\\u2028",
     "\u2029": "\\u2029",
 }
-"""Inside JSON these stand in strings only, where an escape means the same; `</script>` and `<!--` cannot arise."""
+"""In JSON these characters occur only in strings, where an escape means the same. Escaped, they make no `</script>`."""
 
 
 def render_page(record: dict[str, Any], title: str) -> str:
-    """The page as text. `record`: JSON-able, as `deploy/tools/trace/command.py` makes it."""
+    """The page's HTML. `record`: data for JSON, from `run_trace`."""
     templates = files("opdlm.deploy.tools.trace") / "templates"
     parts = {
         "title": html.escape(title),
@@ -36,6 +36,6 @@ def render_page(record: dict[str, Any], title: str) -> str:
 
 
 def embed_json(record: dict[str, Any]) -> str:
-    """JSON that is safe inside `<script type="application/json">`; parsing it gives the record back."""
+    """JSON that is safe inside `<script type="application/json">`, and from which parsing gives the record back."""
     text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.translate(str.maketrans(_ESCAPES))

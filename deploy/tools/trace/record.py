@@ -1,6 +1,6 @@
-"""What a decoder's observer keeps of a step for `opdlm trace`: top tokens of both models and their divergence.
+"""Records the denoising steps for `opdlm trace`: top tokens of student and teacher, and their divergence.
 
-Distributions over the vocabulary live for one step of one block only; what is kept are a few numbers a masked position.
+Distributions over the vocabulary exist for one step of one block only. A few numbers per masked position are kept.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from opdlm.learner.losses import forward_kl
 
 
 class Recorder:
-    """Observer of a decoder that decodes known trajectories again.
+    """Observer of a decoder that decodes known trajectories a second time.
 
-    The teacher's distribution at a position depends on the clean prefix (METHOD.md section 3), and inside a block that
-    is not known before the block is done: so first decode, then score, then decode the same again with this watching.
+    The teacher's distribution at a position depends on the clean prefix (METHOD.md section 3), which inside a block is
+    known only when the block is finished. So the prompts are decoded and scored first, and then decoded again with this
+    observer.
 
     Args:
-        trajectories: what will be decoded; their indices name them.
+        trajectories: what the decoder will decode again, with distinct indices.
         targets: the teacher's hidden states of each, `[R, D]`.
-        teacher_head: the teacher's output module, `[.., D] -> [.., V]`.
+        teacher_head: the teacher's output matrix, `[.., D] -> [.., V]`.
         mask_id: the student's mask token.
-        top: tokens kept at a position.
+        top: how many of the likeliest tokens are kept at each position.
     """
 
     def __init__(
@@ -45,60 +46,60 @@ class Recorder:
         self._mask_id = mask_id
         self._top = min(top, teacher_head.out_features)
         self.steps: dict[int, list[dict[str, Any]]] = {t.index: [] for t in trajectories}
-        """By index, the denoising steps in order: `step`, `start` (position of the block), `at` (one entry a mask).
+        """By index, the denoising steps in order: `step`, `start` (position of the block), `at` (one entry per mask).
 
         An entry: [response position, candidate, confidence, 1 if revealed, KL in nats or None, student's top tokens].
-        There is no KL behind the end of the response: the teacher scores the response only.
+        After the end of the response there is no KL, because the teacher scores the response only.
         """
         self.teacher_tops: dict[int, list[list[float]]] = {t.index: [[]] * t.response_length for t in trajectories}
-        """By index, the teacher's top tokens of each response position, as [token, probability, token, ...]."""
+        """By index, the teacher's top tokens at each response position, as [token, probability, token, ...]."""
 
-    def __call__(self, view: StepObservation) -> None:
-        """Takes one step of every live sequence."""
-        for row, index in enumerate(view.index):
+    def __call__(self, observed: StepObservation) -> None:
+        """Records one step of every live sequence."""
+        for row, index in enumerate(observed.index):
             trajectory = self._trajectories[index]
-            columns = view.masked[row].nonzero()[:, 0]
-            places = view.positions[row, columns] - len(trajectory.prompt_ids)
-            logits = view.logits[row, columns]
+            columns = observed.masked[row].nonzero()[:, 0]
+            response_positions = observed.positions[row, columns] - len(trajectory.prompt_ids)
+            logits = observed.logits[row, columns]
             student_tops = _tops(logits.log_softmax(-1), self._top)
-            kl = self._divergences(index, places, logits, view.mask_logit[row, columns])
+            kl = self._divergences(index, response_positions, logits, observed.mask_logit[row, columns])
             at = [
                 [
-                    int(place),
-                    int(view.candidates[row, column]),
-                    round(float(view.confidence[row, column]), 4),
-                    int(view.revealed[row, column]),
+                    position,
+                    int(observed.candidates[row, column]),
+                    round(float(observed.confidence[row, column]), 4),
+                    int(observed.revealed[row, column]),
                     kl[i] if i < len(kl) else None,
                     student_tops[i],
                 ]
-                for i, (place, column) in enumerate(zip(places.tolist(), columns.tolist(), strict=True))
+                for i, (position, column) in enumerate(zip(response_positions.tolist(), columns.tolist(), strict=True))
             ]
-            self.steps[index].append({"step": view.step[row], "start": int(view.positions[row, 0]), "at": at})
+            self.steps[index].append({"step": observed.step[row], "start": int(observed.positions[row, 0]), "at": at})
 
     def _divergences(
-        self, index: int, places: torch.Tensor, logits: torch.Tensor, mask_logit: torch.Tensor
+        self, index: int, positions: torch.Tensor, logits: torch.Tensor, mask_logit: torch.Tensor
     ) -> list[float]:
-        """KL(teacher || student) in nats at those of `places` (rising) that lie inside the response.
+        """KL(teacher || student) in nats at the `positions` that are inside the response; they are in rising order.
 
-        Over the teacher's vocabulary, as the loss has it (learner/targets.py): with the mask token's own logit where
-        the teacher has that row, without the row where it was added on conversion.
+        The softmax is over the teacher's vocabulary, as in the loss (learner/targets.py): it includes the mask token's
+        own logit if the teacher has that row, but not if conversion added it.
         """
         hidden = self._hidden[index]
-        inside = int((places < len(hidden)).sum())
+        inside = int((positions < len(hidden)).sum())
         if inside == 0:
             return []
-        states = array_to_tensor(hidden[places[:inside].numpy()]).to(self._head.weight.device)
+        states = array_to_tensor(hidden[positions[:inside].numpy()]).to(self._head.weight.device)
         teacher = self._head(states).float().cpu().log_softmax(-1)
         student = logits[:inside].clone()
         student[:, self._mask_id] = mask_logit[:inside]
         student = student[:, : teacher.shape[-1]].log_softmax(-1)
-        for place, tops in zip(places.tolist(), _tops(teacher, self._top), strict=False):
-            self.teacher_tops[index][place] = tops
+        for position, tops in zip(positions.tolist(), _tops(teacher, self._top), strict=False):
+            self.teacher_tops[index][position] = tops
         return [round(value, 6) for value in forward_kl(teacher, student).tolist()]
 
 
 def _tops(log_probabilities: torch.Tensor, count: int) -> list[list[float]]:
-    """`[n, V]` -> for each position [token, probability, token, probability, ...], likeliest first."""
+    """`[n, V]` -> for each position [token, probability, token, ...], the likeliest token first."""
     values, tokens = log_probabilities.topk(count, dim=-1)
     probabilities = np.round(values.exp().numpy().astype(np.float64), 4)
     return [
@@ -110,8 +111,8 @@ def _tops(log_probabilities: torch.Tensor, count: int) -> list[list[float]]:
 def block_records(trajectory: Trajectory, steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The steps of one trajectory by block, with each block's totals.
 
-    `mean_kl`: nats, over all masked positions of all its steps that have one. `tokens_per_step`: response tokens of the
-    block (none behind the response's end) per denoising step.
+    `mean_kl`: in nats, over the masked positions of all its steps that have a KL. `tokens_per_step`: tokens of the
+    block per denoising step, without those after the end of the response.
     """
     blocks: list[dict[str, Any]] = []
     for step in steps:
@@ -126,6 +127,6 @@ def block_records(trajectory: Trajectory, steps: Sequence[dict[str, Any]]) -> li
 
 
 def mean_kl(steps: Sequence[dict[str, Any]]) -> float | None:
-    """Mean over all positions of all steps that have a KL; None where none has."""
-    values = [place[4] for step in steps for place in step["at"] if place[4] is not None]
+    """Mean KL in nats over the positions of all steps that have one; None where none has."""
+    values = [kl for step in steps for *_, kl, _ in step["at"] if kl is not None]
     return round(sum(values) / len(values), 6) if values else None

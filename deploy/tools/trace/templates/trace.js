@@ -1,13 +1,13 @@
 "use strict";
-// The state is two numbers: the trajectory, and the step in work (0 to n - 1; n: all is revealed). They are in the
-// page's address too (#trajectory=1&step=1, counted from 1). Texts go in as text nodes only.
+// The state is two numbers: the shown trajectory and its step (0 to n - 1, or n when all tokens are revealed). The
+// page's address has them too (#trajectory=1&step=1, counted from 1). All texts are inserted as text nodes.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-let chosen = 0, cursor = 0, playing = null;
-let steps = []; // of the chosen trajectory: {block, step}
-let revealed = []; // by response position: the entry of `at` with which it was revealed
-let most = 0; // largest KL of the trajectory
+let chosen = 0, cursor = 0, playing = null; // the trajectory, its step, the timer
+let steps = []; // all steps of the trajectory: {block, step}
+let revealed = []; // by response position: the entry of `at` with which it was revealed, and its step
+let maxKl = 0; // largest KL of the trajectory
 
 function make(tag, className, text, title) {
   const element = document.createElement(tag);
@@ -20,7 +20,7 @@ const raw = (token) => data.tokens[token] ?? "";
 const shown = (token) => raw(token).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣") || "∅";
 const inText = (token) => raw(token).replace(/\n/g, "⏎\n") || "∅";
 const percent = (share) => {
-  if (share === 0) return "<0.01 %"; // four digits are kept
+  if (share === 0) return "<0.01 %"; // the data has four digits
   if (share >= 0.9995) return share === 1 ? "100 %" : "99.9 %";
   return (100 * share).toFixed(share < 0.1 ? 2 : 1) + " %";
 };
@@ -34,18 +34,18 @@ function choose(index) {
   const trajectory = current(), length = trajectory.response_length;
   steps = trajectory.blocks.flatMap((block, b) => block.steps.map((step) => ({ block: b, step })));
   revealed = [];
-  most = 0;
+  maxKl = 0;
   for (const { step } of steps)
     for (const place of step.at) {
       if (place[3]) revealed[place[0]] = { place, step: step.step };
-      if (place[4] !== null) most = Math.max(most, place[4]);
+      if (place[4] !== null) maxKl = Math.max(maxKl, place[4]);
     }
   $("trajectory").value = index;
   $("slider").max = steps.length;
   $("totals").textContent = `${length} tokens in ${trajectory.denoising_steps} denoising steps, `
     + `${trajectory.tokens_per_step.toFixed(2)} tokens per step, mean KL ${nats(trajectory.mean_kl)} nats, `
-    + (trajectory.finish_reason === "eos" ? "ended by itself" : "cut at the limit");
-  $("kl-most").textContent = nats(most);
+    + (trajectory.finish_reason === "eos" ? "ended with an end-of-sequence token" : "cut at the length limit");
+  $("kl-most").textContent = nats(maxKl);
   $("prompt").textContent = trajectory.prompt;
   $("response").textContent = trajectory.response;
   layText(trajectory);
@@ -101,7 +101,7 @@ function paintText(trajectory, at, now) {
   const spans = $("text").children;
   trajectory.blocks.forEach((block, b) => {
     const span = spans[b + 1], state = b === at ? `step ${now.step}` : b < at ? "done" : "future";
-    if (span.dataset.state !== state) { // at 1,000 tokens and more only what changed is drawn again
+    if (span.dataset.state !== state) { // redraws only what changed: a response can have thousands of tokens
       span.dataset.state = state;
       span.classList.toggle("current", b === at);
       span.replaceChildren(...Array.from({ length: block.count }, (_, i) => chip(trajectory, block.first + i, state, now)));
@@ -117,9 +117,9 @@ function chip(trajectory, position, state, now) {
   if (state === "future") return make("i", "chip future", "·");
   const { place, step } = revealed[position];
   if (state !== "done" && step > now.step) return make("i", "chip masked", "░");
-  const behind = position >= trajectory.response_length ? " behind" : "";
+  const afterEnd = position >= trajectory.response_length ? " after-end" : "";
   const recent = state !== "done" && step === now.step ? " now" : "";
-  const element = make("i", "chip sure" + behind + recent, inText(place[1]), `step ${step}, confidence ${percent(place[2])}`);
+  const element = make("i", "chip sure" + afterEnd + recent, inText(place[1]), `step ${step}, confidence ${percent(place[2])}`);
   element.style.setProperty("--sure", place[2]);
   return element;
 }
@@ -161,8 +161,8 @@ function card(trajectory, position, now) {
 
   const meter = make("div", "meter"), track = make("div", "track");
   track.append(make("i"));
-  track.firstChild.style.setProperty("--part", Math.sqrt(part(kl ?? 0, most)));
-  meter.append(make("span", "", "KL"), track, make("span", "number", kl === null ? "behind the end" : `${nats(kl)} nats`));
+  track.firstChild.style.setProperty("--part", Math.sqrt(part(kl ?? 0, maxKl)));
+  meter.append(make("span", "", "KL"), track, make("span", "number", kl === null ? "after the end" : `${nats(kl)} nats`));
   const pair = make("div", "tops");
   pair.append(topTable("student", tops, candidate), topTable("teacher", trajectory.teacher[response] ?? [], candidate));
   element.append(meter, pair);
@@ -215,7 +215,7 @@ $("next").onclick = () => go(cursor + 1);
 $("last").onclick = () => go(steps.length);
 $("play").onclick = () => play(playing === null);
 $("speed").onchange = () => play(playing !== null);
-document.onclick = (event) => { // a button that was clicked does not keep the space bar
+document.onclick = (event) => { // so that the space bar does not press the clicked button again
   if (event.detail > 0 && event.target.tagName === "BUTTON") event.target.blur();
 };
 document.onkeydown = (event) => {

@@ -1,0 +1,74 @@
+"""What `opdlm train` prints at its start and end, and the records and the view that are open in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from opdlm.actors.pool import ActorPool
+from opdlm.common.checkpoint import Checkpoint, list_checkpoints
+from opdlm.common.config import OpdlmConfig
+from opdlm.common.data.prompts import PromptSet
+from opdlm.common.model.facts import count_parameters
+from opdlm.deploy.observe.records import RunRecords, View
+from opdlm.deploy.observe.report import write_report
+from opdlm.deploy.observe.writers import WandbWriter
+
+_REFUSED_SHOWN = 10
+
+
+def show_refused(prompts: PromptSet, console: Console) -> None:
+    """Names the first prompts that the run leaves out, and counts all of them."""
+    for line in prompts.refused[:_REFUSED_SHOWN]:
+        console.print(f"refused prompt {line}", highlight=False, soft_wrap=True)
+    if prompts.refused:
+        console.print(f"prompts refused: {len(prompts.refused)}, kept: {len(prompts.prompts)}")
+
+
+def show_start(config: OpdlmConfig, checkpoint: Checkpoint | None, rounds: int, console: Console) -> None:
+    """Says where a resumed run goes on, and what a replay does without."""
+    if config.run.replay is not None:
+        console.print("replay: no rollout and no teacher actors, so no evaluation", highlight=False)
+    if checkpoint:
+        where = f"{checkpoint.folder} (round {checkpoint.rounds} of {rounds})"
+        console.print(f"resuming from {where}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def open_records(
+    config: OpdlmConfig, student: str, checkpoint: Checkpoint | None, pools: list[ActorPool], view: View
+) -> Iterator[RunRecords]:
+    """The records of a run, which the pools tell of calls and deaths; they are closed when the block ends.
+
+    Args:
+        student: folder of the student's first weights.
+        checkpoint: where a resumed run goes on.
+    """
+    first_round = checkpoint.rounds if checkpoint else 0
+    first_step = int(checkpoint.state["optimizer_steps"]) if checkpoint else 0
+    parameters = count_parameters(student), count_parameters(config.model.teacher)
+    wandb = [WandbWriter(config)] if config.run.wandb_project is not None else []
+    records = RunRecords(Path(config.run.dir), view, first_round, first_step, parameters, wandb)
+    for pool in pools:
+        pool.on_death, pool.on_answer = records.actor_died, records.called
+    try:
+        yield records
+    finally:
+        records.close()
+
+
+def show_end(run_dir: Path, samples: tuple[int, int], stopped: bool, console: Console) -> None:
+    """Writes and shows the report, and says what the run has written and how a stopped one goes on.
+
+    Args:
+        samples: in a round and in the run.
+    """
+    console.print(write_report(run_dir, samples))
+    written = "report.json, report.png, metrics.jsonl, timeline.json, tensorboard/" + ("" if stopped else ", student/")
+    console.print(f"written: {run_dir}/{written}", highlight=False, soft_wrap=True)
+    if stopped:
+        saved = "with a checkpoint" if list_checkpoints(run_dir / "checkpoints") else "before any checkpoint"
+        console.print(f"stopped {saved}; go on with --resume")
