@@ -1,11 +1,11 @@
-"""The loss of many positions and its gradients, with the logits of only a few of them in memory at a time.
+"""The loss at many positions and its gradients, with the logits of only a few positions in memory at a time.
 
-`losses = divergence(targets, hidden @ matrix.T)`, and the scalar that is trained is `sum(weights * losses)`. The
-gradient of a chunk's logits is taken while they are there and folded at once into the gradients of the hidden states
-and of the output matrix, so no logits are kept for the backward pass and none are made a second time for it. What
-remains is of the size of hidden states and matrix, whatever the number of positions.
+The losses are `divergence(targets, hidden @ matrix.T)`, and what is trained is the scalar `sum(weights * losses)`. The
+gradient of a chunk's logits is taken in the forward pass, while they exist, and becomes at once a part of the
+gradients of the hidden states and of the output matrix. So no logits are kept for the backward pass, and none are
+computed twice. What is kept has the size of the hidden states and the matrix, however many positions there are.
 
-The oracle of the tests is the same sum through `PositionTargets.losses` and autograd, in one piece.
+The tests compare this with the same sum through `PositionTargets.losses` and autograd, in one piece.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.learner.targets import PositionTargets
-from opdlm.learner.tied_embedding import Sink
+from opdlm.learner.tied_embedding import GradientHandover
 
 
 def chunked_loss(
@@ -26,21 +26,21 @@ def chunked_loss(
     weights: torch.Tensor,
     objective: ObjectiveConfig,
     chunk: int,
-    sink: Sink | None = None,
+    handover: GradientHandover | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted sum of the divergences, which may go through one backward pass.
+    """The weighted sum of the divergences; it allows one backward pass.
 
     Args:
         hidden: `[N, D]` final hidden states at the loss positions.
         matrix: `[V', D]` the student's output matrix.
-        targets: of N positions.
-        weights: `[N]` float32, what each position counts.
+        targets: the teacher's, at the same N positions.
+        weights: `[N]` float32, the weight of each position.
         chunk: positions whose logits exist at one time.
-        sink: gets the matrix's gradient in the backward pass, in place of autograd.
+        handover: takes the matrix's gradient in the backward pass; without one, autograd does.
 
-    Returns: (scalar float32; the divergences `[N]` float32, which no gradient reaches).
+    Returns: (the sum, a float32 scalar; the divergences `[N]` float32, detached from the graph).
     """
-    return _ChunkedLoss.apply(hidden, matrix, targets, weights, objective, chunk, sink)
+    return _ChunkedLoss.apply(hidden, matrix, targets, weights, objective, chunk, handover)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -53,37 +53,39 @@ class _ChunkedLoss(torch.autograd.Function):
         weights: torch.Tensor,
         objective: ObjectiveConfig,
         chunk: int,
-        sink: Sink | None,
+        handover: GradientHandover | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        of_matrix = torch.empty_like(matrix) if ctx.needs_input_grad[1] else None
-        if of_matrix is not None and not len(hidden):
-            of_matrix.zero_()  # of an empty batch too: ranks of ZeRO must all have a gradient
+        hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        matrix_gradient = torch.empty_like(matrix) if ctx.needs_input_grad[1] else None
+        if matrix_gradient is not None and not len(hidden):
+            matrix_gradient.zero_()  # an empty batch needs a gradient too: every ZeRO rank must have one
         positions = min(chunk, len(hidden))
         memory, scratch = hidden.new_empty(positions, len(matrix)), targets.scratch_for(positions)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = torch.mm(hidden[part], matrix.T, out=memory[: len(hidden[part])])
-            losses[part], of_logits = targets[part].losses_with_gradient(logits, weights[part], objective, scratch)
-            of_logits = of_logits.to(matrix.dtype)
-            if of_hidden is not None:
-                torch.mm(of_logits, matrix, out=of_hidden[part])
-            if of_matrix is not None:
-                # The first chunk overwrites: filling so large a matrix with zeros is a pass over memory of its own.
-                of_matrix.addmm_(of_logits.T, hidden[part], beta=int(start > 0))
-        ctx.sink = sink
-        ctx.gradients = (of_hidden, of_matrix)
+            losses[part], logits_gradient = targets[part].losses_with_gradient(
+                logits, weights[part], objective, scratch
+            )
+            logits_gradient = logits_gradient.to(matrix.dtype)
+            if hidden_gradient is not None:
+                torch.mm(logits_gradient, matrix, out=hidden_gradient[part])
+            if matrix_gradient is not None:
+                # The first chunk overwrites: filling so large a matrix with zeros would be one more pass over memory.
+                matrix_gradient.addmm_(logits_gradient.T, hidden[part], beta=int(start > 0))
+        ctx.handover = handover
+        ctx.gradients = (hidden_gradient, matrix_gradient)
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, of_sum: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, sum_gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:
         if ctx.gradients is None:
             raise RuntimeError("this loss has been through its one backward pass")
-        # In place: they are the largest tensors of the step, and nobody else has them.
-        scaled = [None if gradient is None else gradient.mul_(of_sum) for gradient in ctx.gradients]
+        # Scaled in place: these are the largest tensors of the step, and nothing else refers to them.
+        scaled = [None if gradient is None else gradient.mul_(sum_gradient) for gradient in ctx.gradients]
         ctx.gradients = None
-        if ctx.sink is not None:
-            ctx.sink.gradient, scaled[1] = scaled[1], None
+        if ctx.handover is not None:
+            ctx.handover.gradient, scaled[1] = scaled[1], None
         return (*scaled, None, None, None, None, None)

@@ -1,8 +1,8 @@
-"""The module that DeepSpeed trains: rows in, weighted sum of losses out, without `[B, P+2R, V]` ever existing.
+"""The module that DeepSpeed trains: rows in, weighted sum of losses out, and no tensor `[B, P+2R, V]` on the way.
 
-Hidden states are gathered at the loss positions first; the output matrix is then applied to `logits_chunk` positions
-at a time, and each chunk's logits become a part of the gradients before the next ones are made (`chunked_loss.py`).
-Memory does not grow with V x R.
+Hidden states are gathered at the loss positions first. The output matrix is then applied to `logits_chunk` positions
+at a time, and each chunk's logits become a part of the gradients before the next ones are computed
+(`chunked_loss.py`). So memory does not grow with V x R.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.common.masks import training_mask_mod
-from opdlm.common.model.attention import NAME as ATTENTION
-from opdlm.common.model.load import hidden_states
+from opdlm.common.model.attention import ATTENTION
+from opdlm.common.model.load import hidden_states, load_model
 from opdlm.learner.chunked_loss import chunked_loss
+from opdlm.learner.lora import add_adapters
 from opdlm.learner.packing import MicroBatch
 from opdlm.learner.row_attention import RowParts
 from opdlm.learner.targets import PositionTargets
-from opdlm.learner.tied_embedding import Sink, embed
+from opdlm.learner.tied_embedding import GradientHandover, embed
 
 
 class DistillModule(nn.Module):
@@ -30,7 +32,7 @@ class DistillModule(nn.Module):
         student: causal LM of transformers.
         objective: divergence, top-K, tail.
         logits_chunk: loss positions whose logits exist at one time.
-        attention: `sdpa` (in parts, `row_attention.py`) or `flex_attention` (block mask, GPU).
+        attention: `sdpa` (in two parts, `row_attention.py`) or `flex_attention` (block mask, GPU).
     """
 
     def __init__(self, student: Any, objective: ObjectiveConfig, logits_chunk: int, attention: str = "sdpa") -> None:
@@ -40,34 +42,54 @@ class DistillModule(nn.Module):
         self.logits_chunk = logits_chunk
         self.attention = attention
         self.padding = 0
-        """Places of padding in the last forward's attention; none with flex_attention, whose line has none."""
+        """Places of padding in the attention of the last forward; 0 with flex_attention, which pads nothing."""
         if attention == "sdpa":
             student.set_attn_implementation(ATTENTION)
+
+    @classmethod
+    def load(cls, folder: str, config: OpdlmConfig) -> DistillModule:
+        """Loads a student as the run file asks for it: dtype, attention, adapters, gradient checkpointing."""
+        attention = config.model.attention
+        if attention == "auto":
+            attention = "flex_attention" if config.learner.gpus_per_worker > 0 else "sdpa"
+        student = load_model(folder, config.model.dtype, attention)
+        if config.model.lora is not None:
+            add_adapters(student, config.model.lora, config.run.seed)
+        if config.learner.gradient_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        return cls(student, config.objective, config.learner.logits_chunk, attention)
 
     def forward(
         self, batch: MicroBatch, targets: PositionTargets, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (sum of weight x divergence, a scalar; the divergences `[N]`, detached).
+        """The loss of a micro-batch.
 
-        `weights`: `[N]` float32, what each loss position counts.
+        Args:
+            targets: the teacher's, at the batch's N loss positions.
+            weights: `[N]` float32, the weight of each loss position.
+
+        Returns: (sum of weight x divergence, a float32 scalar; the divergences `[N]`, detached).
         """
-        # The matrix, not the module: ranks differ in their number of chunks, and ZeRO-3 gathers at each module call.
+        # The matrix is used without calling its module: ZeRO-3 gathers at each call, and ranks differ in their number
+        # of chunks.
         matrix, embedding = self.student.lm_head.weight, self.student.get_input_embeddings()
+        handover: GradientHandover | None = None
+        tokens: dict[str, Any] = {"input_ids": batch.input_ids}
         if matrix is embedding.weight and matrix.requires_grad:
-            sink = Sink()
-            looked_up = embed(matrix, batch.input_ids, embedding.padding_idx, sink)
-            source: dict[str, Any] = {"input_ids": None, "inputs_embeds": looked_up}
-        else:
-            sink, source = None, {"input_ids": batch.input_ids}
-        mask, how = self._mask(batch)
-        hidden = hidden_states(self.student, position_ids=batch.position_ids, mask=mask, **source, **how)
+            handover = GradientHandover()
+            looked_up = embed(matrix, batch.input_ids, embedding.padding_idx, handover)
+            tokens = {"input_ids": None, "inputs_embeds": looked_up}
+        mask, attention_arguments = self._mask(batch)
+        hidden = hidden_states(
+            self.student, position_ids=batch.position_ids, mask=mask, **tokens, **attention_arguments
+        )
         hidden = hidden[batch.loss_line, batch.loss_column]
-        return chunked_loss(hidden, matrix, targets, weights, self.objective, self.logits_chunk, sink)
+        return chunked_loss(hidden, matrix, targets, weights, self.objective, self.logits_chunk, handover)
 
     def _mask(self, batch: MicroBatch) -> tuple[Any, dict[str, Any]]:
-        """The mask, and what else attention takes."""
+        """The mask, and the further arguments of the attention function."""
         if self.attention != "flex_attention":
-            parts = RowParts.of(batch, self.student.dtype)
+            parts = RowParts.from_batch(batch, self.student.dtype)
             self.padding = parts.padding
             return parts.clean_mask, {"layout": parts}
         from torch.nn.attention.flex_attention import create_block_mask

@@ -1,12 +1,12 @@
-"""LoRA through peft: adapters in the student's linear layers; everyone else sees merged weights under plain names.
+"""LoRA through peft: adapters in the student's linear layers.
 
-Only the learner knows of adapters. What it publishes is `W + scaling B A` for every adapted layer, so rollout actors,
-checksums and exports stay as they are.
+Only the learner knows of adapters. It publishes `W + scaling B A` for every adapted layer under the layer's plain name,
+so rollout actors, checksums and exports see an ordinary model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from opdlm.common.errors import OpdlmError
 from opdlm.common.files import atomic_folder
 
 _NAME = "default"
-Gather = Any
-"""Takes parameters, returns a context in which they are whole (ZeRO-3)."""
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+"""Takes parameters and returns a context in which they are whole: `zero.gathered`, or `contextlib.nullcontext` for a
+model that is not sharded."""
 
 
 def add_adapters(student: nn.Module, config: LoraConfig, seed: int) -> None:
@@ -48,7 +50,10 @@ def add_adapters(student: nn.Module, config: LoraConfig, seed: int) -> None:
 
 
 def merged_parameters(student: nn.Module, gather: Gather) -> Iterator[tuple[str, torch.Tensor]]:
-    """(plain name, whole weight) of every parameter of the student, adapters merged in; a collective call."""
+    """(plain name, whole weight) of every parameter of the student, adapters merged in. A collective call.
+
+    A weight is valid until the next one is asked for.
+    """
     for name, parameter in student.named_parameters():
         if "lora_" in name:
             continue
@@ -66,11 +71,11 @@ def merged_parameters(student: nn.Module, gather: Gather) -> Iterator[tuple[str,
 
 
 def save_adapter(student: nn.Module, config: LoraConfig, base: str, folder: Path | None, gather: Gather) -> None:
-    """Writes the adapters in peft's own layout (`PeftModel.from_pretrained(base_model, folder)`); a collective call.
+    """Writes the adapters in peft's own layout (`PeftModel.from_pretrained(base_model, folder)`). A collective call.
 
     Args:
         base: name of the base model, for adapter_config.json.
-        folder: where the writing rank writes; None on the others.
+        folder: where the rank that writes puts them; None on the other ranks.
     """
     tensors = {}
     for name, parameter in student.named_parameters():
@@ -92,14 +97,7 @@ def _peft_config(config: LoraConfig) -> Any:
     return peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
-        lora_dropout=0.0,  # the student that is trained is the student that decoded
+        lora_dropout=0.0,  # the student that is trained is the one that decoded
         target_modules=list(config.target_modules),
         bias="none",
     )
-
-
-def whole_already(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """The `gather` of a model that is not sharded."""
-    import contextlib
-
-    return contextlib.nullcontext(parameters)

@@ -1,13 +1,13 @@
-"""Training rows -> one line of a forward: no padding, and one clean half for all states of a trajectory.
+"""Training rows -> the lines of a forward. Packed rows have no padding, and share a trajectory's clean half.
 
-    row by row (`collate`)            packed (`pack`)
+    one row per line (`collate`)      packed (`pack`)
     [clean A | noisy A1]              [clean A | noisy A1 | noisy A2 | clean B | noisy B1 | ...]
     [clean A | noisy A2]
     [clean B | noisy B1 | padding]
     ...
 
-The clean half does not see any noisy one, so all states of a trajectory may share it; samples of a line do not see
-each other. Losses and gradients are those of `collate`, which is the tests' oracle.
+A clean half does not see any noisy half, so all states of a trajectory can share it. The samples of a line do not see
+each other. Losses and gradients are the same either way; the tests compare `pack` with `collate`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from opdlm.learner.rows import Row
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows in B lines of T tokens; N loss positions over all rows, row by row."""
+    """Rows laid out in B lines of T tokens, with N loss positions over all rows, in the order of the rows."""
 
     rows: list[Row]
     input_ids: torch.Tensor  # [B, T] int64
     position_ids: torch.Tensor  # [B, T] int64
-    samples: torch.Tensor  # [B, T] int64; see common/masks.py
+    samples: torch.Tensor  # [B, T] int64; this one and the next two as in common/masks.py
     copies: torch.Tensor  # [B, T] int64
     blocks: torch.Tensor  # [B, T] int64
     loss_line: torch.Tensor  # [N] int64
@@ -42,14 +42,14 @@ class MicroBatch:
 
 
 def collate(rows: Sequence[Row]) -> MicroBatch:
-    """One row a line, padded on the right. Padding is by position: no token id means padding."""
+    """One row per line, padded on the right. Padding is known by its position: no token id means padding."""
     return _lay_out(rows, [[[index]] for index in range(len(rows))])
 
 
 def pack(rows: Sequence[Row]) -> MicroBatch:
-    """Rows of a trajectory behind one clean half, trajectories side by side, all in one line.
+    """All rows in one line: for each trajectory its clean half, then the noisy halves of its rows.
 
-    Attention has to skip what is not visible: `row_attention.py`, flex_attention.
+    Most pairs of tokens in such a line do not see each other. `row_attention.py` and flex_attention skip them.
     """
     by_trajectory: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
@@ -57,21 +57,17 @@ def pack(rows: Sequence[Row]) -> MicroBatch:
     return _lay_out(rows, [list(by_trajectory.values())])
 
 
-def _clean(rows: Sequence[Row], sample: Sequence[int]) -> int:
-    return rows[sample[0]].clean_length
-
-
 def _lay_out(rows: Sequence[Row], lines: Sequence[Sequence[Sequence[int]]]) -> MicroBatch:
-    """`lines`: of each its samples, of each sample its rows (indices), which are of one trajectory."""
+    """`lines`: for each line its samples, and for each sample the indices of its rows, all of one trajectory."""
     fields: dict[str, list[np.ndarray]] = {
         name: [] for name in ("input_ids", "position_ids", "blocks", "samples", "copies")
     }
-    places: dict[int, tuple[int, int]] = {}  # of each row: its line, and how far its columns moved
+    line_of, shift_of = [0] * len(rows), [0] * len(rows)  # each row's line, and by how much its columns moved there
     for number, line in enumerate(lines):
         parts: dict[str, list[np.ndarray]] = {name: [] for name in fields}
         column = 0
         for sample, indices in enumerate(line):
-            clean = _clean(rows, indices)
+            clean = rows[indices[0]].clean_length
             for copy, index in enumerate(indices, start=1):
                 row = rows[index]
                 begin = 0 if copy == 1 else clean
@@ -80,7 +76,7 @@ def _lay_out(rows: Sequence[Row], lines: Sequence[Sequence[Sequence[int]]]) -> M
                     parts[name].append(getattr(row, name)[begin:])
                 parts["samples"].append(np.full(length, sample))
                 parts["copies"].append(np.where(np.arange(begin, begin + length) < clean, 0, copy))
-                places[index] = (number, column - begin)
+                line_of[index], shift_of[index] = number, column - begin
                 column += length
         for name, arrays in parts.items():
             fields[name].append(np.concatenate(arrays))
@@ -92,7 +88,7 @@ def _lay_out(rows: Sequence[Row], lines: Sequence[Sequence[Sequence[int]]]) -> M
         )
 
     counts = [len(row.loss_columns) for row in rows]
-    moved = [row.loss_columns + places[index][1] for index, row in enumerate(rows)]
+    columns = [row.loss_columns + shift for row, shift in zip(rows, shift_of, strict=True)]
     return MicroBatch(
         rows=list(rows),
         input_ids=padded("input_ids"),
@@ -100,7 +96,7 @@ def _lay_out(rows: Sequence[Row], lines: Sequence[Sequence[Sequence[int]]]) -> M
         samples=padded("samples", PADDING),
         copies=padded("copies"),
         blocks=padded("blocks"),
-        loss_line=torch.from_numpy(np.repeat([places[index][0] for index in range(len(rows))], counts)),
-        loss_column=torch.from_numpy(np.concatenate(moved)),
+        loss_line=torch.from_numpy(np.repeat(line_of, counts)),
+        loss_column=torch.from_numpy(np.concatenate(columns)),
         loss_row=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
     )

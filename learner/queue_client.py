@@ -1,4 +1,7 @@
-"""A rank's side of the replay queue: rounds and samples in, weights and records out. Every wait names what for."""
+"""A rank's side of the replay queue: takes rounds and samples, hands over weights and records.
+
+Every wait has a limit, and its error says what was waited for.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from opdlm.common.types import WeightPack
 from opdlm.common.weight_offer import offered
 
 _BETWEEN_STEPS_SECONDS = 0.2
-"""Between two messages of nothing but steps: one a step of a small model would keep queue and driver busy."""
+"""Shortest time between two messages that hold only steps. A small model makes so many steps that a message for each
+would keep queue and driver busy."""
 _PUBLISHING = "publishing weights"
 
 
@@ -24,7 +28,7 @@ class QueueClient:
 
     Args:
         queue: handle of the actor.
-        rank: of this process, for errors.
+        rank: this process's, for errors.
         timeout_seconds: longest wait for anything but a round (`resources.call_timeout_seconds`).
     """
 
@@ -33,11 +37,14 @@ class QueueClient:
         self._untold: list[dict[str, Any]] = []
         self._last_told = 0.0
 
-    def ask(self, reference: Any, what: str) -> Any:
-        """The value of a reference, or a list's values.
+    def wait_for(self, reference: Any, what: str) -> Any:
+        """The value of an object reference, or the values of a list of references. Raises Ray's errors unchanged.
+
+        Args:
+            what: what is waited for, in words for an error.
 
         Raises:
-            OpdlmError: no answer in time.
+            OpdlmError: there was no value in time.
         """
         try:
             return ray.get(reference, timeout=self._limit)
@@ -47,63 +54,67 @@ class QueueClient:
             ) from None
 
     def take_round(self, round_: int) -> tuple[list[SampleRef], list[int]] | None:
-        """Waits for a round as long as somebody works on it: the coordinator's waits have limits of their own.
+        """Waits for a round as long as the driver is alive, whose own waits for actors have limits.
 
-        Returns: (samples by place in the round, staleness of each); None: stop before this round.
+        Returns: (the samples by place in the round, the staleness of each); None where the run stops before this round.
+
+        Raises:
+            OpdlmError: the driver has been silent for too long.
         """
         while True:
             try:
                 return ray.get(self._queue.take_round.remote(round_), timeout=self._limit)
             except GetTimeoutError:
-                silent = self.ask(self._queue.coordinator_silent_seconds.remote(), "the replay queue")
+                silent = self.wait_for(self._queue.driver_silent_seconds.remote(), "the replay queue")
                 if silent > self._limit:
                     raise OpdlmError(
-                        f"learner rank {self._rank} waited for round {round_}, and the coordinator has been silent "
+                        f"learner rank {self._rank} waited for round {round_}, and the driver has been silent "
                         f"for {silent:.0f} s (resources.call_timeout_seconds {self._limit:g})"
                     ) from None
 
-    def replace(self, index: int, lost: SampleRef) -> SampleRef:
-        """Waits until a sample whose data is gone was made again."""
-        return self.ask(self._queue.replace.remote(index, lost), f"sample {index}, whose data died, to be made again")
+    def remade_sample(self, index: int, lost: SampleRef) -> SampleRef:
+        """Waits until a sample whose data is lost has been made again; returns the new one."""
+        what = f"sample {index}, whose data was lost, to be made again"
+        return self.wait_for(self._queue.remade_sample.remote(index, lost), what)
 
     def publish_held(self, pack: WeightPack) -> None:
-        """Hands over where weights on this rank's device are: rollout actors read them there (Ray Direct Transport)."""
+        """Publishes weights that stay on this rank's device, where rollout actors read them (Ray Direct Transport)."""
         reference = ray.put(pack, _tensor_transport="nixl")
-        self.ask(self._queue.publish.remote(pack.version, [reference], pack.nbytes), _PUBLISHING)
+        self.wait_for(self._queue.publish.remote(pack.version, [reference], pack.nbytes), _PUBLISHING)
 
     def publish(self, pack: WeightPack) -> None:
-        """Hands weights over; waits for room where the object store is full, as the producers do."""
-        store, me = StoreWait(self._limit), ray.get_runtime_context().current_actor
-        with offered(me, pack) as outbox:
+        """Publishes weights through the object store; where it is full, waits for room, as the producers do."""
+        store_wait, this_actor = StoreWait(self._limit), ray.get_runtime_context().current_actor
+        with offered(this_actor, pack) as offer:
             while True:
                 try:
-                    self.ask(self._queue.collect.remote(outbox), _PUBLISHING)
+                    self.wait_for(self._queue.publish_offer.remote(offer), _PUBLISHING)
                     return
                 except RayError as error:
                     if not store_is_full(error):
                         raise
-                    time.sleep(store.pause(f"weights of version {pack.version}"))
+                    time.sleep(store_wait.pause(f"weights of version {pack.version}"))
 
     def committed_rounds(self) -> int:
-        """Rounds that need not be trained again: what the driver began with, or the last `committed`."""
-        return self.ask(self._queue.state.remote(), "the replay queue")["committed_rounds"]
+        """Rounds that need not be trained again: those of the last `committed`, or those the run started after."""
+        return self.wait_for(self._queue.state.remote(), "the replay queue")["committed_rounds"]
 
     def committed(self, rounds: int) -> None:
-        """A checkpoint covers this many rounds: the queue lets go of them."""
-        self.ask(self._queue.committed.remote(rounds), "committing a checkpoint")
+        """Says that a checkpoint covers this many rounds, so the queue releases their samples."""
+        self.wait_for(self._queue.committed.remote(rounds), "committing a checkpoint")
 
     def wait_until_written(self) -> None:
-        """Until the coordinator has written what it was told so far."""
+        """Waits until the driver has written every record so far."""
         self._tell_all()
-        self.ask(self._queue.events_written.remote(), "the coordinator to write its metrics")
+        self.wait_for(self._queue.events_written.remote(), "the driver to write its metrics")
 
     def give_up(self, reason: str) -> None:
-        """Has the driver end the run with this, once it has written what it was told before."""
+        """Has the driver end the run as a failure with this reason, once every record so far is written."""
         self.wait_until_written()
-        self.ask(self._queue.give_up.remote(reason), "giving up")
+        self.wait_for(self._queue.give_up.remote(reason), "giving up")
 
     def tell(self, event: dict[str, Any]) -> None:
-        """A record for the metrics, with the time at which it is told. A step's may wait for the next one."""
+        """Sends a record for the metrics, with the present time. A step's record may wait for the next record."""
         self._untold.append({"told_at": time.time(), **event})
         if event["kind"] != "step" or time.monotonic() - self._last_told >= _BETWEEN_STEPS_SECONDS:
             self._tell_all()

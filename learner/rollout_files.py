@@ -1,13 +1,13 @@
-"""Saved rollouts: one safetensors file a round, from which a run can be trained again without decoding and scoring.
+"""Saved rollouts: one safetensors file per round, from which a run can train without decoding and scoring.
 
     RUN/rollouts/round-000012.safetensors
-        INDEX.prompt_ids, INDEX.response_ids, INDEX.reveal_step     of each sample, as in `Trajectory`
-        INDEX.token_versions        only of a sample that several weight versions decoded
+        INDEX.prompt_ids, INDEX.response_ids, INDEX.reveal_step     each sample's arrays, as in `Trajectory`
+        INDEX.token_versions        only for a sample that several weight versions decoded
         INDEX.hidden | INDEX.logits | INDEX.token_ids, INDEX.logprobs    its targets
-        metadata `rollouts`, a JSON: `facts` (what a run that trains on them must agree with), `samples` (small fields)
+        metadata `rollouts`, JSON: `facts` (see `RolloutFacts`), `samples` (the fields that are not arrays)
 
-A file appears whole or not at all, and writing a round again gives the same bytes: no pickle, no time in it. This
-module is light (no torch, no Ray): the processes that read and write for others load it.
+A file appears whole or not at all. It holds no pickle and no time, so writing a round again gives the same bytes. This
+module is light to import (no torch, no Ray), because the tasks of `rollout_tasks.py` load it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ _TARGETS: dict[str, type[HiddenTargets] | type[LogitsTargets] | type[TopKTargets
     "topk": TopKTargets,
     "tokens": TopKTargets,
 }
+"""Types of the targets by `RolloutFacts.targets`."""
 _TRAJECTORY_ARRAYS = ("prompt_ids", "response_ids", "reveal_step")
 _VERSIONS = "token_versions"
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutFacts:
-    """What saved rollouts and a run that trains on them must agree on."""
+    """What saved rollouts depend on. A run that trains on them must have the same facts."""
 
     prompts_per_round: int
     block_size: int
@@ -47,15 +48,21 @@ class RolloutFacts:
     vocab_size: int
     """The teacher's V."""
     targets: str
-    """Kind of the targets: `hidden`, `topk`, `logits`, or `tokens` (of given responses)."""
+    """Kind of the targets: `hidden`, `topk`, `logits`, or `tokens` (the tokens of given responses)."""
     data_digest: str
     """Fingerprint of the prompts (`PromptOrder.digest`)."""
     teacher: str
-    """Fingerprint and number format of the teacher whose scores these are; empty for `tokens`."""
+    """Fingerprint and number format of the teacher that scored the rollouts; empty for `tokens`."""
 
 
 def facts_of(config: OpdlmConfig, vocab_size: int, data_digest: str, fingerprint: str) -> RolloutFacts:
-    """The facts of a run. `vocab_size`, `fingerprint`: the teacher's; `data_digest`: its prompts'."""
+    """The facts of a run.
+
+    Args:
+        vocab_size: the teacher's V.
+        data_digest: fingerprint of the run's prompts.
+        fingerprint: of the teacher's weights.
+    """
     rollout, scored = config.rollout, config.objective.kind != "cft"
     return RolloutFacts(
         prompts_per_round=rollout.prompts_per_round,
@@ -70,71 +77,80 @@ def facts_of(config: OpdlmConfig, vocab_size: int, data_digest: str, fingerprint
 
 @dataclass(frozen=True, slots=True)
 class RoundHeader:
-    """What a file says without reading its arrays."""
+    """What a round's file says without its arrays being read."""
 
     facts: RolloutFacts
     weight_versions: dict[int, int]
-    """By sample index, in order."""
+    """By sample index, in the order of the file."""
     target_widths: dict[int, int]
-    """By sample index: D of hidden states, K of top tokens, V of logits."""
+    """By sample index: D for hidden states, K for top tokens, V for logits."""
     visited_states: bool
-    """Whether each response was decoded step by step; a given response was not."""
+    """Whether every response was decoded step by step. A given response was not."""
 
 
 def round_file(folder: Path, round_: int) -> Path:
-    """The file of a round."""
+    """The path of a round's file."""
     return folder / f"round-{round_:06d}.safetensors"
 
 
 def save_round(file: Path, samples: Sequence[ScoredTrajectory], facts: RolloutFacts) -> None:
-    """Writes the samples of one round, aside and synced, then renamed over an earlier file of that name."""
+    """Writes the samples of one round to `file`, in place of an earlier file of that name.
+
+    Raises:
+        OSError, SafetensorError: it could not be written (a full disk, say); an earlier file is unchanged.
+    """
     arrays: dict[str, np.ndarray] = {}
-    small: list[dict[str, Any]] = []
+    plain: list[dict[str, Any]] = []
     for sample in samples:
         fields = _fields(sample.trajectory) | _fields(sample.targets)
         index = sample.trajectory.index
         tensors = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
         arrays |= {f"{index}.{name}": np.ascontiguousarray(value) for name, value in tensors.items()}
-        small.append({name: value for name, value in fields.items() if name not in tensors and value is not None})
-    metadata = {"rollouts": json.dumps({"facts": asdict(facts), "samples": small})}  # one key: their order is not fixed
+        plain.append({name: value for name, value in fields.items() if name not in tensors and value is not None})
+    # One key alone: safetensors writes several in an order that varies.
+    metadata = {"rollouts": json.dumps({"facts": asdict(facts), "samples": plain})}
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as staging:
         save_file(arrays, staging, metadata)
 
 
 def load_samples(file: Path, indices: Sequence[int]) -> list[ScoredTrajectory]:
-    """Those samples of a round, in that order; only their arrays are read."""
-    with _opened(file) as tensors:
-        facts, small = _metadata(tensors, file)
-        targets, held = _TARGETS[facts.targets], set(tensors.keys())
-        found = []
+    """The samples of the given indices from a round's file, in that order. Only their arrays are read.
+
+    Raises:
+        OpdlmError: the file is damaged, or not a file of saved rollouts.
+    """
+    with _open(file) as tensors:
+        facts, plain = _metadata(tensors, file)
+        target_type, names = _TARGETS[facts.targets], set(tensors.keys())
+        samples = []
         for index in indices:
-            fields = small[index]
-            optional = [_VERSIONS] if f"{index}.{_VERSIONS}" in held else []
-            arrays = {name: tensors.get_tensor(f"{index}.{name}") for name in [*_array_names(targets), *optional]}
-            both = {_VERSIONS: None} | fields | arrays
-            found.append(ScoredTrajectory(Trajectory(**_pick(Trajectory, both)), targets(**_pick(targets, both))))
-        return found
+            optional = [_VERSIONS] if f"{index}.{_VERSIONS}" in names else []
+            arrays = {name: tensors.get_tensor(f"{index}.{name}") for name in [*_array_names(target_type), *optional]}
+            fields = {_VERSIONS: None} | plain[index] | arrays
+            trajectory = Trajectory(**_pick(Trajectory, fields))
+            samples.append(ScoredTrajectory(trajectory, target_type(**_pick(target_type, fields))))
+        return samples
 
 
 def read_header(file: Path) -> RoundHeader:
     """Facts and samples of a round's file.
 
     Raises:
-        OpdlmError: the file is damaged, or no file of saved rollouts.
+        OpdlmError: the file is damaged, or not a file of saved rollouts.
     """
-    with _opened(file) as tensors:
-        facts, small = _metadata(tensors, file)
-        last = _array_names(_TARGETS[facts.targets])[-1]
+    with _open(file) as tensors:
+        facts, plain = _metadata(tensors, file)
+        target = _array_names(_TARGETS[facts.targets])[-1]
         return RoundHeader(
-            facts,
-            {index: fields["weight_version"] for index, fields in small.items()},
-            {index: tensors.get_slice(f"{index}.{last}").get_shape()[-1] for index in small},
-            all(fields["denoising_steps"] > 0 for fields in small.values()),
+            facts=facts,
+            weight_versions={index: fields["weight_version"] for index, fields in plain.items()},
+            target_widths={index: tensors.get_slice(f"{index}.{target}").get_shape()[-1] for index in plain},
+            visited_states=all(fields["denoising_steps"] > 0 for fields in plain.values()),
         )
 
 
-def _opened(file: Path) -> Any:
+def _open(file: Path) -> Any:
     try:
         return safe_open(file, "np")
     except (SafetensorError, OSError) as error:
@@ -142,13 +158,14 @@ def _opened(file: Path) -> Any:
 
 
 def _metadata(tensors: Any, file: Path) -> tuple[RolloutFacts, dict[int, dict[str, Any]]]:
-    held = (tensors.metadata() or {}).get("rollouts")
-    if held is None:
+    """The facts, and each sample's fields that are not arrays, by its index."""
+    text = (tensors.metadata() or {}).get("rollouts")
+    if text is None:
         raise OpdlmError(
             f"saved rollouts: {file} holds something else; expected a file of a run with run.dump_rollouts"
         )
     try:
-        record = json.loads(held)
+        record = json.loads(text)
         facts = RolloutFacts(**record["facts"])
         _TARGETS[facts.targets]
         return facts, {fields["index"]: fields for fields in record["samples"]}
@@ -161,9 +178,10 @@ def _fields(record: Trajectory | TeacherTargets) -> dict[str, Any]:
     return {name: getattr(record, name) for name in type(record).__slots__}
 
 
-def _pick(kind: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: fields[name] for name in kind.__slots__}
+def _pick(record_type: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in record_type.__slots__}
 
 
-def _array_names(targets: Any) -> list[str]:
-    return [*_TRAJECTORY_ARRAYS, *(name for name in targets.__slots__ if name != "vocab_size")]
+def _array_names(target_type: Any) -> list[str]:
+    """Arrays that each sample has with targets of this type. The last dimension of the last one is their width."""
+    return [*_TRAJECTORY_ARRAYS, *(name for name in target_type.__slots__ if name != "vocab_size")]

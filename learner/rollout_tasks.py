@@ -1,7 +1,7 @@
-"""Ray tasks that move a round's samples between the object store and its file, on whichever node.
+"""Ray tasks that move a round's samples between the object store and the round's file (`rollout_files.py`).
 
-Neither the driver nor a learner rank ever holds a whole round of large samples. This module is light: the processes of
-the tasks load it.
+The samples pass through the task's process, on whichever node it runs: neither the driver nor a learner rank ever holds
+a whole round of large samples. This module is light to import (no torch), because the tasks' processes load it.
 """
 
 from __future__ import annotations
@@ -21,21 +21,28 @@ from opdlm.learner.rollout_files import RolloutFacts, load_samples, save_round
 
 @dataclass(frozen=True, slots=True)
 class ReadFacts:
-    """Of samples that were read."""
+    """What is known of samples that a task has read."""
 
     oldest_version: int
-    """Of the weights that decoded them."""
+    """Oldest weight version that decoded one of them."""
     lengths: list[tuple[int, int]]
-    """(prompt tokens, response tokens) of each."""
+    """(prompt tokens, response tokens) of each sample."""
 
 
 def start_dump(file: Path, samples: list[SampleRef], facts: RolloutFacts) -> Any:
-    """Starts writing; the reference that comes back is ready when the file is there, or raises what went wrong."""
+    """Starts writing a round's samples to its file.
+
+    Returns: a reference that is ready once the file is there, or raises what went wrong.
+    """
     return ray.remote(num_cpus=0)(_dump).remote(file, samples, facts)
 
 
 def start_read(file: Path, indices: Sequence[int], per_reference: int) -> tuple[list[Any], Any]:
-    """Starts reading; (references to lists of so many samples each, a reference to their `ReadFacts`)."""
+    """Starts reading samples, by their indices, from a round's file.
+
+    Returns: (references to lists of `per_reference` samples each, the last maybe shorter; a reference to their
+    `ReadFacts`).
+    """
     outputs = -(-len(indices) // per_reference) + 1
     *groups, facts = ray.remote(num_cpus=0)(_read).options(num_returns=outputs).remote(file, indices, per_reference)
     return groups, facts

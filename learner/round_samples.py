@@ -1,4 +1,4 @@
-"""A round's samples as one rank sees them: fetched when a step needs them, made again where their data died."""
+"""A round's samples as one rank uses them: fetched when a step needs them, and made again where their data is lost."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ class RoundSamples:
     Args:
         samples: in index order, as the queue gave them.
         first: index of the round's first sample.
-        queue: makes lost samples be made again.
+        queue: fetches samples, and has lost ones made again.
     """
 
     def __init__(self, samples: Sequence[SampleRef], first: int, queue: QueueClient) -> None:
         self.samples, self._first, self._queue = list(samples), first, queue
         self._shared: dict[Any, list[ScoredTrajectory]] = {}
-        """Lists of several small samples: nearly every step wants one of each. A large one is let go of at once."""
+        """Fetched lists of several small samples, by reference: nearly every step needs one of each. A large sample has
+        a reference of its own, and is not kept here."""
 
     def fetch(self, places: Sequence[int]) -> list[ScoredTrajectory]:
         """Samples by their places.
 
         Raises:
-            OpdlmError: no answer in time, or a sample came under another's index.
+            OpdlmError: a sample did not arrive in time, or arrived under another sample's index.
         """
         wanted = [self.samples[place] for place in places]
         new = [group for group in distinct_groups(wanted) if group not in self._shared]
         try:
-            fetched = dict(zip(new, self._queue.ask(new, "scored trajectories"), strict=True))
+            fetched = dict(zip(new, self._queue.wait_for(new, "scored trajectories"), strict=True))
         except ObjectLostError:
             found = [self._fetch_one(place) for place in places]
         else:
             self._keep(fetched)
-            here = self._shared | fetched
-            found = [here[sample.group][sample.place] for sample in wanted]
+            groups = self._shared | fetched
+            found = [groups[sample.group][sample.place] for sample in wanted]
         for place, sample in zip(places, found, strict=True):
             if (index := sample.trajectory.index) != self._first + place:
                 raise OpdlmError(f"sample {index} came where sample {self._first + place} belongs")
@@ -55,9 +56,9 @@ class RoundSamples:
         while True:
             sample = self.samples[place]
             try:
-                group = self._shared.get(sample.group) or self._queue.ask(sample.group, "a scored trajectory")
+                group = self._shared.get(sample.group) or self._queue.wait_for(sample.group, "a scored trajectory")
             except ObjectLostError:
-                self.samples[place] = self._queue.replace(self._first + place, sample)
+                self.samples[place] = self._queue.remade_sample(self._first + place, sample)
             else:
                 self._keep({sample.group: group})
                 return group[sample.place]

@@ -1,8 +1,9 @@
-"""Scored trajectories -> training rows (METHOD.md section 4). `packing.py` lays them out for a forward.
+"""Scored trajectories -> training rows (METHOD.md section 4). `packing.py` lays the rows out for a forward.
 
-A row is `[clean | noisy]`: the clean half is prompt and kept response, the noisy half a second copy from the start of
-the block that holds the first response token (so it carries `P mod S` prompt tokens on the absolute grid: their keys
-and values depend on the state) with some response tokens masked. A noisy token has the position of its clean twin.
+A row is `[clean | noisy]`. The clean half is the prompt and the kept response. The noisy half is a second copy of the
+tokens from the start of the block that holds the first response token, with some response tokens masked. So on the
+absolute grid it also has the last `P mod S` prompt tokens, whose keys and values depend on the state. A noisy token has
+the position of its clean twin.
 """
 
 from __future__ import annotations
@@ -19,29 +20,29 @@ from opdlm.learner.states import SELECTIONS, BlockStates
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training row. T = C + N tokens: C = P + R' clean, N noisy from the first generated block on."""
+    """One training row of T = C + N tokens: C = P + R' clean ones, N noisy ones from the first generated block on."""
 
     scored: ScoredTrajectory
-    clean_length: int  # C; before it the arrays are the same in every row of a trajectory
+    clean_length: int  # C; the arrays' first C entries are the same in every row of a trajectory
     input_ids: np.ndarray  # [T] int64
     position_ids: np.ndarray  # [T] int64
     blocks: np.ndarray  # [T] int64
-    loss_columns: np.ndarray  # [n] int64, columns of the row at which the loss is taken (noisy half)
-    loss_positions: np.ndarray  # [n] int64, the same as response positions: rows of the teacher's targets
+    loss_columns: np.ndarray  # [n] int64, where the loss is taken, as indices into the row (its noisy half)
+    loss_positions: np.ndarray  # [n] int64, the same as indices into the response, and so into the teacher's targets
 
 
 def build_rows(
     scored: ScoredTrajectory, grid: BlockGrid, objective: ObjectiveConfig, mask_id: int, rng: np.random.Generator
 ) -> list[Row]:
-    """The rows that the objective's selection makes of one trajectory; a row may have no loss position."""
+    """The rows that the objective's selection of states makes of one trajectory. A row may have no loss position."""
     trajectory = scored.trajectory
     states = BlockStates(trajectory.reveal_step, len(trajectory.prompt_ids), grid)
-    selected = SELECTIONS[objective.states](states, rng)
+    selected = SELECTIONS[objective.resolved_selection](states, rng)
     return [build_row(scored, masked, grid, mask_id, objective.exclude_eos) for masked in selected]
 
 
 def build_row(scored: ScoredTrajectory, masked: np.ndarray, grid: BlockGrid, mask_id: int, exclude_eos: bool) -> Row:
-    """One row from one state. `masked`: `[R']` bool over the kept response."""
+    """The row of one state. `masked`: `[R']` bool over the kept response."""
     trajectory = scored.trajectory
     prompt_length = len(trajectory.prompt_ids)
     clean = np.concatenate([trajectory.prompt_ids, trajectory.response_ids]).astype(np.int64)
@@ -62,7 +63,7 @@ def build_row(scored: ScoredTrajectory, masked: np.ndarray, grid: BlockGrid, mas
 
 
 def _in_loss(trajectory: Trajectory, exclude_eos: bool) -> np.ndarray:
-    """`[R']` bool: inside the response, and not its end-of-sequence token if that is excluded."""
+    """`[R']` bool: True inside the response, except at its end-of-sequence token if that is excluded."""
     ends_with_eos = trajectory.finish_reason == "eos"
     last = trajectory.response_length - (1 if exclude_eos and ends_with_eos else 0)
     return np.arange(len(trajectory.response_ids)) < last

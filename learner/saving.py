@@ -1,6 +1,6 @@
-"""What rank 0 writes for all of them: whatever becomes of it, every rank goes on or ends alike.
+"""What rank 0 writes for the group: checkpoints, and the finished student. A full disk ends or spares all ranks alike.
 
-The state is gathered before a byte is written, so a rank never waits in a collective call for one whose disk is full.
+The state is gathered before anything is written, so no rank waits in a collective call for one whose disk is full.
 """
 
 from __future__ import annotations
@@ -15,78 +15,93 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from opdlm.common.checkpoint import latest_checkpoint, save_checkpoint
+from opdlm.common.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from opdlm.common.config.schema import ModelConfig
 from opdlm.common.errors import OpdlmError
+from opdlm.common.model.convert import save_model
+from opdlm.common.model.load import load_model
+from opdlm.common.model.tokenizer import load_tokenizer
+from opdlm.common.types import WeightPack
+from opdlm.common.weights import load_weights
 from opdlm.learner import zero
+from opdlm.learner.lora import save_adapter
 
 log = logging.getLogger("opdlm.saving")
 
-DISK_ERRORS = (OSError, SafetensorError)
-"""What a full or broken disk raises; safetensors has an error of its own for it."""
+_DISK_ERRORS = (OSError, SafetensorError)
+"""What a full or broken disk raises; safetensors has an error type of its own for it."""
 
 
 class GiveUp(OpdlmError):
-    """The end of the run. Every rank raises it, and a restart of the group would only come to the same."""
-
-
-def problem_of_first_rank(act: Callable[[], object], device: torch.device | str = "cpu") -> str | None:
-    """Runs `act` on every rank, of which only the first may write; a collective call, behind those that `act` makes.
-
-    Args:
-        device: where the process group's tensors live.
-
-    Returns: None, or on every rank why the first one's disk did not take it. Other errors are raised.
-    """
-    problem = None
-    try:
-        act()
-    except DISK_ERRORS as error:
-        if dist.get_rank() != 0:
-            raise
-        cause = getattr(error, "cause", None) or error  # of an error in a Ray task
-        problem = " ".join(str(cause).split()) or type(cause).__name__
-    failed = torch.tensor([problem is not None], dtype=torch.int32, device=device)
-    dist.broadcast(failed, 0)
-    return (problem or "see rank 0") if failed.item() else None
+    """Ends the run. Every rank raises it, for a reason that a restart of the group would not remove."""
 
 
 class Saver:
-    """Writes the group's checkpoints.
+    """Reads and writes the group's checkpoints, and writes the finished student.
 
     Args:
+        engine: DeepSpeed engine around a `DistillModule`.
         root: folder of the checkpoints.
-        keep: newest ones that stay.
-        max_failed: saves in a row that may fail; one more, or a failed last one, is the end of the run.
+        keep: how many of the newest checkpoints stay.
+        max_failed: how many saves in a row may fail; one more, or a failed last save, ends the run.
     """
 
     def __init__(self, engine: Any, root: Path, keep: int, max_failed: int) -> None:
         self.engine, self.root, self.keep, self.max_failed = engine, root, keep, max_failed
         self.failed_in_a_row = 0
 
+    def restore(self, committed_rounds: int) -> Checkpoint | None:
+        """Loads the newest checkpoint of at most `committed_rounds` rounds into the engine. A collective call.
+
+        A newer checkpoint than the queue knows of was written by a group that outlived its driver for a moment. This
+        run's records begin before it, so it is passed over.
+
+        Returns: the checkpoint; None at the start of a run.
+
+        Raises:
+            OpdlmError: the queue knows of a checkpoint, and there is none.
+        """
+        checkpoint = latest_checkpoint(self.root, committed_rounds)
+        if checkpoint is None and committed_rounds > 0:
+            raise OpdlmError(
+                f"the checkpoint of round {committed_rounds} in {self.root} is gone; does another process work in this "
+                "run directory? Once it has ended, go on with --resume"
+            )
+        if checkpoint is not None:
+            zero.load_state(self.engine, checkpoint.folder)
+        return checkpoint
+
     def save(self, state: dict[str, Any]) -> str | None:
-        """Writes a checkpoint; a collective call. None, or on every rank why not; earlier checkpoints are untouched."""
-        held = zero.gather_state(self.engine, keep=dist.get_rank() == 0)
+        """Writes a checkpoint. A collective call. Where it fails, earlier checkpoints are unchanged.
+
+        Args:
+            state: what the checkpoint says of the run, JSON-able; `rounds` names the checkpoint.
+
+        Returns: None, or on every rank why the checkpoint was not written.
+        """
+        gathered = zero.gather_state(self.engine, keep=dist.get_rank() == 0)
 
         def write() -> None:
-            if held is not None:
-                save_checkpoint(self.root, state, held.write, self.keep)
+            if gathered is not None:
+                save_checkpoint(self.root, state, gathered.write, self.keep)
 
         problem = problem_of_first_rank(write, self.engine.device)
         self.failed_in_a_row = self.failed_in_a_row + 1 if problem else 0
-        if problem is None or held is None:
+        if problem is None or gathered is None:
             return problem
-        problem = f"{problem} ({held.nbytes / 1e6:,.1f} MB to write, {free_space(self.root)})"
+        problem = f"{problem} ({gathered.nbytes / 1e6:,.1f} MB to write, {_free_space(self.root)})"
         log.warning("checkpoint of round %d, failed save %d: %s", state["rounds"], self.failed_in_a_row, problem)
         return problem
 
     def end_if_due(self, problem: str, rounds: int, last: bool) -> None:
-        """After a failed save, on all ranks: goes on, or ends the run on all of them.
+        """After a failed save: ends the run on all ranks, or returns on all ranks.
 
         Args:
-            last: nothing will be trained after this, so nothing saved either.
+            problem: what `save` returned.
+            last: the save was the run's last, after which nothing is trained or saved.
 
         Raises:
-            GiveUp: the save was the last of the run, or one too many failed in a row.
+            GiveUp: the save was the run's last, or too many have failed in a row.
         """
         if not last and self.failed_in_a_row <= self.max_failed:
             return
@@ -95,20 +110,76 @@ class Saver:
         raise GiveUp(f"the checkpoint of round {rounds} was not written ({why}): {self._advice(problem)}")
 
     def require(self, what: str, act: Callable[[], object]) -> None:
-        """`problem_of_first_rank` for what a run must not lack.
+        """Runs `problem_of_first_rank` for something that the run must not lack. A collective call.
+
+        Args:
+            what: names the file or folder in the error.
 
         Raises:
-            GiveUp: the disk did not take it.
+            GiveUp: the first rank's disk did not take it.
         """
         if problem := problem_of_first_rank(act, self.engine.device):
             raise GiveUp(f"{what} could not be written: {self._advice(problem)}")
 
+    def export_student(self, run_dir: Path, start: str, model: ModelConfig, pack: WeightPack | None) -> None:
+        """Writes the finished student as a Hugging Face folder, `RUN/student`, and a trained adapter, `RUN/adapter`.
+
+        A collective call. A folder that an earlier start of the group has written stays as it is.
+
+        Args:
+            start: folder of the student's start weights.
+            model: the run file's section.
+            pack: the last published weights on rank 0, None on the other ranks.
+
+        Raises:
+            GiveUp: the first rank's disk did not take it.
+        """
+        adapter = run_dir / "adapter"
+        if (lora := model.lora) is not None and not adapter.exists():
+            student = self.engine.module.student
+            dist.barrier()  # no rank makes the folder before every rank has looked for it
+            folder = adapter if dist.get_rank() == 0 else None
+            self.require(str(adapter), lambda: save_adapter(student, lora, start, folder, zero.gathered))
+        destination = run_dir / "student"
+
+        def write() -> None:
+            if pack is None or destination.exists():
+                return
+            student = load_model(start, model.dtype)
+            load_weights(student, pack)
+            save_model(student, load_tokenizer(start), destination)
+
+        self.require(str(destination), write)
+
     def _advice(self, problem: str) -> str:
-        there = newest(self.root) if dist.get_rank() == 0 else "see rank 0"
-        return f"{problem}; {there}; make room and go on with --resume"
+        newest = _newest_checkpoint(self.root) if dist.get_rank() == 0 else "see rank 0"
+        return f"{problem}; {newest}; make room and go on with --resume"
 
 
-def newest(root: Path) -> str:
+def problem_of_first_rank(act: Callable[[], object], device: torch.device | str = "cpu") -> str | None:
+    """Runs `act` on every rank, where only the first rank may write, and tells all ranks whether its disk failed.
+
+    A collective call, after any collective calls in `act`.
+
+    Args:
+        device: where the process group's tensors are.
+
+    Returns: None, or on every rank why the first rank's disk did not take it. Other errors are raised.
+    """
+    problem = None
+    try:
+        act()
+    except _DISK_ERRORS as error:
+        if dist.get_rank() != 0:
+            raise
+        cause = getattr(error, "cause", None) or error  # the error inside a Ray task has it as its cause
+        problem = " ".join(str(cause).split()) or type(cause).__name__
+    failed = torch.tensor([problem is not None], dtype=torch.int32, device=device)
+    dist.broadcast(failed, 0)
+    return (problem or "see rank 0") if failed.item() else None
+
+
+def _newest_checkpoint(root: Path) -> str:
     """The newest whole checkpoint, in words for an error."""
     try:
         found = latest_checkpoint(root)
@@ -117,10 +188,10 @@ def newest(root: Path) -> str:
     return f"the newest whole checkpoint is {found.folder}" if found else f"there is no checkpoint in {root}"
 
 
-def free_space(folder: Path) -> str:
+def _free_space(folder: Path) -> str:
     """Free space on a folder's disk, in words for an error."""
     try:
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        return f"{shutil.disk_usage(there).free / 1e6:,.1f} MB free"
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        return f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB free"
     except OSError as error:
         return f"free space unknown: {error}"

@@ -1,4 +1,7 @@
-"""How a run's samples divide into rounds and optimizer steps: pure arithmetic that every rank agrees on."""
+"""How a run's samples divide into rounds, optimizer steps and ranks' shares, and the learning rate of each step.
+
+Pure arithmetic on which every rank agrees; light to import (no torch).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opdlm.common.config.schema import OptimizerConfig
+from opdlm.common.config.schema import ObjectiveConfig, OptimizerConfig
+from opdlm.common.samples import SampleRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class TrainingSchedule:
     batch_size: int
     seed: int
     passes: int = 1
-    """Times that a round is trained on."""
+    """How many times each round is trained on."""
 
     @property
     def rounds(self) -> int:
@@ -29,42 +33,71 @@ class TrainingSchedule:
         return -(-self.total // self.prompts_per_round)
 
     def steps_before(self, round_: int) -> int:
-        """Optimizer steps of all rounds before this one; with `round_ = rounds`, of the run."""
-        full = -(-self.prompts_per_round // self.batch_size)
+        """Optimizer steps of all rounds before this one; with `round_ = rounds`, of the whole run."""
+        steps_per_round = -(-self.prompts_per_round // self.batch_size)
         if round_ < self.rounds or self.total % self.prompts_per_round == 0:
-            return self.passes * round_ * full
-        return self.passes * ((round_ - 1) * full + -(-(self.total % self.prompts_per_round) // self.batch_size))
+            return self.passes * round_ * steps_per_round
+        last_round = -(-(self.total % self.prompts_per_round) // self.batch_size)
+        return self.passes * ((round_ - 1) * steps_per_round + last_round)
 
     def batches(self, round_: int, samples: int) -> Iterator[tuple[int, list[int]]]:
-        """(pass, places of the round's samples) of each optimizer step; every pass has an order of its own."""
-        for pass_ in range(self.passes):
-            order = np.random.default_rng([self.seed, 1, round_] + [pass_] * (pass_ > 0)).permutation(samples)
+        """(pass number from 0, places in the round of the batch's samples) for each optimizer step of a round.
+
+        Every pass has a random order of its own. `samples`: how many samples the round has.
+        """
+        for pass_number in range(self.passes):
+            seeds = [self.seed, 1, round_] + [pass_number] * (pass_number > 0)
+            order = np.random.default_rng(seeds).permutation(samples)
             for i in range(0, samples, self.batch_size):
-                yield pass_, order[i : i + self.batch_size].tolist()
+                yield pass_number, order[i : i + self.batch_size].tolist()
 
 
-def split(places: Sequence[int], work: Sequence[float], ranks: int) -> list[list[int]]:
-    """Shares a batch among ranks so that none waits long for another: the largest first, each to whom it burdens least.
+@dataclass(slots=True)
+class Progress:
+    """How far a run has come. Equal on every rank; every checkpoint stores it."""
 
-    No rank gets more than `ceil(len(places) / ranks)` samples: not many more micro-batches than another, either.
+    rounds: int = 0
+    """Rounds trained. The weights after them have this number as their version."""
+    optimizer_steps: int = 0
+    rollout_tokens: int = 0
+    """Response tokens of the rounds, each counted once, whatever the number of passes."""
+
+
+def training_work(samples: Sequence[SampleRef], objective: ObjectiveConfig, block_size: int) -> list[int]:
+    """About how many tokens of a forward each sample costs: its clean half, and the noisy copies of its response.
+
+    With `all_states` a response has a noisy copy for each state, up to `block_size` of them; otherwise it has one.
+    """
+    copies = block_size if objective.resolved_selection == "all_states" else 1
+    return [sample.prompt_tokens + (1 + copies) * sample.response_tokens for sample in samples]
+
+
+def share_by_work(places: Sequence[int], work: Sequence[float], ranks: int) -> list[list[int]]:
+    """Shares a batch among the ranks so that none waits long for another.
+
+    The costliest sample comes first, and each goes to the rank that has the least work so far. No rank gets more than
+    `ceil(len(places) / ranks)` samples, so the numbers of micro-batches are close to each other too.
 
     Args:
+        places: places in the round of the batch's samples.
         work: what each sample of the round costs, by place.
+
+    Returns: the places of each rank.
     """
-    most = -(-len(places) // ranks)
+    largest_share = -(-len(places) // ranks)
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    burdens = [0.0] * ranks
+    totals = [0.0] * ranks
     for place in sorted(places, key=lambda place: -work[place]):
-        rank = min((r for r in range(ranks) if len(shares[r]) < most), key=lambda r: burdens[r])
+        rank = min((r for r in range(ranks) if len(shares[r]) < largest_share), key=lambda r: totals[r])
         shares[rank].append(place)
-        burdens[rank] += work[place]
+        totals[rank] += work[place]
     return shares
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
     """Rate of optimizer step `step` (from 0): linear warm-up to `lr`, then cosine to `min_lr_ratio x lr`.
 
-    The first step already moves: warm-up step w of W has rate `lr (w + 1) / W`.
+    The first step already moves the weights: step w of W warm-up steps has rate `lr (w + 1) / W`.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

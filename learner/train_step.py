@@ -1,8 +1,23 @@
 """One optimizer step over one batch of trajectories, the same on any number of ranks and micro-batches.
 
-Each rank makes rows of its share, and every loss position gets the weight that it has in the *global* batch:
-`1 / (positions of its row x rows)` for `reduction: row`, `1 / positions` for `reduction: token`. The gradient is then
-a plain sum over ranks and micro-batches, and how the batch was split cannot matter.
+One training step, in reading order: deploy/run/train.py (the driver) -> deploy/run/loops.py ->
+actors/rollout/decoder.py -> actors/teacher/scoring.py -> actors/queue/rules.py -> this file -> learner/losses.py. Every
+rank of the learner takes whole rounds from the queue (`worker.py`), cuts them into batches (`round_training.py`) and
+calls a `TrainStep` with its share of each batch:
+
+    share of scored trajectories
+      │ states.py, rows.py      training rows: which positions are masked, and at which of them the loss is taken
+      │ packing.py              micro-batches: rows laid out for one forward
+      ▼ for each micro-batch
+      │ targets.py              the teacher's distributions at its loss positions
+      │ distill.py              the student's forward, then the losses (chunked_loss.py, losses.py)
+      │ zero.py                 backward
+      ▼ once
+        zero.py                 gradients summed over ranks and clipped, AdamW's step
+
+Every loss position has the weight that it has in the *global* batch: `1 / (positions of its row x rows)` for
+`reduction: row`, `1 / positions` for `reduction: token`. So the gradient is a plain sum over ranks and micro-batches,
+and it does not matter how the batch was divided (METHOD.md section 5).
 """
 
 from __future__ import annotations
@@ -36,25 +51,27 @@ class StepResult:
     rows: int
     """Rows that had a loss position."""
     rows_without_loss: int
-    """Rows left out because no masked position counts (a response of only an end-of-sequence token, say)."""
+    """Rows left out because they have no loss position (of a response that is only an end-of-sequence token, say)."""
     loss_positions: int
     tokens: int
-    """Tokens of the forwards."""
+    """Tokens that went through the student."""
     attention_padding: int
-    """Places of padding beside them, which attention alone has (`row_attention.py`)."""
+    """Places of padding beside them, which only attention has (`row_attention.py`)."""
     seconds: float
     skipped: bool = False
-    """The gradient was not finite, so the weights and AdamW's state are as they were; loss and norm are not numbers."""
+    """The gradient was not finite, so weights and AdamW's state are unchanged; loss or gradient norm is not finite."""
 
 
 class TrainStep:
-    """Rows, micro-batches, weights, backward, step.
+    """Trains the engine's module by one optimizer step at each call.
 
     Args:
-        engine: DeepSpeed engine around a `DistillModule` (see `learner/zero.py`), or anything with its `__call__`,
-            `backward`, `step`, `set_gradient_accumulation_boundary`, `get_global_grad_norm`, `device`, `module`; its
-            step is none where the gradient is not finite, and `optimizer.overflow` then says so.
+        engine: DeepSpeed engine around a `DistillModule` (`zero.py`), or anything that has its `__call__`, `backward`,
+            `step`, `set_gradient_accumulation_boundary`, `get_global_grad_norm`, `optimizer`, `device` and `module`.
+            Where the gradient is not finite, `step` changes nothing and sets `optimizer.overflow`.
+        mask_id: the student's mask token.
         teacher_head: the teacher's output matrix `[V, D]`, for hidden-state targets.
+        seed: of the drawn states.
     """
 
     def __init__(
@@ -76,39 +93,46 @@ class TrainStep:
         self.seed = seed
 
     def __call__(
-        self, share: Sequence[ScoredTrajectory], spare: ScoredTrajectory, learning_rate: float, pass_: int = 0
+        self, share: Sequence[ScoredTrajectory], filler: ScoredTrajectory, learning_rate: float, pass_number: int = 0
     ) -> StepResult:
         """Trains on this rank's share of the batch, which may be empty. A collective call.
 
         Args:
-            spare: any trajectory: ranks with fewer micro-batches than others run it with weight 0 to keep step.
-            pass_: which time the trajectories are trained on; drawn states are others in each.
+            filler: any trajectory. A rank with fewer micro-batches than another runs the filler's first row with
+                weight 0 instead, so that all ranks run equally many forwards.
+            pass_number: how many times the round was trained on before; each pass draws states of its own.
         """
         started = time.perf_counter()
-        rows = [row for scored in share for row in self._rows(scored, pass_)]
-        useful = sorted((r for r in rows if len(r.loss_positions)), key=lambda r: -len(r.input_ids))
-        size = self.learner.micro_batch_rows
-        micro = [pack(group) for group in in_groups(useful, size)]
-        positions = sum(len(r.loss_positions) for r in useful)
-        counts = self._sum([len(useful), len(rows) - len(useful), positions])
-        total_rows, without_loss, total_positions = (int(c) for c in counts)
-        # Ranks must run equally many forwards: ZeRO-3 gathers in them.
-        forwards = int(self._reduce([len(micro)], dist.ReduceOp.MAX)[0])
+        rows = [row for scored in share for row in self._rows(scored, pass_number)]
+        useful = sorted((row for row in rows if len(row.loss_positions)), key=lambda row: -len(row.input_ids))
+        micro_batches = [pack(group) for group in in_groups(useful, self.learner.micro_batch_rows)]
+        counts = [len(useful), len(rows) - len(useful), sum(len(row.loss_positions) for row in useful)]
+        total_rows, without_loss, total_positions = (int(total) for total in self._sum(counts))
+        forwards = int(self._reduce([len(micro_batches)], dist.ReduceOp.MAX)[0])
         if not total_rows:
-            return StepResult(0.0, 0.0, 0, without_loss, 0, 0, 0, time.perf_counter() - started)
-
+            return StepResult(
+                loss=0.0,
+                grad_norm=0.0,
+                rows=0,
+                rows_without_loss=without_loss,
+                loss_positions=0,
+                tokens=0,
+                attention_padding=0,
+                seconds=time.perf_counter() - started,
+            )
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         loss, padding = 0.0, 0
-        for i in range(forwards):
-            batch = micro[i] if i < len(micro) else pack(self._rows(spare, pass_)[:1])
-            weights = self._weights(batch, total_rows, total_positions) * (i < len(micro))
+        for i in range(forwards):  # equally many on every rank: ZeRO-3 gathers weights in each
+            is_filler = i >= len(micro_batches)
+            batch = pack(self._rows(filler, pass_number)[:1]) if is_filler else micro_batches[i]
+            weights = self._weights(batch, total_rows, total_positions) * (not is_filler)
             self.engine.set_gradient_accumulation_boundary(i == forwards - 1)
             loss += self._backward(batch, weights)
-            padding += self.engine.module.padding * (i < len(micro))
+            padding += self.engine.module.padding * (not is_filler)
         self.engine.step()
-        sums = self._sum([loss, sum(b.input_ids.numel() for b in micro), padding])
+        sums = self._sum([loss, sum(batch.input_ids.numel() for batch in micro_batches), padding])
         return StepResult(
             loss=float(sums[0]),
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
@@ -121,21 +145,23 @@ class TrainStep:
             skipped=bool(self.engine.optimizer.overflow),
         )
 
-    def _rows(self, scored: ScoredTrajectory, pass_: int) -> list[Row]:
-        # Seeded by sample and pass alone: the same states whichever rank and whichever life of the job builds them.
-        rng = np.random.default_rng([self.seed, scored.trajectory.index] + [pass_] * (pass_ > 0))
+    def _rows(self, scored: ScoredTrajectory, pass_number: int) -> list[Row]:
+        # Seeded by sample and pass alone: whichever rank builds the rows, and after any restart, the states are these.
+        rng = np.random.default_rng([self.seed, scored.trajectory.index] + [pass_number] * (pass_number > 0))
         return build_rows(scored, self.grid, self.objective, self.mask_id, rng)
 
     def _weights(self, batch: MicroBatch, total_rows: int, total_positions: int) -> torch.Tensor:
+        """The weight of each loss position in the global batch, `[N]` float32."""
         if self.objective.reduction == "token":
             return torch.full((len(batch.loss_row),), 1 / total_positions)
         counts = torch.tensor([len(row.loss_positions) for row in batch.rows])
         return 1.0 / (counts[batch.loss_row] * total_rows)
 
     def _backward(self, batch: MicroBatch, weights: torch.Tensor) -> float:
+        """Runs a micro-batch forward and backward; returns its part of the batch's loss."""
         device = self.engine.device
         targets = gather_targets(batch.rows, self.teacher_head, self.objective).to(device)
-        # DeepSpeed averages over ranks; we want the sum.
+        # DeepSpeed averages gradients over ranks; multiplied by their number, the average is the sum.
         loss, losses = self.engine(batch.to(device), targets, weights.to(device) * dist.get_world_size())
         self.engine.backward(loss)
         return float((losses.cpu() * weights).sum())
@@ -144,6 +170,7 @@ class TrainStep:
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def _reduce(self, values: Sequence[float], operation: Any) -> torch.Tensor:
+        """The values over all ranks, `[len(values)]` float64."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(tensor, operation)
         return tensor

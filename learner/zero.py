@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO around a `DistillModule`: engine, full weights, and optimizer state that fits any number of ranks.
+"""DeepSpeed ZeRO around a `DistillModule`: engine, whole weights, and a state that any number of ranks can load.
 
 The only file that imports deepspeed. Call `initialise` in every rank of a running torch.distributed group.
 """
@@ -21,12 +21,13 @@ from opdlm.common.config.schema import LearnerConfig
 from opdlm.learner.lora import merged_parameters
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's names for its two moments."""
 
 
 def initialise(module: Any, config: LearnerConfig, dtype: str) -> Any:
     """Wraps a `DistillModule` whose parameters have the training dtype; returns the DeepSpeed engine.
 
-    Accumulation is by the caller: `backward` as often as it likes, then `step` once (see `learner/train_step.py`).
+    The caller accumulates gradients: it calls `backward` once per micro-batch, then `step` once (`train_step.py`).
     """
     on_gpu = config.gpus_per_worker > 0
     if not on_gpu:
@@ -35,11 +36,11 @@ def initialise(module: Any, config: LearnerConfig, dtype: str) -> Any:
     import deepspeed.ops
 
     if not on_gpu:
-        # An op of the inference path; compiling it takes 40 s, and fails where there is no C++ compiler.
+        # DeepSpeed would compile this op of its inference path, which takes 40 s and fails without a C++ compiler.
         compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
         compatible["deepspeed_shm_comm"] = False
     if config.zero.stage == 3:
-        # `DistillModule` uses the output matrix itself: gathered once for its whole forward and backward.
+        # `DistillModule` reads the output matrix itself, so ZeRO-3 gathers it for the module's forward and backward.
         deepspeed.zero.register_external_parameter(module, module.student.lm_head.weight)
     backend = "nccl" if on_gpu else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
@@ -66,13 +67,13 @@ def _engine_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_rows,
-        "gradient_accumulation_steps": 1,  # the caller sets the boundary
+        "gradient_accumulation_steps": 1,  # the caller sets the boundary, before each backward
         "gradient_clipping": config.optimizer.grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == "bfloat16"},
-        # Micro-batches are summed in float32 where DeepSpeed can (stage 1 would switch to another optimizer class).
+        # Micro-batches are summed in float32, but not in stage 1, where DeepSpeed would take another optimizer class.
         "data_types": {"grad_accum_dtype": "fp32" if config.zero.stage > 1 else None},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -80,13 +81,13 @@ def _engine_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
 
 
 def full_parameters(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole parameter) of the student, adapters merged in, one gathered at a time; a collective call."""
+    """(name, whole weight) of the student's parameters, adapters merged in, gathered one by one. A collective call."""
     return merged_parameters(engine.module.student, gathered)
 
 
 @contextlib.contextmanager
 def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """A context in which the parameters are whole on every rank; a collective call."""
+    """A context in which the parameters are whole on every rank. A collective call."""
     if not hasattr(parameters[0], "ds_id"):  # stages 1 and 2 keep whole weights on every rank
         yield
     else:
@@ -96,19 +97,20 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
             yield
 
 
-def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+def _trained_parameters(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
     return ((n, p) for n, p in engine.module.student.named_parameters() if p.requires_grad)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedState:
-    """Float32 weights and AdamW moments of what is trained, whole, on the CPU."""
+    """Float32 weights and AdamW moments of the trained parameters, whole, on the CPU."""
 
     weights: dict[str, torch.Tensor]
     """By the parameter's name."""
     moments: dict[str, torch.Tensor]
     """By `exp_avg.NAME`, `exp_avg_sq.NAME`."""
     adam_step: float
+    """AdamW's count of its steps."""
 
     @property
     def nbytes(self) -> int:
@@ -116,22 +118,22 @@ class TrainedState:
         return sum(t.numel() * t.element_size() for t in (*self.weights.values(), *self.moments.values()))
 
     def write(self, folder: Path) -> None:
-        """Two safetensors files; see `common/checkpoint.py`."""
+        """Writes two safetensors files; see `common/checkpoint.py`."""
         save_file(self.weights, folder / "weights.safetensors")
         save_file(self.moments, folder / "optimizer.safetensors", metadata={"step": str(self.adam_step)})
 
 
 def gather_state(engine: Any, keep: bool) -> TrainedState | None:
-    """Collects the state that `load_state` puts back; a collective call that touches no disk.
+    """Gathers the state that `load_state` puts back. A collective call that touches no disk.
 
     Args:
-        keep: this rank wants it; the others, which only help, get None.
+        keep: whether this rank gets the state; a rank that only helps to gather it gets None.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     weights: dict[str, torch.Tensor] = {}
     moments: dict[str, torch.Tensor] = {}
-    for name, parameter in _trained(engine):
+    for name, parameter in _trained_parameters(engine):
         whole = safe_get_full_fp32_param(parameter)
         states = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
         if keep:
@@ -141,13 +143,13 @@ def gather_state(engine: Any, keep: bool) -> TrainedState | None:
 
 
 def load_state(engine: Any, folder: Path) -> None:
-    """Puts a saved state back, on any number of ranks and any stage. A collective call."""
+    """Puts a saved state back, on any number of ranks and in any ZeRO stage. A collective call."""
     with (
         safe_open(folder / "weights.safetensors", "pt") as weights,
         safe_open(folder / "optimizer.safetensors", "pt") as moments,
     ):
         _create_moments(engine, float(moments.metadata()["step"]))
-        for name, parameter in _trained(engine):
+        for name, parameter in _trained_parameters(engine):
             value = weights.get_tensor(name)
             _set_partition(parameter, value, None)
             for key in _MOMENTS:
@@ -157,9 +159,9 @@ def load_state(engine: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def _set_partition(parameter: Any, value: torch.Tensor, key: str | None) -> None:
-    """Writes this rank's part of a float32 weight (key None) or moment.
+    """Writes this rank's part of a float32 weight (`key` None) or of the moment `key`.
 
-    DeepSpeed's own `safe_set_full_*` fails on ZeRO-3 where a parameter does not divide evenly by the ranks.
+    DeepSpeed's own `safe_set_full_*` fails on ZeRO-3 where a parameter does not divide evenly by the number of ranks.
     """
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
@@ -169,7 +171,7 @@ def _set_partition(parameter: Any, value: torch.Tensor, key: str | None) -> None
         start = part.numel() * torch.distributed.get_rank()
         mine = flat[start : start + part.numel()]
         part[: mine.numel()].copy_(mine)
-    elif parameter._hp_mapping is not None:  # None: this rank's partition holds nothing of the parameter
+    elif parameter._hp_mapping is not None:  # None: this rank's partition has no part of the parameter
         address = parameter._hp_mapping.lp_fragment_address
         part = parameter._hp_mapping.get_hp_fragment(key)
         part.copy_(flat[address.start : address.start + address.numel])
@@ -177,7 +179,7 @@ def _set_partition(parameter: Any, value: torch.Tensor, key: str | None) -> None
 
 @torch.no_grad()
 def _set_working_copy(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    """The weights that the forward uses, in the training dtype."""
+    """Writes the weight that the forward uses, in the training dtype."""
     if hasattr(parameter, "ds_id"):
         import deepspeed
 
@@ -188,19 +190,19 @@ def _set_working_copy(parameter: nn.Parameter, value: torch.Tensor) -> None:
         parameter.copy_(value)
 
 
-def _inner(engine: Any) -> torch.optim.Optimizer:
-    """The AdamW that holds the flat partitions."""
+def _adamw(engine: Any) -> torch.optim.Optimizer:
+    """The AdamW inside DeepSpeed's optimizer; its parameters are this rank's flat partitions."""
     return engine.optimizer.optimizer
 
 
 def _adam_step(engine: Any) -> float:
-    return max(float(state["step"]) for state in _inner(engine).state.values())
+    return max(float(state["step"]) for state in _adamw(engine).state.values())
 
 
 def _create_moments(engine: Any, step: float) -> None:
-    """AdamW makes its state at its first step; saving and loading need it before.
+    """Creates AdamW's state, which AdamW itself creates at its first step: saving and loading need it before.
 
-    A state of zeros at step 0 is what AdamW itself would begin with.
+    At step 0, a state of zeros is what AdamW would start with.
     """
     optimizer = engine.optimizer
     partitions = (
@@ -208,11 +210,12 @@ def _create_moments(engine: Any, step: float) -> None:
         if hasattr(optimizer, "fp32_partitioned_groups_flat")
         else optimizer.single_partition_of_fp32_groups  # stages 1 and 2
     )
-    fused = bool(_inner(engine).defaults.get("fused"))
+    fused = bool(_adamw(engine).defaults.get("fused"))
     for partition in partitions:
-        state = _inner(engine).state[partition]
+        state = _adamw(engine).state[partition]
         state["step"] = torch.tensor(step, device=partition.device if fused else "cpu")
         for key in _MOMENTS:
             state.setdefault(key, torch.zeros_like(partition))
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 map parameters to it
+    # Stages 1 and 2 keep for each parameter where its part of the state is.
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._lazy_init_hp_params_optimizer_state()
