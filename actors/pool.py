@@ -1,12 +1,12 @@
-"""A pool of equal actors: a call goes to a free one, and actors may die, come back, be added and be taken away.
+"""A pool of equal actors: a call goes to a free one, and actors may die, be restarted, be added and be retired.
 
     free ──call──► busy ──answer──► free
-                    └──death──► away ──answers `ready` again──► free
-                                  └──used up its restarts──► gone
+                    └──death──► starting ──answers `ready`──► free
+                                  └──has no restart left──► gone
 
-Ray restarts an actor that dies (`max_restarts`); the call that died with it goes to another one here, so that nobody
-waits for a node that may not come back. A restarted actor gets work only after it answered. Calls may run twice;
-methods of pooled actors must allow that.
+Ray restarts an actor that dies (`max_restarts`). The pool sends the call that died with it to another actor, so that no
+caller waits for a node that may never come back. A restarted actor gets calls only after it has answered `ready`. A
+call may run twice; the methods of pooled actors must allow that.
 """
 
 from __future__ import annotations
@@ -42,156 +42,170 @@ _LONGEST_PAUSE_SECONDS = 5.0
 DEATHS = (
     RayActorError,
     NodeDiedError,
-    OutOfMemoryError,  # Ray's memory monitor ended it
+    OutOfMemoryError,  # Ray's memory monitor killed it
     ActorUnschedulableError,
     ActorPlacementGroupRemoved,
     RuntimeEnvSetupError,
 )
-"""How Ray says that an actor is dead, of which it has more kinds than `RayActorError`."""
+"""The errors by which Ray reports that an actor is dead; not all of them are a `RayActorError`."""
 
 OnAnswer = Callable[[str, str, float], None]
-"""Actor, method, seconds."""
+"""Called after each answer with the actor's name, the method and the seconds of the call."""
 OnDeath = Callable[[str, str], None]
-"""Told the actor's name and why, each time that one dies."""
+"""Called after each death with the actor's name and the reason."""
 
 
 class ActorPool:
-    """Calls to actors that do one thing at a time and answer `ready()`.
+    """Sends calls to actors, one call per actor at a time. Each actor has a method `ready()`.
 
     Args:
         actors: handles by name.
-        timeout_seconds: longest wait for one answer, or for any actor to come back; then the error says for whom.
-        restarts: how often each of them may die and come back; for the error.
+        timeout_seconds: longest wait for one answer, or for any actor to be ready; then an error names the actors.
+        restarts: how often Ray restarts each actor; only for the error text.
     """
 
     def __init__(self, actors: dict[str, Any], timeout_seconds: float, restarts: int) -> None:
         self.actors = dict(actors)
-        """Those that serve, and those that are on their way (back)."""
+        """Handles by name, of actors that are ready and of actors that are starting or restarting."""
         self.timeout_seconds = timeout_seconds
         self.restarts = restarts
         self.on_death: OnDeath = lambda name, reason: None
         self.on_answer: OnAnswer = lambda name, method, seconds: None
-        self._free: asyncio.Queue[str | None] = asyncio.Queue()  # None wakes whoever waits, to see that all are gone
-        self._in_line: set[str] = set()
-        """Names in `_free`: one that died there and came back is not to stand in it twice."""
-        self._away: dict[str, asyncio.Task[None]] = {}
+        self._free: asyncio.Queue[str | None] = asyncio.Queue()
+        """Names of free actors; None wakes a waiting call so that it finds `_none_left`."""
+        self._queued: set[str] = set()
+        """Names in `_free`. An actor that died while it was free, and came back, must not be in the queue twice."""
+        self._starting: dict[str, asyncio.Task[None]] = {}
+        """By name, for actors that are not ready: the task that waits until the actor answers `ready`."""
         self._idle: dict[str, asyncio.Event] = {}
-        self._all_gone: OpdlmError | None = None
+        """By name: set while the actor is in no call."""
+        self._none_left: OpdlmError | None = None
         for name in actors:
-            self._serve(name)
+            self._mark_free(name)
 
     @property
     def serving(self) -> int:
-        """Actors that can work now."""
-        return len(self.actors.keys() - self._away.keys())
+        """Number of actors that are ready."""
+        return len(self.actors.keys() - self._starting.keys())
 
     async def call(self, method: str, *args: Any, outputs: int = 0) -> tuple[list[Any], Any]:
-        """Runs a method on a free actor, waiting for one; on another one where the first dies meanwhile.
+        """Waits for a free actor and runs a method on it; runs the method on another actor if that one dies meanwhile.
 
         Args:
-            outputs: return values that stay where they are; the method returns them and then one small value.
+            outputs: number of return values to leave in the object store; the method returns them before a last, small
+                value.
 
         Returns: (references to the outputs, the small value).
 
         Raises:
             OpdlmError: no answer in time, or no actor is left.
+            RayError: whatever the method raised, unchanged.
         """
         while True:
-            name = await self._take()
+            name = await self._next_free()
             started = time.perf_counter()
             try:
                 refs = getattr(self.actors[name], method).options(num_returns=outputs + 1).remote(*args)
                 *kept, small = refs if outputs else [refs]
-                answer = await self._answer(small, f"{name}.{method}")
+                answer = await self._await_answer(small, f"{name}.{method}")
             except BaseException as error:
                 if not _is_death(error):
-                    self._serve(name)
+                    self._mark_free(name)
                     raise
-                self._lose(name, error)
+                self._mark_dead(name, error)
                 continue
             self.on_answer(name, method, time.perf_counter() - started)
-            self._serve(name)
+            self._mark_free(name)
             return kept, answer
 
     async def fetch(self, method: str, *args: Any, outputs: int) -> tuple[list[Any], Any]:
-        """As `call`, with the outputs themselves; the method runs again where they died with a node on the way."""
+        """Like `call`, but returns the outputs themselves; runs the method again if they are lost with a node."""
         while True:
             refs, small = await self.call(method, *args, outputs=outputs)
             try:
-                return [await self._answer(ref, f"an output of {method}") for ref in refs], small
+                return [await self._await_answer(ref, f"an output of {method}") for ref in refs], small
             except ObjectLostError as error:
-                log.warning("an output of %s is lost, it is made again: %s", method, first_line(error))
+                log.warning("an output of %s is lost, so the call is repeated: %s", method, first_line(error))
 
     async def broadcast(self, method: str, *args: Any) -> None:
-        """Runs a method on every actor that is there, behind what each is doing; waits for all of them."""
+        """Runs a method on every ready actor, after the call that the actor is busy with; waits for all answers.
+
+        An actor that dies meanwhile is left out.
+
+        Raises:
+            OpdlmError: no answer in time.
+            RayError: whatever the method raised, unchanged.
+        """
 
         async def on(name: str, actor: Any) -> None:
             try:
-                await self._answer(getattr(actor, method).remote(*args), f"{name}.{method}")
+                await self._await_answer(getattr(actor, method).remote(*args), f"{name}.{method}")
             except RayError as error:
                 if not _is_death(error):
                     raise
-                self._lose(name, error)
+                self._mark_dead(name, error)
 
-        there = {name: actor for name, actor in self.actors.items() if name not in self._away}
-        await asyncio.gather(*(on(name, actor) for name, actor in there.items()))
+        ready = {name: actor for name, actor in self.actors.items() if name not in self._starting}
+        await asyncio.gather(*(on(name, actor) for name, actor in ready.items()))
 
     def add(self, name: str, actor: Any) -> None:
-        """A new actor; it gets work once it is ready. A name is used once."""
+        """Adds a new actor, which gets calls once it is ready. A name must not have been used before."""
         self.actors[name] = actor
-        self._all_gone = None
-        self._away[name] = asyncio.create_task(self._come_back(name))
+        self._none_left = None
+        self._starting[name] = asyncio.create_task(self._wait_until_ready(name))
 
     async def retire(self, name: str) -> None:
-        """Takes an actor away for good, after the call that it is busy with."""
+        """Takes an actor out of the pool and ends it, after the call that it is busy with."""
         actor = self.actors.pop(name)
-        if coming := self._away.pop(name, None):
-            coming.cancel()
+        if starting := self._starting.pop(name, None):
+            starting.cancel()
         else:
             await self._idle[name].wait()
         stop_actors([actor])
 
     # --- states of an actor -------------------------------------------------------------------------------------
 
-    def _serve(self, name: str) -> None:
-        """It is free."""
+    def _mark_free(self, name: str) -> None:
+        """Queues an actor for the next call, unless it is retired, starting or queued already."""
         self._idle.setdefault(name, asyncio.Event()).set()
-        if name in self.actors and name not in self._away and name not in self._in_line:
-            self._in_line.add(name)
+        if name in self.actors and name not in self._starting and name not in self._queued:
+            self._queued.add(name)
             self._free.put_nowait(name)
 
-    async def _take(self) -> str:
+    async def _next_free(self) -> str:
+        """Waits for a free actor, takes it out of the queue and returns its name."""
         while True:
             try:
                 name = await asyncio.wait_for(self._free.get(), self.timeout_seconds)
             except TimeoutError:
                 if self.serving:
-                    continue  # some are busy, each with a time limit of its own
+                    continue  # ready actors are busy, and each of their calls has a time limit of its own
                 raise OpdlmError(
-                    f"{', '.join(self.actors)}: not back after {self.timeout_seconds:g} s "
-                    "(resources.call_timeout_seconds); does the cluster still have room for one?"
+                    f"{', '.join(self.actors)}: none was ready within {self.timeout_seconds:g} s "
+                    "(resources.call_timeout_seconds); does the cluster still have room for an actor?"
                 ) from None
-            if self._all_gone is not None:
+            if self._none_left is not None:
                 self._free.put_nowait(None)
-                raise self._all_gone
+                raise self._none_left
             if name is None:
                 continue
-            self._in_line.remove(name)
-            if name in self.actors and name not in self._away:
+            self._queued.remove(name)
+            if name in self.actors and name not in self._starting:
                 self._idle[name].clear()
                 return name
 
-    def _lose(self, name: str, error: BaseException) -> None:
-        """It died. Ray may be bringing it back."""
+    def _mark_dead(self, name: str, error: BaseException) -> None:
+        """Notes that an actor died, and begins to wait for Ray's restart of it."""
         self._idle[name].set()
-        if name not in self.actors or name in self._away:
-            return  # retired, or known already
+        if name not in self.actors or name in self._starting:
+            return  # it is retired, or its death is known already
         reason = first_line(error)
         log.warning("%s died: %s", name, reason)
         self.on_death(name, reason)
-        self._away[name] = asyncio.create_task(self._come_back(name))
+        self._starting[name] = asyncio.create_task(self._wait_until_ready(name))
 
-    async def _come_back(self, name: str) -> None:
+    async def _wait_until_ready(self, name: str) -> None:
+        """Asks a starting actor for `ready` until it answers or is dead for good."""
         pause = 0.1
         while True:
             try:
@@ -200,47 +214,50 @@ class ActorPool:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
             except RayError as error:
-                self._bury(name, error)
+                self._remove(name, error)
                 return
             else:
-                del self._away[name]
-                self._serve(name)
+                del self._starting[name]
+                self._mark_free(name)
                 return
 
-    def _bury(self, name: str, error: Exception) -> None:
-        """An actor that used up its restarts leaves the pool; the others do its work."""
-        del self.actors[name], self._away[name]
-        log.warning("%s is gone for good: %s; %d of its kind are left", name, first_line(error), len(self.actors))
+    def _remove(self, name: str, error: Exception) -> None:
+        """Takes out an actor that has no restart left; if it was the last, all calls fail until one is added."""
+        del self.actors[name], self._starting[name]
+        log.warning("%s has no restart left: %s; %d actors remain", name, first_line(error), len(self.actors))
         if not self.actors:
-            self._all_gone = OpdlmError(
-                f"{name}: died more often than resources.actor_restarts {self.restarts} allows, and was the last of "
-                f"its kind: {first_line(error)}"
+            self._none_left = OpdlmError(
+                f"{name}: died more often than resources.actor_restarts {self.restarts} allows, and no other actor of "
+                f"its kind is left: {first_line(error)}"
             )
             self._free.put_nowait(None)
 
-    async def _answer(self, ref: Any, what: str) -> Any:
+    async def _await_answer(self, ref: Any, what: str) -> Any:
         try:
             return await asyncio.wait_for(value_of(ref), self.timeout_seconds)
         except (TimeoutError, GetTimeoutError):
             raise OpdlmError(
                 f"{what}: no answer in {self.timeout_seconds:g} s (resources.call_timeout_seconds); "
-                "is the cluster alive, and the time enough for one call?"
+                "is the cluster alive, and is the limit long enough for one call?"
             ) from None
         except RaySystemError as error:
             raise OpdlmError(f"{what}: {first_line(error)}") from error
 
 
 def _is_death(error: BaseException) -> bool:
-    """Whether an actor's answer says that it is dead; a living one may tell of another that is."""
+    """Whether the error of a call means that the called actor is dead.
+
+    A `RayTaskError` comes from a living actor, even if it holds the error of another actor's death.
+    """
     return isinstance(error, DEATHS) and not isinstance(error, RayTaskError)
 
 
 async def value_of(ref: Any) -> Any:
-    """What a reference stands for; a coroutine, for `asyncio.wait_for`."""
+    """The value of an object reference, as a coroutine: `asyncio.wait_for` takes no reference."""
     return await ref
 
 
 def stop_actors(actors: list[Any]) -> None:
-    """Ends actors that this run started."""
+    """Kills actors that this run started; Ray does not restart them."""
     for actor in actors:
         ray.kill(actor)

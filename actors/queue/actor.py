@@ -1,8 +1,11 @@
-"""The replay queue as a Ray actor: where the coordinator and the learner's ranks meet.
+"""The replay queue as a Ray actor: the driver's loops and the learner's ranks meet here.
 
-It holds references and small records, and owns the newest weights. Three mailboxes around
-`ReplayQueue`'s rules: samples (coordinator -> learner), weights (learner -> coordinator), events (learner ->
-coordinator: step metrics). Every method that waits wakes up on any change; callers bring their own time limits.
+The actor holds references and small records, and it owns the newest weights. It passes on samples (loops -> learner),
+weights (learner -> loops) and events, which are the metrics of the learner's steps (learner -> loops). The rules for
+samples are those of `ReplayQueue` (`actors/queue/rules.py`). A method that waits checks its condition after every
+change of the queue; time limits are up to the caller.
+
+"The driver" is the process that runs the loops (`deploy/run/loops.py`).
 """
 
 from __future__ import annotations
@@ -29,161 +32,186 @@ NAME = "replay-queue"
 
 
 class ReplayQueueActor:
-    """One a run. All methods are coroutines in one event loop, so none needs a lock."""
+    """The one queue of a run. All methods are coroutines in one event loop, so none needs a lock.
+
+    Its arguments are those of `ReplayQueue`.
+    """
 
     def __init__(self, prompts_per_round: int, max_staleness: int, total: int, first_round: int) -> None:
         self._queue = ReplayQueue(prompts_per_round, max_staleness, total, first_round)
         self._weights: WeightHandle | None = None
-        self._copy: Any = None
-        """The newest weights, in the object store of this node: Ray keeps there what somebody looks at."""
+        self._local_copy: Any = None
+        """The newest weights. While this refers to them, Ray keeps a copy in this node's object store."""
+        self._copying: asyncio.Task[None] | None = None
+        """The task that fetches `_local_copy`; kept here because asyncio itself keeps no reference to a task."""
         self._events: list[dict[str, Any]] = []
-        self._arrived: dict[int, float] = {}
-        """When each sample that waits for the learner was accepted."""
-        self._wait_seconds = 0.0
-        self._lost = 0
-        self._waiting = 0
-        """Learner ranks that wait for a round."""
-        self._coordinator_seen = time.monotonic()
-        self._stop = False
-        self._handed_over = False
-        self._listening = True
+        self._accepted_at: dict[int, float] = {}
+        """By index, for each sample that waits for the learner: the time at which it was accepted."""
+        self._mean_wait_seconds = 0.0
+        """Mean wait of the samples of the round that was taken last."""
+        self._samples_made_again = 0
+        self._waiting_ranks = 0
+        """Number of learner ranks that wait for a round."""
+        self._driver_heard = time.monotonic()
+        """Time of the driver's last request for events."""
+        self._events_being_written = False
+        """The driver has received events and not asked for more since, so it may not have written them yet."""
+        self._driver_listens = True
+        self._stop_requested = False
+        self._learner_ended = False
+        self._failure: str | None = None
+        """Why the learner ended the run as a failure."""
         self._changed = asyncio.Event()
+        """Set by `_wake` and then replaced by a new event; `_until` waits for it."""
 
-    # --- coordinator's side -------------------------------------------------------------------------------------
+    # --- called by the driver ------------------------------------------------------------------------------
 
     async def lease(self, most: int) -> list[int]:
-        """Waits for free slots or lost samples; sample indices to decode. Empty: the learner has ended.
+        """Waits for free slots or lost samples; returns at most `most` sample indices to decode, or none at the end.
 
-        After a stop only lost samples are leased: the round that was begun is finished.
+        After a requested stop, it leases lost samples only: they are needed to finish the round that was begun. The
+        list is empty once the learner has ended.
         """
         queue = self._queue
-        await self._until(lambda: self._ended or queue.lost > 0 or (queue.free_slots > 0 and not self._stop))
-        if self._ended:
+
+        def something_to_decode() -> bool:
+            return queue.lost > 0 or (queue.free_slots > 0 and not self._stop_requested)
+
+        await self._until(lambda: self._learner_ended or something_to_decode())
+        if self._learner_ended:
             return []
-        return queue.lease_lost(most) if self._stop else queue.lease(most)
+        return queue.lease_lost(most) if self._stop_requested else queue.lease(most)
 
     async def put(self, indices: list[int], weight_version: int, samples: list[Any]) -> list[bool]:
-        """Accepts finished samples (a `SampleRef` each); which of them were accepted."""
+        """Takes in finished samples (one `SampleRef` each); returns for each whether it was accepted."""
         accepted = [self._queue.put(i, weight_version, s) for i, s in zip(indices, samples, strict=True)]
-        self._arrived |= {i: time.monotonic() for i, yes in zip(indices, accepted, strict=True) if yes}
+        self._accepted_at |= {i: time.monotonic() for i, yes in zip(indices, accepted, strict=True) if yes}
         self._wake()
         return accepted
 
     async def next_weights(self, after: int) -> WeightHandle | None:
-        """Waits for a version newer than `after`; None when the learner has ended."""
-        await self._until(lambda: self._ended or (self._weights is not None and self._weights.version > after))
+        """Waits for a weight version newer than `after` and returns it; None once the learner has ended without one."""
+        await self._until(lambda: self._learner_ended or (self._weights is not None and self._weights.version > after))
         newer = self._weights is not None and self._weights.version > after
         return self._weights if newer else None
 
     async def weights_taken(self, version: int) -> None:
-        """The rollout actors hold this version; frees slots."""
+        """Notes that the rollout actors hold this version, which frees slots."""
         self._queue.weights_taken(version)
         self._wake()
 
-    async def drain_events(self, patience_seconds: float) -> list[dict[str, Any]] | None:
-        """Waits for events of the learner and hands them over; None when the learner has ended and all is told.
+    async def take_events(self, patience_seconds: float) -> list[dict[str, Any]] | None:
+        """Waits for events of the learner and returns them; None once the learner has ended and all were returned.
 
-        Empty after so many seconds without any. Who asks again has written what was handed over before, and lives.
+        The list is empty if there was no event for `patience_seconds`. Each call also says that the driver is
+        alive and has written the events that it received before.
         """
-        self._handed_over = False
-        self._coordinator_seen = time.monotonic()
+        self._events_being_written = False
+        self._driver_heard = time.monotonic()
         self._wake()
-        with contextlib.suppress(TimeoutError):  # then there are none
+        with contextlib.suppress(TimeoutError):  # no events: returns an empty list
             async with asyncio.timeout(patience_seconds):
-                await self._until(lambda: bool(self._events) or self._ended)
-        if self._ended and not self._events:
+                await self._until(lambda: bool(self._events) or self._learner_ended)
+        if self._learner_ended and not self._events:
             return None
         events, self._events = self._events, []
-        self._handed_over = bool(events)
+        self._events_being_written = bool(events)
         return events
 
-    async def nobody_listens(self) -> None:
-        """Nobody will ask for events again, so nobody needs to wait until they are written."""
-        self._listening = False
+    async def driver_stops_listening(self) -> None:
+        """The driver will not ask for events again, so `events_written` must not wait for it any more."""
+        self._driver_listens = False
         self._wake()
 
     async def request_stop(self) -> None:
-        """The learner finishes the round it has begun, saves, and ends; nothing more is leased."""
-        self._stop = True
+        """Requests an orderly end: no new sample is leased; the learner finishes its round, saves and ends."""
+        self._stop_requested = True
         self._wake()
 
     async def learner_ended(self) -> None:
-        """Releases everybody who waits for the learner."""
-        self._ended = True
+        """Notes that the learner has ended, which ends every wait for it."""
+        self._learner_ended = True
         self._wake()
 
     async def state(self) -> dict[str, Any]:
-        """Counts for the view and the metrics; the wait is that of the round last taken, mean over its samples."""
+        """Counts for the live view and the metrics. The wait is the mean over the samples of the round taken last."""
         queue = self._queue
         return {
             "queue_depth": queue.depth,
             "queue_leased": queue.leased,
             "queue_free_slots": queue.free_slots,
             "queue_slots_in_use": queue.slots_in_use,
-            "queue_wait_seconds_mean": self._wait_seconds,
+            "queue_wait_seconds_mean": self._mean_wait_seconds,
             "refused_duplicate": queue.refused["duplicate"],
             "refused_stale": queue.refused["stale"],
-            "learner_waits": self._waiting > 0,
+            "learner_waits": self._waiting_ranks > 0,
             "committed_rounds": queue.committed_rounds,
-            "samples_made_again": self._lost,
+            "samples_made_again": self._samples_made_again,
             "weight_version": queue.version,
         }
 
-    # --- learner's side -----------------------------------------------------------------------------------------
+    # --- called by the learner's ranks --------------------------------------------------------------------------
 
     async def take_round(self, round_: int) -> tuple[list[Any], list[int]] | None:
-        """Waits for a whole round: (samples in index order, staleness of each). None: stop before this round.
+        """Waits until a round is complete; every rank gets the same answer as the first.
 
-        What the first rank is told, every rank is told.
+        Returns: (samples in index order, staleness of each); None if a stop was requested before any rank had taken
+        this round.
         """
-        self._waiting += 1
+        self._waiting_ranks += 1
         try:
-            begun = self._queue.handed_rounds  # a round that was begun is finished, whatever of it must be made again
-            await self._until(lambda: self._queue.is_ready(round_) or (self._stop and round_ not in begun))
+            begun = self._queue.taken_rounds  # a stop waits for a round that was begun, even for its lost samples
+            await self._until(lambda: self._queue.is_ready(round_) or (self._stop_requested and round_ not in begun))
         finally:
-            self._waiting -= 1
-        if self._stop and round_ not in self._queue.handed_rounds:
+            self._waiting_ranks -= 1
+        if self._stop_requested and round_ not in self._queue.taken_rounds:
             return None
-        if round_ not in self._queue.handed_rounds:
+        if round_ not in self._queue.taken_rounds:
             now = time.monotonic()
-            waited = [now - self._arrived.pop(index) for index in self._queue.indices_of(round_)]
-            self._wait_seconds = sum(waited) / len(waited)
+            waited = [now - self._accepted_at.pop(index) for index in self._queue.indices_of(round_)]
+            self._mean_wait_seconds = sum(waited) / len(waited)
         return self._queue.take_round(round_), self._queue.staleness(round_)
 
-    async def coordinator_silent_seconds(self) -> float:
-        """How long the coordinator, whose waits have time limits of their own, has not been heard of."""
-        return time.monotonic() - self._coordinator_seen
+    async def driver_silent_seconds(self) -> float:
+        """Seconds since the driver last asked for events. It asks regularly while it is alive."""
+        return time.monotonic() - self._driver_heard
 
-    async def replace(self, index: int, lost: Any) -> Any:
-        """Waits until a sample whose data is gone was made again; the new one."""
+    async def remade_sample(self, index: int, lost: Any) -> Any:
+        """Reports that the data of a sample is gone; waits until the sample was made again and returns the new one."""
         if self._queue.lose(index, lost):
-            self._lost += 1
+            self._samples_made_again += 1
             self._wake()
         await self._until(lambda: self._queue.sample(index) is not None)
         return self._queue.sample(index)
 
     async def publish(self, version: int, pack: list[Any], nbytes: int) -> None:
-        """New weights; an older version (a restarted learner repeating itself) changes nothing.
+        """Takes in new weights. An older version, which a restarted learner publishes again, changes nothing.
 
         Args:
-            pack: its one reference; the pack lives as long as the process that called for it or put it.
+            pack: a list of the one reference to the `WeightPack`, which lives as long as the process that owns the
+                reference.
+            nbytes: size of the pack.
         """
         self._queue.published(version)
         if self._weights is None or version >= self._weights.version:
             self._weights = WeightHandle(version, pack, nbytes)
         self._wake()
 
-    async def collect(self, outbox: WeightOffer) -> None:
-        """The same of a pack that a rank has laid out: it outlives the rank, and soon the rank's node."""
-        pack, stored = outbox.collect()
+    async def publish_offer(self, offer: WeightOffer) -> None:
+        """Publishes weights that a rank offers. The queue owns the pack, so the pack outlives the rank.
+
+        Once the queue has copied the pack to its own node, the pack also outlives the rank's node.
+        """
+        pack, stored = offer.collect()
         await stored
-        await self.publish(outbox.version, [pack], outbox.nbytes)
-        self._copying = asyncio.create_task(self._keep_copy(outbox.version, pack))
+        await self.publish(offer.version, [pack], offer.nbytes)
+        self._copying = asyncio.create_task(self._keep_copy(offer.version, pack))
 
     async def _keep_copy(self, version: int, pack: Any) -> None:
-        """Has the newest weights on this node too, which is the driver's, while others load and decode with them.
+        """Copies the newest weights to this node, which is the driver's, while the rollout actors load them.
 
-        Where the learner's node dies with rollout actors and samples, those have to be made again with these weights.
+        If the learner's node dies and takes rollout actors and samples with it, these weights are needed to make the
+        samples again.
         """
         try:
             copy = await pack
@@ -191,43 +219,43 @@ class ReplayQueueActor:
             log.warning("weights of version %d have no second copy: %s", version, first_line(error))
             return
         if self._weights is not None and version == self._weights.version:
-            self._copy = copy
+            self._local_copy = copy
 
-    async def weights_again(self, lost: WeightHandle) -> WeightHandle | None:
-        """Waits until a restarted learner has come to that version again; None when the learner has ended."""
+    async def republished_weights(self, lost: WeightHandle) -> WeightHandle | None:
+        """Waits until a restarted learner has published the lost version, or a later one, again.
 
-        def found() -> bool:
+        Returns: the new handle; None once the learner has ended without publishing it.
+        """
+
+        def republished() -> bool:
             now = self._weights
             return now is not None and now.version >= lost.version and now.pack != lost.pack
 
-        await self._until(lambda: self._ended or found())
-        return self._weights if found() else None
+        await self._until(lambda: self._learner_ended or republished())
+        return self._weights if republished() else None
 
     async def committed(self, rounds: int) -> None:
-        """A checkpoint covers this many rounds."""
+        """Notes that a checkpoint covers the first `rounds` rounds of the run, so their samples can be forgotten."""
         self._queue.committed(rounds)
 
     async def events_written(self) -> None:
-        """Waits until the coordinator has written every event so far: no checkpoint covers a step without a record."""
-        await self._until(lambda: not self._listening or not (self._events or self._handed_over))
+        """Waits until the driver has written every event so far: a checkpoint covers only recorded steps."""
+        await self._until(lambda: not self._driver_listens or not (self._events or self._events_being_written))
 
     async def give_up(self, reason: str) -> None:
-        """The learner ends, and with it the run, as a failure."""
-        self._reason_to_give_up = reason
+        """Notes that the learner ends the run as a failure."""
+        self._failure = reason
 
     async def reason_to_give_up(self) -> str | None:
-        """Why the learner ended the run as a failure; None where it did not."""
-        return self._reason_to_give_up
+        """Why the learner ended the run as a failure; None if it did not."""
+        return self._failure
 
     async def tell(self, events: list[dict[str, Any]]) -> None:
-        """Records for the metrics."""
+        """Takes in events: records for the metrics."""
         self._events += events
         self._wake()
 
     # --- waiting ------------------------------------------------------------------------------------------------
-
-    _ended = False
-    _reason_to_give_up: str | None = None
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -239,10 +267,10 @@ class ReplayQueueActor:
 
 
 def start_queue(prompts_per_round: int, max_staleness: int, total: int, first_round: int, name: str = NAME) -> Any:
-    """Starts the actor under a name, beside the driver: where that node dies, the run has ended anyway."""
-    # Room for all who wait at one time: ranks, and calls whose callers gave up or died.
+    """Starts the queue actor on the driver's node, whose death ends the run anyway, and returns its handle."""
+    # All waiting calls run at the same time: those of the ranks, and those whose callers gave up or died.
     actor = ray.remote(num_cpus=0, max_concurrency=10_000)(ReplayQueueActor)
-    # Not soft: Ray 2.60 then put it on another node, although this one had room.
+    # With `soft=True`, Ray 2.60 placed the actor on another node although this one had room.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return actor.options(name=name, scheduling_strategy=here).remote(
         prompts_per_round, max_staleness, total, first_round

@@ -1,0 +1,31 @@
+"""Rollout: the student decodes prompts to trajectories (METHOD.md section 2).
+
+    actor.py        RolloutActor: a student in a Ray actor; loads weight versions, decodes
+    decoder.py      BlockDecoder: the decoding loop and one denoising step
+    settings.py     DecodeSettings: what a decoder is set to
+    slots.py        the decoder's state, one row per sequence
+    sampling.py     candidates of masked positions
+    remasking.py    strategies: which positions a step reveals
+    forward.py      the forward of a denoising step; cuda_graphs.py records it
+    attention.py    who attends to what in that forward
+    kv_cache.py     keys and values of finished blocks
+    observation.py  StepObservation: what an observer sees of a step
+
+A public name is imported with its module when it is first used, so importing this package loads neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+from opdlm.common.lazy import lazy_exports
+
+__getattr__, __all__ = lazy_exports(
+    __name__,
+    {
+        "actor": ["RolloutActor", "start_rollout_actor"],
+        "cuda_graphs": ["CudaGraphs"],
+        "decoder": ["BlockDecoder"],
+        "observation": ["StepObservation"],
+        "remasking": ["STRATEGIES", "DenoisingStep"],
+        "settings": ["DecodeSettings"],
+    },
+)

@@ -1,11 +1,11 @@
 """Rollout actor: a student replica on its own device that decodes prompts to trajectories.
 
-It serves nothing before it holds the weight version that a call names: each call carries the handle, so an actor that
-died and came back fetches the current version by itself.
+A call names the weight version to decode with and carries its handle, and the actor decodes nothing before it holds
+that version. So an actor that died and was restarted fetches the current version by itself.
 
-With `rollout.on_new_weights: finish` it does one call at a time, so a push waits behind what is being decoded. With
-`continue` it has a second thread, which takes a push in meanwhile; the thread that decodes puts it into the model
-between two denoising steps. Only one thread at a time has the model.
+With `rollout.on_new_weights: finish` the actor runs one call at a time, so a weight push waits for the decoding call
+before it. With `continue` the actor has a second thread, which receives a push during decoding; the decoding thread
+loads the received weights into the model between two denoising steps. One thread at a time uses the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from opdlm.common.weights import load_weights
 
 
 class RolloutActor:
-    """A student and one decoder per way of decoding."""
+    """A student, and one decoder for each pair of settings and batch size that it was called with."""
 
     def __init__(
         self,
@@ -47,89 +47,106 @@ class RolloutActor:
         self._mask_id, self._eos_ids = require_mask(facts), facts.eos_ids
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_model(student, dtype).to(device)
-        self._recorder = CudaGraphs if cuda_graphs else None
-        self._version = -1  # the start weights are pushed like any others, so that a broken path shows at once
+        self._make_recorder = CudaGraphs if cuda_graphs else None
+        self._version = -1
+        """Weight version in the model; -1: none. Start weights are pushed too, so that a broken path shows at once."""
         self._decoders: dict[tuple[DecodeSettings, int], BlockDecoder] = {}
         self._continues = on_new_weights == "continue"
-        self._has_model = threading.Lock()
-        self._mailbox = threading.Lock()
+        self._model_lock = threading.Lock()
+        """Held by the thread that uses the model."""
+        self._arrived_lock = threading.Lock()
+        """Held while a thread reads or replaces `_arrived`; never during a fetch or a forward."""
         self._arrived: tuple[int, WeightPack] | None = None
-        """Newest version that came and is not in the model yet."""
+        """The newest version that was fetched and is not in the model yet."""
 
     def ready(self) -> None:
         """Returns once the student is loaded."""
 
     def forget_weights(self) -> None:
-        """The run goes back to a checkpoint: versions newer than that one are of no use any more."""
-        with self._has_model, self._mailbox:
+        """Drops all weights, because the run goes back to a checkpoint and newer versions are no longer valid."""
+        with self._model_lock, self._arrived_lock:
             self._version, self._arrived = -1, None
 
     def load_weights(self, handle: WeightHandle) -> float:
-        """Takes a published version; returns the seconds it took. A version never goes backwards.
+        """Loads a published version into the model; returns the seconds it took. An older version changes nothing.
 
-        While a sequence is being decoded (`continue`) the weights are fetched now; what is decoded after the next
-        denoising step is decoded with them.
+        If the other thread is decoding (`continue`), this call only fetches the weights. The decoding thread loads them
+        before its next denoising step.
+
+        Raises:
+            WeightsLost: the published data is gone.
         """
         started = time.perf_counter()
         self._receive(handle)
-        if self._has_model.acquire(blocking=not self._continues):
+        if self._model_lock.acquire(blocking=not self._continues):
             try:
                 with guarded("student", self._probe):
-                    self._renew()
+                    self._load_arrived()
             finally:
-                self._has_model.release()
+                self._model_lock.release()
         return time.perf_counter() - started
 
     def decode(
         self, requests: Sequence[RolloutRequest], handle: WeightHandle | None, settings: DecodeSettings, batch_size: int
     ) -> tuple[list[Trajectory], DecodeStats]:
-        """Decodes with that version (or a newer one that is here). Trajectories in the order of the requests.
+        """Decodes with the given version, or with a newer one if the actor has it. See `BlockDecoder.decode`.
 
-        No handle: with the weights of its own folder, as version 0 (evaluation of a checkpoint).
+        Args:
+            handle: the weight version; None decodes with the weights of the student's folder, as version 0 (to evaluate
+                a checkpoint).
+            batch_size: number of slots.
+
+        Returns: the trajectories in the order of the requests, and the statistics.
 
         Raises:
-            ValueError: no handle, but published weights were loaded over the folder's.
+            ValueError: no handle was given, but published weights have replaced those of the folder; or a request that
+                the decoder refuses.
+            WeightsLost: the published data is gone.
         """
-        with self._has_model, guarded("student", self._probe):
+        with self._model_lock, guarded("student", self._probe):
             if handle is not None:
                 self._receive(handle)
-            self._renew()
+            self._load_arrived()
             if handle is None and self._version >= 0:
-                raise ValueError(f"the folder's own weights are gone: version {self._version} was loaded over them")
+                raise ValueError(f"decode without a handle: version {self._version} has replaced the folder's weights")
             key = (settings, batch_size)
             if key not in self._decoders:
-                how = (settings, self._mask_id, self._eos_ids, batch_size, self._recorder)
-                self._decoders[key] = BlockDecoder(self._model, *how)
-            renew = self._renew if self._continues and handle is not None else None
-            return self._decoders[key].decode(requests, max(self._version, 0), renew=renew)
+                self._decoders[key] = BlockDecoder(
+                    self._model, settings, self._mask_id, self._eos_ids, batch_size, self._make_recorder
+                )
+            update_weights = self._load_arrived if self._continues and handle is not None else None
+            return self._decoders[key].decode(requests, max(self._version, 0), update_weights=update_weights)
 
     def _probe(self) -> None:
         one_token_forward(self._model)
 
     def _receive(self, handle: WeightHandle) -> None:
-        """Fetches a version, unless as new a one came before."""
-        with self._mailbox:
-            if handle.version <= self._newest():
+        """Fetches a version, unless the actor already has this version or a newer one."""
+        with self._arrived_lock:
+            if handle.version <= self._newest_version():
                 return
-        pack = _fetch(handle)  # outside: the decoding thread looks into the mailbox at every step
-        with self._mailbox:
-            if handle.version > self._newest():
+        pack = _fetch(handle)  # without the lock, which the decoding thread takes at every denoising step
+        with self._arrived_lock:
+            if handle.version > self._newest_version():
                 self._arrived = handle.version, pack
 
-    def _newest(self) -> int:
+    def _newest_version(self) -> int:
         return self._version if self._arrived is None else self._arrived[0]
 
-    def _renew(self) -> int | None:
-        """Puts what arrived into the model; its version, None where nothing did. For who has the model only."""
-        with self._mailbox:
+    def _load_arrived(self) -> int | None:
+        """Loads the weights that have arrived into the model; returns their version, or None if none have.
+
+        Call this only while holding `_model_lock`.
+        """
+        with self._arrived_lock:
             arrived = self._arrived
         if arrived is None:
             return None
-        self._version = -1  # until all of it is loaded and checked
+        self._version = -1  # until all of the pack is loaded and checked
         load_weights(self._model, arrived[1])
-        with self._mailbox:
+        with self._arrived_lock:
             self._version = arrived[0]
-            if self._arrived is arrived:  # it stays where loading failed: the next call must not do with older ones
+            if self._arrived is arrived:  # if loading fails it stays: the next call must not decode with older weights
                 self._arrived = None
         return self._version
 
@@ -150,16 +167,20 @@ def start_rollout_actor(
     restarts: int,
     on_new_weights: OnNewWeights = "finish",
     cuda_graphs: bool = False,
-    **where: Any,
+    **placement: Any,
 ) -> Any:
-    """Starts one under its name; it may die `restarts` times. The pool repeats the call that died with it.
+    """Starts a `RolloutActor` and returns its handle; the pool repeats a call that dies with an actor.
 
-    `where`: more options of Ray's, for its place.
+    Args:
+        name: name of the Ray actor.
+        student: folder of the student model.
+        restarts: how often Ray may restart the actor.
+        placement: more of Ray's actor options, which place it on a node.
     """
     actor = ray.remote(
         num_cpus=cpus,
         num_gpus=gpus,
         max_restarts=restarts,
-        max_concurrency=2 if on_new_weights == "continue" else 1,  # a decode, and a push that comes meanwhile
+        max_concurrency=2 if on_new_weights == "continue" else 1,  # a decoding call, and a push during it
     )(RolloutActor)
-    return actor.options(name=name, **where).remote(student, dtype, int(cpus), on_new_weights, cuda_graphs)
+    return actor.options(name=name, **placement).remote(student, dtype, int(cpus), on_new_weights, cuda_graphs)

@@ -1,9 +1,9 @@
-"""Attention of a denoising step: the queries of one block, or two, of every slot against that slot's cache.
+"""Attention of a denoising step: the queries of each slot's one or two blocks against the cache of that slot.
 
-The batch of a step's forward is `[n live slots, then c of them again]`: the block in work of each, and the finished
-block that those c commit. Attention folds both blocks of a slot, and the query heads that share a key head, into one
-row of queries, so that no key or value is copied: not for a slot's second block, not for grouped heads. Slots that
-are far behind the longest are a part of their own, which does not read what lies behind its own longest.
+A step's forward has the batch rows `[n occupied slots, then c of them again]`: first the current block of every slot,
+then the finished block of each of the c slots that commit one. Attention folds the blocks of a slot, and the query
+heads that share a key head, into one row of queries. So no key or value is copied, neither for a slot's second block
+nor for grouped heads. Slots are split into parts by length: a part reads the cache only as far as its own longest slot.
 """
 
 from __future__ import annotations
@@ -15,61 +15,64 @@ import torch
 import torch.nn.functional as F
 
 Parts = tuple[tuple[int, int], ...]
-"""(slots, positions that each of them attends to) of slots that lie one after the other."""
+"""Parts of consecutive slots: (number of slots, positions that each of them attends to)."""
 
-NARROWEST = 256
-"""Positions of the narrowest part: below, a part of its own would save less than it costs."""
-_WIDTH_STEP = 16
-"""Attended positions are a multiple of it: kernels like aligned masks."""
+NARROWEST_PART = 256
+"""Positions of the narrowest part: to split off a narrower one would save less than it costs."""
+_WIDTH_MULTIPLE = 16
+"""The positions that a part attends to are a multiple of this, because attention kernels want aligned masks."""
 
 
 def parts_of(ends: np.ndarray, most: int) -> Parts:
-    """Few parts of slots whose ends lie within a factor of two of each other, where the order of the slots allows it.
+    """Splits slots into few parts of similar length, without changing their order.
+
+    If the slots are sorted, longest first, the ends within a part lie within a factor of two of each other or are all
+    at most `NARROWEST_PART`.
 
     Args:
-        ends: `[n]` int64, position after each slot's block in work.
-        most: positions of the cache.
+        ends: `[n]` int64, position after each slot's current block.
+        most: positions that the cache has.
     """
     needed = np.maximum.accumulate(ends[::-1])[::-1]
-    sizes = np.ceil(np.log2(np.maximum(needed, NARROWEST) / NARROWEST))
+    sizes = np.ceil(np.log2(np.maximum(needed, NARROWEST_PART) / NARROWEST_PART))
     begins = np.flatnonzero(np.diff(sizes, prepend=np.inf))
     counts = np.diff(begins, append=len(ends))
-    widths = np.minimum(-(-needed[begins] // _WIDTH_STEP) * _WIDTH_STEP, most)
+    widths = np.minimum(-(-needed[begins] // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, most)
     return tuple(zip(counts.tolist(), widths.tolist(), strict=True))
 
 
 def attended(parts: Parts) -> int:
-    """Positions that all slots attend to, together."""
+    """Sum over all slots of the positions that a slot attends to."""
     return sum(count * width for count, width in parts)
 
 
 @dataclass(frozen=True, slots=True)
-class Lanes:
-    """Which rows of a batch `[n + c, ...]` belong to one slot: a layout of `common/model/attention.py`."""
+class SlotLayout:
+    """Which rows of a batch `[n + c, ...]` belong to the same slot: an `AttentionLayout` (`common/model`)."""
 
     parts: Parts
-    """The n slots, one part after the other; no part is wider than the one before it."""
+    """The n slots as consecutive parts; no part is wider than the one before it."""
     block: int
-    """S, queries of a row"""
+    """S, queries per row."""
     commit: torch.Tensor | None
-    """`[c]` int64, slots of the rows after n; None where no slot commits."""
+    """`[c]` int64, slots of the rows after the first n; None if no slot commits a block."""
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
     ) -> torch.Tensor:
-        """See `Layout`; keys and values are the slots' caches, `[n, H', width, D]`."""
-        assert mask is not None, "what lies behind a slot's end is of its past"
+        """See `AttentionLayout`. Keys and values are those of the slots in the cache, `[n, H', width, D]`."""
+        assert mask is not None, "without a mask a slot would attend to old entries after its end"
         folded, outputs, start = self.fold(query, key.shape[1]), [], 0
         for count, width in self.parts:
             part, start = slice(start, start + count), start + count
-            seen = key[part, :, :width], value[part, :, :width]
+            cached = key[part, :, :width], value[part, :, :width]
             outputs.append(
-                F.scaled_dot_product_attention(folded[part], *seen, attn_mask=mask[part, :, :, :width], scale=scale)
+                F.scaled_dot_product_attention(folded[part], *cached, attn_mask=mask[part, :, :, :width], scale=scale)
             )
         return self.unfold(outputs[0] if len(outputs) == 1 else torch.cat(outputs), query.shape[1])
 
     def fold(self, query: torch.Tensor, key_heads: int) -> torch.Tensor:
-        """`[n + c, H, S, D]` -> `[n, H', queries, D]`, H' key heads; queries are (block, head of the group, S)."""
+        """`[n + c, H, S, D]` -> `[n, H', queries, D]` for H' key heads; queries are (block, head of the group, S)."""
         grouped = query.unflatten(1, (key_heads, -1))  # [n + c, H', G, S, D]
         if self.commit is None:
             return grouped.flatten(2, 3)
@@ -80,26 +83,26 @@ class Lanes:
         return both.flatten(2, 4)
 
     def unfold(self, folded: torch.Tensor, heads: int) -> torch.Tensor:
-        """The other way: `[n, H', queries, D]` -> `[n + c, S, H, D]`."""
-        lanes = folded.unflatten(2, (-1, heads // folded.shape[1], self.block))  # [n, H', blocks, G, S, D]
-        rows = lanes[:, :, 0]
+        """The inverse of `fold`, for outputs: `[n, H', queries, D]` -> `[n + c, S, H, D]`."""
+        blocks = folded.unflatten(2, (-1, heads // folded.shape[1], self.block))  # [n, H', blocks, G, S, D]
+        rows = blocks[:, :, 0]
         if self.commit is not None:
-            rows = torch.cat([rows, lanes[:, :, 1].index_select(0, self.commit)])
+            rows = torch.cat([rows, blocks[:, :, 1].index_select(0, self.commit)])
         return rows.flatten(1, 2).transpose(1, 2)
 
     def mask(self, ends: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask: each block sees all of its slot up to its own end.
+        """Additive mask: a block attends to every position of its slot up to its own end.
 
         Args:
-            ends: `[n]` int64, position after the block in work.
+            ends: `[n]` int64, position after the current block.
             group: query heads that share a key head.
 
-        Returns: `[n, 1, 1 or queries, width]` of the widest part, 0 where attended and minus infinity elsewhere.
+        Returns: `[n, 1, 1 or queries, width]`, width of the widest part: 0 where attended, minus infinity elsewhere.
         """
         width = self.parts[0][1]
         if self.commit is None:
             ends = ends[:, None]
-        else:  # at least one position is seen, also by the empty second block of a slot that does not commit
+        else:  # clamp: before the first block there is none to commit; attending to no position would give NaN
             ends = torch.stack([ends, (ends - self.block).clamp(min=1)], dim=1)
             ends = ends.repeat_interleave(group * self.block, dim=1)
         beyond = torch.arange(width, device=ends.device) >= ends[:, None, :, None]

@@ -1,4 +1,4 @@
-"""Recorder of `step_forward.py` for NVIDIA GPUs: a CUDA graph a shape."""
+"""The recorder of `forward.py` for NVIDIA GPUs: one CUDA graph per shape."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from opdlm.common.errors import OpdlmError
 
 
 class CudaGraphs:
-    """Graphs that share their working memory: they are replayed one after the other, never side by side.
+    """A `Recorder` whose graphs share one memory pool: they may be replayed one after another, never concurrently.
 
-    To be let go of with its graphs: memory whose graphs are all gone takes no new ones.
+    Drop the object together with its graphs and make a new one for new graphs: PyTorch frees the pool with its last
+    graph, and no graph can be captured into it after that.
     """
 
     def __init__(self) -> None:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, forward: Forward, arguments: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
-        """See `Record`.
+        """See `Recorder`.
 
         Raises:
-            OpdlmError: the model's forward waits for the GPU, or does something else that a graph cannot hold.
+            OpdlmError: the model's forward waits for the GPU, or does something else that a CUDA graph cannot hold.
         """
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            forward(*arguments)  # what libraries set up at first use must not become a part of the graph
+            forward(*arguments)  # libraries set themselves up at first use; the graph must not hold that
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            # By thread: another one may take in new weights meanwhile.
+            # `thread_local`: the actor's other thread may fetch new weights during the capture.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 output = forward(*arguments)
         except RuntimeError as error:

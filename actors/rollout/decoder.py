@@ -1,14 +1,20 @@
 """The block decoder: prompts -> trajectories, by confidence-based unmasking (METHOD.md section 2).
 
+One training step, in reading order: deploy/run/train.py (the driver) -> deploy/run/loops.py -> this file ->
+actors/teacher/scoring.py -> actors/queue/rules.py -> learner/train_step.py -> learner/losses.py. The loops send prompts
+to a rollout actor (`actors/rollout/actor.py`), which calls `BlockDecoder.decode`; the trajectories go to a teacher.
+
     pending requests ──refill──► slots ──► one forward for all slots ──► candidates, confidence
-                        (prefill of      [finished block | block in work]     │ strategy
+                        (prefill of      [finished block | current block]     │ strategy
                          prompt blocks)   its keys are     its logits         ▼
                                           committed        are read       reveal; block done? sequence done?
                                                                               └─► trajectory, slot free
 
-A block's clean keys and values are written by the same forward that runs the next block's first denoising step, so
-forwards per block = denoising steps. Slots advance independently; the host learns once a step which ones ended.
-`tests/oracles.py` holds the short uncached decoder that this one is tested against.
+The forward that runs the first denoising step of a block also writes the clean keys and values of the block before it
+(it commits that block), so a sequence needs as many forwards as denoising steps. Slots advance independently; the host
+learns once per step which of them are finished. Tests compare this decoder with a short uncached one: tests/oracles.py
+
+Shapes: n occupied slots, S tokens per block, m masked positions in all current blocks together, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,40 +27,41 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdlm.actors.rollout.forward import Record, StepForward
+from opdlm.actors.rollout.forward import Recorder, StepForward
 from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.actors.rollout.observation import StepObservation
-from opdlm.actors.rollout.remasking import STRATEGIES, Step, entropy_of
+from opdlm.actors.rollout.remasking import STRATEGIES, DenoisingStep, entropy_of
 from opdlm.actors.rollout.sampling import draw_candidates, hashed_uniform
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.slots import Slots
 from opdlm.common.batches import batches_by_length
 from opdlm.common.grid import BlockGrid, block_index
 from opdlm.common.masks import block_causal
-from opdlm.common.model.attention import NAME as ATTENTION
+from opdlm.common.model.attention import ATTENTION
 from opdlm.common.model.load import hidden_states
 from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory
 
 _TOKEN_STREAM, _ORDER_STREAM = 0, 1  # two independent sequences of uniform numbers
 PREFILL_TOKENS = 16384
-"""Most tokens, padding included, in one forward that computes keys and values; a longer sequence goes alone."""
+"""Most tokens, padding included, in one prefill forward; a sequence that is longer gets a forward of its own."""
 _REFILL_SHARE = 1 / 4
-"""Of the slots, that have to be free before they are filled again (tests/benchmarks/RESULTS.md)."""
+"""Share of the slots that must be free before free slots are filled again (measured in tests/benchmarks/RESULTS.md)."""
 
-Renew = Callable[[], int | None]
+Observer = Callable[[StepObservation], None]
+UpdateWeights = Callable[[], int | None]
 
 
 class BlockDecoder:
     """Decodes batches of prompts with one student; keeps its cache between calls.
 
     Args:
-        model: causal LM of transformers, in eval mode; logits at position i predict token i. Its attention becomes
-            ours, which is `sdpa` for every other caller.
+        model: causal LM of transformers, in eval mode; its logits at position i predict token i. The decoder sets the
+            model's attention to `common/model/attention.py`, which is plain `sdpa` for every other caller.
         settings: strategy, sampling, grid.
-        mask_id: the mask token; never a candidate.
+        mask_id: the mask token; it is never a candidate.
         eos_ids: tokens that end a response.
-        batch_size: slots.
-        recorder: makes what records and replays a step's forwards (`step_forward.py`); None: they are not.
+        batch_size: number of slots.
+        make_recorder: makes the recorder for the step forwards of one cache (`forward.py`); None: nothing is recorded.
     """
 
     def __init__(
@@ -64,7 +71,7 @@ class BlockDecoder:
         mask_id: int,
         eos_ids: Sequence[int],
         batch_size: int,
-        recorder: Callable[[], Record] | None = None,
+        make_recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -74,7 +81,7 @@ class BlockDecoder:
         self.grid = BlockGrid(settings.block_size, settings.block_grid)
         self._strategy = STRATEGIES[settings.strategy]
         model.set_attn_implementation(ATTENTION)
-        self._recorder = recorder
+        self._make_recorder = make_recorder
         self._cache: SlotCache | None = None
         self._step_forward: StepForward | None = None
         self._forwards = self._forward_tokens = 0
@@ -83,13 +90,13 @@ class BlockDecoder:
         self,
         requests: Sequence[RolloutRequest],
         weight_version: int = 0,
-        observer: Callable[[StepObservation], None] | None = None,
-        renew: Renew | None = None,
+        observer: Observer | None = None,
+        update_weights: UpdateWeights | None = None,
     ) -> tuple[list[Trajectory], DecodeStats]:
-        """Decodes every request; trajectories come in the order of the requests. `renew`: see `stream`."""
+        """Decodes every request; arguments and errors as in `stream`. The trajectories follow the order of requests."""
         started = time.perf_counter()
         self._forwards = self._forward_tokens = 0
-        by_index = {t.index: t for t in self.stream(requests, weight_version, observer, renew)}
+        by_index = {t.index: t for t in self.stream(requests, weight_version, observer, update_weights)}
         trajectories = [by_index[request.index] for request in requests]
         continued = [(t, t.token_versions) for t in trajectories if t.token_versions is not None]
         stats = DecodeStats(
@@ -112,15 +119,17 @@ class BlockDecoder:
         self,
         requests: Sequence[RolloutRequest],
         weight_version: int = 0,
-        observer: Callable[[StepObservation], None] | None = None,
-        renew: Renew | None = None,
+        observer: Observer | None = None,
+        update_weights: UpdateWeights | None = None,
     ) -> Iterator[Trajectory]:
         """Yields each trajectory as its sequence ends.
 
         Args:
-            renew: called before each denoising step; may put new weights into the model, and then returns their
-                version. Sequences in work go on with them as if what is decoded so far had been given: a step depends
-                on the tokens and the weights alone, so no slot has to wait for a block's end.
+            weight_version: version of the weights that are in the model.
+            observer: called after each denoising step with what the step did.
+            update_weights: called before each denoising step. It may load new weights into the model, and then returns
+                their version. Unfinished sequences go on with the new weights, as if their tokens so far had been
+                given: a step depends on tokens and weights alone, so no slot has to wait for the end of its block.
 
         Raises:
             ValueError: a prompt is empty, or prompt and response do not fit into the model's context.
@@ -128,99 +137,104 @@ class BlockDecoder:
         longest = self._longest(requests)
         if not requests:
             return
-        # What was recorded is of one cache, so that has all slots then.
-        capacity = self.batch_size if self._recorder else min(self.batch_size, len(requests))
+        # Recorded forwards belong to one cache, so with a recorder every call uses a cache with all slots.
+        capacity = self.batch_size if self._make_recorder else min(self.batch_size, len(requests))
         slots = Slots(capacity, longest, self.grid.block_size, self.mask_id, self.model.device)
         cache = self._cache_for(slots.capacity, longest)
         pending = deque(requests)
         slots.version = weight_version
-        while pending or slots.live:
-            if renew is not None and (version := renew()) is not None:
-                slots.renew(version)
-                self._prefill(slots, cache, range(slots.live))
-                slots.commits[: slots.live] = False  # what was to be committed is in the cache now
-            # A free slot costs nothing, a forward for one prompt reads all weights: so several at a time.
+        while pending or slots.occupied:
+            if update_weights is not None and (version := update_weights()) is not None:
+                slots.change_version(version)
+                self._prefill(slots, cache, range(slots.occupied))
+                slots.host_commits[: slots.occupied] = False  # the prefill has committed those blocks
+            # A free slot costs nothing, but a prefill reads all weights even for one prompt: so fill several at a time.
             enough = min(len(pending), max(1, int(slots.capacity * _REFILL_SHARE)))
-            if pending and (not slots.live or slots.capacity - slots.live >= enough):
+            if pending and (not slots.occupied or slots.capacity - slots.occupied >= enough):
                 self._prefill(slots, cache, slots.refill(pending, self.grid, self.settings.threshold))
-            if self._recorder is None:  # what is recorded is one part
+            if self._make_recorder is None:  # a recorded forward has one part, for which the order does not matter
                 slots.sort_when_due(cache)
             finished = self._step(slots, observer)
             if finished:
-                yield from slots.harvest(finished, self.eos_ids.tolist(), self.settings.ignore_eos)
+                yield from slots.trajectories(finished, self.eos_ids.tolist(), self.settings.ignore_eos)
                 slots.free(finished, cache)
 
     def _longest(self, requests: Sequence[RolloutRequest]) -> int:
+        """Positions of the longest sequence, to the end of its last block; refuses requests that cannot be decoded."""
         context = self.model.config.max_position_embeddings
         longest = 0
         for request in requests:
             if request.prompt_ids.size == 0:
                 raise ValueError(f"prompt {request.prompt_id} is empty; a response needs a token before it")
             if request.max_new_tokens < 1:
-                raise ValueError(f"prompt {request.prompt_id}: max_new_tokens is {request.max_new_tokens}; at least 1")
-            end = self.grid.last_position(request.prompt_ids.size, request.max_new_tokens)
+                raise ValueError(
+                    f"prompt {request.prompt_id}: max_new_tokens is {request.max_new_tokens}; it must be at least 1"
+                )
+            end = self.grid.end_position(request.prompt_ids.size, request.max_new_tokens)
             if end > context:
                 raise ValueError(
                     f"prompt {request.prompt_id}: {request.prompt_ids.size} prompt tokens and {request.max_new_tokens} "
-                    f"new ones, to the end of their last block, are {end}; the model's context is {context}"
+                    f"new tokens take {end} positions, to the end of their last block; the model's context is {context}"
                 )
             longest = max(longest, end)
         return longest
 
     def _cache_for(self, slots: int, positions: int) -> SlotCache:
+        """The cache of the last call if it has exactly these slots and enough positions, else a new one."""
         if self._cache is None or self._cache.slots != slots or self._cache.positions < positions:
-            self._cache = self._step_forward = None  # give the old one back first
+            self._cache = self._step_forward = None  # frees the old cache before the new one is allocated
             weight = self.model.lm_head.weight
             self._cache = SlotCache(self.model.config, slots, positions, weight.dtype, self.model.device)
-            record = self._recorder() if self._recorder else None
-            self._step_forward = StepForward(self.model, self._cache, self.grid.block_size, record)
+            recorder = self._make_recorder() if self._make_recorder else None
+            self._step_forward = StepForward(self.model, self._cache, self.grid.block_size, recorder)
         return self._cache
 
     def _prefill(self, slots: Slots, cache: SlotCache, rows: Sequence[int]) -> None:
-        """Keys and values of those slots' blocks before the one in work, in forwards of bounded size."""
-        rows = [row for row in rows if slots.starts[row]]
-        lengths = [int(slots.starts[row]) for row in rows]
+        """Computes the keys and values of all blocks before the current one, in forwards of bounded size."""
+        rows = [row for row in rows if slots.host_starts[row]]
+        lengths = [int(slots.host_starts[row]) for row in rows]
         self._forward_tokens += sum(lengths)
         for group in batches_by_length(lengths, PREFILL_TOKENS):
             chosen, longest = [rows[i] for i in group], lengths[group[0]]
             offsets = [[self.grid.offset(slots.requests[row].prompt_ids.size)] for row in chosen]
             where, offset = torch.tensor(chosen, device=slots.device), torch.tensor(offsets, device=slots.device)
             positions = torch.arange(longest, device=slots.device).expand(len(chosen), -1)
-            # What a shorter sequence has after its end belongs to later blocks: no token before it sees that.
+            # Tokens after a shorter sequence's end need no mask: they are in later blocks, which its tokens do not see.
             blocks = block_index(positions, offset, self.grid.block_size)
-            cache.aim(where, positions, None)
+            cache.prepare(where, positions, None)
             tokens = slots.tokens[where, :longest]
             hidden_states(self.model, tokens, positions, block_causal(blocks, blocks), cache)
 
-    def _step(self, slots: Slots, observer: Callable[[StepObservation], None] | None) -> list[int]:
-        """One denoising step of all slots; those that are finished with it."""
-        assert self._step_forward is not None, "made with the cache"
-        n, block = slots.live, self.grid.block_size
-        window = slots.block_start[:, None] + torch.arange(block, device=slots.device)  # [n, S]
-        # What the host knows goes to the device before the forward, or it would wait for the forward's end.
-        committing, asked = np.flatnonzero(slots.commits[:n]), np.flatnonzero(slots.masked[:n])
-        shape = self._step_forward.shape(committing.size, slots.starts[:n] + block)
-        # Where a shape is rounded up, blocks are committed twice.
-        known = torch.from_numpy(np.concatenate([np.resize(committing, shape.commits), asked])).to(slots.device)
-        commit, index = known[: shape.commits], known[shape.commits :]
-        hidden = self._step_forward(shape, *slots.first(shape.slots), commit)[:n].flatten(0, 1)
+    def _step(self, slots: Slots, observer: Observer | None) -> list[int]:
+        """Runs one denoising step of all occupied slots; returns the slots whose sequence is finished by it."""
+        assert self._step_forward is not None, "`_cache_for` makes it together with the cache"
+        n, block = slots.occupied, self.grid.block_size
+        window = slots.block_start[:, None] + torch.arange(block, device=slots.device)  # [n, S] positions
+        # The host copies its indices to the device before it launches the forward: later, the copy would wait for it.
+        committing, masked_places = np.flatnonzero(slots.host_commits[:n]), np.flatnonzero(slots.host_masked[:n])
+        shape = self._step_forward.shape(committing.size, slots.host_starts[:n] + block)
+        # A shape that was rounded up has room for more commits: `resize` repeats slots, whose blocks are written twice.
+        indices = torch.from_numpy(np.concatenate([np.resize(committing, shape.commits), masked_places]))
+        indices = indices.to(slots.device)
+        commit, places = indices[: shape.commits], indices[shape.commits :]  # [c] slots, [m] places in [n * S]
+        hidden = self._step_forward(shape, *slots.first_rows(shape.slots), commit)[:n].flatten(0, 1)
         self._forwards += 1
         self._forward_tokens += (n + committing.size) * block
-        logits = self.model.lm_head(hidden[index]).float()  # of masked positions only
+        logits = self.model.lm_head(hidden[places]).float()  # [m, V], masked positions only
         mask_logit = logits[:, self.mask_id].clone()
         logits[:, self.mask_id] = float("-inf")
 
-        def spread(values: torch.Tensor) -> torch.Tensor:
-            """`[m, ...]`, of the masked positions -> `[n, S, ...]`, 0 at the others."""
+        def in_blocks(values: torch.Tensor) -> torch.Tensor:
+            """Values of the masked positions `[m, ...]` -> `[n, S, ...]`, 0 at the other positions."""
             whole = values.new_zeros(n * block, *values.shape[1:])
-            return whole.index_copy_(0, index, values).unflatten(0, (n, block))
+            return whole.index_copy_(0, places, values).unflatten(0, (n, block))
 
         old_reveal, old_tokens = slots.reveal.gather(1, window), slots.tokens.gather(1, window)
         masked = (window >= slots.prompt_length[:, None]) & (old_reveal == 0)
-        drawn, probability = self._candidates(slots, window, index, logits)
-        candidates, confidence = spread(drawn), spread(probability)
+        drawn, probability = self._candidates(slots, window, places, logits)
+        candidates, confidence = in_blocks(drawn), in_blocks(probability)
         revealed = self._strategy(
-            self._strategy_step(slots, window, masked, confidence, lambda: spread(entropy_of(logits)))
+            self._strategy_input(slots, window, masked, confidence, lambda: in_blocks(entropy_of(logits)))
         )
         new_tokens = torch.where(revealed, candidates, old_tokens)
         slots.step.add_(1)
@@ -228,32 +242,31 @@ class BlockDecoder:
         slots.tokens.scatter_(1, window, new_tokens)
         slots.reveal.scatter_(1, window, torch.where(revealed, slots.step[:, None], old_reveal))
         if observer is not None:
-            seen = spread(logits), spread(mask_logit)
-            shown = (window, old_tokens, masked, revealed, candidates, confidence, *seen)
-            steps, numbers = slots.step.tolist(), [request.index for request in slots.requests]
-            observer(StepObservation(numbers, steps, *(tensor.cpu() for tensor in shown)))
+            model_says = candidates, confidence, in_blocks(logits), in_blocks(mask_logit)
+            tensors = (tensor.cpu() for tensor in (window, old_tokens, masked, revealed, *model_says))
+            observer(StepObservation([request.index for request in slots.requests], slots.step.tolist(), *tensors))
         return self._advance(slots, window, new_tokens, masked & ~revealed)
 
     def _candidates(
-        self, slots: Slots, window: torch.Tensor, index: torch.Tensor, logits: torch.Tensor
+        self, slots: Slots, window: torch.Tensor, places: torch.Tensor, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Candidate and confidence of each masked position, `[m]` each."""
+        """Draws a candidate for each masked position: candidates `[m]` int64 and their confidence `[m]` float32."""
         settings = self.settings
-        uniform = hashed_uniform(slots.seed[:, None], window, slots.step[:, None], _TOKEN_STREAM).flatten()[index]
+        uniform = hashed_uniform(slots.seed[:, None], window, slots.step[:, None], _TOKEN_STREAM).flatten()[places]
         candidates = draw_candidates(logits, uniform, settings.temperature, settings.top_k, settings.top_p)
         chosen = logits.gather(-1, candidates[:, None]).squeeze(-1)
         return candidates, (chosen - logits.logsumexp(dim=-1)).exp()
 
-    def _strategy_step(
+    def _strategy_input(
         self,
         slots: Slots,
         window: torch.Tensor,
         masked: torch.Tensor,
         confidence: torch.Tensor,
         entropy: Callable[[], torch.Tensor],
-    ) -> Step:
+    ) -> DenoisingStep:
         steps_left = (self.settings.steps_per_block - slots.block_step).clamp(min=1)
-        return Step(
+        return DenoisingStep(
             masked=masked,
             confidence=confidence,
             static_count=torch.div(masked.sum(1) + steps_left - 1, steps_left, rounding_mode="floor"),
@@ -266,7 +279,7 @@ class BlockDecoder:
     def _advance(
         self, slots: Slots, window: torch.Tensor, tokens: torch.Tensor, still_masked: torch.Tensor
     ) -> list[int]:
-        """Finished blocks are left behind; the slots whose sequence is finished."""
+        """Moves slots whose block is done to their next block; returns the slots whose sequence is finished."""
         n, block = window.shape
         done = ~still_masked.any(dim=1)
         ended = slots.block_start + block >= slots.end
@@ -277,7 +290,8 @@ class BlockDecoder:
         slots.block_start.add_(block * commit)
         slots.block_step.masked_fill_(done, 0)
         state = torch.stack([done & ended, commit, slots.block_start], dim=1)
-        # The one host-device synchronisation of a step. After a finished block all of the next one is masked.
-        known = torch.cat([state, still_masked | commit[:, None]], dim=1).cpu().numpy()
-        slots.commits[:n], slots.starts[:n], slots.masked[:n] = known[:, 1], known[:, 2], known[:, 3:]
-        return np.flatnonzero(known[:, 0]).tolist()
+        # The one host-device synchronisation of a step. A slot that moved on has a new block, which is all masked.
+        on_host = torch.cat([state, still_masked | commit[:, None]], dim=1).cpu().numpy()
+        finished, slots.host_commits[:n], slots.host_starts[:n] = on_host[:, :3].T
+        slots.host_masked[:n] = on_host[:, 3:]
+        return np.flatnonzero(finished).tolist()

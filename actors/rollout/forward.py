@@ -1,8 +1,9 @@
-"""The forward of a denoising step, in exact shapes or in few shapes that are recorded once and replayed.
+"""The forward of a denoising step: in its exact shape, or in one of few shapes that are recorded once and replayed.
 
-A small model's forward takes a GPU less time than Python takes to launch its kernels. With a recorder
-(`cuda_graphs.py`) a step is rounded up to one of few shapes, and each shape's forward is recorded at its first use.
-What is added are free slots, whose cache nobody reads before it is written anew, and blocks that are committed twice.
+For a small model, a GPU needs less time for a forward than Python needs to launch its kernels. With a recorder
+(`cuda_graphs.py`), a step is rounded up to one of few shapes, and the forward of each shape is recorded at its first
+use. Rounding up adds free slots, whose cache entries nobody reads before they are overwritten, and commits some blocks
+twice.
 """
 
 from __future__ import annotations
@@ -14,81 +15,92 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdlm.actors.rollout.attention import Lanes, Parts, parts_of
+from opdlm.actors.rollout.attention import Parts, SlotLayout, parts_of
 from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.common.model.load import hidden_states
 
-_FIRST_WIDTH = 256
-"""Of the recorded shapes; the others are twice, four times, ... as wide."""
+_NARROWEST_SHAPE = 256
+"""Width of the narrowest recorded shape in positions; the others are twice, four times, ... as wide."""
 
 Forward = Callable[..., torch.Tensor]
-Record = Callable[[Forward, tuple[torch.Tensor, ...]], Callable[[], torch.Tensor]]
-"""Of a function and its arguments, whose memory stays theirs: what computes it again from what that memory then holds.
-The result is good until the next call."""
+Recorder = Callable[[Forward, tuple[torch.Tensor, ...]], Callable[[], torch.Tensor]]
+"""Takes a function and its arguments; returns a replay, which computes the function again from the current contents of
+the arguments' memory. The result of a replay is valid until the next one."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What the sizes of a forward follow from."""
+    """The sizes of a step's forward."""
 
     commits: int
-    """c, blocks to commit"""
+    """c, the number of blocks to commit."""
     parts: Parts
-    """How far each of the first slots attends."""
+    """The n slots of the forward in parts, with the positions that each part attends to."""
 
     @property
     def slots(self) -> int:
-        """n"""
+        """n, the number of slots."""
         return sum(count for count, _ in self.parts)
 
     @property
     def width(self) -> int:
-        """Positions that the first part attends to, and no other more."""
+        """Positions that the first part attends to; no other part attends to more."""
         return self.parts[0][1]
 
     def rounded_up(self, slots: int, width: int) -> StepShape:
-        """The next of few shapes: slots are a half, a quarter, ... of all, commits quarters of those, widths double.
+        """The smallest of few shapes that holds this one, with all slots in one part.
 
-        All slots are one part. `slots`, `width`: the most there are.
+        The slots of these shapes are all slots, a half, a quarter, ... of them; commits are quarters of those; widths
+        are doubled from `_NARROWEST_SHAPE`.
+
+        Args:
+            slots: number of slots in the cache, the largest possible.
+            width: number of positions in the cache, the largest possible.
         """
         while (half := -(-slots // 2)) >= self.slots and half < slots:
             slots = half
         quarter = -(-slots // 4)
         commits = min(-(-self.commits // quarter) * quarter, slots)
-        wide = _FIRST_WIDTH
-        while wide < self.width:
-            wide *= 2
-        return StepShape(commits, ((slots, min(wide, width)),))
+        rounded_width = _NARROWEST_SHAPE
+        while rounded_width < self.width:
+            rounded_width *= 2
+        return StepShape(commits, ((slots, min(rounded_width, width)),))
 
 
 class StepForward:
-    """Forwards of one model with one cache.
+    """The forwards of one model with one cache.
 
     Args:
         block: S, tokens in a block.
-        record: records a shape's forward; None computes each in its exact shape.
+        recorder: records the forward of each shape; None computes every forward in its exact shape.
     """
 
-    def __init__(self, model: Any, cache: SlotCache, block: int, record: Record | None) -> None:
-        self._model, self._cache, self._block, self._record = model, cache, block, record
+    def __init__(self, model: Any, cache: SlotCache, block: int, recorder: Recorder | None) -> None:
+        self._model, self._cache, self._block, self._recorder = model, cache, block, recorder
         self._recorded: dict[StepShape, tuple[tuple[torch.Tensor, ...], Callable[[], torch.Tensor]]] = {}
 
     def shape(self, commits: int, ends: np.ndarray) -> StepShape:
-        """Of the next forward; `ends`: `[n]`, position after the block in work of each live slot."""
+        """The shape of the next forward.
+
+        Args:
+            commits: blocks to commit.
+            ends: `[n]` int64, position after the current block of each occupied slot.
+        """
         exact = StepShape(commits, parts_of(ends, self._cache.positions))
-        return exact if self._record is None else exact.rounded_up(self._cache.slots, self._cache.positions)
+        return exact if self._recorder is None else exact.rounded_up(self._cache.slots, self._cache.positions)
 
     def __call__(
         self, shape: StepShape, tokens: torch.Tensor, starts: torch.Tensor, commit: torch.Tensor
     ) -> torch.Tensor:
-        """The blocks in work of the first slots, and in the same forward the blocks before them of some.
+        """Runs the current blocks of the first n slots; in the same forward, commits the block before it in c of them.
 
         Args:
-            tokens: `[n, T]` int64, of those slots.
-            starts: `[n]` int64, position at which each one's block in work starts.
-            commit: `[c]` int64, slots whose block before that is to be committed.
+            shape: sizes of the forward, from `shape()`.
+            tokens: `[n, T]` int64, tokens of the first n slots.
+            starts: `[n]` int64, position at which the current block of each slot starts.
+            commit: `[c]` int64, slots whose block before the current one is to be committed.
 
-        Returns: final hidden states of the blocks in work, `[n, S, D]`, good until the next call.
+        Returns: final hidden states of the current blocks, `[n, S, D]`; valid until the next call.
         """
         window = starts[:, None] + torch.arange(self._block, device=starts.device)
         rows, positions = torch.arange(shape.slots, device=starts.device), window
@@ -99,14 +111,14 @@ class StepForward:
         def forward(*tensors: torch.Tensor) -> torch.Tensor:
             return self._forward(shape, *tensors)
 
-        if self._record is None:
+        if self._recorder is None:
             return forward(*arguments)
         if shape not in self._recorded:
-            own = tuple(argument.clone() for argument in arguments)
-            self._recorded[shape] = own, self._record(forward, own)
-        own, replay = self._recorded[shape]
-        for place, argument in zip(own, arguments, strict=True):
-            place.copy_(argument)
+            inputs = tuple(argument.clone() for argument in arguments)
+            self._recorded[shape] = inputs, self._recorder(forward, inputs)
+        inputs, replay = self._recorded[shape]
+        for recorded_input, argument in zip(inputs, arguments, strict=True):
+            recorded_input.copy_(argument)
         return replay()
 
     def _forward(
@@ -118,10 +130,10 @@ class StepForward:
         ends: torch.Tensor,
         commit: torch.Tensor,
     ) -> torch.Tensor:
-        """Reads nothing but its arguments, the weights and the cache, and waits for nothing: it can be recorded."""
+        """Can be recorded: reads only its arguments, the weights and the cache, and never waits for the device."""
         config = self._model.config
         group = config.num_attention_heads // config.num_key_value_heads
-        lanes = Lanes(shape.parts, self._block, commit if shape.commits else None)
-        mask = lanes.mask(ends, group, self._cache.keys.dtype)
-        self._cache.aim(rows, positions, (shape.slots, shape.width))
-        return hidden_states(self._model, tokens, positions, mask, self._cache, layout=lanes)[: shape.slots]
+        layout = SlotLayout(shape.parts, self._block, commit if shape.commits else None)
+        mask = layout.mask(ends, group, self._cache.keys.dtype)
+        self._cache.prepare(rows, positions, (shape.slots, shape.width))
+        return hidden_states(self._model, tokens, positions, mask, self._cache, layout=layout)[: shape.slots]

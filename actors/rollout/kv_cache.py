@@ -1,8 +1,8 @@
 """Preallocated key/value cache of the block decoder, addressed by (slot, position).
 
-A forward writes the keys and values of its tokens at the tokens' own positions, before any of them is read. So a
-block's noisy entries are simply overwritten by its clean ones when it is committed, and what stands at positions that
-were not decoded yet is overwritten before a mask lets anybody see it.
+A forward writes the keys and values of its tokens at the tokens' own positions before it reads any of them. So the
+entries of a noisy block are overwritten by the clean ones when the block is committed, and old entries at positions
+that are not decoded yet are overwritten before a mask lets a token attend to them.
 """
 
 from __future__ import annotations
@@ -13,53 +13,65 @@ import torch
 
 
 class SlotCache:
-    """Keys and values of B slots, given to transformers as `past_key_values` (only `update` is asked for)."""
+    """Keys and values of B slots, given to transformers as `past_key_values` (a forward calls only `update`)."""
 
     def __init__(self, config: Any, slots: int, positions: int, dtype: torch.dtype, device: torch.device):
-        """Args: `config`: transformers model config; `positions`: longest sequence in tokens, block end included."""
+        """Allocates the cache.
+
+        Args:
+            config: transformers model config.
+            slots: B.
+            positions: tokens of the longest sequence, to the end of its last block.
+        """
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, slots, positions, config.num_key_value_heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.slots, self.positions = slots, positions
-        self._where: tuple[torch.Tensor, torch.Tensor]
-        self._seen: tuple[int, int] | None = None
+        self._written: tuple[torch.Tensor, torch.Tensor]
+        self._attended: tuple[int, int] | None = None
 
-    def aim(self, rows: torch.Tensor, positions: torch.Tensor, seen: tuple[int, int] | None) -> None:
-        """Says where the next forward writes and what it attends to.
+    def prepare(self, rows: torch.Tensor, positions: torch.Tensor, attended: tuple[int, int] | None) -> None:
+        """Sets where the next forward writes and what it attends to.
 
         Args:
             rows: `[n]` int64, slot of each row of the batch.
             positions: `[n, Q]` int64, position of each token.
-            seen: attend to the first so many positions of the first so many slots; None: to the batch's own keys,
-                which in a prefill are all there are.
+            attended: (slots, positions): attend to the first `positions` entries of the first `slots` slots. None:
+                attend to the keys of the batch itself; in a prefill there are no others.
         """
-        self._where, self._seen = (rows[:, None], positions), seen
+        self._written, self._attended = (rows[:, None], positions), attended
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes `[n, H, Q, D]`; returns what is attended to, `[n, H, Q, D]` or `[slots, H, width, D]` each."""
-        seen = []
+        """Writes keys and values, `[n, H, Q, D]` each, into one layer.
+
+        Returns: the keys and values to attend to, `[n, H, Q, D]` or `[slots, H, width, D]` each.
+        """
+        attended = []
         for cache, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            cache[self._where] = new.transpose(1, 2)
-            if self._seen is not None:
-                slots, width = self._seen
+            cache[self._written] = new.transpose(1, 2)
+            if self._attended is not None:
+                slots, width = self._attended
                 new = cache[:slots, :width].transpose(1, 2)
-            seen.append(new)
-        return seen[0], seen[1]
+            attended.append(new)
+        return attended[0], attended[1]
 
     def reorder(self, order: list[int], width: int) -> None:
-        """The first slots in another order, by their first `width` positions; a layer at a time, so with little room.
+        """Puts the first `len(order)` slots into another order, as far as their first `width` positions.
 
-        `order`: the slot that comes to each place.
+        Copies one layer at a time, to need little memory.
+
+        Args:
+            order: for each place, the slot that moves there.
         """
         for cache in (self.keys, self.values):
             for layer in cache:
                 layer[: len(order), :width] = layer[order, :width]
 
     def move(self, source: list[int], target: list[int], width: int) -> None:
-        """Copies the first `width` positions of slots over others."""
+        """Copies the first `width` positions of each source slot over those of its target slot."""
         for cache in (self.keys, self.values):
             for old, new in zip(source, target, strict=True):
                 cache[:, new, :width].copy_(cache[:, old, :width])

@@ -1,4 +1,4 @@
-"""What one denoising step looks like from outside."""
+"""What the decoder shows an observer of its denoising steps."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class StepObservation:
-    """One denoising step as an observer sees it (`generate --trace`, `trace`, parity tests). Rows are live slots.
+    """One denoising step, for an observer (`generate --trace`, `trace`, the parity tests). One row per occupied slot.
 
-    What the model says (from `candidates` on) is there for masked positions, and 0 elsewhere.
+    All tensors are on the CPU. `candidates` and the fields after it hold values at masked positions and 0 elsewhere.
     """
 
     index: list[int]  # [n] request index
-    step: list[int]  # [n] denoising step of the sequence, from 1
+    step: list[int]  # [n] denoising step of the sequence, counted from 1
     positions: torch.Tensor  # [n, S] int64
     tokens: torch.Tensor  # [n, S] int64, before the step (prompt tokens and masks included)
     masked: torch.Tensor  # [n, S] bool, before the step
-    revealed: torch.Tensor  # [n, S] bool
+    revealed: torch.Tensor  # [n, S] bool, by this step
     candidates: torch.Tensor  # [n, S] int64
     confidence: torch.Tensor  # [n, S] float32
-    logits: torch.Tensor  # [n, S, V] float32, the mask token at minus infinity
-    mask_logit: torch.Tensor  # [n, S] float32, what the model said for the mask token
+    logits: torch.Tensor  # [n, S, V] float32, minus infinity for the mask token
+    mask_logit: torch.Tensor  # [n, S] float32, the model's own logit of the mask token

@@ -1,7 +1,7 @@
-"""Drawing candidate tokens for masked positions, with randomness that belongs to the sequence.
+"""Draws candidate tokens for masked positions, with random numbers that depend on the sequence alone.
 
-Every uniform number is a hash of (sequence seed, position, denoising step): no generator state, no Python loop over
-sequences, and a sequence decodes to the same tokens whatever it shares its batch with and on whichever actor.
+Every uniform number is a hash of (sequence seed, position, denoising step). So there is no generator state and no
+Python loop over sequences, and a sequence decodes to the same tokens in any batch and on any actor.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ def hashed_uniform(seed: torch.Tensor, *counters: torch.Tensor | int) -> torch.T
     """Uniform numbers in [0, 1) from splitmix64 of the seed and the counters.
 
     Args:
-        seed: int64; counters: int64 tensors that broadcast with it, or ints.
+        seed: int64.
+        counters: int64 tensors that broadcast with `seed`, or ints.
 
-    Returns: float64 of the broadcast shape; equal inputs give equal numbers on every device.
+    Returns: float64 in the broadcast shape; equal inputs give equal numbers on every device.
     """
     state = _mix(seed + _GOLDEN)
     for counter in counters:
-        # Not as a tensor where it is a number: putting that onto a GPU waits for all that the GPU has to do.
+        # An int stays an int: copying it to a GPU as a tensor would wait for all work queued there.
         step = _as_int64((counter + 1) * _GOLDEN) if isinstance(counter, int) else (counter + 1) * _GOLDEN
         state = _mix(state + step)
     return _shift_right(state, 11).to(torch.float64) * 2.0**-53
 
 
 def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Sets what top-k and then top-p leave out to minus infinity. `[..., V]` float -> the same shape.
+    """Sets the logits of tokens that top-k and then top-p leave out to minus infinity; `[..., V]` float, same shape.
 
-    The likeliest token always stays; top-p keeps the smallest set whose mass reaches `top_p`.
+    The likeliest token always stays. Top-p keeps the smallest set of tokens whose mass reaches `top_p`.
     """
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
@@ -51,10 +52,10 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
 def draw_candidates(
     logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> torch.Tensor:
-    """One candidate token a position, by inverting the cumulative distribution.
+    """Draws one candidate token per position, by inverting the cumulative distribution.
 
     Args:
-        logits: `[..., V]` float32; minus infinity where never a candidate (the mask token).
+        logits: `[..., V]` float32; minus infinity for tokens that are never a candidate (the mask token).
         uniform: `[...]` float64 in [0, 1).
         temperature: 0 takes the likeliest token.
 
@@ -70,12 +71,12 @@ def draw_candidates(
 
 
 def _as_int64(number: int) -> int:
-    """Wraps around, as int64 tensors do."""
+    """The int wrapped around into int64's range, as arithmetic on int64 tensors wraps."""
     return (number + 2**63) % 2**64 - 2**63
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift; torch's own keeps the sign of int64."""
+    """Logical right shift; torch's `>>` is arithmetic: it keeps the sign of an int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

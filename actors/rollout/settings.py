@@ -1,4 +1,4 @@
-"""How the student decodes, apart from the model and the prompts."""
+"""How the student decodes: everything a decoder is set to, except the model and the prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from opdlm.common.config.schema import Grid, RolloutConfig, Strategy
 
 @dataclass(frozen=True, slots=True)
 class DecodeSettings:
-    """Fields as in `rollout:` of the YAML (common/config/schema.py); `ignore_eos` decodes on to the limit."""
+    """Settings of one decoder.
+
+    The fields have the names and meanings of `rollout:` in the YAML (common/config/schema.py). `ignore_eos` exists only
+    here: it decodes every response to its length limit, whatever end-of-sequence tokens it holds.
+    """
 
     block_size: int = 4
     block_grid: Grid = "absolute"
@@ -24,7 +28,7 @@ class DecodeSettings:
 
     @property
     def steps_per_block(self) -> int:
-        """Denoising steps that a block is planned for."""
+        """Denoising steps over which the static count spreads the masks of one block (METHOD.md section 2)."""
         return self.denoising_steps or self.block_size
 
     @classmethod
@@ -34,5 +38,5 @@ class DecodeSettings:
         return cls(**shared)
 
     def greedy(self, strategy: Strategy) -> DecodeSettings:
-        """The same grid and block with a greedy strategy, as evaluation uses it."""
+        """These settings with greedy sampling and the given strategy, as evaluation decodes."""
         return replace(self, strategy=strategy, temperature=0.0, top_k=0, top_p=1.0)

@@ -1,7 +1,7 @@
-"""The decoder's state: one row a slot, on the device, and the requests that occupy the slots.
+"""The decoder's state: one row per slot, on the device, and the requests that occupy the slots.
 
-Occupied slots are always the first `live` ones: a free slot takes no part in a forward. What the host has to know of
-the next step (which blocks are to be committed, which positions are masked) it has learnt at the end of the last one.
+Occupied slots are always the first `occupied` ones, and free slots take no part in a forward. At the end of each
+denoising step the host copies what it needs to launch the next one (`host_starts`, `host_commits`, `host_masked`).
 """
 
 from __future__ import annotations
@@ -13,30 +13,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdlm.actors.rollout import attention as slot_attention
+from opdlm.actors.rollout import attention
 from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.common.grid import BlockGrid
 from opdlm.common.types import RolloutRequest, Trajectory
 
-_SORTING = 4
-"""Sorting reads and writes each position twice; attention reads it once."""
+_SORT_COST = 4
+"""Cost of sorting one position relative to attending to it: sorting reads and writes it twice, attention reads once."""
 _PROMPT, _END, _START, _STEP, _BLOCK_STEP, _SEED = range(6)
+"""Columns of `Slots._numbers`."""
 
 
 class Slots:
-    """State of up to B sequences in work."""
+    """State of up to B sequences that are being decoded. Shapes: n occupied slots, T positions, S tokens per block."""
 
     def __init__(self, capacity: int, positions: int, block: int, mask_id: int, device: torch.device) -> None:
         self.capacity, self.block = capacity, block
         self.mask_id, self.device = mask_id, device
         self.requests: list[RolloutRequest] = []
-        """Of the occupied slots."""
+        """The requests in the occupied slots, in slot order."""
         self.version = 0
         """Weight version of the next denoising step."""
-        self._in_vain = 0
-        """Positions that were attended to only because of the slots' order, since they were last sorted."""
+        self._wasted_positions = 0
+        """Positions attended to since the last sorting that a sorted order of the slots would have saved."""
         self._history: list[list[tuple[int, int]]] = []
-        """By occupied slot: (denoising steps before it, weight version) of each version that decoded it."""
+        """Per occupied slot, for each weight version that decoded it: (denoising steps done before it, version)."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
@@ -45,70 +46,70 @@ class Slots:
         self._reveal = zeros(capacity, positions)
         self._threshold = zeros(capacity, dtype=torch.float32)
         self._numbers = zeros(capacity, 6)
-        self.starts = np.zeros(capacity, dtype=np.int64)
-        """`[B]` on the host: position at which the block in work starts."""
-        self.commits = np.zeros(capacity, dtype=bool)
-        """`[B]` on the host: the block before the one in work is not in the cache yet."""
-        self.masked = np.zeros((capacity, block), dtype=bool)
-        """`[B, S]` on the host: positions of the block in work that are still to be revealed."""
+        self.host_starts = np.zeros(capacity, dtype=np.int64)
+        """`[B]` on the host: position at which the current block starts."""
+        self.host_commits = np.zeros(capacity, dtype=bool)
+        """`[B]` on the host: whether the block before the current one has yet to be committed to the cache."""
+        self.host_masked = np.zeros((capacity, block), dtype=bool)
+        """`[B, S]` on the host: whether a position of the current block is still masked."""
 
     @property
-    def live(self) -> int:
-        """Occupied slots; the properties below are of those."""
+    def occupied(self) -> int:
+        """n, the number of occupied slots. The properties below have one row for each of them."""
         return len(self.requests)
 
     @property
     def tokens(self) -> torch.Tensor:
-        """`[n, T]` int64, masks where nothing is revealed yet."""
-        return self._tokens[: self.live]
+        """`[n, T]` int64, token ids; the mask token where nothing is revealed yet."""
+        return self._tokens[: self.occupied]
 
     @property
     def reveal(self) -> torch.Tensor:
-        """`[n, T]` int64, denoising step; 0 where not revealed."""
-        return self._reveal[: self.live]
+        """`[n, T]` int64, denoising step that revealed the token; 0 where none has."""
+        return self._reveal[: self.occupied]
 
     @property
     def threshold(self) -> torch.Tensor:
-        """`[n]` float32."""
-        return self._threshold[: self.live]
+        """`[n]` float32, threshold of `low_confidence_dynamic`."""
+        return self._threshold[: self.occupied]
 
     @property
     def prompt_length(self) -> torch.Tensor:
-        """`[n]` int64."""
-        return self._numbers[: self.live, _PROMPT]
+        """`[n]` int64, tokens."""
+        return self._numbers[: self.occupied, _PROMPT]
 
     @property
     def end(self) -> torch.Tensor:
-        """`[n]` int64, prompt length + most new tokens."""
-        return self._numbers[: self.live, _END]
+        """`[n]` int64, prompt length + `max_new_tokens`."""
+        return self._numbers[: self.occupied, _END]
 
     @property
     def block_start(self) -> torch.Tensor:
-        """`[n]` int64, position at which the block in work starts."""
-        return self._numbers[: self.live, _START]
+        """`[n]` int64, position at which the current block starts."""
+        return self._numbers[: self.occupied, _START]
 
     @property
     def step(self) -> torch.Tensor:
-        """`[n]` int64, denoising steps so far, whole response."""
-        return self._numbers[: self.live, _STEP]
+        """`[n]` int64, denoising steps so far over the whole response."""
+        return self._numbers[: self.occupied, _STEP]
 
     @property
     def block_step(self) -> torch.Tensor:
-        """`[n]` int64, denoising steps so far, block in work."""
-        return self._numbers[: self.live, _BLOCK_STEP]
+        """`[n]` int64, denoising steps so far in the current block."""
+        return self._numbers[: self.occupied, _BLOCK_STEP]
 
     @property
     def seed(self) -> torch.Tensor:
-        """`[n]` int64."""
-        return self._numbers[: self.live, _SEED]
+        """`[n]` int64, seed of the sequence."""
+        return self._numbers[: self.occupied, _SEED]
 
-    def first(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens `[count, T]` and starts of the blocks in work `[count]`, free slots behind the occupied included."""
+    def first_rows(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens `[count, T]` and starts of the current blocks `[count]` of the first slots, free ones included."""
         return self._tokens[:count], self._numbers[:count, _START]
 
     def refill(self, pending: deque[RolloutRequest], grid: BlockGrid, threshold: float) -> list[int]:
-        """Moves requests into free slots; returns those slots."""
-        first = self.live
+        """Moves requests from `pending` into the free slots; returns the slots that were filled."""
+        first = self.occupied
         fresh = [pending.popleft() for _ in range(min(self.capacity - first, len(pending)))]
         last = first + len(fresh)
         tokens = np.full((len(fresh), self._tokens.shape[1]), self.mask_id, dtype=np.int64)
@@ -123,36 +124,37 @@ class Slots:
         self._reveal[first:last] = 0
         self._numbers[first:last] = torch.from_numpy(numbers)
         self._threshold[first:last] = torch.tensor(thresholds, dtype=torch.float32)
-        self.starts[first:last], self.commits[first:last] = numbers[:, _START], False
+        self.host_starts[first:last], self.host_commits[first:last] = numbers[:, _START], False
         window = numbers[:, _START, None] + np.arange(self.block)
-        self.masked[first:last] = window >= numbers[:, _PROMPT, None]
+        self.host_masked[first:last] = window >= numbers[:, _PROMPT, None]
         self.requests += fresh
         self._history += [[(0, self.version)] for _ in fresh]
         return list(range(first, last))
 
     def sort_when_due(self, cache: SlotCache) -> None:
-        """The longest first, once attention has read as much in vain for their order as sorting them takes."""
-        ends = self.starts[: self.live] + self.block
-        if ends.max() <= slot_attention.NARROWEST:
+        """Sorts the slots, longest first, once attention has wasted as much on their order as sorting costs."""
+        ends = self.host_starts[: self.occupied] + self.block
+        if ends.max() <= attention.NARROWEST_PART:
             return
         order = np.argsort(-ends, kind="stable")
-        longest, *_ = sorted_parts = slot_attention.parts_of(ends[order], cache.positions)
-        parts = slot_attention.parts_of(ends, cache.positions)
-        self._in_vain += slot_attention.attended(parts) - slot_attention.attended(sorted_parts)
-        if self._in_vain < _SORTING * self.live * longest[1]:
+        sorted_parts = attention.parts_of(ends[order], cache.positions)
+        parts = attention.parts_of(ends, cache.positions)
+        self._wasted_positions += attention.attended(parts) - attention.attended(sorted_parts)
+        _, width = sorted_parts[0]
+        if self._wasted_positions < _SORT_COST * self.occupied * width:
             return
-        self._in_vain, rows = 0, order.tolist()
-        self._copy(rows, list(range(self.live)))
-        cache.reorder(rows, longest[1])
+        self._wasted_positions, rows = 0, order.tolist()
+        self._copy(rows, list(range(self.occupied)))
+        cache.reorder(rows, width)
 
-    def renew(self, version: int) -> None:
-        """From the next denoising step on, all sequences are decoded with these weights."""
+    def change_version(self, version: int) -> None:
+        """Notes that all sequences are decoded with this weight version from the next denoising step on."""
         self.version = version
         for steps, history in zip(self.step.tolist(), self._history, strict=True):
             history.append((steps, version))
 
-    def harvest(self, rows: list[int], eos_ids: Sequence[int], ignore_eos: bool) -> list[Trajectory]:
-        """The finished sequences of those slots."""
+    def trajectories(self, rows: list[int], eos_ids: Sequence[int], ignore_eos: bool) -> list[Trajectory]:
+        """The trajectories of the given slots, whose sequences are finished."""
         tokens, reveals = self._tokens[rows].cpu().numpy(), self._reveal[rows].cpu().numpy()
         return [
             self._trajectory(row, ids, reveal, eos_ids, ignore_eos)
@@ -163,9 +165,9 @@ class Slots:
         self, row: int, tokens: np.ndarray, reveal: np.ndarray, eos_ids: Sequence[int], ignore_eos: bool
     ) -> Trajectory:
         request = self.requests[row]
-        length, last = request.prompt_ids.size, int(reveal.nonzero()[0][-1]) + 1
-        response = tokens[length:last].astype(np.int32)
-        reveal = reveal[length:last].astype(np.int16)
+        start, end = request.prompt_ids.size, int(reveal.nonzero()[0][-1]) + 1
+        response = tokens[start:end].astype(np.int32)
+        reveal = reveal[start:end].astype(np.int16)
         versions = self._versions_of(row, reveal)
         stop = None if ignore_eos else _first_of(response[: request.max_new_tokens], eos_ids)
         return Trajectory(
@@ -182,31 +184,32 @@ class Slots:
         )
 
     def _versions_of(self, row: int, reveal: np.ndarray) -> np.ndarray:
-        """`[R'] int32`: a token revealed at step k has the last version that began after fewer than k steps."""
-        begins, versions = zip(*self._history[row], strict=True)
-        return np.array(versions, dtype=np.int32)[np.searchsorted(begins, reveal) - 1]
+        """Weight version that revealed each token, `[R'] int32`: at step k, the last one that began before step k."""
+        steps_before, versions = zip(*self._history[row], strict=True)
+        return np.array(versions, dtype=np.int32)[np.searchsorted(steps_before, reveal) - 1]
 
     def free(self, rows: list[int], cache: SlotCache) -> None:
-        """Empties slots; occupied ones from the end move into the gaps."""
-        gone, left = set(rows), self.live - len(rows)
-        gaps = [row for row in rows if row < left]
-        moved = [row for row in range(left, self.live) if row not in gone]
+        """Frees the given slots; the last occupied slots move into the gaps."""
+        freed, remaining = set(rows), self.occupied - len(rows)
+        gaps = [row for row in rows if row < remaining]
+        moved = [row for row in range(remaining, self.occupied) if row not in freed]
         if gaps:
             self._copy(moved, gaps)
-            cache.move(moved, gaps, int(self.starts[gaps].max()))
-        del self.requests[left:], self._history[left:]
+            cache.move(moved, gaps, int(self.host_starts[gaps].max()))
+        del self.requests[remaining:], self._history[remaining:]
 
     def _copy(self, source: list[int], target: list[int]) -> None:
-        """Slots over others, all at once; a slot may be source and target. Their keys and values are the cache's."""
+        """Copies slots over others, all at once: a slot may be both source and target. Leaves the cache alone."""
         for state in (self._tokens, self._reveal, self._numbers, self._threshold):
             state[target] = state[source]
-        for known in (self.starts, self.commits, self.masked):
-            known[target] = known[source]
+        for host_state in (self.host_starts, self.host_commits, self.host_masked):
+            host_state[target] = host_state[source]
         lists: tuple[list[Any], ...] = self.requests, self._history
-        for kept in lists:
-            for place, one in zip(target, [kept[row] for row in source], strict=True):
-                kept[place] = one
+        for entries in lists:
+            for row, entry in zip(target, [entries[row] for row in source], strict=True):
+                entries[row] = entry
 
 
 def _first_of(tokens: np.ndarray, wanted: Sequence[int]) -> int | None:
-    return next((place for place, token in enumerate(tokens.tolist()) if token in wanted), None)
+    """Index of the first token that is one of `wanted`; None if there is none."""
+    return next((index for index, token in enumerate(tokens.tolist()) if token in wanted), None)

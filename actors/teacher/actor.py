@@ -1,4 +1,7 @@
-"""Teacher actor: the frozen AR teacher. Scores trajectories; answers prompts for the evaluation's first row."""
+"""Teacher actor: the frozen AR teacher behind Ray. It scores trajectories and generates responses of its own.
+
+Its responses are the first row of the evaluation, and the given responses of the offline objectives.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from opdlm.common.types import ScoredTrajectory, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class ScoreStats:
-    """What one scoring call did."""
+    """Counts and times of one scoring call."""
 
     tokens: int
     """Response tokens scored."""
@@ -34,7 +37,7 @@ class ScoreStats:
 
 
 class TeacherActor:
-    """A backend behind Ray."""
+    """A teacher backend in a Ray actor."""
 
     def __init__(self, folder: str, config: TeacherConfig) -> None:
         torch.set_num_threads(max(int(config.cpus_per_actor), 1))
@@ -46,9 +49,10 @@ class TeacherActor:
     def score(
         self, trajectories: Sequence[Trajectory], per_reference: int
     ) -> tuple[list[ScoredTrajectory] | ScoreStats, ...]:
-        """One return value for so many trajectories at a time, then the statistics.
+        """Scores trajectories. If one fails, the call fails: a score is never made up (METHOD.md section 3).
 
-        Fails as a whole: a score is never made up.
+        Returns: one list of scored trajectories for each `per_reference` trajectories, in order, and last the
+        `ScoreStats`. Ray makes one object reference of each.
         """
         started = time.perf_counter()
         with guarded("teacher", self._backend.probe):
@@ -70,19 +74,23 @@ class TeacherActor:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> tuple[list[np.ndarray], float]:
-        """Responses (greedy at temperature 0) and the seconds they took."""
+        """Responses `[R] int32` to each prompt (greedy at temperature 0), and the seconds that they took."""
         started = time.perf_counter()
         with guarded("teacher", self._backend.probe):
             responses = self._backend.generate(prompts, max_new_tokens, batch_size, temperature, seed)
         return responses, time.perf_counter() - started
 
 
-def start_teacher_actor(name: str, folder: str, config: TeacherConfig, restarts: int, **where: Any) -> Any:
-    """Starts one under its name; it may die `restarts` times. The pool repeats the call that died with it.
+def start_teacher_actor(name: str, folder: str, config: TeacherConfig, restarts: int, **placement: Any) -> Any:
+    """Starts a `TeacherActor` and returns its handle; the pool repeats a call that dies with an actor.
 
-    `where`: more options of Ray's, for its place.
+    Args:
+        name: name of the Ray actor.
+        folder: folder of the teacher model.
+        restarts: how often Ray may restart the actor.
+        placement: more of Ray's actor options, which place it on a node.
     """
     actor = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor, max_restarts=restarts)(
         TeacherActor
     )
-    return actor.options(name=name, **where).remote(folder, config)
+    return actor.options(name=name, **placement).remote(folder, config)

@@ -1,4 +1,4 @@
-"""What a teacher can do, and the choice of who does it: transformers in this process, or vLLM. Imports no ray."""
+"""The interface of a teacher backend, and the choice of one: transformers in this process, or vLLM. Imports no ray."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from opdlm.actors.engine_guard import one_token_forward
-from opdlm.actors.teacher.generate import generate
+from opdlm.actors.teacher.generation import generate
 from opdlm.actors.teacher.scoring import score
 from opdlm.common.config.schema import TeacherConfig
 from opdlm.common.errors import OpdlmError
@@ -19,20 +19,20 @@ from opdlm.common.types import TeacherTargets, Trajectory
 
 
 class TeacherBackend(Protocol):
-    """What a teacher can do. To add one: implement this and choose it in `make_backend`."""
+    """What a teacher can do. To add a backend: implement this class and choose it in `make_backend`."""
 
     def score(self, trajectories: list[Trajectory]) -> list[TeacherTargets]:
-        """Targets of each trajectory, in order."""
+        """The targets of each trajectory, in order; raises rather than make one up."""
         ...
 
     def generate(
         self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int, temperature: float, seed: int
     ) -> list[np.ndarray]:
-        """Responses, `[R] int32` each; greedy at temperature 0."""
+        """Responses to prompts `[P] int32`, `[R] int32` each, in order; greedy at temperature 0."""
         ...
 
     def probe(self) -> None:
-        """Makes one token, to see whether the engine is alive; raises if it cannot (actors/engine_guard.py)."""
+        """Makes one token to see whether the engine is alive; raises if it is not (actors/engine_guard.py)."""
         ...
 
 
@@ -40,7 +40,7 @@ def make_backend(folder: str, config: TeacherConfig) -> TeacherBackend:
     """Loads the teacher into the backend that the run file names.
 
     Raises:
-        OpdlmError: an unusable folder, or a teacher that does not fit where it was asked to be.
+        OpdlmError: the folder is unusable, or the teacher does not fit the devices that the run file gives it.
     """
     if config.backend == "vllm":
         from opdlm.actors.teacher.vllm import VllmTeacher  # vLLM is an extra, and slow to import
@@ -50,13 +50,16 @@ def make_backend(folder: str, config: TeacherConfig) -> TeacherBackend:
 
 
 class TransformersTeacher:
-    """The teacher as a transformers model in this process, on one device or (`device_map: auto`) over all it sees."""
+    """The teacher as a transformers model in this process.
+
+    It is on one device, or with `device_map: auto` spread over all GPUs that the process sees.
+    """
 
     def __init__(self, folder: str, config: TeacherConfig) -> None:
         on_gpu = torch.cuda.is_available()
         if config.device_map == "auto":
             self._model = load_model(folder, config.dtype, device_map="auto")
-            if on_gpu:  # on one device, the model gets no map
+            if on_gpu:  # a model that fits one device has no map
                 refuse_offload(getattr(self._model, "hf_device_map", {"": str(input_device(self._model))}), folder)
         else:
             self._model = load_model(folder, config.dtype).to("cuda" if on_gpu else "cpu")
@@ -71,7 +74,7 @@ class TransformersTeacher:
     def generate(
         self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int, temperature: float, seed: int
     ) -> list[np.ndarray]:
-        """See `actors/teacher/generate.py`."""
+        """See `actors/teacher/generation.py`."""
         return generate(self._model, prompts, max_new_tokens, self._eos_ids, batch_size, temperature, seed)
 
     def probe(self) -> None:
@@ -80,7 +83,15 @@ class TransformersTeacher:
 
 
 def refuse_offload(device_map: Mapping[str, Any], folder: str) -> None:
-    """Raises `OpdlmError` where accelerate put layers into host memory: they would cross the bus at every forward."""
+    """Refuses a device map that has layers in host memory or on disk: they would be copied to a GPU in every forward.
+
+    Args:
+        device_map: place of each part of the model, as accelerate chose it.
+        folder: the teacher's folder, for the error.
+
+    Raises:
+        OpdlmError: a part is on the CPU or on disk.
+    """
     outside = [name for name, place in device_map.items() if place in ("cpu", "disk")]
     if outside:
         raise OpdlmError(

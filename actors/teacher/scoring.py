@@ -1,7 +1,13 @@
-"""Scoring a trajectory: one causal forward over the clean tokens (METHOD.md section 3). Pure torch.
+"""Scores trajectories with the frozen teacher: one causal forward over the clean tokens (METHOD.md section 3). No Ray.
 
-The target of response position i is the teacher's distribution after `x0[< i]`, so it is read at column `P + i - 1`.
-The output matrix is applied at response positions only, a chunk at a time.
+One training step, in reading order: deploy/run/train.py (the driver) -> deploy/run/loops.py ->
+actors/rollout/decoder.py -> this file -> actors/queue/rules.py -> learner/train_step.py -> learner/losses.py. A teacher
+actor (`actors/teacher/actor.py`) calls `score` with trajectories that the rollout actors decoded; each trajectory and
+its targets become one sample of the replay queue.
+
+The target of response position i is the teacher's next-token distribution after `x0[< i]`. A causal model gives it at
+the position of the token before, column `P + i - 1`. The output matrix is applied at response positions only, a chunk
+at a time. Shapes: P prompt tokens, R response tokens, D hidden size, V vocabulary, K top tokens.
 """
 
 from __future__ import annotations
@@ -17,19 +23,21 @@ from opdlm.common.model.load import hidden_states, input_device
 from opdlm.common.tensors import tensor_to_array
 from opdlm.common.types import HiddenTargets, LogitsTargets, TeacherTargets, TopKTargets, Trajectory
 
-LOGITS_CHUNK = 1024  # positions whose full-vocabulary logits exist at one time
+LOGITS_CHUNK = 1024
+"""Positions whose full-vocabulary logits exist at one time."""
 
 
 def score(
     model: Any, trajectories: Sequence[Trajectory], kind: str, top_k: int, batch_tokens: int
 ) -> list[TeacherTargets]:
-    """Targets of each trajectory, in order.
+    """The targets of each trajectory, in the order of the trajectories.
 
     Args:
         model: the frozen teacher, a causal LM of transformers in eval mode.
-        kind: `hidden`, `topk` or `logits`.
-        top_k: K of `topk`; at most the vocabulary.
-        batch_tokens: most tokens in one forward, padding included.
+        kind: `hidden` (states `[R, D]`), `topk` (tokens and log-probabilities `[R, K]`) or `logits` (`[R, V]`); see
+            `common/types.py` for dtypes.
+        top_k: K of `topk`; at most V.
+        batch_tokens: most tokens in one forward, padding included; a longer trajectory gets a forward of its own.
     """
     targets: list[TeacherTargets | None] = [None] * len(trajectories)
     for batch in batches_by_length([_clean_length(t) for t in trajectories], batch_tokens):
@@ -40,15 +48,15 @@ def score(
 
 
 def _clean_length(trajectory: Trajectory) -> int:
-    # The last token predicts nothing that is asked for.
+    """P + R - 1: tokens of the forward. The last response token is left out, since no target comes after it."""
     return len(trajectory.prompt_ids) + trajectory.response_length - 1
 
 
 @torch.inference_mode()
 def _hidden_after_prefix(model: Any, trajectories: Sequence[Trajectory]) -> list[torch.Tensor]:
-    """`[R, D]` for each: the hidden state from which each response token is predicted."""
+    """For each trajectory, the hidden states `[R, D]` from which its response tokens are predicted."""
     lengths = [_clean_length(t) for t in trajectories]
-    # Right padding under a causal mask: no real token sees it, so no mask is needed.
+    # The padding is on the right. Under causal attention no real token sees it, so it needs no mask.
     ids = np.zeros((len(trajectories), max(lengths)), dtype=np.int64)
     for row, t in enumerate(trajectories):
         ids[row, : lengths[row]] = np.concatenate([t.prompt_ids, t.response])[:-1]
@@ -58,12 +66,17 @@ def _hidden_after_prefix(model: Any, trajectories: Sequence[Trajectory]) -> list
 
 @torch.inference_mode()
 def _make_targets(model: Any, hidden: torch.Tensor, kind: str, top_k: int) -> TeacherTargets:
+    """The targets of one trajectory from its hidden states `[R, D]`."""
     if kind == "hidden":
         return HiddenTargets(tensor_to_array(hidden))
-    chunks = [model.lm_head(part).float() for part in hidden.split(LOGITS_CHUNK)] if kind == "logits" else []
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        return model.lm_head(states).float()
+
+    chunks = hidden.split(LOGITS_CHUNK)
     if kind == "logits":
-        return LogitsTargets(tensor_to_array(torch.cat(chunks)))
-    tops = [model.lm_head(part).float().log_softmax(-1).topk(top_k, dim=-1) for part in hidden.split(LOGITS_CHUNK)]
+        return LogitsTargets(tensor_to_array(torch.cat([logits(chunk) for chunk in chunks])))
+    tops = [logits(chunk).log_softmax(-1).topk(top_k, dim=-1) for chunk in chunks]
     return TopKTargets(
         token_ids=tensor_to_array(torch.cat([top.indices for top in tops]).to(torch.int32)),
         logprobs=tensor_to_array(torch.cat([top.values for top in tops])),

@@ -1,8 +1,8 @@
-"""The teacher as a vLLM engine: top-K targets from prompt log-probabilities. vLLM is imported when one is made.
+"""The teacher as a vLLM engine: top-K targets from prompt log-probabilities. vLLM is imported when a teacher is made.
 
-A trajectory's clean tokens but the last are the prompt; one token is generated. Row i of the prompt's
-log-probabilities is the distribution after tokens `< i`, so response positions 0 to R-2 are its rows from P on, and
-the generated token's row is position R-1. Nothing longer than the trajectory itself has to fit the context.
+A trajectory's clean tokens except the last are vLLM's prompt, and vLLM generates one token. Row i of the prompt's
+log-probabilities is the distribution after tokens `< i`. So response positions 0 to R - 2 have the rows from P on, and
+position R - 1 has the row of the generated token. The context only has to hold the trajectory itself.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from opdlm.common.model.facts import read_facts
 from opdlm.common.types import TeacherTargets, TopKTargets, Trajectory
 
 _LOGITS_BYTES = 1 << 29
-"""Most bytes of float32 logits `[scheduled tokens, V]` at one time: vLLM makes them of a whole prefill chunk, in memory
-that its profile of the GPU does not count."""
+"""Most bytes of float32 logits `[scheduled tokens, V]` at one time. vLLM makes the logits of a whole prefill chunk at
+once, in memory that its profile of the GPU does not count."""
 _MEMORY_SHARE = 0.9
-"""Of the reserved part of a GPU; the rest is for those logits and their log-softmax."""
+"""vLLM's share of the actor's part of a GPU; the rest is for those logits and their log-softmax."""
 
 
 class FlatRows(Protocol):
-    """vLLM's `FlatLogprobs`: all rows' entries one after another. Row i is entries `start_indices[i]` up to
-    `end_indices[i]`; its first is the token that is there, the next K are the likeliest, best first."""
+    """vLLM's `FlatLogprobs`: the entries of all rows, one after another.
+
+    Row i has the entries from `start_indices[i]` up to `end_indices[i]`, exclusive. The first entry is the actual token
+    of the sequence; the next K are the likeliest tokens, best first.
+    """
 
     start_indices: list[int]
     end_indices: list[int]
@@ -36,15 +39,15 @@ class FlatRows(Protocol):
 
 
 class VllmTeacher:
-    """A `TeacherBackend` (actors/teacher/backends.py) of `targets: topk`, tensor-parallel inside its own actor."""
+    """A `TeacherBackend` (actors/teacher/backends.py) for `targets: topk`, tensor-parallel inside its own actor."""
 
     def __init__(self, folder: str, config: TeacherConfig) -> None:
-        # The actor is a process of its own already: the engine stays in it, and no log-probability is pickled.
+        # The actor already has a process of its own. The engine runs in it, so no log-probability is pickled.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         vllm: Any = importlib.import_module("vllm")
         facts = read_facts(folder)
-        self._sampling: Any = vllm.SamplingParams
+        self._sampling_params: Any = vllm.SamplingParams
         self._eos_ids, self._vocab_size, self._top_k = facts.eos_ids, facts.vocab_size, config.top_k
         chunk = max(min(config.batch_tokens, _LOGITS_BYTES // (4 * facts.vocab_size)), 1)
         share = {"gpu_memory_utilization": _MEMORY_SHARE * min(config.gpus_per_actor, 1)}
@@ -52,8 +55,8 @@ class VllmTeacher:
             model=folder,
             dtype=config.dtype,
             skip_tokenizer_init=True,
-            generation_config="vllm",  # ours, not the folder's
-            load_format="safetensors",  # `auto` would open a pickle
+            generation_config="vllm",  # vLLM's defaults instead of the settings in the model's folder
+            load_format="safetensors",  # `auto` might unpickle a file
             trust_remote_code=False,
             enforce_eager=True,
             enable_prefix_caching=False,  # a cached prefix has no log-probabilities
@@ -62,24 +65,24 @@ class VllmTeacher:
             max_num_batched_tokens=chunk,
             max_num_seqs=min(chunk, 256),
             tensor_parallel_size=config.tensor_parallel,
-            # Without it vLLM, seeing Ray, would ask Ray for actors of its own.
+            # Without `mp`, vLLM finds itself inside Ray and would start Ray actors for its workers.
             distributed_executor_backend="mp" if config.tensor_parallel > 1 else None,
             disable_log_stats=True,
             **(share if config.gpus_per_actor else {}),
         )
 
     def score(self, trajectories: list[Trajectory]) -> list[TeacherTargets]:
-        """`TopKTargets` of each trajectory, in order."""
-        how = self._sampling(
+        """The `TopKTargets` of each trajectory, in order."""
+        sampling = self._sampling_params(
             max_tokens=1,
             temperature=0.0,
             prompt_logprobs=self._top_k,
             logprobs=self._top_k,
-            flat_logprobs=True,  # arrays: dicts cost four times as much
+            flat_logprobs=True,  # flat lists: dicts, the default, cost four times as much
             detokenize=False,
         )
         clean = [np.concatenate([t.prompt_ids, t.response])[:-1] for t in trajectories]
-        outputs = self._run(clean, how)
+        outputs = self._run(clean, sampling)
         return [
             parse_targets(t, output.prompt_logprobs, output.outputs[0].logprobs, self._top_k, self._vocab_size)
             for t, output in zip(trajectories, outputs, strict=True)
@@ -90,41 +93,44 @@ class VllmTeacher:
     ) -> list[np.ndarray]:
         """Responses `[R] int32`, up to and with the first end-of-sequence token, in the order of the prompts.
 
-        Every prompt draws from a generator of its own, of `seed` and its place. `batch_size` has no say: vLLM
-        batches by the memory that it has.
+        Every prompt has its own random generator, seeded with `seed` plus the prompt's index. `batch_size` is ignored:
+        vLLM batches by the memory that it has.
         """
-        hows = [
-            self._sampling(
+        sampling = [
+            self._sampling_params(
                 max_tokens=max_new_tokens,
                 temperature=temperature,
-                seed=seed + place if temperature > 0 else None,
+                seed=seed + index if temperature > 0 else None,
                 stop_token_ids=list(self._eos_ids),
                 detokenize=False,
             )
-            for place in range(len(prompts))
+            for index in range(len(prompts))
         ]
-        return [np.array(output.outputs[0].token_ids, dtype=np.int32) for output in self._run(prompts, hows)]
+        return [np.array(output.outputs[0].token_ids, dtype=np.int32) for output in self._run(prompts, sampling)]
 
     def probe(self) -> None:
         """See `TeacherBackend`."""
-        how = self._sampling(max_tokens=1, temperature=0.0, detokenize=False)
-        self._run([np.zeros(1, dtype=np.int32)], how)
+        sampling = self._sampling_params(max_tokens=1, temperature=0.0, detokenize=False)
+        self._run([np.zeros(1, dtype=np.int32)], sampling)
 
-    def _run(self, prompts: list[np.ndarray], how: Any) -> list[Any]:
-        return self._engine.generate([{"prompt_token_ids": p.tolist()} for p in prompts], how, use_tqdm=False)
+    def _run(self, prompts: list[np.ndarray], sampling: Any) -> list[Any]:
+        """vLLM's answers to the prompts; `sampling`: parameters for all prompts, or a list with those of each."""
+        return self._engine.generate([{"prompt_token_ids": p.tolist()} for p in prompts], sampling, use_tqdm=False)
 
 
 def parse_targets(
     trajectory: Trajectory, prompt: FlatRows, generated: FlatRows, top_k: int, vocab_size: int
 ) -> TopKTargets:
-    """Targets `[R, K]` of one trajectory from vLLM's answer to its clean tokens but the last (METHOD.md section 3).
+    """Targets `[R, K]` of one trajectory from vLLM's answer to its clean tokens except the last (METHOD.md section 3).
 
     Args:
-        prompt: P + R - 1 rows; row 0 is empty, the others have K + 1 entries.
-        generated: the one row, of K + 1 entries, of the token that was generated.
+        prompt: log-probabilities of the prompt: P + R - 1 rows. Row 0 is empty, the others have K + 1 entries.
+        generated: log-probabilities of the generated token: one row of K + 1 entries.
+        top_k: K.
+        vocab_size: the teacher's V.
 
     Raises:
-        OpdlmError: rows that are not laid out like this, or that hold a NaN. A score is never made up.
+        OpdlmError: the rows have another layout or hold a NaN. A score is never made up.
     """
     first, response = len(trajectory.prompt_ids), trajectory.response
     ids, logprobs = (
@@ -134,21 +140,21 @@ def parse_targets(
     ordered = (np.diff(logprobs[:, 1:]) <= 0).all() and not np.isnan(logprobs[:, 1:]).any()
     if not aligned or not ordered:
         raise OpdlmError(
-            f"teacher: vLLM's log-probabilities of sample {trajectory.index} are not {len(response)} rows of the token "
-            f"that is there and then the {top_k} likeliest, best first; use teacher.backend `transformers`"
+            f"teacher: vLLM's log-probabilities of sample {trajectory.index} are not {len(response)} rows of the "
+            f"actual token and then the {top_k} likeliest tokens, best first; use teacher.backend `transformers`"
         )
-    # Column 0 goes: the token that is there is among the K likeliest or is no target.
+    # Column 0 is dropped: if the actual token is one of the K likeliest, another column has it too.
     return TopKTargets(np.ascontiguousarray(ids[:, 1:]), np.ascontiguousarray(logprobs[:, 1:]), vocab_size)
 
 
 def _rows(flat: FlatRows, first: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows from `first` on: token ids `[rows, K + 1] int32`, log-probabilities `[rows, K + 1] float32`."""
+    """The rows from `first` on: token ids `[rows, K + 1] int32` and log-probabilities `[rows, K + 1] float32`."""
     starts, ends = flat.start_indices[first:], flat.end_indices[first:]
     widths = {end - start for start, end in zip(starts, ends, strict=True)}
     if not widths <= {top_k + 1}:
         raise OpdlmError(
-            f"teacher: vLLM gave rows of {sorted(widths)} log-probabilities where {top_k + 1} were expected (the token "
-            f"that is there and the {top_k} likeliest); use teacher.backend `transformers`"
+            f"teacher: vLLM gave rows of {sorted(widths)} log-probabilities where {top_k + 1} were expected (the "
+            f"actual token and the {top_k} likeliest); use teacher.backend `transformers`"
         )
     inside = slice(starts[0], ends[-1]) if starts else slice(0)
     ids = np.array(flat.token_ids[inside], dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Plain autoregressive generation with transformers: how a teacher (or an unconverted checkpoint) answers."""
+"""Plain autoregressive generation with transformers, for the teacher and for checkpoints that are not converted."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[np.ndarray]:
-    """Responses `[R] int32`, up to and with the first end-of-sequence token, in the order of the prompts.
+    """Generates a response `[R] int32` to each prompt `[P] int32`, in the order of the prompts.
+
+    A response ends with the first end-of-sequence token, which it includes, or at `max_new_tokens`.
 
     Args:
-        temperature: 0 is greedy; else samples from the whole vocabulary at that temperature.
-        seed: of sampling; what a prompt is answered depends on the prompts that it is batched with, too.
+        temperature: 0 decodes greedily; else the tokens are sampled from the whole vocabulary at this temperature.
+        seed: seed of the sampling. A sampled response also depends on the prompts in the same batch.
     """
-    how = GenerationConfig(eos_token_id=list(eos_ids), pad_token_id=eos_ids[0], do_sample=False)
+    generation = GenerationConfig(eos_token_id=list(eos_ids), pad_token_id=eos_ids[0], do_sample=False)
     if temperature > 0:
         torch.manual_seed(seed)  # transformers draws from the global generator
-        how.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    # The folder's own settings (a repetition penalty, say) would be merged in; asked is the model's distribution.
-    own, model.generation_config = model.generation_config, how
+        generation.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    # transformers would merge in the settings of the model's folder (a repetition penalty, say) and change the
+    # distribution, so the model gets ours for the time of the call.
+    own, model.generation_config = model.generation_config, generation
     try:
         return _generate(model, prompts, max_new_tokens, eos_ids, batch_size)
     finally:
@@ -51,7 +54,7 @@ def _generate(
         longest = max(len(prompts[i]) for i in batch)
         ids = np.zeros((len(batch), longest), dtype=np.int64)
         attended = np.zeros_like(ids)
-        for row, i in enumerate(batch):  # left padding: generation continues at the right
+        for row, i in enumerate(batch):  # the padding is on the left, because generation continues on the right
             ids[row, longest - len(prompts[i]) :] = prompts[i]
             attended[row, longest - len(prompts[i]) :] = 1
         output = model.generate(
