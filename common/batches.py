@@ -1,4 +1,4 @@
-"""Groups of bounded size."""
+"""Cuts sequences into groups of bounded size."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ Item = TypeVar("Item")
 
 
 def in_groups(items: Sequence[Item], size: int) -> list[list[Item]]:
-    """Cuts items, in their order, into lists of so many; the last may be shorter."""
+    """Cuts items, in their order, into lists of `size` items; the last list may be shorter."""
     return [list(items[i : i + size]) for i in range(0, len(items), size)]
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Groups indices, longest first, so that a group padded to its longest stays within `batch_tokens`."""
+    """Yields batches of indices, longest item first. A batch padded to its longest item has at most `batch_tokens`.
+
+    An item that is longer than `batch_tokens` gets a batch of its own.
+
+    Args:
+        lengths: length of each item, in tokens.
+    """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:

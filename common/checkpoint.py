@@ -1,12 +1,15 @@
-"""Checkpoints that neither a crash at any byte nor a full disk can hurt: written aside, synced, checksummed, renamed.
+"""Checkpoints that neither a crash at any byte nor a full disk can damage.
+
+A checkpoint is written into a temporary folder, with checksums, synced to the disk, and then renamed.
 
     RUN/checkpoints/round-000040/
         weights.safetensors     float32 weights by parameter name
-        optimizer.safetensors   `exp_avg.NAME`, `exp_avg_sq.NAME`
-        state.json              round, step, weight version, cursor, ledger, curriculum, config digest
+        optimizer.safetensors   AdamW's moments as `exp_avg.NAME`, `exp_avg_sq.NAME`
+        state.json              rounds, optimizer steps, rollout tokens, weight version, next sample, seed,
+                                torch's random state, fingerprints of config and data
         manifest.json           size and CRC-32 of each file
 
-Nothing in it is a pickle, and nothing depends on how many ranks wrote it.
+No file is a pickle, and no file depends on the number of ranks that trained.
 """
 
 from __future__ import annotations
@@ -30,41 +33,42 @@ log = logging.getLogger("opdlm.checkpoint")
 
 _MANIFEST = "manifest.json"
 _STAGING, _OLD = ".new-", ".old-"
-"""Names of folders that are no checkpoints yet, or no more."""
+"""How the names begin of folders that are not checkpoints yet, or no longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that was found whole."""
+    """A checkpoint whose files all fit their checksums."""
 
     folder: Path
     state: dict[str, Any]
 
     @property
     def rounds(self) -> int:
-        """Rounds trained when it was written."""
+        """Number of rounds that had been trained when it was written."""
         return int(self.state["rounds"])
 
 
 def save_checkpoint(root: Path, state: dict[str, Any], write_files: Callable[[Path], None], keep: int) -> Path:
-    """Writes one checkpoint, then removes the ones before it but for the newest `keep`, this one counted.
+    """Writes one checkpoint and returns its folder. Then removes old ones, so that the newest `keep` remain.
 
-    No earlier checkpoint is touched before the new one is whole; one that cannot be removed then is left to the next
-    save. Nobody else may be writing to `root`: what a writer that died left half done is removed first.
+    No earlier checkpoint is changed before the new one is whole. If an old one cannot be removed, the next save tries
+    again. Only one process may write to `root` at a time: what an earlier writer left half written is removed first.
 
     Args:
         root: folder of the checkpoints.
-        state: JSON-able; `rounds` names the checkpoint.
-        write_files: writes the tensors into the folder it is given.
+        state: what JSON can hold; `state["rounds"]` names the checkpoint.
+        write_files: writes the tensors into the folder that it is given.
+        keep: number of checkpoints to keep, with the new one.
 
     Raises:
-        OSError, SafetensorError: it could not be written (a full disk, say); the earlier ones are as they were.
+        OSError, SafetensorError: the checkpoint could not be written, as on a full disk; earlier ones are unchanged.
     """
     final = root / _name(state["rounds"])
     staging = root / f"{_STAGING}{final.name}.{os.getpid()}"
     root.mkdir(parents=True, exist_ok=True)
-    for left in root.glob(f"{_STAGING}*"):
-        _remove(left)
+    for half_written in root.glob(f"{_STAGING}*"):
+        _remove(half_written)
     try:
         staging.mkdir()
         write_files(staging)
@@ -73,13 +77,13 @@ def save_checkpoint(root: Path, state: dict[str, Any], write_files: Callable[[Pa
         (staging / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         for file in [*staging.iterdir(), staging]:
             sync(file)
-        if final.exists():  # of an earlier life that went on from before it; by a rename, so that it goes at once
+        if final.exists():  # the run went back to before this round; a rename removes the old folder in one step
             final.rename(root / f"{_OLD}{final.name}.{os.getpid()}")
         staging.rename(final)
         sync(root)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    # Of rounds behind this one there are only damaged ones, that the run went back from: they do not count as kept.
+    # Checkpoints of later rounds are damaged, or the run would not have gone back to this one: they are not counted.
     earlier = [folder for folder in list_checkpoints(root) if folder.name <= final.name]
     for unneeded in [*earlier[:-keep], *root.glob(f"{_OLD}*")]:
         _remove(unneeded)
@@ -87,13 +91,13 @@ def save_checkpoint(root: Path, state: dict[str, Any], write_files: Callable[[Pa
 
 
 def latest_checkpoint(root: Path, rounds: int | None = None) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are named in the log and passed over.
+    """Returns the newest whole checkpoint, or None where there is no checkpoint. The log names damaged ones.
 
     Args:
-        rounds: leave out those of more rounds than this.
+        rounds: consider only checkpoints of at most this number of rounds.
 
     Raises:
-        OpdlmError: there are checkpoints, but none is whole (starting over in silence would lose the run).
+        OpdlmError: there are checkpoints, but none is whole. Starting over without a word would lose the run's work.
     """
     folders = [f for f in list_checkpoints(root) if rounds is None or f.name <= _name(rounds)]
     for folder in reversed(folders):
@@ -102,7 +106,7 @@ def latest_checkpoint(root: Path, rounds: int | None = None) -> Checkpoint | Non
             return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
         log.warning("checkpoint %s is damaged (%s); using the one before it", folder, problem)
     if folders:
-        raise OpdlmError(f"no whole checkpoint among {len(folders)} in {root}; newest: {damage(folders[-1])}")
+        raise OpdlmError(f"no whole checkpoint among {len(folders)} in {root}; the newest: {damage(folders[-1])}")
     return None
 
 
@@ -111,12 +115,12 @@ def _name(rounds: int) -> str:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
+    """Returns the checkpoint folders, oldest first, whole or not."""
     return sorted(path for path in root.glob("round-*") if path.is_dir())
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Returns what is wrong with a checkpoint, or None where it is whole."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         for name, expected in manifest.items():
@@ -124,7 +128,7 @@ def damage(folder: Path) -> str | None:
             if found != expected:
                 return f"{name} has {found['bytes']} bytes, CRC {found['crc32']}; expected {expected}"
             if name.endswith(".safetensors"):
-                with safe_open(folder / name, "np"):  # its header; a checksum that fits says nothing of what it is
+                with safe_open(folder / name, "np"):  # reads the header, in case another kind of file was written
                     pass
         json.loads((folder / "state.json").read_text())
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
@@ -136,7 +140,7 @@ def _remove(folder: Path) -> None:
     try:
         shutil.rmtree(folder)
     except OSError as error:
-        log.warning("%s is not needed any more, but cannot be removed: %s", folder, error)
+        log.warning("%s is no longer needed, but cannot be removed: %s", folder, error)
 
 
 def _fingerprint(file: Path) -> dict[str, int]:

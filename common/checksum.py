@@ -1,8 +1,9 @@
-"""A checksum of tensors that is taken where they are: on a GPU nothing is copied to the host for it.
+"""A checksum of tensors that is computed on their own device: a tensor on a GPU is not copied to the host.
 
-The bytes are read as 64-bit words; each is multiplied by an odd number of its place and all are summed modulo 2^64.
-Integer sums do not depend on their order, so every device gives the same number; a changed bit or two words that
-changed places give another one. It finds accidents (a cut transfer, another number format), not attacks.
+The bytes are read as 64-bit words. Each word is multiplied by an odd number that depends on its place, and the products
+are summed modulo 2^64. Integer sums do not depend on their order, so every device gives the same number; a changed bit,
+or two words that change places, give another one. The checksum finds accidents (a transfer that was cut, another number
+format), not attacks.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ import functools
 import torch
 
 _BLOCK = 1 << 16
-"""Words that are multiplied at one time: 512 KiB, which stays in a core's cache."""
+"""Words that are multiplied in one call: 512 KiB, which fit into a core's cache."""
 _STEP, _GOLDEN = 0x100000001B3, 0x9E3779B97F4A7C15
 _MODULUS = 1 << 64
 
 
 def checksum(tensor: torch.Tensor, running: int = 0) -> int:
-    """Of a tensor's bytes, 64 bits; `running`: of the tensors before it."""
+    """Returns the 64-bit checksum of a tensor's bytes.
+
+    Args:
+        tensor: any shape, any dtype of whole bytes, any device.
+        running: checksum of the tensors before this one; the result then covers all of them.
+    """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     whole = data.numel() // 8 * 8
     words = [data[:whole].view(torch.int64)] if whole else []
@@ -38,5 +44,5 @@ def checksum(tensor: torch.Tensor, running: int = 0) -> int:
 
 @functools.cache
 def _factors(device: torch.device) -> torch.Tensor:
-    golden = _GOLDEN - _MODULUS  # the same bits as a signed number
+    golden = _GOLDEN - _MODULUS  # int64 is signed: the same bits as _GOLDEN
     return torch.arange(1, _BLOCK + 1, device=device) * golden | 1

@@ -1,4 +1,4 @@
-"""What grows with the rounds (METHOD.md section 6): rollout length and dynamic threshold, as pure functions."""
+"""Limits that change from round to round (METHOD.md section 6): the length of responses and the dynamic threshold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from opdlm.common.config.schema import OpdlmConfig, Schedule
 
 
 def scheduled(schedule: Schedule, round_: int) -> float:
-    """Value in a round (from 0). The release: 100 to 4,000 over 100 rounds, `100 + 3900 (1 - cos(pi/2 r/100))`."""
+    """Returns the value of a schedule in a round, counted from 0.
+
+    The public release has `100 + 3900 (1 - cos(pi/2 r/100))` tokens in round r: `cosine`, 100 to 4,000 in 100 rounds.
+    """
     if schedule.kind == "constant" or schedule.end is None or schedule.rounds is None:
         return schedule.start
     progress = min(round_ / schedule.rounds, 1.0)
@@ -17,9 +20,15 @@ def scheduled(schedule: Schedule, round_: int) -> float:
     return schedule.start + (schedule.end - schedule.start) * progress
 
 
-def length_limit(config: OpdlmConfig, round_: int, domain: str | None = None, own: int | None = None) -> int:
-    """Most new tokens of a rollout: the schedule's, cut by the prompt's `own`, its domain's, and the run's limit."""
-    limits = [config.rollout.max_new_tokens] + ([own] if own is not None else [])
+def length_limit(config: OpdlmConfig, round_: int, domain: str | None = None, prompt_limit: int | None = None) -> int:
+    """Returns the longest response in tokens that a rollout may have: the smallest limit that applies to it.
+
+    The limits are `rollout.max_new_tokens`, the schedule's value in this round, that of the prompt's domain, and
+    `prompt_limit`, the prompt's own.
+    """
+    limits = [config.rollout.max_new_tokens]
+    if prompt_limit is not None:
+        limits.append(prompt_limit)
     if config.curriculum.max_new_tokens is not None:
         limits.append(int(scheduled(config.curriculum.max_new_tokens, round_)))
     if domain is not None and domain in config.curriculum.max_new_tokens_per_domain:
@@ -28,6 +37,6 @@ def length_limit(config: OpdlmConfig, round_: int, domain: str | None = None, ow
 
 
 def dynamic_threshold(config: OpdlmConfig, round_: int) -> float:
-    """Confidence above which `low_confidence_dynamic` reveals."""
+    """Returns the confidence above which `low_confidence_dynamic` reveals a position in this round."""
     schedule = config.curriculum.threshold
     return config.rollout.threshold if schedule is None else scheduled(schedule, round_)

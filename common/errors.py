@@ -1,25 +1,28 @@
-"""The one exception whose text is meant for the user: a single line that says what, where, found, and right."""
+"""Errors whose text is for the user: one line that says where, what was found, and what would be right."""
 
 from __future__ import annotations
 
 
 class OpdlmError(Exception):
-    """A mistake that the user can mend. The command line prints its text, without a traceback, and exits with 2."""
+    """A mistake that the user can correct. The command line prints its text, without a traceback, and exits with 2."""
 
 
 class ConfigError(OpdlmError):
-    """A setting that cannot be right, named by its path in the YAML (`rollout.block_size`)."""
+    """A wrong setting. The text names it by its path in the YAML (`rollout.block_size`)."""
 
 
 class WeightsLost(OpdlmError):
-    """The data of a published weight version is out of reach: the learner's rank or node that held it has died, say."""
+    """The weights of a published version can no longer be loaded, because the rank or node that held them has died."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for an error of ours; its kind where it has none."""
+    """Returns the first line of an error's text, or the name of its class where the text is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an error's text: of a Ray error, which quotes a traceback, the one that says why."""
+    """Returns the last line of an error's text.
+
+    A Ray error quotes the traceback of the actor; its last line gives the reason.
+    """
     return str(error).strip().splitlines()[-1]

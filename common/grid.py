@@ -1,6 +1,6 @@
 """The block grid (METHOD.md section 2): position `i` of a sequence is in block `floor((i + offset) / S)`.
 
-Decoder, training rows and masks all take their blocks from here, so that they cannot disagree.
+Decoder, training rows and attention masks all compute their blocks with this module, so they always agree.
 """
 
 from __future__ import annotations
@@ -15,37 +15,52 @@ GridKind = Literal["absolute", "response"]
 
 @dataclass(frozen=True, slots=True)
 class BlockGrid:
-    """Which positions of a sequence share a block.
+    """Says which positions of a sequence share a block. S is the block size, P the length of the prompt in tokens.
 
-    Example: prompt of 6 tokens, S = 4. `absolute`: blocks [0-3] [4-7] ..., the prompt's last two tokens share the
-    first generated block with two masks. `response`: offset 2, blocks [0-1] [2-5] [6-9] ..., the response starts at 6.
+    Example with P = 6 and S = 4. `absolute`: the offset is 0 and the blocks are [0-3] [4-7] ..., so the prompt's last
+    two tokens share the first generated block with two masks. `response`: the offset is 2 and the blocks are [0-1]
+    [2-5] [6-9] ..., so the response starts a block at position 6.
     """
 
     block_size: int
     kind: GridKind = "absolute"
 
     def offset(self, prompt_length: int) -> int:
-        """The sequence's offset: 0 on the absolute grid, `-P mod S` on the response grid."""
+        """Returns the offset of a sequence: 0 on the absolute grid, `-P mod S` on the response grid."""
         return 0 if self.kind == "absolute" else -prompt_length % self.block_size
 
     def first_block_start(self, prompt_length: int) -> int:
-        """Position at which the block of the first response token starts; at most `prompt_length`."""
-        return prompt_length - self.tail(prompt_length)
+        """Returns the position at which the block of the first response token starts; it is at most P."""
+        return prompt_length - self.prompt_tail(prompt_length)
 
-    def tail(self, prompt_length: int) -> int:
-        """Prompt tokens that share the first generated block: `P mod S` on the absolute grid, else 0."""
+    def prompt_tail(self, prompt_length: int) -> int:
+        """Returns how many prompt tokens share the first generated block: `P mod S` on the absolute grid, else 0."""
         return prompt_length % self.block_size if self.kind == "absolute" else 0
 
     def kept_length(self, prompt_length: int, response_length: int) -> int:
-        """Response tokens up to the end of the block that holds the last of `response_length` (>= 1) tokens."""
-        tail = self.tail(prompt_length)
+        """Returns how many tokens of a response are kept: all up to the end of the block of its last token.
+
+        Args:
+            response_length: tokens of the response, at least 1.
+        """
+        tail = self.prompt_tail(prompt_length)
         return -(-(tail + response_length) // self.block_size) * self.block_size - tail
 
-    def last_position(self, prompt_length: int, response_limit: int) -> int:
-        """One past the last position that decoding up to `response_limit` tokens can touch."""
+    def end_position(self, prompt_length: int, response_limit: int) -> int:
+        """Returns the end of a sequence: one past the last position of a response of `response_limit` tokens.
+
+        It is the end of a block, because decoding fills the block of the last token.
+        """
         return prompt_length + self.kept_length(prompt_length, response_limit)
 
 
 def block_index(positions: torch.Tensor, offset: torch.Tensor | int, block_size: int) -> torch.Tensor:
-    """Block of each position. Shapes broadcast; int64 in, int64 out."""
+    """Returns the block of each position.
+
+    Args:
+        positions: int64, any shape.
+        offset: offset of each sequence (`BlockGrid.offset`), which broadcasts with `positions`.
+
+    Returns: int64 in the broadcast shape.
+    """
     return torch.div(positions + offset, block_size, rounding_mode="floor")

@@ -1,9 +1,9 @@
-"""Who attends to whom (METHOD.md sections 1, 2, 4), once as dense booleans and once for flex_attention.
+"""Attention masks (METHOD.md sections 1, 2, 4), as dense booleans and as a `mask_mod` of flex_attention.
 
-Decoder: a cached token sees every token of earlier blocks and of its own block. Training row `[clean | noisy]`: clean
-tokens are block-causal among themselves; noisy block b sees the clean blocks < b and all of noisy block b. A line of a
-micro-batch may hold several such rows, and several noisy copies behind one clean half. Who sees whom follows from three
-numbers a token: its sample, its copy (0 the clean one), its block.
+In the decoder, a token sees every token of earlier blocks and of its own block. In a training row `[clean | noisy]`,
+clean tokens are block-causal among themselves, and noisy block b sees the clean blocks before b and all of noisy block
+b. A line of a micro-batch may hold several such rows, and several noisy copies may follow one clean half. The mask of a
+line follows from three numbers of each token: its sample, its copy (0 is the clean one), and its block.
 """
 
 from __future__ import annotations
@@ -12,25 +12,32 @@ from collections.abc import Callable
 
 import torch
 
-Numbers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Of tokens: sample, copy, block, and index in their line."""
+TokenPlaces = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Sample, copy and block of each token, and its index in the line; int64."""
 
 PADDING = -1
-"""Sample of a padding token: nobody sees it, and it sees only itself."""
+"""The sample of a padding token, which sees itself only and is seen by no other token."""
 
 
 def block_causal(query_blocks: torch.Tensor, key_blocks: torch.Tensor) -> torch.Tensor:
-    """Plain block-causal mask. `[B, Q]`, `[B, T]` blocks -> `[B, 1, Q, T]` bool, True where attended."""
+    """Returns the block-causal mask.
+
+    Args:
+        query_blocks: `[B, Q]` int64, block of each query token.
+        key_blocks: `[B, T]` int64, block of each key token.
+
+    Returns: `[B, 1, Q, T]` bool, True where the query sees the key.
+    """
     return (key_blocks[:, None, :] <= query_blocks[:, :, None])[:, None]
 
 
 def training_mask(samples: torch.Tensor, copies: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """Dense mask of training rows, which all others are held to.
+    """Returns the dense mask of lines of training rows; every other form of the mask is tested against it.
 
     Args:
-        samples: `[B, T]` int64, which of the line's samples a token belongs to; `PADDING` for none.
-        copies: `[B, T]` int64, 0 for the clean copy of its response, k for the k-th noisy one.
-        blocks: `[B, T]` int64, its block.
+        samples: `[B, T]` int64, the sample of its line that each token belongs to; `PADDING` for a padding token.
+        copies: `[B, T]` int64, 0 for a clean token, k for a token of the sample's k-th noisy copy.
+        blocks: `[B, T]` int64, the block of each token.
 
     Returns: `[B, 1, T, T]` bool, True where the query (dim 2) sees the key (dim 3).
     """
@@ -41,7 +48,10 @@ def training_mask(samples: torch.Tensor, copies: torch.Tensor, blocks: torch.Ten
 
 
 def training_mask_mod(samples: torch.Tensor, copies: torch.Tensor, blocks: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """The same mask as a flex_attention `mask_mod(b, h, q, k)`; nothing of size `[T, T]` is built."""
+    """Returns `training_mask` as a `mask_mod(b, h, q, k)` of flex_attention, which builds no `[T, T]` tensor.
+
+    Args: as for `training_mask`.
+    """
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         query = samples[b, q], copies[b, q], blocks[b, q], q
@@ -50,11 +60,11 @@ def training_mask_mod(samples: torch.Tensor, copies: torch.Tensor, blocks: torch
     return mask_mod
 
 
-def visible(query: Numbers, key: Numbers) -> torch.Tensor:
-    """Whether the query sees the key, from the numbers of both, which broadcast with each other."""
+def visible(query: TokenPlaces, key: TokenPlaces) -> torch.Tensor:
+    """Returns whether the query sees the key: bool, in the shape to which the tensors of both broadcast."""
     (q_sample, q_copy, q_block, q_index), (k_sample, k_copy, k_block, k_index) = query, key
     earlier_clean = (k_copy == 0) & (k_block < q_block)
     same_copy_same_block = (k_copy == q_copy) & (k_block == q_block)
-    together = (k_sample == q_sample) & (q_sample != PADDING)
-    # Padding sees itself, so that no softmax is over nothing.
-    return (together & (earlier_clean | same_copy_same_block)) | (q_index == k_index)
+    same_sample = (k_sample == q_sample) & (q_sample != PADDING)
+    # A padding token sees itself, because a softmax over no keys gives NaN.
+    return (same_sample & (earlier_clean | same_copy_same_block)) | (q_index == k_index)

@@ -1,10 +1,10 @@
-"""Waiting for room in Ray's object store: whoever finds it full waits instead of using up attempts.
+"""Waiting for room in Ray's object store: a role that finds it full waits, and uses up none of its attempts.
 
 Ray moves objects that do not fit to disk and back by itself. Where the disk is full too (above
-`local_fs_capacity_threshold`, 95 %), what an actor would return is not stored, and its call fails. A call of several
-outputs fails as a whole: Ray stores them in order, and the small value that the pool waits for comes last.
+`local_fs_capacity_threshold`, 95 %), what an actor returns cannot be stored, and its call fails. A call with several
+outputs fails as a whole: Ray stores the outputs in order, and the small value that an actor pool waits for comes last.
 
-Ray's errors are recognised by their names, because `common` does not import ray.
+Ray's errors are recognised by their class names, because `common` does not import ray.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FULL = {"ObjectStoreFullError", "OutOfDiskError"}
 
 
 def store_is_full(error: BaseException | None) -> bool:
-    """Whether an error of Ray, or what caused it in the actor, is a full object store."""
+    """Whether an error of Ray, or the error in the actor that caused it, says that the object store is full."""
     while error is not None:
         if any(kind.__name__ in _FULL for kind in type(error).__mro__):
             return True
@@ -27,11 +27,11 @@ def store_is_full(error: BaseException | None) -> bool:
 
 
 class StoreWait:
-    """Pauses between attempts at one thing: first seconds, doubling up to a minute, and so long in all.
+    """Pauses between the attempts at one operation: each twice as long as the last, up to a minute, with a total limit.
 
     Args:
         limit_seconds: longest time from the first pause on (`resources.call_timeout_seconds`).
-        first_seconds: the first pause.
+        first_seconds: length of the first pause.
     """
 
     def __init__(self, limit_seconds: float, first_seconds: float = 1.0) -> None:
@@ -39,10 +39,10 @@ class StoreWait:
         self._started: float | None = None
 
     def pause(self, what: str) -> float:
-        """Seconds to wait before the next attempt.
+        """Seconds to wait before the next attempt. `what`: names the operation in the error.
 
         Raises:
-            OpdlmError: there was no room for `limit_seconds`.
+            OpdlmError: there has been no room for `limit_seconds`.
         """
         now = time.monotonic()
         self._started = self._started or now

@@ -1,8 +1,8 @@
-"""Where samples are: references to lists of `ScoredTrajectory`, so that small samples share one reference.
+"""Records of where samples are in Ray's object store. Small samples share one reference to a list of them.
 
-Each reference costs its owner and its borrowers messages, whatever it stands for: 128 of them took longer to pass from
-role to role than a small teacher takes to score (tests/benchmarks/RESULTS.md). A large sample keeps one of its own, so
-that a learner rank fetches what it trains and no more.
+Ray sends messages for each reference, however small its object is: passing 128 references from role to role took longer
+than a small teacher takes to score (tests/benchmarks/RESULTS.md). A large sample has a reference of its own, so that a
+learner rank fetches only the samples that it trains on.
 """
 
 from __future__ import annotations
@@ -15,47 +15,53 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.base import DTYPE_BYTES
 
 _GROUP_BYTES = 1 << 20
-"""What samples behind one reference may have together."""
+"""Largest size of a list of samples that share one reference, unless it holds a single sample."""
 _PROMPT_BYTES = 4
-"""Of a prompt token."""
+"""Bytes of a prompt token: its id."""
 _TRAJECTORY_BYTES = 10
-"""Of a response token: id, step, version."""
+"""Bytes of a response token in a trajectory: id (4), reveal step (2), weight version (4)."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRef:
-    """One sample: the `place`-th of the list behind a reference."""
+    """Where one sample is: at index `place` of a list of `ScoredTrajectory`."""
 
     group: Any
-    """The reference. Inside this record, so that Ray does not fetch it on the way."""
+    """Ray's reference to the list. Inside a record, Ray passes it on without fetching the list."""
     place: int
+    """Index in the list, from 0."""
     prompt_tokens: int
     response_tokens: int
 
 
 def samples_per_reference(config: OpdlmConfig, model: Any, longest_prompt: int) -> int:
-    """How many samples share a reference: so many have about a megabyte at the longest responses; 1 at least.
+    """How many samples share a reference: as many as have 1 MiB together when each has the longest length, at least 1.
 
     Args:
         model: the teacher's transformers config.
-        longest_prompt: in tokens.
+        longest_prompt: length of the longest prompt, in tokens.
     """
     teacher, width = config.teacher, model.hidden_size
-    widths = {"hidden": width * DTYPE_BYTES[teacher.dtype], "topk": 8 * teacher.top_k, "logits": 4 * model.vocab_size}
-    token = _TRAJECTORY_BYTES + (8 if config.objective.kind == "cft" else widths[teacher.targets])
-    return max(_GROUP_BYTES // (token * config.rollout.max_new_tokens + _PROMPT_BYTES * longest_prompt), 1)
+    target_bytes = {
+        "hidden": width * DTYPE_BYTES[teacher.dtype],
+        "topk": 8 * teacher.top_k,
+        "logits": 4 * model.vocab_size,
+    }
+    token_bytes = _TRAJECTORY_BYTES + (8 if config.objective.kind == "cft" else target_bytes[teacher.targets])
+    sample_bytes = token_bytes * config.rollout.max_new_tokens + _PROMPT_BYTES * longest_prompt
+    return max(_GROUP_BYTES // sample_bytes, 1)
 
 
 def sample_refs(groups: Sequence[Any], size: int, lengths: Sequence[tuple[int, int]]) -> list[SampleRef]:
-    """One record a sample.
+    """Makes the record of each sample.
 
     Args:
-        groups: references to lists of `size` samples (`in_groups`).
-        lengths: (prompt tokens, response tokens) of each sample.
+        groups: references to lists of `size` samples each, as `in_groups` cuts them.
+        lengths: (prompt tokens, response tokens) of each sample, in order.
     """
     return [SampleRef(groups[i // size], i % size, *lengths[i]) for i in range(len(lengths))]
 
 
 def distinct_groups(samples: Sequence[SampleRef]) -> list[Any]:
-    """The references behind samples, each once."""
+    """Returns the references to the lists that hold these samples, each once, in the order of first use."""
     return list(dict.fromkeys(sample.group for sample in samples))

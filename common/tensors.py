@@ -1,4 +1,4 @@
-"""Tensors as the arrays that travel, and back."""
+"""Converts tensors to numpy arrays, which Ray's object store shares without a copy, and arrays to tensors."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import torch
 
 
 def tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
-    """A CPU array of the tensor; bfloat16 as the uint16 of its bits, which `array_to_tensor` undoes."""
+    """Converts a tensor of any shape to an array on the CPU. A bfloat16 tensor gives uint16 numbers with its bits."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
 
 
 def array_dtype(tensor: torch.Tensor) -> str:
-    """Numpy's name of the number format that `tensor_to_array` gives."""
+    """Returns numpy's name of the dtype that `tensor_to_array` gives: `float32`, or `uint16` for bfloat16."""
     return "uint16" if tensor.dtype is torch.bfloat16 else str(tensor.dtype).removeprefix("torch.")
 
 
 def array_to_tensor(array: np.ndarray) -> torch.Tensor:
-    """A copy of the array as a tensor (the object store's memory is read-only); uint16 becomes bfloat16."""
+    """Converts an array to a tensor on the CPU; uint16 numbers become bfloat16.
+
+    The tensor is a copy, because the memory of Ray's object store is read-only.
+    """
     tensor = torch.from_numpy(array.copy())
     return tensor.view(torch.bfloat16) if tensor.dtype is torch.uint16 else tensor

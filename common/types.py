@@ -1,7 +1,8 @@
-"""What travels between the actors: frozen records of numpy arrays (zero-copy in Ray's object store).
+"""What the actors send to each other: frozen records of numpy arrays, which Ray's object store shares without a copy.
 
-Shapes use P prompt tokens, R response tokens, R' >= R kept tokens (the response up to the end of its last block),
-K top tokens, D hidden size, V vocabulary. Imports no torch: the queue's process and the driver stay light.
+In shapes, P is the number of prompt tokens, R of response tokens, R' >= R of kept tokens (the response up to the end of
+its last block), K of top tokens, D the hidden size and V the vocabulary size. The module does not import torch, so the
+processes of the queue and of the driver stay small.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 FinishReason = Literal["eos", "length"]
+"""Why a response ended: with an end-of-sequence token, or at its length limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,52 +24,52 @@ class RolloutRequest:
     """One prompt to decode."""
 
     index: int
-    """Place in the run's order of prompts, from 0; identifies the sample from here on (the ledger counts by it)."""
+    """Place in the run's order of prompts, from 0. It identifies the sample everywhere, also in the queue's ledger."""
     prompt_id: str
-    """Name of the prompt in its data, for people."""
+    """Name of the prompt's row in the data, such as `prompts.jsonl:7`, for messages and files."""
     prompt_ids: np.ndarray  # [P] int32
     max_new_tokens: int
-    """Most response tokens; never exceeded."""
+    """Longest response in tokens; it is never exceeded."""
     seed: int
-    """Seed of this sequence alone: the result does not depend on what it is decoded beside."""
+    """Seed of this sequence alone, so that its tokens do not depend on the other sequences of its batch."""
     threshold: float | None = None
-    """Dynamic threshold of the moment (curriculum). None: the decoder's own."""
+    """Confidence threshold of the round (`curriculum.threshold`). None: the threshold of the decoder's settings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """A decoded response and the order in which it was revealed (METHOD.md section 2).
+    """A decoded response and the order in which its tokens were revealed (METHOD.md section 2).
 
-    The kept tokens run to the end of the last block: what was decoded behind the end-of-sequence token was visible
-    while the block was denoised, so training needs it to rebuild the state. The response itself is the first
-    `response_length` of them.
+    The kept tokens go on to the end of the last block. Tokens after the end-of-sequence token were visible while the
+    block was denoised, so training needs them to rebuild the block's states. The response itself is the first
+    `response_length` kept tokens.
 
-    Example, S = 4, P = 4: `response_ids [7, 9, EOS, 5]`, `response_length 3`, `reveal_step [1, 2, 1, 3]`: step 1
-    revealed 7 and EOS, step 2 revealed 9, and the 5 behind the end came last.
+    Example with S = 4 and P = 4: `response_ids [7, 9, EOS, 5]`, `response_length 3`, `reveal_step [1, 2, 1, 3]`. Step 1
+    revealed 7 and EOS, step 2 revealed 9, and step 3 revealed 5, which comes after the end of the response.
     """
 
     index: int
     prompt_id: str
     prompt_ids: np.ndarray  # [P] int32
     response_ids: np.ndarray  # [R'] int32
-    reveal_step: np.ndarray  # [R'] int16, from 1, rising over the whole response
+    reveal_step: np.ndarray  # [R'] int16, counted from 1 over the whole response, not anew in each block
     response_length: int
     weight_version: int
-    """That it was decoded with; the oldest, where new weights came meanwhile (`rollout.on_new_weights: continue`)."""
+    """Weight version that decoded it. If weights changed meanwhile (`rollout.on_new_weights: continue`), the oldest."""
     finish_reason: FinishReason
     denoising_steps: int
     """Student forwards that revealed tokens of this sequence."""
     token_versions: np.ndarray | None = None
-    """`[R'] int32`, the weight version that revealed each kept token. None: `weight_version`, all of them."""
+    """`[R'] int32`, the weight version that revealed each kept token. None: `weight_version` revealed all of them."""
 
     @property
     def response(self) -> np.ndarray:
-        """The response's tokens, `[R] int32`: up to and with the first end-of-sequence token, or the limit."""
+        """The tokens of the response, `[R] int32`: to the first end-of-sequence token inclusive, or to the limit."""
         return self.response_ids[: self.response_length]
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Tokens of the prompt, and of the response."""
+        """Number of tokens of the prompt, and of the response."""
         return len(self.prompt_ids), self.response_length
 
 
@@ -78,7 +80,7 @@ class TopKTargets:
     token_ids: np.ndarray  # [R, K] int32
     logprobs: np.ndarray  # [R, K] float32
     vocab_size: int
-    """The teacher's V: what the student's softmax is over."""
+    """The teacher's V. The student's softmax is over the same tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class HiddenTargets:
 
 @dataclass(frozen=True, slots=True)
 class LogitsTargets:
-    """The teacher's logits over its full vocabulary (small vocabularies, tests)."""
+    """The teacher's logits over its full vocabulary, for small vocabularies and tests."""
 
     logits: np.ndarray  # [R, V] float32
 
@@ -100,7 +102,10 @@ TeacherTargets = TopKTargets | HiddenTargets | LogitsTargets
 
 @dataclass(frozen=True, slots=True)
 class ScoredTrajectory:
-    """A trajectory with the teacher's next-token distributions after each clean prefix."""
+    """A trajectory, and the teacher's target for each response token.
+
+    The target of a token is the teacher's next-token distribution after the clean tokens before it.
+    """
 
     trajectory: Trajectory
     targets: TeacherTargets
@@ -108,58 +113,59 @@ class ScoredTrajectory:
 
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
-    """Where one parameter lies in its dtype's buffer."""
+    """Where the values of one parameter are in the buffer of its dtype."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str  # numpy name; uint16 holds the bits of bfloat16
-    start: int  # in elements
+    dtype: str  # numpy's name; uint16 holds the bits of bfloat16
+    start: int  # index of the first element
 
 
 @dataclass(frozen=True, slots=True)
 class WeightPack:
-    """All parameters of a model under a version number."""
+    """All parameters of a model, as one weight version."""
 
     version: int
     places: tuple[TensorPlace, ...]
-    buffers: dict[str, np.ndarray] | dict[str, torch.Tensor]  # dtype name -> [elements]; tensors on their device
+    buffers: dict[str, np.ndarray] | dict[str, torch.Tensor]  # by dtype, [elements]; tensors: on the device
     checksum: int
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a push moves."""
+        """Bytes of all buffers, which each push moves."""
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
 
 @dataclass(frozen=True, slots=True)
 class WeightHandle:
-    """A published weight version: a reference to a `WeightPack`, not the weights."""
+    """A published weight version: a reference to its `WeightPack`, without the weights themselves."""
 
     version: int
     pack: list[Any]
-    """The one object reference, in a list, so that Ray does not fetch it on the way."""
+    """A list of one object reference. Inside a list, Ray passes the reference on without fetching the pack."""
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeStats:
-    """What one call of the decoder did."""
+    """Counts of one call of the decoder."""
 
     weight_version: int
     sequences: int
     response_tokens: int
     denoising_steps: int
-    """Denoising steps summed over sequences."""
+    """Denoising steps, summed over the sequences."""
     forwards: int
-    """Batched denoising forwards (prefills not counted)."""
+    """Batched forwards of denoising steps; prefills are not counted."""
     forward_tokens: int
-    """Tokens that went through the student: prompt blocks, blocks being denoised, finished blocks committed."""
+    """Tokens that went through the student: blocks of prompts, blocks being denoised, and finished blocks whose keys
+    and values were computed."""
     seconds: float
     ended_by_eos: int = 0
-    """Sequences that ended with an end-of-sequence token; the others ended at their length limit."""
+    """Sequences that ended with an end-of-sequence token. The others ended at their length limit."""
     continued_sequences: int = 0
-    """Sequences that were decoded with more than one weight version; `weight_version` is the oldest of all."""
+    """Sequences that were decoded with more than one weight version; `weight_version` is then the oldest of all."""
     continued_tokens: int = 0
-    """Their response tokens that came after a change of weights."""
+    """Response tokens of these sequences that were revealed after a change of weights."""
     version_spread_max: int = 0
-    """Most versions between the oldest and the newest token of one sequence."""
+    """Largest difference between the weight versions of two tokens of one sequence."""

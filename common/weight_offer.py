@@ -1,9 +1,11 @@
-"""Weights that a rank of the learner lays out, and the replay queue comes for.
+"""A weight pack that a learner rank offers, and that the replay queue fetches from the rank's process.
 
-Ray ties an object to the process that called for it: what a rank puts into the object store by itself dies with the
-rank, which may end before every rollout actor has loaded it. What an actor *returns* belongs to its caller. So the
-rank lays the pack out and says where, and the queue calls: the pack goes into the object store of the rank's node, and
-from there straight to whoever loads it; the queue takes a copy beside them, in case that node dies.
+Ray ties an object to the process that owns it. What a rank puts into the object store itself belongs to the rank, and
+Ray frees it when the rank dies, which may be before every rollout actor has loaded it. `ray.put(..., _owner=)`, which
+named another owner, was removed in Ray 2.56. What an actor *returns*, however, belongs to its caller. So the rank only
+offers the pack, and the queue calls the rank's process, which returns it: the pack is stored on the rank's node, the
+queue owns it, and rollout actors read it from there. The queue also takes a copy to its own node, in case the rank's
+node dies.
 """
 
 from __future__ import annotations
@@ -15,37 +17,39 @@ from typing import Any
 
 from opdlm.common.types import WeightPack
 
-_laid_out: dict[int, WeightPack] = {}
-"""Of this process, by version."""
+_offered_packs: dict[int, WeightPack] = {}
+"""The packs that this process offers at the moment, by version."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightOffer:
-    """Where a pack is laid out."""
+    """Says which actor's process offers a pack, and which one. It holds no weights and is cheap to send."""
 
     actor: Any
-    """Handle of the actor in whose process it is. Its own thread must be free (Ray Train's trains in another one)."""
+    """Handle of the actor in whose process the pack is. The actor's main thread must be free to answer a call, as that
+    of a Ray Train worker is, which trains in another thread."""
     version: int
     nbytes: int
 
     def collect(self) -> tuple[Any, Any]:
-        """References to the pack, for whoever calls, and to nothing; who has the second knows that the first is stored.
+        """Has the actor return the pack into the object store; the calling process owns it.
 
-        The second raises what kept the pack out of the object store.
+        Returns: references to the `WeightPack`, and to None. The second is ready once the pack is stored, and raises
+        the error that kept the pack out of the object store; waiting for it fetches no weights.
         """
-        pack, stored = self.actor.__ray_call__.options(num_returns=2).remote(_hand_over, self.version)
+        pack, stored = self.actor.__ray_call__.options(num_returns=2).remote(_return_pack, self.version)
         return pack, stored
 
 
 @contextmanager
 def offered(actor: Any, pack: WeightPack) -> Iterator[WeightOffer]:
-    """Lays a pack out in this process, which is that actor's, until the block ends."""
-    _laid_out[pack.version] = pack
+    """Offers a pack until the block ends. `actor`: handle of the actor in whose process this runs."""
+    _offered_packs[pack.version] = pack
     try:
         yield WeightOffer(actor, pack.version, pack.nbytes)
     finally:
-        del _laid_out[pack.version]
+        del _offered_packs[pack.version]
 
 
-def _hand_over(_: Any, version: int) -> tuple[WeightPack, None]:
-    return _laid_out[version], None
+def _return_pack(_: Any, version: int) -> tuple[WeightPack, None]:
+    return _offered_packs[version], None

@@ -1,4 +1,7 @@
-"""Weights on the wire: one flat buffer per dtype, a manifest, and a checksum that is checked after loading."""
+"""Packs a model's weights for sending: one flat buffer per dtype, each parameter's place in it, and a checksum.
+
+`load_weights` copies a pack into a model and then compares the checksum of the model's parameters with the pack's.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,14 @@ from opdlm.common.types import TensorPlace, WeightPack
 
 
 class WeightPacker:
-    """Packs the weights of one model, version after version, into the same memory of the host.
+    """Packs the weights of one model, version after version, into the same host memory.
 
-    Memory that is touched for the first time costs more than the copy into it. A pack is good until the next one.
+    The memory is used again because writing to fresh memory takes longer than the copy itself. So a pack is valid only
+    until the next one is made.
 
     Args:
-        on_device: into tensors on the weights' own device instead, new ones each time, because their readers come
-            when they have time. Such a pack lives as long as somebody holds it.
+        on_device: pack into tensors on the weights' own device, new ones for each version, because actors read them at
+            any later time. Such a pack stays valid.
     """
 
     def __init__(self, on_device: bool = False) -> None:
@@ -29,7 +33,14 @@ class WeightPacker:
         self._device = torch.device("cpu")
 
     def pack(self, version: int, named: Iterable[tuple[str, torch.Tensor]]) -> WeightPack:
-        """Packs parameters, in the order given, which may be a generator that gathers them one by one."""
+        """Packs the parameters in the given order.
+
+        Args:
+            named: (name, parameter) pairs; a generator may gather the parameters one by one.
+
+        Raises:
+            ValueError: names, shapes or dtypes need other buffers than those of the version before.
+        """
         places: list[TensorPlace] = []
         pieces: dict[str, list[torch.Tensor]] = {}
         used: dict[str, int] = {}
@@ -52,13 +63,13 @@ class WeightPacker:
         if used != {kind: buffer.numel() for kind, buffer in buffers.items()}:
             raise ValueError(f"weights version {version}: not the parameters that were packed before")
         if self._on_device:
-            self._buffers = {kind: buffer.to("meta") for kind, buffer in buffers.items()}  # their sizes
+            self._buffers = {kind: buffer.to("meta") for kind, buffer in buffers.items()}  # sizes, no memory
             return WeightPack(version, tuple(places), buffers, total)
         return WeightPack(version, tuple(places), {k: tensor_to_array(b) for k, b in buffers.items()}, total)
 
 
 def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
-    """One after the other, each let go of once it is copied: the host never has two of everything."""
+    """Concatenates tensors and frees each once it is copied, so the host never holds all weights twice."""
     joined = torch.empty(sum(piece.numel() for piece in pieces), dtype=pieces[0].dtype, device=pieces[0].device)
     start = 0
     for place, piece in enumerate(pieces):
@@ -71,14 +82,14 @@ def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, pack: WeightPack) -> None:
-    """Copies a pack into a model and checks what the model then holds.
+    """Copies a pack into a model and checks the model's parameters against the pack's checksum.
 
     Raises:
         ValueError: names or shapes differ, or the checksum of the loaded parameters is not the pack's.
     """
     parameters = dict(model.named_parameters())
-    if missing := set(parameters) ^ {place.name for place in pack.places}:
-        raise ValueError(f"weights version {pack.version}: model and pack differ in {sorted(missing)[:3]}")
+    if differing := set(parameters) ^ {place.name for place in pack.places}:
+        raise ValueError(f"weights version {pack.version}: model and pack differ in {sorted(differing)[:3]}")
     total = 0
     for place, values in _unpack(pack):
         parameter = parameters[place.name]
@@ -89,12 +100,12 @@ def load_weights(model: nn.Module, pack: WeightPack) -> None:
     if total != pack.checksum:
         raise ValueError(
             f"weights version {pack.version}: checksum {total:#018x} after loading, {pack.checksum:#018x} when "
-            "packed; the transfer was damaged or the model's number format differs from the learner's"
+            "packed; the transfer was damaged, or the model's number format is not the learner's"
         )
 
 
 def _fill(parameter: nn.Parameter, values: np.ndarray | torch.Tensor) -> None:
-    """Straight from the object store's memory where both are in this machine's."""
+    """Copies values into a parameter; a parameter on the CPU is filled straight from the object store's memory."""
     if isinstance(values, torch.Tensor):
         parameter.copy_(values)
     elif parameter.is_cpu and parameter.is_contiguous() and (own := tensor_to_array(parameter)).dtype == values.dtype:

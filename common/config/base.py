@@ -1,4 +1,4 @@
-"""What all sections of the configuration share: strictness, documented fields, named value ranges."""
+"""What all sections of the configuration share: their base class, and the names of values and value ranges."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "entropy_b
 Grid = Literal["absolute", "response"]
 Dtype = Literal["float32", "bfloat16"]
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
+"""Bytes of one number in each `Dtype`."""
 OnNewWeights = Literal["finish", "continue"]
 Attention = Literal["auto", "sdpa", "flex_attention"]
 
@@ -20,6 +21,10 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """Base of every section: strict about keys, documented by docstrings, immutable once loaded."""
+    """Base class of every section.
+
+    It refuses unknown keys, takes a field's description from the docstring below the field, and cannot be changed once
+    loaded.
+    """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=())

@@ -1,4 +1,7 @@
-"""Checks that need two fields. Each says what, where, what was found, and what would be right; all are reported."""
+"""Checks that need two fields of the config. Each error says where, what was found, and what would be right.
+
+A check yields one line per mistake, and all mistakes are reported together.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,17 @@ import ipaddress
 from collections.abc import Iterator
 from typing import Any
 
-from opdlm.common.config.redact import holds_secret, redact
+from opdlm.common.config.redact import holds_credentials, redact_credentials
 from opdlm.common.config.schema import OpdlmConfig, Schedule
 from opdlm.common.errors import ConfigError
 
 
 def check_config(config: OpdlmConfig) -> None:
-    """Raises `ConfigError` with one line per contradiction between fields."""
+    """Checks that no two fields contradict each other, and that no value contains credentials.
+
+    Raises:
+        ConfigError: with one line per mistake, which names the setting by its path.
+    """
     checks = (_run, _data, _objective, _rollout, _teacher, _targets, _learner, _curriculum, _resources)
     problems = [*_secrets(config.model_dump()), *(problem for check in checks for problem in check(config))]
     if problems:
@@ -20,17 +27,18 @@ def check_config(config: OpdlmConfig) -> None:
 
 
 def _secrets(section: dict[str, Any], path: str = "") -> Iterator[str]:
-    """A run's config is written to its directory and to model cards, so that a secret in it would be published."""
+    """Finds credentials, because the config is written to the run directory and to model cards."""
     for key, value in section.items():
         if isinstance(value, dict):
             yield from _secrets(value, f"{path}{key}.")
-        elif isinstance(value, str) and holds_secret(value):
-            yield f"{path}{key}: found credentials in {redact(value)!r}; leave them out and set HF_TOKEN instead"
+        elif isinstance(value, str) and holds_credentials(value):
+            found = f"{path}{key}: found credentials in {redact_credentials(value)!r}"
+            yield f"{found}; leave them out and set HF_TOKEN instead"
 
 
 def _run(config: OpdlmConfig) -> Iterator[str]:
     if config.run.replay is not None and config.run.dump_rollouts:
-        yield f"run.dump_rollouts: found with run.replay; the rollouts are in {config.run.replay} already, drop one"
+        yield f"run.dump_rollouts: found with run.replay; {config.run.replay} holds the rollouts already, leave one out"
 
 
 def _data(config: OpdlmConfig) -> Iterator[str]:
@@ -41,30 +49,31 @@ def _data(config: OpdlmConfig) -> Iterator[str]:
     if data.task is not None and data.prompts is None:
         yield "data.prompts: missing; a task needs to know how many prompts an epoch has (e.g. 20000)"
     if data.task is None and not config.evaluation.tasks and config.evaluation.every_rounds is not None:
-        yield "evaluation.every_rounds: needs `evaluation.tasks` or `data.task`, which know answers; found neither"
+        yield "evaluation.every_rounds: found neither evaluation.tasks nor data.task to evaluate on; name a task in one"
     if config.evaluation.actors and config.evaluation.every_rounds is None:
         yield (
-            f"evaluation.actors: found {config.evaluation.actors} without evaluation.every_rounds; they do periodic "
-            "evaluations only, so set that or drop them"
+            f"evaluation.actors: found {config.evaluation.actors} without evaluation.every_rounds; these actors do the "
+            "evaluations during training only, so set evaluation.every_rounds, or leave evaluation.actors out"
         )
     if data.task is not None and data.chat_template:
-        yield "data.chat_template: built-in tasks have no chat form; it goes with data.path"
+        yield "data.chat_template: found true with data.task; built-in tasks have no chat form, use it with data.path"
     for field in ("system_prompt", "thinking"):
         if getattr(data, field) is not None and not data.chat_template:
-            yield f"data.{field}: found {getattr(data, field)!r} without data.chat_template; set that to true"
+            found = f"data.{field}: found {getattr(data, field)!r} without data.chat_template"
+            yield f"{found}; set data.chat_template to true"
 
 
 def _objective(config: OpdlmConfig) -> Iterator[str]:
     objective = config.objective
     if objective.kind == "opd":
         return
-    if objective.states != "random_mask":
+    if objective.resolved_selection != "random_mask":
         yield (
-            f"objective.selection: found {objective.states!r}; the responses of objective.kind {objective.kind!r} have "
-            "no visited states; use `random_mask`"
+            f"objective.selection: found {objective.selection!r} with objective.kind {objective.kind!r}, whose given "
+            "responses have no visited states; use `random_mask`"
         )
     if config.offline.responses == "data" and config.data.task is None and config.data.response_field is None:
-        yield "offline.responses: found `data`, but data.response_field names no column; name it, or use `teacher`"
+        yield "offline.responses: found `data`, but data.response_field names no column; name one, or use `teacher`"
     if objective.kind == "cft" and (objective.divergence, objective.reverse_weight, objective.tail) != (
         "kl",
         0,
@@ -72,7 +81,7 @@ def _objective(config: OpdlmConfig) -> Iterator[str]:
     ):
         yield (
             f"objective: `cft` is a cross-entropy; found divergence {objective.divergence!r}, reverse_weight "
-            f"{objective.reverse_weight:g}, tail {objective.tail!r}; leave those three at their defaults"
+            f"{objective.reverse_weight:g}, tail {objective.tail!r}; leave these three at their defaults"
         )
 
 
@@ -81,28 +90,29 @@ def _rollout(config: OpdlmConfig) -> Iterator[str]:
     if rollout.denoising_steps is not None and rollout.denoising_steps > rollout.block_size:
         yield (
             f"rollout.denoising_steps: found {rollout.denoising_steps}, more than rollout.block_size "
-            f"{rollout.block_size}; a step reveals at least one token, so at most the block size"
+            f"{rollout.block_size}; a step reveals at least one token, so give at most the block size"
         )
     if rollout.weight_transport == "nixl":
         if (rollout.gpus_per_actor > 0) != (config.learner.gpus_per_worker > 0):
             yield (
                 f"rollout.weight_transport: found `nixl` with rollout.gpus_per_actor {rollout.gpus_per_actor:g} and "
-                f"learner.gpus_per_worker {config.learner.gpus_per_worker:g}; it reads from GPU to GPU (or from CPU to "
-                "CPU), use `object_store`"
+                f"learner.gpus_per_worker {config.learner.gpus_per_worker:g}; `nixl` reads from GPU to GPU or from "
+                "CPU to CPU, so use `object_store`"
             )
         if config.evaluation.actors:
             yield (
                 f"rollout.weight_transport: found `nixl` with evaluation.actors {config.evaluation.actors}, which may "
-                "need a version that died with a rank of the learner; set evaluation.actors to 0, or use `object_store`"
+                "need a version that was lost with a rank of the learner; set evaluation.actors to 0, or use "
+                "`object_store`"
             )
     if rollout.cuda_graphs and rollout.gpus_per_actor == 0:
-        yield "rollout.cuda_graphs: found true with rollout.gpus_per_actor 0; it needs a GPU, so drop it or reserve one"
+        yield "rollout.cuda_graphs: found true with rollout.gpus_per_actor 0; reserve a GPU, or leave cuda_graphs out"
 
 
 def _teacher(config: OpdlmConfig) -> Iterator[str]:
     teacher = config.teacher
     if teacher.backend == "vllm":
-        if teacher.targets != "topk" and config.objective.kind != "cft":  # which asks for no score
+        if teacher.targets != "topk" and config.objective.kind != "cft":  # `cft` asks for no scores
             yield (
                 f"teacher.targets: found `{teacher.targets}` with teacher.backend `vllm`, which gives top-K "
                 f"log-probabilities only; set it to `topk` (with objective.top_k of 1 to {teacher.top_k}), or the "
@@ -110,15 +120,15 @@ def _teacher(config: OpdlmConfig) -> Iterator[str]:
             )
         if teacher.device_map != "none":
             yield (
-                f"teacher.device_map: found `{teacher.device_map}` with teacher.backend `vllm`; it is for "
-                "`transformers`, vLLM splits layers by teacher.tensor_parallel"
+                f"teacher.device_map: found `{teacher.device_map}` with teacher.backend `vllm`; use it with "
+                "`transformers`, vLLM spreads the teacher over GPUs by teacher.tensor_parallel"
             )
         if max(teacher.gpus_per_actor, teacher.tensor_parallel) > 1 and (
             teacher.gpus_per_actor != teacher.tensor_parallel
         ):
             yield (
                 f"teacher.tensor_parallel: found {teacher.tensor_parallel} with teacher.gpus_per_actor "
-                f"{teacher.gpus_per_actor:g}; an actor uses the GPUs that it reserves, so both are one number"
+                f"{teacher.gpus_per_actor:g}; an actor uses the GPUs that it reserves, so give both the same number"
             )
     elif teacher.tensor_parallel > 1:
         yield (
@@ -127,8 +137,8 @@ def _teacher(config: OpdlmConfig) -> Iterator[str]:
         )
     elif teacher.gpus_per_actor > 1 and teacher.device_map == "none":
         yield (
-            f"teacher.gpus_per_actor: found {teacher.gpus_per_actor:g} with teacher.device_map `none`, which uses one; "
-            "set teacher.device_map to `auto`"
+            f"teacher.gpus_per_actor: found {teacher.gpus_per_actor:g} with teacher.device_map `none`, which uses one "
+            "GPU; set teacher.device_map to `auto`"
         )
 
 
@@ -143,10 +153,10 @@ def _targets(config: OpdlmConfig) -> Iterator[str]:
         elif objective.top_k > teacher.top_k:
             yield (
                 f"objective.top_k: found {objective.top_k}, more than the {teacher.top_k} that the teacher sends "
-                "(teacher.top_k); at most that"
+                "(teacher.top_k); give at most that number"
             )
     if objective.tail == "bucket" and objective.top_k == 0:
-        yield "objective.tail: `bucket` needs objective.top_k > 0; over the full vocabulary there is no tail"
+        yield "objective.tail: `bucket` needs objective.top_k > 0; found 0, the full vocabulary, which has no tail"
 
 
 def _learner(config: OpdlmConfig) -> Iterator[str]:
@@ -154,24 +164,27 @@ def _learner(config: OpdlmConfig) -> Iterator[str]:
     if learner.batch_size > rollout.prompts_per_round:
         yield (
             f"learner.batch_size: found {learner.batch_size}, more than rollout.prompts_per_round "
-            f"{rollout.prompts_per_round}; a step trains trajectories of one round, so at most that"
+            f"{rollout.prompts_per_round}; a step trains trajectories of one round, so give at most that number"
         )
     if learner.batch_size < learner.workers:
         yield (
             f"learner.workers: found {learner.workers}, more than learner.batch_size {learner.batch_size}; "
-            "every rank needs a trajectory a step"
+            "every rank needs a trajectory in each step, so give at most that number"
         )
     if learner.zero.offload_weights and learner.zero.stage != 3:
         yield f"learner.zero.offload_weights: needs stage 3; found stage {learner.zero.stage}"
     if 0 < learner.gpus_per_worker < 1 and learner.workers > 1:  # NCCL refuses two ranks on one GPU
         yield (
             f"learner.gpus_per_worker: found {learner.gpus_per_worker:g} with learner.workers {learner.workers}; each "
-            "of several ranks needs a whole GPU (1), or 0 for the CPU; a part of one goes with learner.workers 1"
+            "of several ranks needs a whole GPU (1) or none (0); a part of a GPU needs learner.workers 1"
         )
     if learner.gpus_per_worker > 1:
         yield f"learner.gpus_per_worker: found {learner.gpus_per_worker:g}; a rank uses one GPU, raise learner.workers"
     if learner.gpus_per_worker == 0 and config.model.attention == "flex_attention":
-        yield "model.attention: flex_attention has no backward on the CPU; use `sdpa` or `auto`"
+        yield (
+            "model.attention: found `flex_attention` with learner.gpus_per_worker 0; flex_attention has no backward on "
+            "the CPU, use `sdpa` or `auto`"
+        )
 
 
 def _curriculum(config: OpdlmConfig) -> Iterator[str]:
@@ -195,29 +208,32 @@ def _curriculum(config: OpdlmConfig) -> Iterator[str]:
         if rollout.strategy != "low_confidence_dynamic":
             yield (
                 f"curriculum.threshold: found with rollout.strategy `{rollout.strategy}`, which has no threshold; "
-                "use `low_confidence_dynamic` or drop it"
+                "use `low_confidence_dynamic`, or leave the schedule out"
             )
         ends = [curriculum.threshold.start, curriculum.threshold.end or 0.0]
         if min(ends) < 0 or max(ends) > 1:
-            yield f"curriculum.threshold: found {ends[0]:g} to {ends[1]:g}; a probability, so within 0 and 1"
+            yield f"curriculum.threshold: found {ends[0]:g} to {ends[1]:g}; expected probabilities within 0 and 1"
 
 
 def _resources(config: OpdlmConfig) -> Iterator[str]:
     resources = config.resources
     if not is_loopback(resources.dashboard_host) and not resources.local_dashboard:
         yield (
-            f"resources.dashboard_host: found {resources.dashboard_host!r} with resources.local_dashboard false; turn "
-            "that on or drop this"
+            f"resources.dashboard_host: found {resources.dashboard_host!r} with resources.local_dashboard false; set "
+            "resources.local_dashboard to true, or leave resources.dashboard_host out"
         )
     if not is_loopback(resources.dashboard_host) and resources.ray_address:
         yield (
-            f"resources.dashboard_host: found {resources.dashboard_host!r} with resources.ray_address; it is for a Ray "
-            "started here, a cluster's own dashboard is set where its head starts (ray start --dashboard-host)"
+            f"resources.dashboard_host: found {resources.dashboard_host!r} with resources.ray_address, but it is for "
+            "a local Ray only; set the dashboard of a cluster where its head is started (ray start --dashboard-host)"
         )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`; a name other than `localhost` is not known."""
+    """Whether a server that listens on `host` can be reached from this machine only.
+
+    Of host names, only `localhost` counts as such; others are not resolved.
+    """
     if host == "localhost":
         return True
     try:

@@ -1,4 +1,4 @@
-"""YAML file + `--set a.b=c` overrides -> a checked `OpdlmConfig`; or one clear line that says what is wrong."""
+"""Loads a run file: YAML and `--set a.b=c` overrides become a checked config, or an error with a line per mistake."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from opdlm.common.config.checks import check_config
-from opdlm.common.config.redact import redact
+from opdlm.common.config.redact import redact_credentials
 from opdlm.common.config.schema import OpdlmConfig
 from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.common.files import read_yaml
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> OpdlmConfig:
-    """Reads, overrides, validates and cross-checks a run file.
+    """Reads a run file, applies the overrides, and checks every field and every combination of fields.
 
     Args:
-        path: YAML file.
-        overrides: strings `section.field=value`; the value is read as YAML (`null`, `true`, `[1, 2]`, text).
+        path: a YAML file.
+        overrides: strings of the form `section.field=value`. The value is read as YAML: `null`, `true`, `[1, 2]`,
+            text.
 
     Raises:
-        ConfigError: one line per mistake, each with its path in the file.
+        ConfigError: with one line per mistake, which names the setting by its path in the file.
     """
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"run file: {file} does not exist; give a YAML such as deploy/demo.yaml")
+        raise ConfigError(f"run file: {file} does not exist; give a YAML file such as deploy/demo.yaml")
     try:
         raw = read_yaml(file)
     except OpdlmError as error:
@@ -40,7 +41,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> OpdlmConfig:
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> OpdlmConfig:
-    """Validates a nested mapping; raises `ConfigError` with one line per mistake."""
+    """Checks a nested mapping, as YAML gives it, and returns the config.
+
+    Raises:
+        ConfigError: with one line per mistake, which names the setting by its path.
+    """
     try:
         config = OpdlmConfig.model_validate(raw)
     except ValidationError as error:
@@ -50,7 +55,11 @@ def config_from_dict(raw: Mapping[str, Any]) -> OpdlmConfig:
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Sets one `a.b=c` in a nested dict, in place."""
+    """Sets one field of a nested dict, in place. `override` has the form `section.field=value`.
+
+    Raises:
+        ConfigError: the override has another form, or its path leads through a value that is no section.
+    """
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {override}: expected section.field=value, e.g. --set learner.batch_size=16")
@@ -61,7 +70,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override}: {parent} is a value, not a section")
+            raise ConfigError(f"--set {override}: {parent} is a value, not a section; give section.field=value")
         node = child
     try:
         node[last] = yaml.safe_load(value)
@@ -70,7 +79,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def dump_config(config: OpdlmConfig) -> str:
-    """The resolved YAML that a run directory keeps; loading it gives an equal config."""
+    """Returns the config as YAML with every default filled in. Loading the YAML gives an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -84,7 +93,7 @@ def _describe(item: Any) -> str:
         return f"{location}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{location}: missing; it has no default"
-    return f"{location}: {item['msg'][0].lower()}{item['msg'][1:]}; found {redact(repr(item['input']))}"
+    return f"{location}: {item['msg'][0].lower()}{item['msg'][1:]}; found {redact_credentials(repr(item['input']))}"
 
 
 def _fields_at(parents: Sequence[str]) -> list[str]:

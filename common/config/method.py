@@ -1,4 +1,4 @@
-"""What is trained on and how: objective, given responses, schedules, curriculum (METHOD.md sections 4 to 7)."""
+"""The settings of the method: objective, given responses, schedules, curriculum (METHOD.md sections 4 to 7)."""
 
 from __future__ import annotations
 
@@ -13,76 +13,95 @@ Selection = Literal["one_state_per_block", "one_state_per_response", "all_states
 
 
 class ObjectiveConfig(Section):
-    """Which states are trained on and how far the student is from the teacher there (METHOD.md sections 4, 5)."""
+    """What is trained on, and how the distance between student and teacher is measured (METHOD.md sections 4, 5)."""
 
     kind: Kind = "opd"
-    """`opd`: the student's own rollouts, towards the teacher's distributions; `off_policy_kd`: the same on given
-    responses; `cft`: cross-entropy on the tokens of given responses (conversion fine-tuning, the SDAR/BD3-LM
-    baseline). Given responses come from `offline`."""
+    """What the run trains on and towards what. `opd`: on-policy distillation, on the student's own rollouts towards the
+    teacher's distributions. `off_policy_kd`: on given responses towards the teacher's distributions. `cft`: conversion
+    fine-tuning (the SDAR and BD3-LM baseline), by cross-entropy on the tokens of given responses. The section `offline`
+    says where given responses come from."""
     selection: Selection | None = None
-    """Which of a trajectory's states become training rows. Empty: `one_state_per_block` for `opd`, `random_mask` for
-    the others, whose responses have no visited states. `opd` with `random_mask` is the paper's OPDLM-off."""
+    """Which states of a trajectory become training rows. `one_state_per_block`: one visited state per block, drawn
+    uniformly (the paper's recipe). `one_state_per_response`: one index, drawn for the whole response, picks the state
+    of every block. `all_states`: every visited state; row k holds the k-th state of every block. `random_mask`: the
+    trajectory is ignored and each block is masked at random (with `opd`, the paper's OPDLM-off). Empty:
+    `one_state_per_block` for `opd`, and `random_mask` for the other kinds, whose responses have no visited states."""
     divergence: Literal["kl", "jsd"] = "kl"
-    """`kl`: forward KL, mixed with reverse KL by `reverse_weight`; `jsd`: Jensen-Shannon with `jsd_alpha`."""
+    """The distance that is minimised. `kl`: forward KL(teacher || student), mixed with reverse KL by `reverse_weight`.
+    `jsd`: the Jensen-Shannon divergence with `jsd_alpha`. `cft` uses neither."""
     reverse_weight: Probability = 0.0
-    """w of (1-w) forward + w reverse KL: 0 forward only, 1 reverse only."""
+    """With `divergence: kl`, the weight w in (1-w) forward KL + w reverse KL. 0 (the default, the paper's) is forward
+    KL alone, 1 is reverse KL alone."""
     jsd_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Weight of the teacher in the JSD's mixture."""
+    """With `divergence: jsd`, the weight of the teacher in the mixture distribution, between 0 and 1 exclusive."""
     top_k: NonNegativeInt = 0
-    """0: over the full vocabulary; K: over the teacher's K likeliest tokens."""
+    """Number of tokens that the divergence sums over. 0 is the full vocabulary (paper: at 0.6B and 1.7B); K is the
+    teacher's K likeliest tokens (paper: 16 at 4B and 8B). K must not exceed `teacher.top_k` with
+    `teacher.targets: topk`."""
     tail: Literal["drop", "bucket"] = "drop"
-    """With top-K: forget the remaining mass (the release), or carry it as one more outcome (a true divergence)."""
+    """With `top_k` above 0, what becomes of the probability outside the top K. `drop`: it is left out, as in the public
+    release. `bucket`: it counts as one more outcome, so that the loss is a true divergence, never negative."""
     exclude_eos: bool = True
-    """Take no loss at the end-of-sequence token (the release's default)."""
+    """Take no loss at the end-of-sequence token (the release's default). Set it to false to train where responses end
+    as well, as `deploy/demo.yaml` does."""
     reduction: Literal["row", "token"] = "row"
-    """`row`: mean over a row's loss positions, then over rows; `token`: mean over all positions of the batch."""
+    """How the loss of a batch is averaged. `row`: over the loss positions of each row, then over the rows (the
+    release's), so every response has the same weight. `token`: over all loss positions of the batch, so every token has
+    the same weight."""
 
     @property
-    def states(self) -> Selection:
-        """The selection, resolved."""
+    def resolved_selection(self) -> Selection:
+        """The `selection`, or the default of the `kind` where it is empty."""
         return self.selection or ("one_state_per_block" if self.kind == "opd" else "random_mask")
 
     @property
     def loss_is_forward_kl(self) -> bool:
-        """Whether the loss is KL(teacher || student) in nats, and not a mixture, a JSD or a sum cut at the top K."""
-        whole = self.top_k == 0 or self.tail == "bucket"
-        return self.kind != "cft" and self.divergence == "kl" and self.reverse_weight == 0 and whole
+        """Whether the loss is KL(teacher || student) in nats: no mixture, no JSD, no sum over the top K alone."""
+        has_all_mass = self.top_k == 0 or self.tail == "bucket"
+        return self.kind != "cft" and self.divergence == "kl" and self.reverse_weight == 0 and has_all_mass
 
 
 class OfflineConfig(Section):
-    """The given responses of `off_policy_kd` and `cft`."""
+    """Where the given responses of the objectives `off_policy_kd` and `cft` come from. `opd` ignores this section."""
 
     responses: Literal["teacher", "data"] = "teacher"
-    """`teacher`: generated once by the teacher actors and kept as parquet; `data`: from `data.response_field`, or the
-    solutions of `data.task`."""
+    """`teacher`: the teacher actors generate the responses once, before training, and keep them in a parquet file.
+    `data`: the responses are those of `data.response_field`, or the solutions of `data.task`."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    """Sampling temperature of the teacher's responses; 0 is greedy."""
+    """Sampling temperature of the teacher's responses; 0 is greedy decoding. Used with `responses: teacher`."""
     batch_size: PositiveInt = 64
-    """Responses that one teacher actor generates side by side."""
+    """Number of responses that one teacher actor generates at the same time. Lower it where the actor runs out of
+    memory."""
     cache: str | None = None
-    """Parquet file of the teacher's responses, made where it is missing. Empty: `offline_responses.parquet` in the run
-    directory; a path of its own is shared between runs. One made otherwise (teacher, prompts, limits) is refused."""
+    """Parquet file of the teacher's responses. The run generates the responses and writes the file if it does not
+    exist. Empty: `offline_responses.parquet` in the run directory. Give a path to share the file between runs. A file
+    that was made from another teacher, other prompts, another length limit, temperature or seed is refused."""
 
 
 class Schedule(Section):
-    """A number that moves from `start` to `end` over the first `rounds` rounds, then stays."""
+    """A number that changes from `start` to `end` during the first `rounds` rounds and stays at `end` afterwards."""
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
-    """`linear`: the paper's; `cosine`: `start + (end - start)(1 - cos(pi/2 s/rounds))`, the release's."""
+    """Shape of the change. `constant`: the value is always `start`. `linear`: a straight line (the paper's). `cosine`:
+    `start + (end - start)(1 - cos(pi/2 r/rounds))` in round r, slow at first (the release's)."""
     start: float
     """Value in round 0."""
     end: float | None = None
-    """Value from round `rounds` on. Empty for `constant`."""
+    """Value from round `rounds` on. Required for `linear` and `cosine`; leave it empty for `constant`."""
     rounds: PositiveInt | None = None
-    """Rounds until `end` is reached. Empty for `constant`."""
+    """Number of rounds until `end` is reached. Required for `linear` and `cosine`; leave it empty for `constant`."""
 
 
 class CurriculumConfig(Section):
-    """What grows while the student learns (METHOD.md section 6)."""
+    """Limits that change from round to round while the student learns (METHOD.md section 6)."""
 
     max_new_tokens: Schedule | None = None
-    """Rollout length in tokens by round. Empty: `rollout.max_new_tokens` throughout."""
+    """Schedule of the longest response in tokens. Empty: `rollout.max_new_tokens` in every round. Short responses in
+    the first rounds save the decoding of text that an untrained student cannot write yet; the paper grows the length
+    from 100 to 4,000 tokens in 10 rounds."""
     threshold: Schedule | None = None
-    """Dynamic threshold by round. Empty: `rollout.threshold` throughout."""
+    """Schedule of the confidence threshold of `rollout.strategy: low_confidence_dynamic`, between 0 and 1. Empty:
+    `rollout.threshold` in every round."""
     max_new_tokens_per_domain: dict[str, PositiveInt] = Field(default_factory=dict)
-    """Length caps by a prompt's domain, in tokens (paper: math 4096, code and chat 2048, science 1024)."""
+    """Longest response in tokens for each domain of prompts (`data.domain_field`), for example `{code: 2048}`. A domain
+    that is not listed has no limit of its own. Paper: math 4096, code and chat 2048, science 1024."""

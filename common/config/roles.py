@@ -1,4 +1,4 @@
-"""The roles of a run and what each of them gets: rollout, teacher, queue, learner, and the cluster."""
+"""The settings of the roles of a run (rollout, teacher, queue, learner) and of the Ray cluster they run on."""
 
 from __future__ import annotations
 
@@ -19,198 +19,243 @@ from opdlm.common.config.base import (
 
 
 class PlacementConfig(Section):
-    """Which nodes a role's processes run on. GPUs of their own or shared ones: `gpus_per_actor`, `gpus_per_worker`."""
+    """Which nodes the processes of a role run on.
+
+    Whether a process has a GPU of its own or shares one is set by the role's `gpus_per_actor` or `gpus_per_worker`.
+    """
 
     accelerator_type: str | None = None
-    """Kind of GPU as Ray names it (`H100`; `ray status -v` lists what there is). Empty: any."""
+    """Kind of GPU that the nodes must have, by Ray's name for it, for example `H100` (`ray status -v` lists the names).
+    Empty: any kind."""
     node_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """What one process takes of resources that nodes were started with: `{decode: 1}` for the nodes of
-    `ray start --resources='{"decode": 8}'`."""
+    """Custom Ray resources that one process takes, so that it runs only on nodes that have them: `{decode: 1}` for
+    nodes that were started with `ray start --resources='{"decode": 8}'`. Empty: none."""
     group: Literal["none", "pack", "spread", "strict_pack", "strict_spread"] = "none"
-    """Ray placement group, which the role's processes get as a whole or not at all: `pack` on few nodes, `spread` over
-    many, `strict_` on just one, or on a node each. `none`: each process where Ray finds room (Ray Train, which runs the
-    learner, then packs)."""
+    """Ray placement group of the role's processes; Ray reserves room for all of them or for none. `pack`: on as few
+    nodes as possible. `spread`: over as many nodes as possible. `strict_pack`: all on one node. `strict_spread`: each
+    on a node of its own. `none`: no group; Ray starts each process where it finds room (Ray Train packs the
+    learner's)."""
 
     def resources(self, cpus: float, gpus: float) -> dict[str, float]:
-        """What Ray reserves for one process, by Ray's names; nothing that is 0."""
+        """What Ray reserves for one process: amount by Ray's name of the resource, without amounts of 0."""
         asked = {"CPU": cpus, "GPU": gpus} | self.node_resources
         if self.accelerator_type is not None:
-            asked[f"accelerator_type:{self.accelerator_type}"] = 0.001  # Ray's own way: each such node has 1 of it
+            asked[f"accelerator_type:{self.accelerator_type}"] = 0.001  # Ray gives each node of the kind 1 of it
         return {name: amount for name, amount in asked.items() if amount > 0}
 
 
 class RolloutConfig(Section):
-    """The student's decoding (METHOD.md section 2) and the pool of actors that does it."""
+    """How the student decodes (METHOD.md section 2), and the pool of rollout actors."""
 
     actors: PositiveInt = 1
-    """Rollout actors."""
+    """Number of rollout actors. Each holds a copy of the student."""
     cpus_per_actor: Annotated[float, Field(ge=0)] = 1
-    """Logical CPUs that Ray reserves for one actor."""
+    """Logical CPUs that Ray reserves for one actor, and the number of threads that torch uses in it."""
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0
-    """GPUs that Ray reserves for one actor; 1 dedicates a GPU."""
+    """GPUs that Ray reserves for one actor: 0 decodes on the CPU, 1 gives it a GPU of its own, a part of 1 shares a GPU
+    with other processes."""
     placement: PlacementConfig = PlacementConfig()
-    """On which nodes."""
+    """Which nodes the rollout actors run on."""
     prompts_per_round: PositiveInt = 128
-    """Prompts decoded with one weight version (the paper: 128)."""
+    """Number of prompts that are decoded with one weight version (paper: 128). Training on them gives the next
+    version."""
     prompts_per_call: PositiveInt | None = None
-    """Prompts that an actor is given at a time. Empty: its share of a round. Fewer (but at least `batch_size`, or slots
-    stay empty): the first are scored while the rest of a round is decoded. With `queue.max_staleness: 1` that is worth
-    up to a third of a round, where decoding, scoring and training take equally long."""
+    """Number of prompts that an actor is given in one call. Empty: its share of a round. With a smaller number, the
+    first samples are scored while the rest of the round is still decoded; keep it at `batch_size` or above, or slots
+    stay empty. With `queue.max_staleness: 1` this shortens a round by up to a third where decoding, scoring and
+    training take equally long."""
     batch_size: PositiveInt = 64
-    """Sequences decoded side by side in one actor (slots); a slot is refilled as its sequence ends."""
+    """Number of sequences that one actor decodes at the same time (its slots). A slot takes the next prompt as soon as
+    its sequence ends. Lower it where the actor runs out of memory."""
     block_size: PositiveInt = 4
-    """Tokens in a block (paper: 4)."""
+    """Number of tokens in a block (paper: 4). Decoding and training use the same size."""
     block_grid: Grid = "absolute"
-    """`absolute`: blocks counted from the prompt's first token; `response`: the response starts a fresh block."""
+    """Where blocks begin. `absolute`: blocks are counted from the prompt's first token, as serving engines for SDAR
+    models do, so the prompt's last tokens may share a block with the response. `response`: the response starts a new
+    block."""
     denoising_steps: PositiveInt | None = None
-    """Denoising steps a block is planned for. Empty: `block_size`, so one token a step when static."""
+    """Number of denoising steps in which a block is revealed at the latest: each step reveals at least the block's
+    masks divided by its remaining steps (`entropy_bounded`: at least one). At most `block_size`. Empty: `block_size`,
+    so at least one token per step."""
     strategy: Strategy = "low_confidence_dynamic"
-    """Remasking strategy: which positions a step reveals."""
+    """Remasking strategy: which masked positions a denoising step reveals. `low_confidence_static`: the k of highest
+    confidence, where k divides the block's masks over its remaining steps. `low_confidence_dynamic`: every position
+    above `threshold`, and at least k. `entropy_bounded`: positions of rising entropy within `entropy_budget`.
+    `sequential`: the k leftmost. `random`: k at random."""
     threshold: Probability = 0.9
-    """`low_confidence_dynamic`: positions of higher confidence are revealed (unless the curriculum schedules it)."""
+    """With `low_confidence_dynamic`, the confidence above which a position is revealed, between 0 and 1. Lower values
+    reveal more tokens per step. `curriculum.threshold` replaces it where it is set."""
     entropy_budget: Annotated[float, Field(ge=0)] = 0.1
-    """`entropy_bounded`: nats of entropy that a step may reveal."""
+    """With `entropy_bounded`, the sum of the entropies, in nats, of the positions that one step may reveal. Higher
+    values reveal more tokens per step."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    """Sampling temperature of candidates; 0 is greedy. Confidence is always taken without it."""
+    """Sampling temperature of the candidate tokens; 0 is greedy decoding. Confidence is always taken from the softmax
+    without temperature."""
     top_k: NonNegativeInt = 0
-    """Candidates come from the k likeliest tokens; 0 is all."""
+    """Candidates are drawn from the k likeliest tokens only. 0: from all tokens."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Candidates come from the smallest set of tokens with this mass; 1 is all."""
+    """Candidates are drawn from the smallest set of tokens whose probabilities sum to this value. 1: from all
+    tokens."""
     on_new_weights: OnNewWeights = "finish"
-    """What becomes of sequences in work when new weights arrive (`queue.max_staleness` from 1 on). `finish`: they are
-    decoded to their end with the old ones, the push waits. `continue`: from the next denoising step on they are decoded
-    with the new ones; each token's version is recorded, a sample is as old as its oldest. What is decoded then depends
-    on when a push arrives: two runs with one seed differ."""
+    """What happens to sequences that are being decoded when new weights arrive (only with `queue.max_staleness` of 1 or
+    more). `finish`: they are decoded to their end with the old weights, and the new ones wait. `continue`: from the
+    next denoising step on they are decoded with the new weights; the version of each token is recorded, and a sample is
+    as stale as its oldest token. With `continue` the rollouts depend on when weights arrive, so two runs with one seed
+    differ."""
     weight_transport: Literal["object_store", "nixl"] = "object_store"
-    """How new weights come from the learner. `object_store`: through the host memory of both nodes. `nixl` (the extra
-    `opdlm-ray[nixl]`, Ray Direct Transport): each actor reads them from the first rank's GPU, by NVLink, InfiniBand or
-    what else UCX finds; that rank keeps a copy of each version that somebody may still read."""
+    """How new weights get from the learner to the rollout actors. `object_store`: through the host memory of both
+    nodes; works everywhere. `nixl` (Ray Direct Transport; needs the extra `opdlm-ray[nixl]`): each actor reads them
+    from the GPU of the learner's first rank, over NVLink, InfiniBand or whatever else UCX finds; that rank keeps a copy
+    of each version that an actor may still read."""
     cuda_graphs: bool = False
-    """Round denoising steps up to few shapes and replay each one's forward as a CUDA graph, recorded when it first
-    comes: for models so small that a forward takes a GPU less time than Python takes to launch it. In bfloat16 the
-    rounded shapes may give slightly other logits."""
+    """Run denoising steps as CUDA graphs. Batches are rounded up to a few shapes, and the forward of each shape is
+    recorded when it first occurs and replayed afterwards. Turn it on for models that are so small that the GPU finishes
+    a forward before Python has launched it. In bfloat16 the rounded shapes may give slightly different logits."""
     max_new_tokens: PositiveInt = 4096
-    """Longest response in tokens, whatever the curriculum says; never exceeded."""
+    """Longest response in tokens. No response exceeds it, whatever the curriculum and the data say."""
 
 
 class TeacherConfig(Section):
-    """Scoring by the frozen teacher (METHOD.md section 3)."""
+    """How the frozen teacher scores trajectories (METHOD.md section 3), and the pool of teacher actors."""
 
     actors: PositiveInt = 1
-    """Teacher actors."""
+    """Number of teacher actors. Each holds a copy of the teacher."""
     backend: Literal["transformers", "vllm"] = "transformers"
-    """What runs the teacher. `vllm` (the extra `opdlm-ray[vllm]`) gives `targets: topk` only."""
+    """Library that runs the teacher. `vllm` needs the extra `opdlm-ray[vllm]` and supports `targets: topk` only."""
     tensor_parallel: PositiveInt = 1
-    """`vllm`: GPUs of an actor that its layers are split over; `gpus_per_actor` reserves as many."""
+    """With `backend: vllm`, the number of GPUs over which an actor splits each layer. Set `gpus_per_actor` to the same
+    number. 1: the teacher fits on one GPU."""
     device_map: Literal["none", "auto"] = "none"
-    """`transformers`: `auto` spreads the layers over the actor's GPUs, of one node (needs accelerate)."""
+    """With `backend: transformers`, how the teacher uses an actor's GPUs. `none`: it is on one device. `auto`: its
+    layers are spread over the actor's GPUs, all on one node (needs the extra `opdlm-ray[device-map]`)."""
     cpus_per_actor: Annotated[float, Field(ge=0)] = 1
-    """Logical CPUs that Ray reserves for one actor."""
+    """Logical CPUs that Ray reserves for one actor, and the number of threads that torch uses in it."""
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0
-    """GPUs that Ray reserves for one actor. Of a part of one, `vllm` takes as large a part of its memory."""
+    """GPUs that Ray reserves for one actor: 0 scores on the CPU, 1 gives it a GPU of its own, a part of 1 shares a GPU
+    with other processes (`vllm` then takes the same part of the GPU's memory). More than 1 needs `device_map: auto` or
+    `tensor_parallel`."""
     placement: PlacementConfig = PlacementConfig()
-    """On which nodes."""
+    """Which nodes the teacher actors run on."""
     dtype: Dtype = "bfloat16"
-    """Number format of the teacher's forward."""
+    """Number format of the teacher's weights and of its forward."""
     targets: Literal["hidden", "topk", "logits"] = "hidden"
-    """What travels to the learner: final hidden states (exact full vocabulary), top-K, or all logits."""
+    """What the teacher sends to the learner for each response token. `hidden`: its final hidden state, from which the
+    learner computes the exact distribution over the full vocabulary with the teacher's output matrix. `topk`: the
+    log-probabilities of the K likeliest tokens. `logits`: all logits, for small vocabularies and tests."""
     top_k: PositiveInt = 16
-    """K of `targets: topk` (paper: 16 at 4B and 8B)."""
+    """With `targets: topk`, the number K of tokens that are sent for each position (paper: 16 at 4B and 8B)."""
     batch_tokens: PositiveInt = 16384
-    """Most tokens in one forward, padding included; a longer single trajectory goes alone (vLLM cuts it)."""
+    """Largest number of tokens in one forward, padding included. A trajectory that is longer than this gets a forward
+    of its own (vLLM splits it into parts). Lower it where the actor runs out of memory."""
 
 
 class QueueConfig(Section):
-    """The replay queue between decoding and training."""
+    """The replay queue, which holds scored trajectories between decoding and training."""
 
     max_staleness: NonNegativeInt = 0
-    """Rounds that decoding may run ahead of training. 0: decode, score, train, push, strictly on-policy: a round takes
-    their sum. At k, k + 1 rounds are on the way, and a round takes what its slowest role takes (a push is the rollout
-    actors' time too), or the sum / (k + 1) where that is more; see `rollout.prompts_per_call`."""
+    """Number of rounds that decoding may run ahead of training. 0: strictly on-policy; decoding, scoring, training and
+    the push of weights take turns, and a round takes the sum of their times. k: up to k + 1 rounds are in progress at
+    once, and a round takes as long as its slowest role (the rollout actors both decode and load weights), or the sum
+    divided by k + 1 where that is longer. Raise it to 1 or 2 where roles wait for each other; see
+    `rollout.prompts_per_call`."""
 
 
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-5
-    """Peak learning rate (paper: 1e-5 to 1e-6)."""
+    """Peak learning rate, reached after the warm-up (paper: 1e-5)."""
     min_lr_ratio: Probability = 0.1
-    """Learning rate at the end, as a share of the peak (paper: 0.1)."""
+    """With `schedule: cosine`, the learning rate at the end of the run as a share of `lr` (paper: 0.1, so 1e-6)."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    """How the learning rate changes after the warm-up. `cosine`: it falls from `lr` to `min_lr_ratio` times `lr` by the
+    last step of the run. `constant`: it stays at `lr`."""
     warmup_steps: NonNegativeInt = 5
-    """Optimizer steps of linear warm-up (paper: 5)."""
+    """Number of optimizer steps in which the learning rate rises linearly to `lr` (paper: 5)."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
-    """AdamW's betas."""
+    """AdamW's decay rates of the first and second moment (paper: 0.9, 0.999)."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's epsilon."""
+    """AdamW's epsilon, added to the denominator of the update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay (paper: none)."""
+    """AdamW's decoupled weight decay; 0 is none (paper: none)."""
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Largest global gradient norm; a larger gradient is scaled down to it (paper: 1.0). 0 turns clipping off."""
 
 
 class ZeroConfig(Section):
-    """DeepSpeed ZeRO."""
+    """DeepSpeed ZeRO: what the learner's ranks share out among them, and what is kept in host memory."""
 
     stage: Literal[1, 2, 3] = 2
-    """What is sharded over the workers: 1 optimizer, 2 and gradients, 3 and weights."""
+    """ZeRO stage. 1 shards the optimizer's state over the ranks, 2 also the gradients, 3 also the weights. Raise it
+    where a rank runs out of GPU memory; 3 costs the most communication."""
     offload_optimizer: bool = False
-    """Keep the optimizer's state in host memory (GPU learners; ignored by a learner that is on the CPU)."""
+    """Keep the optimizer's state in host memory: less GPU memory, slower steps. A learner on the CPU ignores it."""
     offload_weights: bool = False
-    """Keep ZeRO-3 weights in host memory (GPU learners; needs stage 3)."""
+    """Keep the sharded weights in host memory; needs `stage: 3`. A learner on the CPU ignores it."""
 
 
 class LearnerConfig(Section):
-    """The worker group that trains."""
+    """The worker group that trains the student."""
 
     workers: PositiveInt = 1
-    """ZeRO ranks."""
+    """Number of ranks: worker processes that train together, each with a share of every batch."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1
-    """Logical CPUs that Ray reserves for one rank."""
+    """Logical CPUs that Ray reserves for one rank, and the number of threads that torch uses in it."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    """GPUs that Ray reserves for one rank: 0 or 1, or a part of one with `workers: 1` (all roles on one GPU)."""
+    """GPUs that Ray reserves for one rank: 0 trains on the CPU, 1 gives it a GPU of its own. A part of 1 is possible
+    with `workers: 1` only, so that all roles can share one GPU."""
     placement: PlacementConfig = PlacementConfig()
-    """On which nodes."""
+    """Which nodes the ranks run on."""
     batch_size: PositiveInt = 8
-    """Trajectories in one optimizer step, over all ranks (paper: 8)."""
+    """Number of trajectories in one optimizer step, over all ranks together (paper: 8). At least `workers` and at most
+    `rollout.prompts_per_round`."""
     passes: PositiveInt = 1
-    """Times that the trajectories of a round are trained on (paper: 1), each time in another order, and in other states
-    where the selection draws them. 2 learn more from a rollout and train twice as long: worth it where decoding is what
-    a round waits for. What is trained in the second pass was decoded with weights from before the first."""
+    """Number of times that each round's trajectories are trained on (paper: 1). Every pass has another order, and other
+    states where the selection draws them. Set it to 2 where decoding takes the most time: the run learns more from each
+    rollout and trains twice as long. The second pass is less on-policy, because the first one has changed the weights
+    since the trajectories were decoded."""
     micro_batch_rows: PositiveInt = 8
-    """Training rows in one forward of one rank, packed into one line; the rest of its share is accumulated."""
+    """Number of training rows in one forward of one rank; gradients of the further rows are accumulated. Lower it where
+    a rank runs out of memory; the result does not depend on it."""
     logits_chunk: PositiveInt = 1024
-    """Loss positions whose full-vocabulary logits exist at one time; memory, not result, depends on it."""
+    """Number of loss positions whose full-vocabulary logits are in memory at the same time. Lower it where a rank runs
+    out of memory; the result does not depend on it."""
     gradient_checkpointing: bool = False
-    """Recompute layers in the backward pass; same gradients, less memory."""
+    """Recompute each layer in the backward pass instead of keeping its activations: the same gradients with less memory
+    and more computation."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW, schedule, clipping."""
+    """AdamW, its learning-rate schedule and gradient clipping."""
     zero: ZeroConfig = ZeroConfig()
-    """Sharding."""
+    """DeepSpeed ZeRO: sharding and offloading."""
     max_skipped_steps: NonNegativeInt = 3
-    """Optimizer steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
+    """Number of optimizer steps in a row that may be skipped because their gradient is not finite. One more ends the
+    run."""
     max_failures: NonNegativeInt = 3
-    """Restarts of the worker group from its last checkpoint before the run ends."""
+    """Number of times that the worker group is restarted from its last checkpoint after a failure. One more failure
+    ends the run."""
 
 
 class ResourcesConfig(Section):
-    """The Ray cluster and the patience with it."""
+    """The Ray cluster, and how many failures and how long a wait the run accepts."""
 
     ray_address: str | None = None
-    """Cluster to join. Empty: that of RAY_ADDRESS, which Ray sets in a submitted job, else a local Ray is started."""
+    """Address (`host:port`) of the head of the Ray cluster to join. Empty: the cluster of the environment variable
+    RAY_ADDRESS, which Ray sets in a submitted job; without that variable, a local Ray is started."""
     local_cpus: PositiveInt | None = None
-    """Logical CPUs of a Ray started here; may exceed the real ones. Empty: what the run asks for."""
+    """Number of logical CPUs of a local Ray; it may exceed the real number. Empty: as many as the run asks for."""
     local_dashboard: bool = True
-    """Serve the Ray dashboard of a Ray started here."""
+    """Start the dashboard of a local Ray."""
     dashboard_host: str = "127.0.0.1"
-    """Address that this dashboard listens on. One that other machines reach needs Ray's token authentication, which is
-    on unless RAY_AUTH_MODE says otherwise: whoever reaches the dashboard can run code."""
+    """Address on which the dashboard of a local Ray listens. The default is reachable from this machine only. Any other
+    address needs Ray's token authentication (on unless RAY_AUTH_MODE says otherwise), because everyone who reaches the
+    dashboard can run code."""
     worker_logs: bool = False
-    """Repeat the actors' own log lines on this terminal; they are in Ray's session folder in any case."""
+    """Show the log lines of the actors on this terminal. They are kept in Ray's session folder in any case."""
     actor_restarts: NonNegativeInt = 3
-    """Times that each rollout or teacher actor may die and come back."""
+    """Number of times that each rollout actor, each teacher actor and the replay queue may die and be started again.
+    After that the run goes on without the actor; it ends with the last actor of a pool, or with the queue."""
     sample_attempts: PositiveInt = 3
-    """Times that decoding and scoring a chunk of prompts is tried before the run ends with a checkpoint."""
+    """Number of times that a call to decode or score prompts is tried before the run ends with a checkpoint."""
     call_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
-    """Longest wait for one answer of an actor; then the error names who was waited for."""
+    """Longest wait for an answer of an actor, in seconds. After it the run ends with an error that names the actor.
+    Raise it where one call takes longer, as with long responses."""

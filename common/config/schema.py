@@ -1,9 +1,8 @@
-"""The configuration of a run, as data.
+"""The schema of a run's configuration: one pydantic model per section of the YAML.
 
-One pydantic model per room; unknown keys are refused, every field says what it is and in which unit. This package
-imports neither torch nor ray, so that a mistake in a YAML costs a fraction of a second. Checks that need two fields
-live in `checks.py`, loading and overrides in `load.py`. Sections of the roles are in `roles.py`, of the method in
-`method.py`.
+Unknown keys are refused, and the docstring below each field documents it. This package imports neither torch nor ray,
+so that a mistake in a YAML file is reported in a fraction of a second. The sections of the roles are in `roles.py`,
+those of the method in `method.py`; checks that need two fields are in `checks.py`, loading and overrides in `load.py`.
 """
 
 from __future__ import annotations
@@ -65,121 +64,143 @@ __all__ = [
 
 
 class RunConfig(Section):
-    """Identity, length and reproducibility of the run."""
+    """The run directory, the length of the run, and its reproducibility."""
 
     dir: str = "runs/run"
-    """Run directory: resolved config, metrics, checkpoints, report. On a cluster, a path that every node sees."""
+    """Run directory, for the resolved config, metrics, checkpoints, the trained student and the report. On a cluster, a
+    path that every node can reach."""
     seed: NonNegativeInt = 0
-    """Seed of data order, decoding, state selection. Two runs with one seed on one machine shape agree."""
+    """Seed of the order of the data, of sampling, and of the selection of states. Two runs with one seed and the same
+    numbers of actors and workers, on the same kind of machine, give the same results."""
     rounds: PositiveInt | None = None
-    """Rounds to train. Empty: as many as `data.epochs` gives."""
+    """Number of rounds to train, whatever `data.epochs` says. Empty: as many as `data.epochs` needs."""
     deterministic: bool = False
-    """Ask torch for deterministic kernels in the learner (some are slower; an operation without one is an error)."""
+    """Use only deterministic torch kernels in the learner. Some are slower, and an operation that has none ends the run
+    with an error. Turn it on to repeat a run on GPUs to the bit."""
     dump_rollouts: bool = False
-    """Keep every scored trajectory that is trained on, a file a round, in `rollouts/` of the run directory."""
+    """Keep every scored trajectory that is trained on, one file per round, in `rollouts/` of the run directory, for
+    `run.replay` of another run."""
     replay: str | None = None
-    """Folder of rollouts that a run kept: train on them instead of decoding and scoring. Empty: decode and score."""
+    """Folder of rollouts that an earlier run kept with `dump_rollouts`. The run then trains on them and starts no
+    rollout and no teacher actors. Empty: decode and score."""
     wandb_project: str | None = None
-    """Weights & Biases project that gets all metrics too (extra `wandb`). Empty: none."""
+    """Weights & Biases project to which all metrics are sent as well (needs the extra `opdlm-ray[wandb]`). Empty:
+    none."""
 
 
 class LoraConfig(Section):
-    """Low-rank adapters instead of all weights (peft; extra `lora`)."""
+    """Low-rank adapters (LoRA), which are trained instead of all weights (needs the extra `opdlm-ray[lora]`)."""
 
     rank: PositiveInt = 16
-    """Rank of the adapters."""
+    """Rank of each adapter. A higher rank can learn more and has more parameters."""
     alpha: Annotated[float, Field(gt=0)] = 32
-    """Scaling: an adapter counts `alpha / rank`."""
+    """Scaling: the output of an adapter is multiplied by `alpha / rank`."""
     target_modules: list[str] = Field(
         default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
     )
-    """Linear layers that get one. Embedding and output matrix stay as they are."""
+    """Names of the linear layers that get an adapter. Embedding and output matrix are not trained."""
 
 
 class ModelConfig(Section):
-    """The frozen teacher and the student that starts from it."""
+    """The frozen teacher, and the student that is trained."""
 
     teacher: str
-    """Folder of the autoregressive teacher in Hugging Face layout."""
+    """Folder of the autoregressive teacher, in Hugging Face layout. It has no default."""
     student: str | None = None
-    """Folder of the student's start. Empty: the teacher is converted (mask token added where missing)."""
+    """Folder of a converted model whose weights the student starts from. Empty: the teacher is converted, and a mask
+    token added where it has none."""
     dtype: Dtype = "bfloat16"
-    """Number format of the student in decoding and training; DeepSpeed keeps float32 masters beside bfloat16."""
+    """Number format of the student's weights in decoding and training. With bfloat16 the optimizer also keeps float32
+    weights."""
     lora: LoraConfig | None = None
-    """Train adapters only; rollout actors and exports get merged weights, `RUN/adapter` the adapter. Empty: train
-    everything. The mask token's embedding then stays at its start, as all embeddings do. With `dtype: bfloat16` merging
-    rounds: what decodes differs from what trains by up to half a bfloat16 step of each weight."""
+    """Train low-rank adapters instead of all weights; `{}` turns them on with their defaults. Rollout actors and the
+    exported student get the adapters merged into the weights, and `RUN/adapter` holds them alone. Empty: train all
+    weights. With adapters the mask token's embedding is not trained, as no embedding is. With `dtype: bfloat16` merging
+    rounds, so a weight that decodes differs from the one that trains by up to half a bfloat16 step."""
     attention: Attention = "auto"
-    """Attention of the training forward. `auto`: flex_attention on GPU, sdpa in two parts on CPU."""
+    """Attention of the learner's forward. `flex_attention`: block masks, GPU only. `sdpa`: two dense calls, one for
+    clean and one for noisy tokens. `auto`: `flex_attention` on a GPU, `sdpa` on the CPU."""
 
 
 class DataConfig(Section):
-    """Where prompts come from, and in which order and number they are used."""
+    """Where prompts come from, how many there are, and how rows of the data are read. Give either `task` or `path`."""
 
     task: str | None = None
-    """Built-in task that makes prompts and checks answers: `chain`, `add`, ...; several mixed: `add+sort`."""
+    """Built-in task that makes the prompts and checks answers: `chain`, `add`, `sub`, `sort`, `copy` or `reverse`.
+    Several names joined by `+` are mixed in equal shares (`add+sort`). Empty: prompts are read from `path`."""
     path: str | None = None
-    """Prompts instead of a task: a .jsonl or .parquet file, a folder that `datasets` saved, or a hub id."""
+    """Data with prompts: a .jsonl or .parquet file, a folder that `datasets` saved, or the id of a data set on the
+    Hugging Face hub. Empty: `task` makes the prompts."""
     subset: str | None = None
-    """Configuration name of a hub data set."""
+    """Configuration name of a data set on the hub. Empty: its default configuration."""
     split: str = "train"
-    """Split of a `datasets` folder or hub data set."""
+    """Split of a `datasets` folder or of a data set on the hub."""
     prompt_field: str = "prompt"
-    """Column of the prompt: text, a list of token ids, or a list of chat messages (`role`, `content`)."""
+    """Column with the prompt: text, a list of token ids, or a list of chat messages (`role`, `content`)."""
     response_field: str | None = None
-    """Column of the response (text or token ids), for `offline.responses: data`."""
+    """Column with the response, as text or token ids; required with `offline.responses: data` and a `path`. Empty: none
+    is read."""
     domain_field: str = "domain"
-    """Column of the domain (optional in the data); `curriculum.max_new_tokens_per_domain` caps by it."""
+    """Column with the domain of a row, such as `math`, by which `curriculum.max_new_tokens_per_domain` limits
+    responses. The data need not have it."""
     max_new_tokens_field: str = "max_new_tokens"
-    """Column of a row's own response limit in tokens (optional in the data)."""
+    """Column with a row's own limit of its response, in tokens. The data need not have it."""
     chat_template: bool = False
-    """Put each prompt through the tokenizer's chat template; text counts as one user message."""
+    """Put each prompt through the tokenizer's chat template. A prompt that is text becomes one user message; token ids
+    stay as they are."""
     system_prompt: str | None = None
-    """System message in front of every conversation (with `chat_template`)."""
+    """System message at the start of every conversation; needs `chat_template: true`. Empty: none."""
     thinking: bool | None = None
-    """`enable_thinking` of the chat template (Qwen3). Empty: the template's default."""
+    """Value of `enable_thinking` for the chat template (Qwen3 has it); needs `chat_template: true`. Empty: the
+    template's default."""
     prompts: PositiveInt | None = None
-    """Prompts in an epoch: how many a task makes, or an upper limit for a file."""
+    """Number of prompts in an epoch. With `task` it is required. With `path` only the first rows of the data are used;
+    empty: all rows."""
     max_prompt_tokens: PositiveInt | None = None
-    """Longer prompts are refused by name and counted, never cut. Empty: whatever fits the model's context."""
+    """Longest prompt in tokens. A longer one is refused and counted, never cut. Empty: the longest that leaves room for
+    its response in the model's context."""
     epochs: PositiveInt = 1
-    """Passes over the prompts, each in its own order."""
+    """Number of times that every prompt is used; each epoch has its own random order. `run.rounds` overrides it."""
 
 
 class CheckpointConfig(Section):
-    """Saving and keeping."""
+    """When checkpoints are written, and how many are kept."""
 
     every_rounds: PositiveInt = 10
-    """Rounds between checkpoints; one is also written at the end and on SIGTERM or SIGINT."""
+    """Number of rounds between two checkpoints. One is also written at the end of the run and on SIGTERM or SIGINT. A
+    failure loses the training since the last one at most."""
     keep: PositiveInt = 2
-    """Newest checkpoints that stay on disk. While one is written there are `keep` + 1."""
+    """Number of newest checkpoints that are kept. While a new one is written, the disk holds one more."""
     max_failed_saves: NonNegativeInt = 2
-    """Checkpoints in a row that may fail to be written (a full disk); one more ends the run, and 0 ends it at the
-    first. The ones before stay whole. Meanwhile the queue keeps all samples since the last checkpoint in Ray's object
-    store, for a learner that dies. The last checkpoint of a run may never fail."""
+    """Number of checkpoints in a row that may fail to be written, as on a full disk; one more ends the run. 0: the
+    first failure ends it. Earlier checkpoints stay whole. Until a save succeeds, the queue keeps all samples since the
+    last checkpoint in Ray's object store, for a learner that has to train them again. The last checkpoint of a run must
+    succeed."""
 
 
 class EvaluationConfig(Section):
-    """Exact match on held-out problems of tasks."""
+    """Evaluation by exact match on held-out problems of built-in tasks, before, during and after training."""
 
     tasks: list[str] = Field(default_factory=list)
-    """Tasks to examine, each by itself. Empty: `data.task`."""
+    """Tasks to evaluate on, each by itself. Empty: `data.task`; without one, nothing is evaluated."""
     every_rounds: PositiveInt | None = None
-    """Rounds between evaluations while training (dynamic decoding). Empty: none."""
+    """Number of rounds between two evaluations during training, which decode with `low_confidence_dynamic`. Empty: none
+    during training."""
     actors: NonNegativeInt = 0
-    """Spare actors for these, as large as a rollout actor, so that training goes on meanwhile. 0: rollout actors."""
+    """Number of extra rollout actors that do the evaluations during training, so that training goes on meanwhile; each
+    reserves as much as a rollout actor. 0: the rollout actors evaluate, and decoding waits."""
     problems: PositiveInt = 200
-    """Problems of each task in a periodic evaluation."""
+    """Number of problems of each task in an evaluation during training."""
     final_problems: NonNegativeInt = 1000
-    """Problems of each task in the evaluation before and after training; 0 turns both off."""
+    """Number of problems of each task in the evaluations before and after training. 0 turns both off."""
     max_new_tokens: PositiveInt = 64
-    """Longest answer in tokens."""
+    """Longest answer in tokens. An answer that has not ended by then is wrong."""
     batch_size: PositiveInt = 128
-    """Problems decoded side by side."""
+    """Number of problems that one actor decodes at the same time."""
 
 
 class OpdlmConfig(Section):
-    """A whole run."""
+    """The configuration of a whole run; only `model.teacher` and the prompts (`data`) have no default."""
 
     model: ModelConfig
     data: DataConfig

@@ -1,4 +1,7 @@
-r"""Marking responses against reference answers: `exact` text, or `math` (math-verify: `\boxed{1/2}` equals `0.5`)."""
+r"""Checks responses against reference answers.
+
+Kind `exact` compares the text; kind `math` compares values with math-verify (`\boxed{1/2}` equals `0.5`).
+"""
 
 from __future__ import annotations
 
@@ -10,35 +13,36 @@ from opdlm.common.errors import OpdlmError
 AnswerKind = Literal["exact", "math"]
 ANSWER_KINDS: tuple[AnswerKind, ...] = get_args(AnswerKind)
 
-Check = Callable[[str], bool | None]
-"""Response text -> right or wrong; None where no answer could be found in it (counts as wrong)."""
+AnswerCheck = Callable[[str], bool | None]
+"""Text of a response -> whether its answer is right. None: no answer was found in the text, which counts as wrong."""
 
-_MATH_SIGNS = ("\\boxed", "$", "\\(", "\\[")
+_ANSWER_MARKS = ("\\boxed", "$", "\\(", "\\[")
 
 
-def exact(reference: str) -> Check:
-    """Equal text, white space at both ends aside."""
+def exact_check(reference: str) -> AnswerCheck:
+    """The check that a response equals the reference; white space at both ends does not count."""
     wanted = reference.strip()
     return lambda response: response.strip() == wanted
 
 
-def math(reference: str) -> Check:
-    r"""Equal mathematical value of the response's last `\boxed{}`, else of the answer or number that it ends with.
+def math_check(reference: str) -> AnswerCheck:
+    r"""The check that a response has the mathematical value of the reference.
 
-    math-verify limits its time (5 s an expression) with SIGALRM: check in the main thread only, or it raises
-    `ValueError`.
+    The value of a response is that of its last `\boxed{}`; without a box, that of the answer or number it ends with.
+    math-verify limits its time to 5 s per expression with SIGALRM, so call the check in the main thread only; in
+    another thread it raises `ValueError`.
 
     Args:
         reference: the bare answer (`\frac{1}{2}`, `72`, `(3, \pi)`), or text that marks it with `\boxed{}` or `$`.
 
     Raises:
         OpdlmError: math-verify is not installed.
-        ValueError: it finds nothing in the reference.
+        ValueError: math-verify finds no answer in the reference.
     """
-    marked = any(sign in reference for sign in _MATH_SIGNS)
+    marked = any(mark in reference for mark in _ANSWER_MARKS)
     wanted = _parse(reference if marked else f"\\boxed{{{reference}}}")
     if not wanted:
-        raise ValueError(f"math-verify reads no answer in {reference!r}; expected a number or LaTeX, as 72 or 1/2")
+        raise ValueError(f"math-verify reads no answer in {reference!r}; expected a number or LaTeX, such as 72 or 1/2")
 
     def check(response: str) -> bool | None:
         found = _parse(response)
@@ -47,12 +51,13 @@ def math(reference: str) -> Check:
     return check
 
 
-CHECKS: dict[AnswerKind, Callable[[str], Check]] = {"exact": exact, "math": math}
+ANSWER_CHECKS: dict[AnswerKind, Callable[[str], AnswerCheck]] = {"exact": exact_check, "math": math_check}
+"""Kind of check -> function that makes the check for one reference answer."""
 
 
 def _parse(text: str) -> list[Any]:
     library = _math_verify()
-    # Of several boxes math-verify makes a set; the last one is the answer.
+    # math-verify takes several boxes for a set, but the last box is the answer.
     last_box = text.rfind("\\boxed")
     boxed_first = [library.LatexExtractionConfig(boxed_match_priority=0), library.ExprExtractionConfig()]
     return library.parse(text[max(last_box, 0) :], boxed_first, fallback_mode="no_fallback")

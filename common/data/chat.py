@@ -1,4 +1,4 @@
-"""Prompts through a tokenizer's chat template: for training data, for `opdlm eval --data` and for lm-eval."""
+"""Puts prompts through a tokenizer's chat template: training data, `opdlm eval --data --chat` and lm-eval use it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from opdlm.common.errors import ConfigError, OpdlmError
 
 
 class ChatTemplate:
-    """The template of a run's data, with a system message and thinking on or off.
+    """Turns the prompts of a run into token ids, with the chat template and the settings of the run's `data` section.
 
     Args:
-        thinking: `enable_thinking` of the template; None leaves it to the template.
+        system: system message put in front of every conversation (`data.system_prompt`); None adds no message.
+        thinking: value of the template's `enable_thinking` (`data.thinking`); None uses the template's default.
 
     Raises:
-        ConfigError: the tokenizer has no template, or one that does not know `enable_thinking`.
+        ConfigError: the tokenizer has no chat template, or `thinking` is set and the template has no
+            `enable_thinking`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None, thinking: bool | None) -> None:
@@ -36,23 +38,33 @@ class ChatTemplate:
             )
 
     def ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation up to where the assistant answers; text is one user message."""
+        """Token ids of a conversation, up to where the assistant's answer starts.
+
+        Args:
+            prompt: chat messages (`role`, `content`), or text, which counts as one user message.
+
+        Raises:
+            OpdlmError: the template tries to leave transformers' Jinja sandbox.
+        """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
         text = chat_prompt(self._tokenizer, [*self._system, *messages], self._thinking)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> str:
-    """The tokenizer's chat template, the one of that name where it has several.
+    """Returns the tokenizer's chat template.
+
+    Args:
+        name: which template, where the tokenizer has several.
 
     Raises:
-        OpdlmError: it has none, or several and none of that name.
+        OpdlmError: the tokenizer has no template, or several and none of this name.
     """
     try:
         return tokenizer.get_chat_template(name)
     except ValueError as error:
         reason = str(error).split(". ")[0]
-        raise OpdlmError(f"chat template: {reason}; the prompts would have to go without one") from None
+        raise OpdlmError(f"chat template: {reason}; use a tokenizer with a chat template, or no template") from None
 
 
 def chat_prompt(
@@ -61,14 +73,15 @@ def chat_prompt(
     thinking: bool | None = None,
     answer_begun: bool = False,
 ) -> str:
-    """Messages (or one user message) as the template writes them, up to where the assistant's answer starts.
+    """Returns a conversation as text in the template's form, up to where the assistant's answer starts.
 
     Args:
-        thinking: the template's `enable_thinking`; None leaves it to the template.
-        answer_begun: the last message is the assistant's and goes on.
+        messages: chat messages (`role`, `content`), or text, which counts as one user message.
+        thinking: value of the template's `enable_thinking`; None uses the template's default.
+        answer_begun: the last message is the start of the assistant's answer, which the model continues.
 
     Raises:
-        OpdlmError: no template, or one that tries to leave transformers' Jinja sandbox.
+        OpdlmError: the tokenizer has no template, or the template tries to leave transformers' Jinja sandbox.
     """
     require_template(tokenizer)
     conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
@@ -82,4 +95,6 @@ def chat_prompt(
             **extra,
         )
     except SecurityError as error:
-        raise OpdlmError(f"chat template: it tries to leave its sandbox, which is refused: {error}") from None
+        raise OpdlmError(
+            f"chat template: it tries to leave its sandbox ({error}); use a template that only formats messages"
+        ) from None

@@ -1,4 +1,7 @@
-"""Prompts of a run, and the order in which they are used. The order is a function, so the cursor is one number."""
+"""The prompts of a run and the order in which the run uses them.
+
+The order is a function of seed and sample number, so a checkpoint stores one number to say how far the run came.
+"""
 
 from __future__ import annotations
 
@@ -19,36 +22,41 @@ from opdlm.common.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt of the data."""
+    """One prompt of the data, as token ids."""
 
     prompt_id: str
+    """Name of its row: `file:number`, or `task/number`."""
     ids: np.ndarray  # [P] int32
     domain: str | None = None
     max_new_tokens: int | None = None
-    """The row's own response limit in tokens."""
-    response: np.ndarray | None = None  # [R] int32, with its end-of-sequence token; where the data has one
+    """The row's own limit of its response, in tokens."""
+    response: np.ndarray | None = None  # [R] int32
+    """The given response with its end-of-sequence token; None where the data has no response."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """What the data gave, and what of it was refused."""
+    """The prompts of an epoch, and the rows of the data that were refused."""
 
     prompts: list[Prompt]
     refused: list[str]
-    """One line a refused prompt: its name and why."""
+    """One line per refused row: its name and the reason."""
 
 
 def load_prompts(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, longest: int, seed: int, vocab_size: int | None = None
 ) -> PromptSet:
-    """Reads or makes the prompts of an epoch.
+    """Reads the prompts of an epoch from the data, or has the task make them.
+
+    A prompt that is empty, or longer than `longest` or `data.max_prompt_tokens`, is refused, never cut.
 
     Args:
-        longest: most tokens that a prompt may have and still leave room for its response.
-        vocab_size: the teacher's; no token id may lie outside. None: not checked.
+        longest: the longest prompt, in tokens, that leaves room for its response in the model's context.
+        seed: seed of a task's problems.
+        vocab_size: the teacher's vocabulary size, which every token id must lie below. None: ids are not checked.
 
     Raises:
-        ConfigError: no file, a broken line, or nothing left to train on.
+        ConfigError: the data cannot be read, a row is broken, a token id is out of range, or no prompt is left.
     """
     limit = longest if data.max_prompt_tokens is None else min(longest, data.max_prompt_tokens)
     encode = _encoder(data, tokenizer)
@@ -67,20 +75,23 @@ def load_prompts(
             kept.append(Prompt(row.name, prompt_ids, row.domain, row.max_new_tokens, response_ids))
     if not kept:
         reason = f"; first refusal: {refused[0]}" if refused else ""
-        raise ConfigError(f"data: no prompt to train on in {data.path or data.task}{reason}")
+        raise ConfigError(f"data: found no prompt to train on in {data.path or data.task}{reason}")
     return PromptSet(kept, refused)
 
 
 class PromptOrder:
-    """Which prompt the i-th sample of the run uses: each epoch its own permutation."""
+    """Says which prompt each sample of the run uses: `order[i]` is the prompt of sample i.
+
+    Each epoch uses every prompt once, in a permutation of its own.
+    """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, epochs: int) -> None:
         self._prompts = prompts
         self._seed = seed
         self.total = len(prompts) * epochs
-        """Samples in the run."""
+        """Number of samples in the run."""
         self.digest = _digest(prompts)
-        """Fingerprint of all that the prompts are, in order."""
+        """Fingerprint of the prompts in their order: names, domains, limits, token ids and responses."""
         self._epoch = -1
         self._permutation = np.empty(0, dtype=np.int64)
 
@@ -111,27 +122,29 @@ def _encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[
         if chat is not None:
             try:
                 return chat.ids(row.prompt)
-            except (TemplateError, TypeError) as error:  # what a template may make of a row that it does not like
-                raise ConfigError(f"data.chat_template: {row.name}: the template refuses it: {error}") from None
+            except (TemplateError, TypeError) as error:  # raised by the template's code for content it cannot format
+                raise ConfigError(
+                    f"data.chat_template: {row.name}: the template refuses it: {error}; correct the row's messages"
+                ) from None
         return list(tokenizer(row.prompt, add_special_tokens=False)["input_ids"])
 
     return encode
 
 
-def _check_ids(row: Row, ids: Sequence[int], what: str, vocab_size: int | None) -> None:
+def _check_ids(row: Row, ids: Sequence[int], column: str, vocab_size: int | None) -> None:
     if vocab_size is not None and ids and not (min(ids) >= 0 and max(ids) < vocab_size):
         found = min(ids) if min(ids) < 0 else max(ids)
         raise ConfigError(
-            f"data.{what}_field: {row.name} has token id {found}; the teacher's are 0 to {vocab_size - 1}"
+            f"data.{column}_field: {row.name} has token id {found}; the teacher's are 0 to {vocab_size - 1}"
         )
 
 
 def _response(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Token ids that end with the end-of-sequence token: a given response is a finished one."""
-    if row.response is None:
+    """Token ids of the row's response; an end-of-sequence token is added, because a given response is finished."""
+    given = row.response
+    if given is None:
         return None
-    text = row.response
-    ids = list(text if isinstance(text, list) else tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(given if isinstance(given, list) else tokenizer(given, add_special_tokens=False)["input_ids"])
     if not ids or ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
     return ids

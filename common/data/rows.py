@@ -1,12 +1,13 @@
-"""Rows of data, wherever they are: a task, a JSONL or parquet file, a `datasets` folder or hub id.
+"""Reads rows of data: prompts from a built-in task, a JSONL or parquet file, a `datasets` folder or a hub id.
 
-A row is known by its file and number (from 1), so that whatever is refused later can be found.
+Each row is named `file:number`, counted from 1, so that an error or a refusal can say which row it means.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,45 +17,77 @@ from opdlm.common.config.schema import DataConfig
 from opdlm.common.data.tasks import get_task, problems
 from opdlm.common.errors import ConfigError, first_line
 
-_OTHER_FORMS = (".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst")
+_UNSUPPORTED_SUFFIXES = (".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst")
+"""Endings of data files that are not read; a name with one of them is not taken for a hub id."""
 
 Text = str | list[int]
-"""Text, or the token ids that it stands for."""
+"""Text, or its token ids."""
 Conversation = tuple[Mapping[str, str], ...]
-"""Chat messages: `role`, `content`."""
+"""Chat messages; each has `role` and `content`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row, checked for types but not yet tokenized."""
+    """One row to train on. The types are checked, the text is not yet tokenized."""
 
     name: str
+    """`file:number`, or `task/number`."""
     prompt: Text | Conversation
     response: Text | None = None
+    """A given response (`offline.responses: data`), or the solution of a task's problem."""
     domain: str | None = None
     max_new_tokens: int | None = None
+    """The row's own limit of its response, in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One row to evaluate on: a prompt and its reference answer, both text."""
+
+    name: str
+    """`file:number`."""
+    prompt: str
+    answer: str
 
 
 def read_rows(data: DataConfig, seed: int) -> Iterator[Row]:
-    """Rows in the order of the data; endless for a task.
+    """Yields the rows to train on, in the order of the data. A task yields rows without end.
+
+    Args:
+        seed: seed of a task's problems.
 
     Raises:
-        ConfigError: no such data, a broken line, a missing column, a value of a wrong type.
+        ConfigError: the data does not exist, a line is broken, a column is missing, or a value has a wrong type.
     """
     if data.task is not None:
         for number, problem in enumerate(problems(get_task(data.task), "train", seed)):
             yield Row(f"{data.task}/{number}", problem.prompt, problem.solution, problem.task or data.task)
         return
-    for name, record in read_records(data):
+    for name, record in _records(data):
         yield _row(name, record, data)
 
 
-def read_records(data: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(`file:number`, columns) of each row of `data.path`.
+def read_questions(data: DataConfig) -> Iterator[Question]:
+    """Yields the rows of `data.path` as questions, in their order; `data.response_field` names the reference answer.
+
+    A reference answer may be a number, whose text is taken. No other column is read.
 
     Raises:
-        ConfigError: no such data, or a broken line.
+        ConfigError: the data does not exist, a line is broken, a column is missing, or a value has a wrong type.
     """
+    for name, record in _records(data):
+        prompt = _column(name, record, data.prompt_field, "data.prompt_field")
+        if not isinstance(prompt, str):
+            raise _wrong_type("data.prompt_field", name, data.prompt_field, prompt, "text")
+        answer_field = str(data.response_field)
+        answer = _column(name, record, answer_field, "data.response_field")
+        if not isinstance(answer, (str, int, float)) or isinstance(answer, bool):
+            raise _wrong_type("data.response_field", name, answer_field, answer, "text or a number")
+        yield Question(name, prompt, str(answer))
+
+
+def _records(data: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields (`file:number`, columns) for each row of `data.path`."""
     file = Path(str(data.path))
     for number, record in _jsonl(file) if file.suffix == ".jsonl" else _table(data, file):
         yield f"{file.name}:{number}", record
@@ -78,7 +111,7 @@ def _jsonl(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _table(data: DataConfig, file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Parquet, a folder of `datasets.save_to_disk`, or a hub id, all as an Arrow table that stays on disk."""
+    """Reads a parquet file, a folder of `datasets.save_to_disk` or a hub id, as an Arrow table that stays on disk."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -91,13 +124,13 @@ def _table(data: DataConfig, file: Path) -> Iterator[tuple[int, Mapping[str, Any
             table = datasets.load_from_disk(str(file))
             if isinstance(table, datasets.DatasetDict):
                 table = _split(table, data)
-        elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(file)) or file.suffix in _OTHER_FORMS:
-            raise ConfigError(f"data.path: {file} is no .jsonl or .parquet file, no folder, and no hub id")
+        elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(file)) or file.suffix in _UNSUPPORTED_SUFFIXES:
+            raise ConfigError(f"data.path: found {file}; expected a .jsonl or .parquet file, a folder, or a hub id")
         else:
             table = datasets.load_dataset(str(file), data.subset, split=data.split)
     except ConfigError:
         raise
-    except Exception as error:  # whatever a data file or the hub can do wrong, the user reads one line
+    except Exception as error:  # `datasets` and the hub raise errors of many classes; the user gets one line
         reason = first_line(error)
         raise ConfigError(f"data.path: {file} could not be read as a data set: {reason}") from error
     yield from enumerate(table, start=1)
@@ -110,36 +143,48 @@ def _split(table: Any, data: DataConfig) -> Any:
 
 
 def _row(name: str, record: Mapping[str, Any], data: DataConfig) -> Row:
-    def column(field: str, where: str) -> Any:
-        if record.get(field) is None:
-            raise ConfigError(f"data.{where}: {name} has no `{field}`; found: {', '.join(record)}")
-        return record[field]
-
-    prompt = column(data.prompt_field, "prompt_field")
+    prompt = _column(name, record, data.prompt_field, "data.prompt_field")
     if _is_messages(prompt):
-        if not data.chat_template:
-            raise ConfigError(
-                f"data.chat_template: {name}: `{data.prompt_field}` holds chat messages; set data.chat_template to true"
-            )
-        if prompt[-1]["role"] == "assistant":
-            raise ConfigError(
-                f"data.prompt_field: {name}: the conversation ends with the assistant's answer; leave that to "
-                "data.response_field"
-            )
-        if data.system_prompt is not None and prompt[0]["role"] == "system":
-            raise ConfigError(f"data.system_prompt: {name} brings a system message of its own; give one or the other")
+        _check_conversation(name, prompt, data)
         prompt = tuple(prompt)
     elif not _is_text(prompt):
-        raise ConfigError(
-            f"data.prompt_field: {name}: `{data.prompt_field}` is neither text, nor token ids, nor chat messages"
-        )
-    response = column(data.response_field, "response_field") if data.response_field else None
-    if response is not None and not _is_text(response):
-        raise ConfigError(f"data.response_field: {name}: `{data.response_field}` is neither text nor token ids")
+        expected = "text, token ids or chat messages"
+        raise _wrong_type("data.prompt_field", name, data.prompt_field, prompt, expected)
+    response = None
+    if data.response_field:
+        response = _column(name, record, data.response_field, "data.response_field")
+        if not _is_text(response):
+            raise _wrong_type("data.response_field", name, data.response_field, response, "text or token ids")
     limit = record.get(data.max_new_tokens_field)
     if limit is not None and not (isinstance(limit, int) and limit > 0):
         raise ConfigError(f"data.max_new_tokens_field: {name}: found {limit!r}; expected a number of tokens")
     return Row(name, prompt, response, record.get(data.domain_field), limit)
+
+
+def _column(name: str, record: Mapping[str, Any], field: str, setting: str) -> Any:
+    if field not in record:
+        raise ConfigError(f"{setting}: {name} has no `{field}`; found: {', '.join(record)}")
+    return record[field]
+
+
+def _wrong_type(setting: str, name: str, field: str, value: Any, expected: str) -> ConfigError:
+    return ConfigError(f"{setting}: {name}: `{field}` is {reprlib.repr(value)}; expected {expected}")
+
+
+def _check_conversation(name: str, messages: list[dict[str, str]], data: DataConfig) -> None:
+    if not data.chat_template:
+        raise ConfigError(
+            f"data.chat_template: {name}: `{data.prompt_field}` holds chat messages; set data.chat_template to true"
+        )
+    if messages[-1]["role"] == "assistant":
+        raise ConfigError(
+            f"data.prompt_field: {name}: the conversation ends with the assistant's answer; end it with the user's "
+            "message and put the answer into data.response_field"
+        )
+    if data.system_prompt is not None and messages[0]["role"] == "system":
+        raise ConfigError(
+            f"data.system_prompt: {name}: the conversation has a system message of its own; give one or the other"
+        )
 
 
 def _is_text(value: Any) -> bool:

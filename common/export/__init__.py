@@ -1,5 +1,19 @@
-"""Students as folders that other programs load: weights, config, tokenizer, modeling code, model card."""
+"""Writes students as folders that other programs load.
 
-from opdlm.common.export.layouts import LAYOUTS, LayoutName, export
+`export` writes one in a public layout of `LAYOUTS`: weights, config and tokenizer, the code of the model
+(`templates/`) where the layout needs it, and a model card. `engine_warnings` says where a student differs from what
+serving engines assume.
+"""
 
-__all__ = ["LAYOUTS", "LayoutName", "export"]
+from __future__ import annotations
+
+from opdlm.common.lazy import lazy_exports
+
+__getattr__, __all__ = lazy_exports(
+    __name__,
+    {
+        "card": ["Card", "write_card"],
+        "layouts": ["LAYOUTS", "TEMPLATES", "Layout", "engine_warnings", "export"],
+        "names": ["LayoutName"],
+    },
+)

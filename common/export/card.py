@@ -1,4 +1,4 @@
-"""The model card (README.md) of an exported student: what it is, how to decode it, and the run that made it."""
+"""Writes the model card (README.md) of an exported student: what it is, how to decode with it, which run trained it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ while start < length + 32 and tokenizer.eos_token_id not in tokens[0, length:]:
     tokens = torch.nn.functional.pad(tokens, (0, start + size - tokens.shape[1]), value=mask)
     block = (torch.arange(start + size) + offset) // size
     seen = (block[None, :] <= block[:, None])[None, None]  # block-causal
-    for _ in range(size - max(length - start, 0)):  # one token a step, the surest first
+    for _ in range(size - max(length - start, 0)):  # one token per step, the most confident first
         with torch.no_grad():
             logits = model(input_ids=tokens, attention_mask=seen, use_cache=False).logits[0]
         logits[:, mask] = float("-inf")
@@ -53,20 +53,24 @@ print(tokenizer.decode(tokens[0]))
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What the card is written from."""
+    """What a card is written from."""
 
     checkpoint: Path
+    """Folder of the student that is exported."""
     layout: str
     config: Any
+    """The student's transformers config."""
     auto_map: dict[str, str]
+    """transformers' Auto class -> `file.Class` of the code in the exported folder; empty without code."""
     base_model: str | None
+    """Hub id of the autoregressive model. None: the name of the run's teacher."""
 
 
 def write_card(card: Card, warnings: list[str], file: Path) -> None:
-    """Writes the card. No path of this machine gets into it: of a path, the last name is kept."""
-    run, figures = _run_of(card.checkpoint)
+    """Writes the card. It contains no path of this machine: of each path, only the last name is kept."""
+    run, figures = _run_and_figures(card.checkpoint)
     teacher = run.get("model", {}).get("teacher")
-    base = card.base_model or (_public(teacher) if teacher else None)
+    base = card.base_model or (_without_paths(teacher) if teacher else None)
     head: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -74,16 +78,16 @@ def write_card(card: Card, warnings: list[str], file: Path) -> None:
     }
     if base:
         head["base_model"] = base
-    sections = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n", _what(card, base), _how(card, warnings)]
+    sections = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n", _description(card, base), _usage(card, warnings)]
     if figures:
         sections.append(_table("Figures of the run", figures))
     if run:
-        text = yaml.safe_dump(_public(run), sort_keys=False)
+        text = yaml.safe_dump(_without_paths(run), sort_keys=False)
         sections.append(f"## The run's resolved config\n\n```yaml\n{text}```\n")
     file.write_text("\n".join(sections))
 
 
-def _what(card: Card, base: str | None) -> str:
+def _description(card: Card, base: str | None) -> str:
     config = card.config
     made = f"converted from `{base}`" if base else "converted from an autoregressive model"
     facts = {
@@ -98,41 +102,44 @@ def _what(card: Card, base: str | None) -> str:
     text = (
         f"# Block diffusion language model\n\nA block diffusion language model {made} by on-policy distillation\n"
         f"(OPDLM, [arXiv 2606.06712]({_PAPER})). A token sees all tokens of its own block and of earlier\n"
-        "blocks, and the logits at position i predict token i: there is no shift. It decodes several tokens a step.\n\n"
+        "blocks, and the logits at position i predict token i: there is no shift. A step decodes several tokens.\n\n"
     )
     return text + _table("", facts)
 
 
-def _how(card: Card, warnings: list[str]) -> str:
+def _usage(card: Card, warnings: list[str]) -> str:
     auto = next((name for name in card.auto_map if name != "AutoConfig"), None)
     snippet = (_WITH_CODE if auto else _PLAIN).format(auto=auto, prompt=_PROMPT)
-    text = "## How to decode\n\nWith opdlm-ray, which keeps keys and values and decodes batches:\n\n"
+    text = "## How to decode\n\nWith opdlm-ray, which caches keys and values and decodes batches:\n\n"
     text += f"```\nopdlm generate THIS_FOLDER --prompt {_PROMPT!r} --trace\n```\n\nWith transformers alone:\n\n"
     text += f"```python\n{snippet}```\n"
     if card.layout == "sdar":
-        text += "\nSGLang and LMDeploy serve this architecture; this folder was not tried in them."
+        text += "\nSGLang and LMDeploy serve this architecture; this folder has not been tried with them."
         text += " Mind the differences:\n\n" if warnings else "\n"
         text += "".join(f"- {line}\n" for line in warnings)
     return text
 
 
-def _run_of(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Config and figures of the run that trained this checkpoint: RUN/student is what a run's figures are about."""
+def _run_and_figures(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads the config and the figures of the run that trained this checkpoint.
+
+    Both are empty unless the checkpoint is a run's `student`, the trained model that the run's figures describe.
+    """
     folder = checkpoint.resolve()
     files = folder.parent / "config.yaml", folder.parent / "report.json"
     if folder.name != "student" or not files[0].is_file():
         return {}, {}
     run = read_yaml(files[0])
-    run.pop("resources", None)  # says where it ran, not what was done
+    run.pop("resources", None)  # the machines do not matter to the reader
     return run, read_json(files[1]) if files[1].is_file() else {}
 
 
-def _public(value: Any) -> Any:
-    """The same without paths of this machine and addresses."""
+def _without_paths(value: Any) -> Any:
+    """Returns the value with each path and address replaced by its last name."""
     if isinstance(value, dict):
-        return {key: _public(item) for key, item in value.items()}
+        return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_public(item) for item in value]
+        return [_without_paths(item) for item in value]
     if isinstance(value, str) and (value.startswith(("/", "~", "..")) or "://" in value):
         return Path(value).name
     return value
@@ -141,9 +148,9 @@ def _public(value: Any) -> Any:
 def _table(title: str, rows: dict[str, Any]) -> str:
     lines = [f"## {title}\n"] if title else []
     lines += ["| | |", "| --- | --- |"]
-    lines += [f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in rows.items() if value is not None]
+    lines += [f"| {name.replace('_', ' ')} | {_format(value)} |" for name, value in rows.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,8 +1,9 @@
-"""A student under the names by which other programs know its kind.
+"""Exports a student in one of the layouts that other programs load.
 
-`a2d-*`: the public OPDLM and A2D checkpoints' (`AutoModelForMaskedLM`, with code beside the weights). `sdar`: what
-SGLang and LMDeploy serve. `qwen3`, `qwen2`, `llama`: the plain network, for what brings masks of its own. Weight files
-are the same bytes in all of them; `common/export/templates` holds the code that goes with the first two.
+`a2d-*` is the layout of the public OPDLM and A2D checkpoints (`AutoModelForMaskedLM`, with code beside the weights).
+`sdar` is the one that SGLang and LMDeploy serve. `qwen3`, `qwen2` and `llama` are the plain network, for programs that
+make the attention mask themselves. The weight files are the same bytes in all layouts; `common/export/templates` holds
+the code that is copied into the first two.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.export.card import Card, write_card
+from opdlm.common.export.names import LayoutName
 from opdlm.common.files import atomic_folder, refuse_existing
 from opdlm.common.model.config import read_config
 from opdlm.common.model.convert import check_tensors, tied_copies, write_config, write_generation_config
@@ -24,24 +26,23 @@ from opdlm.common.model.tokenizer import load_tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-LayoutName = Literal["a2d-qwen3", "a2d-qwen2", "a2d-llama", "sdar", "qwen3", "qwen2", "llama"]
-
 ENGINE_MASK_ID, ENGINE_BLOCK_SIZE = 151669, 4
-"""What SGLang (`dllm/config.py`) and LMDeploy (`configurations/sdar.py`) take for every `SDARForCausalLM`: the mask
-token without asking the config, the block size unless told otherwise at start."""
+"""The values that SGLang (`dllm/config.py`) and LMDeploy (`configurations/sdar.py`) use for every `SDARForCausalLM`.
+They do not read the mask token id from the config; the block size can be set when they are started."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a layout changes in a plain checkpoint of its family."""
+    """How a layout differs from a plain checkpoint of its model family."""
 
     family: str
-    """transformers' model type of the network."""
+    """transformers' `model_type` of the network."""
     architecture: str | None = None
-    """None keeps transformers' own classes: nothing below is then needed."""
+    """Class of the model, for config.json. None: transformers' own class, which needs none of the fields below."""
     auto_map: dict[str, str] = field(default_factory=dict)
-    """transformers' Auto class -> `file.Class` in the folder."""
+    """transformers' Auto class -> `file.Class` of the code in the folder."""
     files: tuple[str, ...] = ()
+    """Files of `templates` that are copied into the folder."""
 
 
 def _a2d(family: str, prefix: str) -> Layout:
@@ -67,14 +68,18 @@ LAYOUTS: dict[LayoutName, Layout] = {
 
 
 def export(source: str | Path, destination: str | Path, layout: LayoutName, base_model: str | None = None) -> list[str]:
-    """Writes a student in a public layout, with its model card; returns what the user should know, a line each.
+    """Writes a student and its model card in a public layout. The destination appears whole or not at all.
 
     Args:
-        base_model: hub id of the autoregressive model, for the card; None takes the name that the run knows.
+        source: folder of a student.
+        destination: a folder that does not exist yet.
+        base_model: hub id of the autoregressive model, for the card. None: the name of the run's teacher.
+
+    Returns: warnings for the user, one line each.
 
     Raises:
-        OpdlmError: unusable source, no student, a layout of another family, or a destination that exists. Nothing is
-            written then.
+        OpdlmError: the source cannot be used or is no student, the layout is for another model family, or the
+            destination exists.
     """
     source, destination, target = Path(source), Path(destination), LAYOUTS[layout]
     refuse_existing("export", destination)
@@ -99,7 +104,7 @@ def export(source: str | Path, destination: str | Path, layout: LayoutName, base
         write_generation_config(source, config, folder)
         tokenizer.save_pretrained(folder)
         if target.architecture:
-            _rename(folder / "config.json", layout, target)
+            _set_layout(folder / "config.json", layout, target)
         for name in target.files:
             shutil.copyfile(TEMPLATES / name, folder / name)
         warnings = engine_warnings(config) if layout == "sdar" else []
@@ -108,28 +113,28 @@ def export(source: str | Path, destination: str | Path, layout: LayoutName, base
 
 
 def engine_warnings(config: Any) -> list[str]:
-    """In what a student differs from what SGLang and LMDeploy take for granted, and what to do about it."""
-    lines = []
+    """Says where a student differs from what SGLang and LMDeploy assume, and what to do about it, one line each."""
+    warnings = []
     if config.mask_token_id != ENGINE_MASK_ID:
-        lines.append(
-            f"the mask token id is {config.mask_token_id}, but SGLang and LMDeploy take {ENGINE_MASK_ID} for every "
-            "SDAR model and cannot serve this one; transformers can load it"
+        warnings.append(
+            f"the mask token id is {config.mask_token_id}, but SGLang and LMDeploy use {ENGINE_MASK_ID} for every "
+            "SDAR model and cannot serve this one; load it with transformers"
         )
     if config.block_grid != "absolute":
-        lines.append(
+        warnings.append(
             f"the block grid is {config.block_grid!r}, but SGLang and LMDeploy count blocks from the first prompt "
-            "token (the absolute grid); served there it decodes states that it was not trained on"
+            "token (the absolute grid); there the model decodes states that it was not trained on"
         )
     if config.block_size != ENGINE_BLOCK_SIZE:
-        lines.append(
-            f"the block size is {config.block_size}, not {ENGINE_BLOCK_SIZE}; tell SGLang (block_size in the file of "
-            "--dllm-algorithm-config) and LMDeploy (dllm_block_length)"
+        warnings.append(
+            f"the block size is {config.block_size}, not {ENGINE_BLOCK_SIZE}; set it in SGLang (block_size in the file "
+            "of --dllm-algorithm-config) and in LMDeploy (dllm_block_length)"
         )
-    return lines
+    return warnings
 
 
-def _rename(file: Path, layout: str, target: Layout) -> None:
-    """config.json as transformers 4 writes it, which 5 reads too and engines with a pinned 4 understand."""
+def _set_layout(file: Path, layout: str, target: Layout) -> None:
+    """Rewrites config.json for a layout, in the form of transformers 4, which version 5 and older engines read."""
     raw: dict[str, Any] = json.loads(file.read_text())
     rope = dict(raw.pop("rope_parameters"))
     raw |= {

@@ -1,0 +1,36 @@
+"""Checkpoints of language models: reading, loading, converting.
+
+A checkpoint is a folder in Hugging Face layout. `read_config`, `read_facts`, `read_shards` and `load_tokenizer` read
+its parts without loading weights; `check_vocabularies` and `check_tokenizers` compare a teacher with a student.
+`load_model` loads the network and `hidden_states` runs it; a caller that computes attention itself passes an
+`AttentionLayout`. `convert_checkpoint` makes a student from an autoregressive model. A public name is imported with its
+module when it is first used, so that each caller loads only the libraries that it needs.
+"""
+
+from __future__ import annotations
+
+from opdlm.common.lazy import lazy_exports
+
+__getattr__, __all__ = lazy_exports(
+    __name__,
+    {
+        "attention": ["ATTENTION", "AttentionLayout"],
+        "char_tokenizer": ["build_char_tokenizer"],
+        "config": ["EMBEDDING", "OUTPUT", "SUPPORTED_TYPES", "read_config"],
+        "convert": [
+            "MASK_TOKEN",
+            "check_tensors",
+            "convert_checkpoint",
+            "finish_config",
+            "mask_rows",
+            "save_model",
+            "tied_copies",
+            "write_config",
+            "write_generation_config",
+        ],
+        "facts": ["ModelFacts", "check_vocabularies", "count_parameters", "read_facts", "require_mask"],
+        "load": ["hidden_states", "input_device", "load_model", "load_output_matrix"],
+        "shards": ["Shards", "copy_shards", "read_shards", "weights_fingerprint"],
+        "tokenizer": ["check_tokenizers", "has_tokenizer", "load_tokenizer"],
+    },
+)

@@ -1,4 +1,4 @@
-"""A character tokenizer in transformers' own format, for teachers that are trained from scratch."""
+"""A tokenizer with one token per character, in transformers' format, for teachers that are trained from scratch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ PAD, EOS, UNKNOWN = "<|pad|>", "<|endoftext|>", "<|unk|>"
 
 
 def build_char_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
-    """One token a character of `alphabet`, plus pad, end of sequence and unknown. It has no mask token."""
+    """Returns a tokenizer with a token for each character of `alphabet`, and for padding, end of sequence and unknown.
+
+    It has no mask token.
+    """
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *sorted(set(alphabet))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")

@@ -1,8 +1,9 @@
-"""The config.json of a checkpoint folder, read as data: families that are supported, nothing that would choose code.
+"""Reads the config.json of a checkpoint folder as data: supported model families only, no setting that chooses code.
 
-A student is the same network as its teacher with another attention mask and no logit shift, so its weights and modules
-are those of transformers. Keys of config.json make it a student: `mask_token_id`, and where known `block_size` and
-`block_grid`. The public OPDLM checkpoints (`model_type: a2d-qwen3`) and SDAR's are Qwen3 weights under other names.
+A student is the same network as its teacher, with another attention mask and without a logit shift, so transformers'
+own classes load it. Keys of config.json mark it as a student: `mask_token_id`, and where they are known `block_size`
+and `block_grid`. The public checkpoints of OPDLM (`model_type: a2d-qwen3`) and SDAR are Qwen3 weights under other
+names.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from opdlm.common.errors import OpdlmError
 from opdlm.common.files import read_json
 
 A2D_PREFIX = "a2d-"
-_NOT_FROM_A_FILE = (
+"""How the `model_type` of the public OPDLM and A2D (AR-to-diffusion) checkpoints begins."""
+_IGNORED_KEYS = (
     "auto_map",  # names code beside the weights
     "attn_implementation",  # may name a kernel on the hub, which is code too
     "_attn_implementation",
@@ -24,21 +26,24 @@ _NOT_FROM_A_FILE = (
     "_experts_implementation",
     "transformers_weights",  # would be loaded instead of the files that were checked
 )
-"""Keys of config.json that would choose code or files; a checkpoint has no say in these."""
+"""Keys of config.json that would choose code or other files; a checkpoint must not decide these."""
 SUPPORTED_TYPES = ("qwen3", "qwen2", "llama")
-"""Families whose forward takes our 4-D masks and whose logits are `lm_head(hidden)` and nothing more."""
-SDAR_TYPE = "sdar"  # Qwen3's network, diffusion checkpoints only
+"""Model families that take 4-D attention masks and whose logits are `lm_head(hidden)` without a further operation."""
+SDAR_TYPE = "sdar"
+"""`model_type` of SDAR checkpoints: diffusion models with Qwen3's network."""
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-"""The two matrices with a row per token, by their names in all three families; a tied model has the first."""
+"""Names of the embedding and the output matrix `[V, D]` in all three families; a tied model has the first one only."""
 
 
 def read_config(folder: str | Path) -> Any:
-    """The transformers config of a checkpoint folder; `a2d-qwen3` and `sdar` are read as the Qwen3 that they are.
+    """Returns the transformers config of a checkpoint folder; `a2d-*` and `sdar` become the family of their network.
+
+    The attribute `is_diffusion_student` is added: whether config.json marks the model as a student.
 
     Raises:
-        OpdlmError: no such folder, no config.json, an adapter's folder, a family that is not supported, or a setting
-            of it under which decoding with a cache and the training forward could not agree.
+        OpdlmError: the folder or its config.json does not exist, the folder holds an adapter, the family is not
+            supported, or a setting would make decoding with a cache differ from the training forward.
     """
     path = Path(folder)
     file = path / "config.json"
@@ -46,7 +51,7 @@ def read_config(folder: str | Path) -> Any:
         raise OpdlmError(f"model folder {path} does not exist; expected a checkpoint in Hugging Face layout")
     if not file.is_file():
         raise OpdlmError(f"model folder {path} has no config.json; expected a checkpoint in Hugging Face layout")
-    if (path / "adapter_config.json").is_file():  # transformers would load the base model that it names instead
+    if (path / "adapter_config.json").is_file():  # transformers would load the base model that it names
         raise OpdlmError(f"model folder {path} holds an adapter (adapter_config.json); expected a merged model")
     raw = read_json(file)
     named = str(raw.get("model_type", ""))
@@ -56,15 +61,15 @@ def read_config(folder: str | Path) -> Any:
             f"{file}: model_type is {raw.get('model_type')!r}; supported: "
             + ", ".join([*(f"{t}, {A2D_PREFIX}{t}" for t in SUPPORTED_TYPES), SDAR_TYPE])
         )
-    settings = {key: value for key, value in raw.items() if key not in ("model_type", *_NOT_FROM_A_FILE)}
+    settings = {key: value for key, value in raw.items() if key not in ("model_type", *_IGNORED_KEYS)}
     config = AutoConfig.for_model(family, **settings)
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise OpdlmError(f"{file}: use_sliding_window is on; a sliding window has no block-causal counterpart here")
+        raise OpdlmError(f"{file}: use_sliding_window is on; expected a model without one, for block-causal masks")
     rope = config.rope_parameters["rope_type"]
     if rope in ("dynamic", "longrope"):
         raise OpdlmError(
-            f"{file}: rope_type is {rope!r}, whose rotation changes with the sequence's length, so that keys in a "
-            "cache grow wrong; expected one that depends on the position alone (default, linear, yarn, llama3)"
+            f"{file}: rope_type is {rope!r}, whose rotation changes with the sequence's length, so keys in the "
+            "cache would be wrong; expected one that depends on the position alone (default, linear, yarn, llama3)"
         )
     config.is_diffusion_student = raw["model_type"] != family or raw.get("mask_token_id") is not None
     return config

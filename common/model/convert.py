@@ -1,9 +1,9 @@
-"""AR checkpoint -> student checkpoint: the same weights, a mask token, and the block layout in config.json.
+"""Converts an autoregressive checkpoint to a student: the same weights, a mask token, and a block size in config.json.
 
-Where the tokenizer has no mask token, `<|MASK|>` is added. If the embedding matrix has spare rows (Qwen3 has), its id
-is one of them; else one row is appended. Either way no logit of an existing token changes. Weight files are copied as
-bytes; only the ones with a matrix that grows are written anew, so a model of any size converts in the memory of one
-matrix. What other programs read is written by `opdlm.common.export`.
+Where the tokenizer has no mask token, `<|MASK|>` is added. If the embedding matrix has more rows than the tokenizer has
+tokens (as in Qwen3), the mask token takes one of these rows; otherwise a row is appended. Either way no logit of an
+existing token changes. Weight files are copied as bytes, and only a file with a matrix that grows is written anew, so
+converting a model of any size needs the memory of one matrix. `opdlm.common.export` writes students for other programs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ from opdlm.common.model.tokenizer import load_tokenizer
 MASK_TOKEN = "<|MASK|>"
 
 
-def convert(source: str | Path, destination: str | Path, block_size: int, block_grid: str) -> int:
-    """Writes a student checkpoint; returns its mask token id.
+def convert_checkpoint(source: str | Path, destination: str | Path, block_size: int, block_grid: str) -> int:
+    """Writes a student checkpoint and returns its mask token id. The destination appears whole or not at all.
 
-    The destination appears whole or not at all.
+    Args:
+        source: folder of an autoregressive model, or of a student that gets another block size or grid.
+        destination: a folder that does not exist yet.
+        block_size: tokens in a block.
+        block_grid: `absolute` or `response`.
 
     Raises:
-        OpdlmError: unusable source, or a destination that exists.
+        OpdlmError: the source cannot be used, or the destination exists.
     """
     destination = Path(destination)
     refuse_existing("convert", destination)
@@ -53,7 +57,7 @@ def convert(source: str | Path, destination: str | Path, block_size: int, block_
 
 
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase | None, destination: Path) -> None:
-    """Saves a model that is in memory, in Hugging Face layout, through a temporary folder and one rename."""
+    """Saves a model that is in memory, in Hugging Face layout. The destination appears whole or not at all."""
     with atomic_folder(destination) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
@@ -62,17 +66,20 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase | None, destinatio
 
 
 def mask_rows(shards: Shards, mask_id: int) -> dict[str, torch.Tensor]:
-    """The row `[D]` that each of embedding and output matrix needs for the mask token: the mean of the others.
+    """Returns the row `[D]` for the mask token that each of embedding and output matrix needs: the mean of its rows.
 
-    Empty where the mask token has a row already.
+    Returns: tensor name -> row; empty where the matrices have a row for the mask token already.
+
+    Raises:
+        OpdlmError: the tokenizer has more tokens than the matrices have rows.
     """
-    have = shards.shape(EMBEDDING)[0]
-    if mask_id < have:
+    existing = shards.shape(EMBEDDING)[0]
+    if mask_id < existing:
         return {}
-    if mask_id > have:
+    if mask_id > existing:
         raise OpdlmError(
-            f"convert: the tokenizer gives the mask token id {mask_id}, but the embedding has {have} rows; "
-            "a tokenizer with more tokens than the model has rows is not one this model was trained with"
+            f"convert: the tokenizer gives the mask token id {mask_id}, but the embedding has {existing} rows; "
+            "use the tokenizer that the model was trained with, which has no more tokens than that"
         )
     rows = {}
     for name in (EMBEDDING, OUTPUT):
@@ -83,19 +90,19 @@ def mask_rows(shards: Shards, mask_id: int) -> dict[str, torch.Tensor]:
 
 
 def tied_copies(config: Any, shards: Shards) -> frozenset[str]:
-    """A tied model's output matrix where it is stored a second time, as the public Qwen3-0.6B does."""
+    """Names the output matrix of a tied model, where its files hold a second copy of it, as those of Qwen3-0.6B do."""
     return frozenset({OUTPUT} & shards.file_of.keys() if config.tie_word_embeddings else ())
 
 
 def check_tensors(config: Any, shards: Shards) -> None:
-    """Every parameter that the config asks for must be stored, in its shape.
+    """Checks that the files hold every parameter that the config asks for, in its shape.
 
     Raises:
-        OpdlmError: names the first that is not.
+        OpdlmError: a parameter is missing or has another shape; the first one is named.
     """
-    with torch.device("meta"):  # names and shapes, no memory
+    with torch.device("meta"):  # gives names and shapes, takes no memory
         model = AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():  # a tied output matrix is not named twice
+    for name, parameter in model.named_parameters():  # names a tied matrix once
         if name not in shards.file_of:
             raise OpdlmError(f"model folder {shards.folder}: no tensor {name} in its safetensors files")
         if shards.shape(name) != tuple(parameter.shape):
@@ -106,7 +113,7 @@ def check_tensors(config: Any, shards: Shards) -> None:
 
 
 def write_config(config: Any, shards: Shards, folder: Path) -> None:
-    """config.json as plain transformers reads it, with our block layout among its fields."""
+    """Writes config.json in the form of plain transformers, with block size and grid among its fields."""
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     if config.dtype is None:
         config.dtype = shards.load("model.norm.weight").dtype
@@ -115,7 +122,7 @@ def write_config(config: Any, shards: Shards, folder: Path) -> None:
 
 
 def write_generation_config(source: Path, config: Any, folder: Path) -> None:
-    """The source's generation_config.json as it is; where there is none, what its config says."""
+    """Copies the source's generation_config.json; where there is none, writes one from the config."""
     file = source / "generation_config.json"
     if file.is_file():
         shutil.copyfile(file, folder / file.name)
@@ -124,7 +131,7 @@ def write_generation_config(source: Path, config: Any, folder: Path) -> None:
 
 
 def finish_config(file: Path) -> None:
-    """Takes out of config.json what is derived on reading."""
+    """Removes from config.json what `read_config` adds."""
     raw = json.loads(file.read_text())
     raw.pop("is_diffusion_student", None)
     file.write_text(json.dumps(raw, indent=2) + "\n")

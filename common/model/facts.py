@@ -1,4 +1,4 @@
-"""What a checkpoint folder says without loading weights: vocabulary, context, special tokens, block layout, size."""
+"""Reads the facts about a checkpoint without loading weights: vocabulary, context, special tokens, block grid, size."""
 
 from __future__ import annotations
 
@@ -20,23 +20,31 @@ from opdlm.common.model.tokenizer import load_tokenizer
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a checkpoint folder says without loading weights."""
+    """The facts about a checkpoint that its config, its tokenizer and the headers of its weight files give."""
 
     folder: Path
     vocab_size: int
-    """Rows of the output matrix."""
+    """Number of rows of the output matrix."""
     context: int
-    """`max_position_embeddings`, in tokens."""
+    """Longest sequence in tokens (`max_position_embeddings`)."""
     eos_ids: tuple[int, ...]
+    """Ids of the end-of-sequence tokens, rising; at least one."""
     mask_id: int | None
-    """None for an autoregressive model that has none."""
+    """Id of the mask token. None: an autoregressive model without one."""
     block_size: int | None
+    """Block size of a student, in tokens. None where config.json does not give it."""
     block_grid: GridKind | None
+    """Block grid of a student. None where config.json does not give it."""
     is_student: bool
+    """Whether config.json marks the model as a block-diffusion student."""
 
 
 def read_facts(folder: str | Path) -> ModelFacts:
-    """Vocabulary, context, special tokens and block layout of a checkpoint folder (config and tokenizer only)."""
+    """Reads the facts about a checkpoint folder from its config and its tokenizer.
+
+    Raises:
+        OpdlmError: the folder cannot be used, or names no end-of-sequence token.
+    """
     config = read_config(folder)
     return ModelFacts(
         folder=Path(folder),
@@ -51,21 +59,28 @@ def read_facts(folder: str | Path) -> ModelFacts:
 
 
 def check_vocabularies(teacher: ModelFacts, student: ModelFacts) -> None:
-    """Teacher and student must mean the same token by the same id.
+    """Checks that teacher and student have vocabularies of the same size.
 
-    The student may have one row more, if that is its mask token (added on conversion); the losses then leave that
-    row out of the student's softmax, as sampling does.
+    The student may have one row more, if that row is its mask token (conversion adds it). The losses leave that row out
+    of the student's softmax, as sampling does.
+
+    Raises:
+        OpdlmError: the sizes differ.
     """
     extra = student.vocab_size - teacher.vocab_size
     if extra != 0 and not (extra == 1 and student.mask_id == teacher.vocab_size):
         raise OpdlmError(
             f"vocabulary mismatch: the teacher {teacher.folder} has {teacher.vocab_size} tokens, the student "
-            f"{student.folder} {student.vocab_size}; they must agree (or differ by the student's added mask token)"
+            f"{student.folder} {student.vocab_size}; they must agree, or differ by the student's added mask token"
         )
 
 
 def require_mask(facts: ModelFacts) -> int:
-    """The student's mask token id, or a clear error where there is none."""
+    """Returns the student's mask token id.
+
+    Raises:
+        OpdlmError: it has no mask token.
+    """
     if facts.mask_id is None:
         raise OpdlmError(f"{facts.folder} has no mask token; convert it first: opdlm convert {facts.folder} DST")
     return facts.mask_id
@@ -79,7 +94,7 @@ def _eos_ids(folder: Path, config: Any) -> tuple[int, ...]:
     if not ids and (folder / "tokenizer_config.json").is_file():
         ids = {load_tokenizer(folder).eos_token_id}
     if not ids:
-        raise OpdlmError(f"{folder}/config.json names no end-of-sequence token (eos_token_id); responses could not end")
+        raise OpdlmError(f"{folder}/config.json names no end-of-sequence token; set eos_token_id in it")
     return tuple(sorted(ids))
 
 
@@ -92,7 +107,7 @@ def _mask_id(folder: Path, config: Any) -> int | None:
 
 
 def count_parameters(folder: str | Path) -> int:
-    """Parameters of a checkpoint folder, from the headers of its weight files."""
+    """Returns the number of parameters of a checkpoint folder, from the headers of its weight files."""
     shards = read_shards(folder)
-    tied = read_config(folder).tie_word_embeddings  # the output matrix is then no parameter, even where it is stored
+    tied = read_config(folder).tie_word_embeddings  # the output matrix then is the embedding, even if both are stored
     return sum(math.prod(shards.shape(name)) for name in shards.file_of if not (tied and name == OUTPUT))

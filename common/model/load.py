@@ -1,4 +1,4 @@
-"""Loads causal LMs of transformers as teacher or student, and calls them for hidden states."""
+"""Loads causal language models of transformers, as teacher or student, and computes their hidden states."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from opdlm.common.model.shards import read_shards
 def load_model(
     folder: str | Path, dtype: str = "float32", attention: str = "sdpa", device_map: str | None = None
 ) -> Any:
-    """Loads weights (safetensors only) for either role.
+    """Loads the model of a checkpoint folder, from safetensors only.
 
     Args:
-        folder: Hugging Face layout.
+        folder: a checkpoint in Hugging Face layout.
         dtype: number format of the weights in memory; `auto` keeps the stored one.
-        attention: `sdpa` (dense boolean or causal masks) or `flex_attention` (block masks, GPU).
+        attention: `sdpa` (dense boolean or causal masks) or `flex_attention` (block masks, GPU only).
         device_map: `auto` spreads the layers over the devices of this process (needs accelerate).
 
-    Returns: a causal LM of transformers, in eval mode, on the CPU unless `device_map` says otherwise.
+    Returns: a causal language model of transformers in eval mode, on the CPU unless `device_map` is given.
+
+    Raises:
+        OpdlmError: the folder holds no model that can be loaded.
     """
     config = read_config(folder)
-    read_shards(folder)  # pickles, missing and damaged files are named here
+    read_shards(folder)  # raises for pickles, and for missing or damaged files
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -51,14 +54,15 @@ def hidden_states(
     cache: Any = None,
     **others: Any,
 ) -> torch.Tensor:
-    """Final hidden states, before the output matrix.
+    """Computes the final hidden states, to which the output matrix is applied for logits.
 
     Args:
-        input_ids: `[B, T]` int64; None with `inputs_embeds`.
+        input_ids: `[B, T]` int64; None where `inputs_embeds` is given.
         position_ids: `[B, T]` int64; None counts from 0.
-        mask: `[B, 1, T, T']`, bool (True = attended) or added to the scores, or a flex BlockMask; None is causal.
-        cache: object with `update(keys, values, layer)`.
-        others: `inputs_embeds` `[B, T, D]` in place of ids; what else the attention function takes.
+        mask: `[B, 1, T, T']`, bool (True: the query sees the key) or float (added to the scores), or a BlockMask of
+            flex_attention. None is a causal mask.
+        cache: an object with `update(keys, values, layer)`.
+        others: `inputs_embeds` `[B, T, D]` in place of ids, and keyword arguments of the attention function.
 
     Returns: `[B, T, D]` in the model's dtype.
     """
@@ -74,11 +78,15 @@ def hidden_states(
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its token ids: at its embedding, which `device_map` may put apart from other layers."""
+    """Returns the device for token ids: that of the embedding. With a `device_map`, other layers may be elsewhere."""
     return model.get_input_embeddings().weight.device
 
 
 def load_output_matrix(folder: str | Path, dtype: str) -> torch.Tensor:
-    """The output matrix `[V, D]` alone, without loading the model; the embedding where the two are tied."""
+    """Loads the output matrix `[V, D]` without the rest of the model; in a tied model it is the embedding.
+
+    Args:
+        dtype: torch's name of its number format in memory, such as `bfloat16`.
+    """
     name = EMBEDDING if read_config(folder).tie_word_embeddings else OUTPUT
     return read_shards(folder).load(name).to(getattr(torch, dtype))

@@ -1,8 +1,8 @@
-"""A checkpoint's safetensors files, handled without loading them: which tensor is where, copying, growing a matrix.
+"""Works on a checkpoint's safetensors files without loading them: finds tensors, copies files, adds a row to a matrix.
 
-The format is 8 bytes of header length, a JSON header (`{name: {dtype, shape, data_offsets}}`), then the tensors' bytes
-(github.com/huggingface/safetensors). The library writes a file from tensors in memory only; a file that differs from
-another by one row is written here from that file's bytes instead.
+A safetensors file has 8 bytes with the length of its header, a JSON header (`{name: {dtype, shape, data_offsets}}`),
+and the bytes of the tensors (github.com/huggingface/safetensors). The library can write a file only from tensors in
+memory. So a file that differs from another by one row is written here, from the bytes of the other file.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SINGLE_FILE = "model.safetensors"
 
 _COPY_BYTES = 1 << 24
 _SAMPLE_BYTES = 1 << 12
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}  # what is not here has one byte
+_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}  # other dtypes have 1 byte
 _FORMAT = {"format": "pt"}  # transformers refuses files without it
 
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """The weight files of a checkpoint folder, read from their headers."""
+    """The weight files of a checkpoint folder, as their headers describe them."""
 
     folder: Path
     file_of: dict[str, str]
@@ -41,20 +41,21 @@ class Shards:
     """File name -> tensor name -> `{dtype, shape, data_offsets}`."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Returns the shape of a tensor."""
         return tuple(self.headers[self.file_of[name]][name]["shape"])
 
     def load(self, name: str) -> torch.Tensor:
-        """One tensor, in the format it is stored in."""
+        """Loads one tensor, in the number format in which it is stored."""
         with safe_open(self.folder / self.file_of[name], "pt") as tensors:
             return tensors.get_tensor(name)
 
 
 def read_shards(folder: str | Path) -> Shards:
-    """Finds a checkpoint's tensors, in one file or in the several that `model.safetensors.index.json` names.
+    """Reads the headers of a checkpoint's files: one file, or those that `model.safetensors.index.json` names.
 
     Raises:
-        OpdlmError: no safetensors (pickles are named as such), or files that are missing, cut short or something else.
+        OpdlmError: the folder has no safetensors files (the text says so if it has pickles), or a file is missing, cut
+            short or of another kind.
     """
     folder = Path(folder)
     names: dict[str, str] = {}
@@ -70,19 +71,19 @@ def read_shards(folder: str | Path) -> Shards:
     headers = {file: _read_header(folder / file) for file in files}
     file_of = {name: file for file, header in headers.items() for name in header}
     if lost := sorted(names.keys() - file_of.keys()):
-        raise OpdlmError(f"model folder {folder}: {INDEX_FILE} names {lost[0]} in {names[lost[0]]}, which has it not")
+        raise OpdlmError(f"model folder {folder}: {INDEX_FILE} names {lost[0]} in {names[lost[0]]}, which lacks it")
     return Shards(folder, file_of, headers)
 
 
 def copy_shards(shards: Shards, destination: Path, rows: Mapping[str, torch.Tensor], drop: frozenset[str]) -> None:
-    """Writes a checkpoint's weight files again, a chunk of bytes at a time.
+    """Copies a checkpoint's weight files, adds rows to some tensors, and leaves others out.
 
-    A file with nothing to change is copied as it is. It is not hard-linked: `save_pretrained` into either folder
-    writes files in place, and would change the other's weights.
+    A file without a change is copied as it is. It is not hard-linked, because `save_pretrained` into either folder
+    writes files in place and would change the weights of the other folder. No tensor is loaded.
 
     Args:
         destination: an existing folder.
-        rows: tensor name -> one more row for it, `[D]`, in the tensor's own dtype.
+        rows: tensor name -> the row `[D]` to append to it, in the tensor's own dtype.
         drop: names of tensors to leave out.
     """
     for file, header in shards.headers.items():
@@ -106,9 +107,9 @@ def _read_index(file: Path) -> dict[str, str]:
         files = set(names.values())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise OpdlmError(f"{file}: expected JSON with a weight_map; found {type(error).__name__}: {error}") from None
-    if outside := sorted(name for name in files if Path(name).name != name):  # they are written to by name later on
+    if outside := sorted(name for name in files if Path(name).name != name):  # files of these names are written later
         raise OpdlmError(f"{file}: {outside[0]!r} is not the name of a file in its folder")
-    if others := sorted(name for name in files if not name.endswith(".safetensors")):  # transformers would unpickle it
+    if others := sorted(name for name in files if not name.endswith(".safetensors")):  # transformers unpickles them
         raise OpdlmError(f"{file}: names {others[0]!r}; expected .safetensors files only, pickles are not opened here")
     return names
 
@@ -119,7 +120,7 @@ def _read_header(file: Path) -> dict[str, Any]:
             pass
         with file.open("rb") as stream:
             header: dict[str, Any] = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-    except Exception as error:  # SafetensorError derives from Exception alone
+    except Exception as error:  # SafetensorError is derived from Exception itself
         raise OpdlmError(f"model folder {file.parent}: {file.name} cannot be read: {error}") from None
     header.pop("__metadata__", None)
     return header
@@ -128,7 +129,7 @@ def _read_header(file: Path) -> dict[str, Any]:
 def _rewrite(
     source: Path, target: Path, header: dict[str, Any], rows: Mapping[str, torch.Tensor], drop: frozenset[str]
 ) -> None:
-    # Widest numbers first: every tensor then starts at a multiple of its number's size, whatever was added before it.
+    # Tensors with the widest numbers come first, so each tensor starts at a multiple of the size of its numbers.
     names = sorted(
         header.keys() - drop,
         key=lambda n: (-_ITEM_BYTES.get(header[n]["dtype"], 1), header[n]["data_offsets"][0]),
@@ -168,7 +169,10 @@ def _bytes(entry: dict[str, Any]) -> int:
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """Fingerprint of config.json and of a sample of every tensor: tells two trainings of one model apart, fast."""
+    """Returns a fingerprint of config.json and of a few kilobytes of every tensor.
+
+    It differs between two trainings of one model, and is computed without reading all weights.
+    """
     shards = read_shards(folder)
     running = hashlib.sha256((shards.folder / "config.json").read_bytes())
     for file, header in sorted(shards.headers.items()):

@@ -1,4 +1,4 @@
-"""A checkpoint folder's tokenizer, and whether teacher and student mean the same token by the same id."""
+"""Loads the tokenizer of a checkpoint, and checks that teacher and student have the same id for each token."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer.
+    """Loads the tokenizer of a folder.
 
     Raises:
-        OpdlmError: there is none, it cannot be read without running code, or it lacks an end-of-sequence token.
+        OpdlmError: the folder has no tokenizer, it cannot be read without running code from the folder, or it has no
+            end-of-sequence token.
     """
     if not has_tokenizer(folder):
-        raise OpdlmError(f"model folder {folder} has no tokenizer.json; text needs a tokenizer beside the weights")
-    # Given our reading of the config, transformers neither looks for code in the folder nor asks whether to run it.
+        raise OpdlmError(f"model folder {folder} has no tokenizer.json; expected a tokenizer beside the weights")
+    # With a config given, transformers neither looks for code in the folder nor asks whether to run it.
     config = read_config(folder) if (Path(folder) / "config.json").is_file() else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    except Exception as error:  # whatever its files can do wrong; the tokenizers library raises Exception itself
+    except Exception as error:  # for damaged files, the tokenizers library raises Exception itself
         reason = " ".join(str(error).split())
         raise OpdlmError(f"the tokenizer in {folder} cannot be read: {reason or type(error).__name__}") from error
     if tokenizer.eos_token_id is None:
-        raise OpdlmError(f"the tokenizer in {folder} has no end-of-sequence token (eos_token); responses could not end")
+        raise OpdlmError(f"the tokenizer in {folder} has no end-of-sequence token; set eos_token in its config")
     return tokenizer
 
 
@@ -40,25 +41,25 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 def check_tokenizers(teacher: ModelFacts, student: ModelFacts) -> None:
-    """Compares the two tokenizers' token strings, id by id, where both folders have one.
+    """Checks that the tokenizers of teacher and student have the same token string for each id.
 
-    The student's mask token is left out: conversion adds it.
+    The student's mask token is left out, because conversion adds it. A folder without a tokenizer passes.
 
     Raises:
-        OpdlmError: an id that stands for different strings, or for a string in only one of them.
+        OpdlmError: an id stands for two different strings, or for a string in only one of the tokenizers.
     """
     if not (has_tokenizer(teacher.folder) and has_tokenizer(student.folder)):
         return
-    ours, theirs = (
+    of_teacher, of_student = (
         {i: token for token, i in load_tokenizer(facts.folder).get_vocab().items() if i != student.mask_id}
         for facts in (teacher, student)
     )
-    if differing := sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i)):
+    if differing := sorted(i for i in of_teacher | of_student if of_teacher.get(i) != of_student.get(i)):
         first = differing[0]
         raise OpdlmError(
             f"vocabulary mismatch: the tokenizers give {len(differing)} ids another string, first id {first}: "
-            f"{_shown(ours.get(first))} for the teacher {teacher.folder}, {_shown(theirs.get(first))} for the student "
-            f"{student.folder}; use a student that was trained with the teacher's tokenizer"
+            f"{_shown(of_teacher.get(first))} for the teacher {teacher.folder}, {_shown(of_student.get(first))} for "
+            f"the student {student.folder}; use a student that was trained with the teacher's tokenizer"
         )
 
 

@@ -1,22 +1,43 @@
-"""Built-in tasks: problems with known answers, for demos, tests and benchmarks. Pure Python."""
+"""Built-in tasks: seeded problems with known answers, for demos, tests and benchmarks.
 
-from opdlm.common.data.tasks.base import MixedTask, Problem, Split, Task, problems
+`TASKS` holds every task by its name, `get_task` returns one of them or a mixture, and `problems` yields the problems of
+a task from its training or its test split. The package is pure Python.
+"""
+
+from opdlm.common.data.tasks.base import MixedTask, Problem, Split, Task, problems, split_of
 from opdlm.common.data.tasks.chain import ChainTask
-from opdlm.common.data.tasks.skills import skills
+from opdlm.common.data.tasks.skills import ChainSkill, DigitsSkill, skills
 from opdlm.common.errors import ConfigError
 
 TASKS: dict[str, Task] = {task.name: task for task in [ChainTask(), *skills()]}
 
 
 def get_task(name: str) -> Task:
-    """The task of that name, or a uniform mixture of several: `add+sort`; or a clear error."""
+    """Returns the task of this name, or a mixture in equal shares for several names joined by `+` (`add+sort`).
+
+    Raises:
+        ConfigError: no task has this name.
+    """
     for part in name.split("+"):
         if part not in TASKS:
             raise ConfigError(
-                f"task: found {part!r}; known tasks: {', '.join(sorted(TASKS))} (several: joined with `+`, as add+sort)"
+                f"task: found {part!r}; known tasks: {', '.join(sorted(TASKS))} (join several with `+`: add+sort)"
             )
     parts = [TASKS[part] for part in name.split("+")]
     return parts[0] if len(parts) == 1 else MixedTask(parts)
 
 
-__all__ = ["TASKS", "MixedTask", "Problem", "Split", "Task", "get_task", "problems"]
+__all__ = [
+    "TASKS",
+    "ChainSkill",
+    "ChainTask",
+    "DigitsSkill",
+    "MixedTask",
+    "Problem",
+    "Split",
+    "Task",
+    "get_task",
+    "problems",
+    "skills",
+    "split_of",
+]

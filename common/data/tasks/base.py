@@ -1,4 +1,4 @@
-"""What a built-in task is: an endless, seeded supply of problems that knows their answers."""
+"""Built-in tasks: what a task is, how its problems are split into training and test, and mixtures of tasks."""
 
 from __future__ import annotations
 
@@ -13,32 +13,36 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A prompt and its one right response, as text."""
+    """A prompt and its only right response, as text."""
 
     prompt: str
     solution: str
     task: str = ""
-    """Which task of a mixture it is from."""
+    """The task that it comes from, where a mixture of tasks drew it; empty otherwise."""
 
 
 class Task(Protocol):
-    """To add a task: write a class like `chain.py`'s and enter it in `common/data/tasks/__init__.py`."""
+    """Makes random problems and checks answers to them.
+
+    To add a task, write a class such as `ChainTask` in `chain.py` and enter it in `TASKS` in
+    `common/data/tasks/__init__.py`.
+    """
 
     name: str
     alphabet: str
-    """Every character that prompts and solutions may hold."""
+    """Every character that prompts and solutions may contain."""
 
     def draw(self, rng: random.Random) -> Problem:
-        """One random problem."""
+        """Draws one random problem."""
         ...
 
     def is_correct(self, problem: Problem, response: str) -> bool:
-        """Exact match of the response's text (without the end-of-sequence token)."""
+        """Whether the response's text, without the end-of-sequence token, is the right answer to the problem."""
         ...
 
 
 class MixedTask:
-    """Several tasks in equal shares, under the name `a+b`."""
+    """Several tasks in equal shares; the name joins theirs, as in `add+sort`."""
 
     def __init__(self, parts: list[Task]) -> None:
         self._parts = {part.name: part for part in parts}
@@ -46,22 +50,25 @@ class MixedTask:
         self.alphabet = "".join(dict.fromkeys("".join(part.alphabet for part in parts)))
 
     def draw(self, rng: random.Random) -> Problem:
-        """A problem of one of them."""
+        """Draws a task, each equally likely, and one problem of it."""
         name = rng.choice(list(self._parts))
         return replace(self._parts[name].draw(rng), task=name)
 
     def is_correct(self, problem: Problem, response: str) -> bool:
-        """As the problem's own task says."""
+        """Whether the task that drew the problem accepts the response."""
         return self._parts[problem.task].is_correct(problem, response)
 
 
 def split_of(prompt: str) -> Split:
-    """One prompt in ten, by its hash, is held out: no generator, seed or run can mix the splits."""
+    """The split that a prompt belongs to: one prompt in ten, chosen by its hash, is a test prompt.
+
+    The split depends on the prompt alone, so no seed, task or run can train on a test prompt.
+    """
     return "test" if zlib.crc32(prompt.encode()) % 10 == 0 else "train"
 
 
 def problems(task: Task, split: Split, seed: int) -> Iterator[Problem]:
-    """An endless stream of distinct-enough problems of one split; equal seeds give equal streams."""
+    """Yields random problems of one split without end; a problem may come again. Equal seeds give equal problems."""
     rng = random.Random(f"{task.name}/{split}/{seed}")
     while True:
         problem = task.draw(rng)

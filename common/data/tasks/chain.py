@@ -1,4 +1,4 @@
-"""Chain arithmetic: `47+8-3=` is answered `47+8=55;55-3=52;52`, step by step. Small, but it has to be computed."""
+"""The task `chain`: chain arithmetic, one step at a time. The prompt `47+8-3=` has the answer `47+8=55;55-3=52;52`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import random
 from opdlm.common.data.tasks.base import Problem
 
 LARGEST = 59
+"""Largest number that a chain starts with or reaches."""
 
 
 class ChainTask:
-    """Two or three digits added to or taken from a number; it and every result lie within 0 and 59."""
+    """Adds two or three digits to a number, or subtracts them. The number and every result lie within 0 and 59."""
 
     name = "chain"
     alphabet = "0123456789+-=;"
 
     def draw(self, rng: random.Random) -> Problem:
-        """One problem: the start and each operand uniform, the sign uniform among those that stay in range."""
+        """Draws a problem: start and operands uniformly, each sign uniformly among those that stay within 0 and 59."""
         value = rng.randint(0, LARGEST)
         prompt, steps = str(value), []
         for _ in range(rng.randint(2, 3)):
@@ -30,5 +31,5 @@ class ChainTask:
         return Problem(prompt + "=", ";".join([*steps, str(value)]))
 
     def is_correct(self, problem: Problem, response: str) -> bool:
-        """The whole chain has to be right, not only its end."""
+        """Whether every step of the chain is right, not only the result."""
         return response == problem.solution

@@ -1,4 +1,6 @@
-"""Five small skills with one alphabet, for knowledge retention: teach all, convert with some, examine all.
+"""Five small tasks with one alphabet, for measuring what a model forgets.
+
+The teacher is trained on all five, the student is distilled on some of them, and then all five are evaluated.
 
 add      37+4+8=   is answered   37+4=41;41+8=49;49
 sub      52-4-8=                 52-4=48;48-8=40;40
@@ -16,10 +18,15 @@ from opdlm.common.data.tasks.base import Problem
 
 ALPHABET = "0123456789+-=;scr"
 LARGEST = 59
+"""Largest number that a chain starts with or reaches."""
 
 
 class ChainSkill:
-    """Two or three digits added one after the other, or taken away; every result lies within 0 and 59."""
+    """Adds two or three digits one after the other, or subtracts them. Every result lies within 0 and 59.
+
+    Args:
+        sign: 1 adds, -1 subtracts.
+    """
 
     alphabet = ALPHABET
 
@@ -28,7 +35,7 @@ class ChainSkill:
         self._sign = sign
 
     def draw(self, rng: random.Random) -> Problem:
-        """One problem: operands uniform, the start uniform among those that stay in range."""
+        """Draws a problem: operands uniformly, the start uniformly among those whose results lie within 0 and 59."""
         operands = [rng.randint(1, 9) for _ in range(rng.randint(2, 3))]
         total = sum(operands)
         value = rng.randint(0, LARGEST - total) if self._sign > 0 else rng.randint(total, LARGEST)
@@ -42,12 +49,17 @@ class ChainSkill:
         return Problem(prompt + "=", ";".join([*steps, str(value)]))
 
     def is_correct(self, problem: Problem, response: str) -> bool:
-        """The whole chain has to be right."""
+        """Whether every step of the chain is right."""
         return response == problem.solution
 
 
 class DigitsSkill:
-    """Four to eight random digits, rewritten."""
+    """Rewrites four to eight random digits.
+
+    Args:
+        sign: character in front of the digits, which tells the tasks apart.
+        rewrite: digits -> answer.
+    """
 
     alphabet = ALPHABET
 
@@ -57,17 +69,17 @@ class DigitsSkill:
         self._rewrite = rewrite
 
     def draw(self, rng: random.Random) -> Problem:
-        """One problem."""
+        """Draws a problem: four to eight digits, uniformly."""
         digits = "".join(rng.choice("0123456789") for _ in range(rng.randint(4, 8)))
         return Problem(f"{self._sign}{digits}=", self._rewrite(digits))
 
     def is_correct(self, problem: Problem, response: str) -> bool:
-        """Every digit in its place."""
+        """Whether every digit is right and in its place."""
         return response == problem.solution
 
 
 def skills() -> list[ChainSkill | DigitsSkill]:
-    """All five."""
+    """The five tasks: `add`, `sub`, `sort`, `copy`, `reverse`."""
     return [
         ChainSkill("add", 1),
         ChainSkill("sub", -1),

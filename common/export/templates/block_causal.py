@@ -1,8 +1,8 @@
 """Block-causal attention, logits without a shift, and block decoding, for causal language models of transformers.
 
-A block diffusion language model is the network of its autoregressive teacher with two differences: a token sees every
+A block diffusion language model has the network of its autoregressive teacher with two differences: a token sees every
 token of its own block and of earlier blocks, and the logits at position i predict token i, which is a mask token until
-it is decoded. Needs torch and transformers, nothing else.
+it is decoded. This file needs torch and transformers only.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from torch.nn import functional
 
 
 class BlockCausalMixin(nn.Module):
-    """Goes before a `...ForCausalLM` of transformers; reads block_size, block_grid and mask_token_id of its config.
+    """Turns a `...ForCausalLM` class of transformers into a block diffusion model; list it before that class.
 
-    block_grid `absolute`: blocks are counted from the first token. `response`: a response starts a fresh block, so
-    blocks are counted back from the last token; give whole response blocks, as decoding does.
+    It reads block_size, block_grid and mask_token_id from the config. With block_grid `absolute`, blocks are counted
+    from the first token. With `response`, the response starts a new block, so blocks are counted back from the last
+    token, and the input must end with a whole block, as it does in decoding.
     """
 
     config: Any
@@ -34,14 +35,14 @@ class BlockCausalMixin(nn.Module):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits at position i are of token i.
+        """Computes logits; those at position i predict token i.
 
         Args:
-            input_ids: `[B, T]` int64; the mask token stands at what is to be predicted.
-            attention_mask: `[B, 1, T, K]` is used as it is (bool: True is attended; float: added). `[B, K]` (1 is a
-                token, 0 padding) or None is block-causal.
-            position_ids: `[B, T]` int64; by default counted from each row's first token.
-            labels: `[B, T]` int64, -100 where there is no loss; compared with the logits at their own position.
+            input_ids: `[B, T]` int64, with the mask token at each position to predict.
+            attention_mask: `[B, 1, T, K]` is used as it is (bool: True where the query sees the key; float: added to
+                the scores). `[B, K]` (1 for a token, 0 for padding) or None gives the block-causal mask.
+            position_ids: `[B, T]` int64; by default they count from each row's first token.
+            labels: `[B, T]` int64, -100 where there is no loss; a label is compared with the logits at its position.
         """
         if attention_mask is None or attention_mask.dim() == 2:
             rows, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
@@ -51,7 +52,7 @@ class BlockCausalMixin(nn.Module):
         implementation = self.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise ValueError(f"attn_implementation is {implementation!r}; block-causal masks need 'sdpa' or 'eager'")
-        if implementation == "eager" and attention_mask.dtype == torch.bool:  # eager adds what it is given
+        if implementation == "eager" and attention_mask.dtype == torch.bool:  # eager adds the mask to the scores
             dtype = next(self.parameters()).dtype
             hidden = torch.zeros_like(attention_mask, dtype=dtype)
             attention_mask = hidden.masked_fill(~attention_mask, torch.finfo(dtype).min)
@@ -69,17 +70,19 @@ class BlockCausalMixin(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids: torch.Tensor, max_new_tokens: int = 64, threshold: float = 0.9) -> torch.Tensor:
-        """Greedy block decoding of one prompt: each step unmasks what is more probable than `threshold`, or the best.
+        """Decodes one prompt greedily, block by block.
 
-        It runs the whole sequence every step; serving engines, and opdlm, keep keys and values instead.
+        Each step unmasks every position whose probability is above `threshold`, and at least the most probable one. It
+        runs the whole sequence in each step; serving engines and opdlm cache keys and values instead.
 
         Args:
             input_ids: `[1, P]` int64, the prompt.
+            max_new_tokens: longest response in tokens.
 
-        Returns: `[1, P + R]` int64, prompt and response, to the first end-of-sequence token or the limit.
+        Returns: `[1, P + R]` int64, prompt and response, to the first end-of-sequence token or to the limit.
         """
         if input_ids.shape[0] != 1:
-            raise ValueError(f"input_ids has {input_ids.shape[0]} rows; one prompt at a time")
+            raise ValueError(f"input_ids has {input_ids.shape[0]} rows; expected 1, a single prompt")
         size, mask_id, prompt = self.config.block_size, self.config.mask_token_id, input_ids.shape[1]
         stops = self.generation_config.eos_token_id
         stops = torch.tensor(stops if isinstance(stops, list) else [stops], device=input_ids.device)
@@ -107,7 +110,11 @@ class BlockCausalMixin(nn.Module):
     def _block_causal(
         self, real: torch.Tensor | None, rows: int, past: int, length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[B, K]` of tokens and padding -> mask `[B, 1, T, K]` bool and positions `[B, T]` of the last T columns."""
+        """Returns the mask `[B, 1, T, K]` bool and the positions `[B, T]` int64 of the last T of K columns.
+
+        Args:
+            real: `[B, K]`, 1 for a token and 0 for padding; None where there is no padding.
+        """
         columns = past + length
         device = next(self.parameters()).device
         real = torch.ones(rows, columns, device=device) if real is None else real
@@ -119,6 +126,6 @@ class BlockCausalMixin(nn.Module):
         offset = 0 if self.config.block_grid == "absolute" else -real.sum(1, keepdim=True) % size
         blocks = torch.div(positions + offset, size, rounding_mode="floor")
         seen = (blocks[:, None, :] <= blocks[:, past:, None]) & real[:, None, :]
-        # Padding sees itself, so that no softmax is over nothing.
+        # A padding token sees itself, because a softmax over no keys gives NaN.
         seen |= torch.eye(columns, dtype=torch.bool, device=seen.device)[past:]
         return seen[:, None], positions[:, past:]

@@ -1,4 +1,4 @@
-"""The config of SDAR-style checkpoints: Qwen3's, with what block decoding needs."""
+"""The config of SDAR-style checkpoints: Qwen3's config, with the fields that block decoding needs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Qwen3, Qwen2 and Llama as block diffusion language models, under the names of public A2D (AR-to-diffusion) ones.
+"""Qwen3, Qwen2 and Llama as block diffusion language models, with the names of the public A2D (AR-to-diffusion) models.
 
-`AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)` gives one; see block_causal.py for what differs
-from the autoregressive network.
+`AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)` loads one. See block_causal.py for the
+differences from the autoregressive network.
 """
 
 from __future__ import annotations

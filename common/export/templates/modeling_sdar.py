@@ -1,7 +1,8 @@
-"""SDAR-style block diffusion on Qwen3: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
+"""Qwen3 as a block diffusion language model in SDAR's layout.
 
-See block_causal.py for what differs from the autoregressive network. SGLang and LMDeploy have networks of their own
-for this architecture and read the config and the weights only.
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it. See block_causal.py for the differences
+from the autoregressive network. SGLang and LMDeploy have implementations of their own for this architecture, and read
+only the config and the weights.
 """
 
 from __future__ import annotations
