@@ -1,4 +1,4 @@
-# Nothing to remember beyond: make demo, make test, make lint, make bench.
+# Nothing to remember beyond: make demo, make test, make test-all, make lint, make bench, make docs.
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 -x '/(testing|tests|models)/' .
 
-.PHONY: demo test test-vllm chaos soak lint bench format clean
+.PHONY: demo test test-slow test-all test-vllm chaos soak lint bench docs format clean
 
 demo: $(VENV)/.installed models/chain-teacher  ## Train a teacher, turn it into a diffusion model, report.
 	rm -rf runs/demo
@@ -19,8 +19,13 @@ demo: $(VENV)/.installed models/chain-teacher  ## Train a teacher, turn it into 
 models/chain-teacher: | $(VENV)/.installed  # trained on first use, then kept
 	$(BIN)/opdlm pretrain $@ --task chain
 
-test: $(VENV)/.installed-dev  ## All tests.
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev  ## The tests before every commit: every part, and the main properties of whole runs.
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-dev  ## The rest: several nodes, full disks, every role killed, a job on a cluster.
+	$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow  ## Both, as CI runs them.
 
 test-vllm: $(VLLM_VENV)/.installed  ## The vLLM teacher against the transformers one, in an environment of its own (3.3 GB).
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm
@@ -42,12 +47,15 @@ bench: $(VENV)/.installed-dev  ## Measurements; see tests/benchmarks/RESULTS.md.
 	set -e; for part in learner_step weight_push weight_delta teacher decoder long_tail floors loop demo_time; do \
 		$(BIN)/python -m tests.benchmarks.$$part; done
 
+docs: $(VENV)/.installed-docs  ## The pages of docs/ as a site, in site/.
+	$(BIN)/mkdocs build --strict
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:  ## Everything that make made, runs and models too.
-	rm -rf $(VENV) $(VLLM_VENV) runs models
+	rm -rf $(VENV) $(VLLM_VENV) runs models site
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -62,6 +70,10 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) torch==2.13.0 -e '.[dev]'
 	$(COMPILE)
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) torch==2.13.0 -e '.[docs]'
+	touch $@
 
 $(VLLM_VENV)/.installed:  # an unofficial CPU build; what it takes for torchvision and torchaudio is built for CUDA
 	$(PYTHON) -m venv $(VLLM_VENV)

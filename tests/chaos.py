@@ -1,11 +1,11 @@
-"""A run under random kills: does it go on, and is every prompt trained exactly once? `make chaos`, `make soak`.
+"""A run under random kills: checks that it goes on and trains every prompt exactly once. `make chaos`, `make soak`.
 
-    python -m tests.chaos --rounds 40            # an unbroken run, the same under kills, their losses side by side
-    python -m tests.chaos --minutes 30           # as long as that; memory of each role
+    python -m tests.chaos --rounds 40            # an unbroken run, then the same run under kills; compares the losses
+    python -m tests.chaos --minutes 30           # kills for 30 minutes; measures the memory of each role
 
-Two nodes on this machine, the demo's settings with two rollout and two teacher actors. One after the other, in random
-order, processes get SIGKILL: a rollout actor, a teacher actor, a learner rank, the replay queue, the second node, the
-driver (which is started again with `--resume`). After each kill the next trained round is waited for.
+Runs the demo with two rollout and two teacher actors on two nodes, both on this machine. Again and again it sends
+SIGKILL to a process of a random kind: a rollout actor, a teacher actor, a learner rank, the replay queue, the second
+node, or the driver (which it starts again with `--resume`). After each kill it waits for the next trained round.
 """
 
 from __future__ import annotations
@@ -37,13 +37,17 @@ from tests.system.victims import Victims, raylets_of
 KINDS = ("rollout", "teacher", "learner", "queue", "node", "driver")
 _NODE = {"num_cpus": 8, "num_gpus": 0}
 _WARM_UP_SECONDS = 60.0
-"""A process's memory is watched after this age: models, libraries and the first batches are loaded by then."""
+"""Age from which a process's memory is measured. By then, models, libraries and the first batches are loaded."""
 
 out = Console()
 
 
 class Chaos:
-    """A cluster, a run in it, and what happens to them."""
+    """A cluster with a run in it, whose processes are killed.
+
+    Args:
+        kinds: what may be killed, of KINDS.
+    """
 
     def __init__(self, config: OpdlmConfig, seed: int, kinds: list[str]) -> None:
         self.config, self.run_dir, self.kinds = config, Path(config.run.dir), kinds
@@ -52,7 +56,9 @@ class Chaos:
         self.victims = Victims(lambda: raylets_of(self.cluster))
         self.second = self.cluster.add_node(**_NODE)
         self.recoveries: dict[str, list[float]] = defaultdict(list)
-        self.memory: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)  # (role, pid) -> (age, MiB)
+        """Seconds from each kill to the next trained round, by kind."""
+        self.memory: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+        """(age in seconds, private memory in MiB) by role and process id."""
         self.driver = self._start(resume=False)
 
     def _start(self, resume: bool) -> subprocess.Popen:
@@ -65,11 +71,11 @@ class Chaos:
         return subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log, env=environment)
 
     def go(self, pause_seconds: float, minutes: float | None) -> int:
-        """Kills until the run has ended, or for so many minutes; the driver's last exit code."""
+        """Kills until the run has ended or the minutes are over; returns the driver's last exit code."""
         started = time.monotonic()
         self._await_round("start", set())
         while minutes is None or time.monotonic() - started < 60 * minutes:
-            if self._rest(self.random.uniform(0.5, 1.5) * pause_seconds):
+            if self._pause(self.random.uniform(0.5, 1.5) * pause_seconds):
                 break
             kind = self.random.choice(self.kinds)
             seen = self._rounds()
@@ -80,8 +86,8 @@ class Chaos:
             self.driver.send_signal(signal.SIGTERM)
         return self.driver.wait(timeout=300)
 
-    def _rest(self, seconds: float) -> bool:
-        """Watches memory meanwhile; whether the run has ended."""
+    def _pause(self, seconds: float) -> bool:
+        """Measures memory for some time; returns whether the run has ended."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and self.driver.poll() is None:
             self._measure_memory()
@@ -103,7 +109,7 @@ class Chaos:
         return {(r["round"], r["wall_seconds"]) for r in read_records(self.run_dir) if r["kind"] == "round"}
 
     def _await_round(self, kind: str, seen: set[tuple[int, float]], patience_seconds: float = 600) -> None:
-        """Until a round is trained that is not among those seen, or the run has ended."""
+        """Waits until a round is trained that is not in `seen`, or the run has ended."""
         killed = time.monotonic()
         while self.driver.poll() is None and not self._rounds() - seen:
             if time.monotonic() - killed > patience_seconds:
@@ -121,17 +127,21 @@ class Chaos:
                 if age > _WARM_UP_SECONDS:
                     self.memory[role, process.pid].append((age, process.memory_full_info().uss / 2**20))
             except psutil.Error:
-                continue  # ended meanwhile
+                continue  # it has ended meanwhile
 
     def close(self) -> None:
-        """Ends everything that was started."""
+        """Ends the driver and the cluster."""
         self.driver.kill()
         self.driver.wait()
         self.cluster.shutdown()
 
 
-def tell(chaos: Chaos, code: int, total: int) -> bool:
-    """Prints what happened; whether nothing was lost and nothing trained twice."""
+def report(chaos: Chaos, code: int, total: int) -> bool:
+    """Prints what happened; returns whether no sample was lost or trained twice and no weight version fell.
+
+    Args:
+        code: exit code of the driver; total: samples in the whole run.
+    """
     table = Table(title="kills, and seconds until the next trained round")
     for name in ("killed", "times", "median s", "longest s"):
         table.add_column(name, justify="left" if name == "killed" else "right")
@@ -139,16 +149,16 @@ def tell(chaos: Chaos, code: int, total: int) -> bool:
         table.add_row(kind, str(len(seconds)), f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}")
     out.print(table)
 
-    table = Table(title=f"private memory from {_WARM_UP_SECONDS:.0f} s of a process's life on")
-    for name in ("role", "processes", "median MiB", "longest watched, min", "its growth, MiB"):
+    table = Table(title=f"private memory of processes older than {_WARM_UP_SECONDS:.0f} s")
+    for name in ("role", "processes", "median MiB", "longest measured, min", "its growth, MiB"):
         table.add_column(name, justify="left" if name == "role" else "right")
     for role in sorted({role for role, _ in chaos.memory}):
-        watched = [samples for (r, _), samples in chaos.memory.items() if r == role]
-        longest = max(watched, key=lambda samples: samples[-1][0] - samples[0][0])
+        measured = [samples for (r, _), samples in chaos.memory.items() if r == role]
+        longest = max(measured, key=lambda samples: samples[-1][0] - samples[0][0])
         table.add_row(
             role,
-            str(len(watched)),
-            f"{statistics.median(mib for samples in watched for _, mib in samples):.0f}",
+            str(len(measured)),
+            f"{statistics.median(mib for samples in measured for _, mib in samples):.0f}",
             f"{(longest[-1][0] - longest[0][0]) / 60:.1f}",
             f"{longest[-1][1] - longest[0][1]:+.1f}",
         )
@@ -160,38 +170,42 @@ def tell(chaos: Chaos, code: int, total: int) -> bool:
     ledger = read_ledger(records, chaos.config.rollout.prompts_per_round, total)
     versions = [r["weight_version"] for r in records if r["kind"] == "publish"]
     rounds = [r for r in records if r["kind"] == "round"]
-    rise = versions == sorted(versions)  # a learner that begins again publishes its checkpoint's version again
+    never_fall = versions == sorted(versions)  # equal ones follow each other: a restarted learner publishes again
     for line in (
         f"exit code {code}; {kinds['round']} rounds, {kinds['step']} optimizer steps",
-        f"noticed: {kinds['actor_death']} deaths of actors, {kinds['queue_death']} of the queue, "
+        f"recorded: {kinds['actor_death']} deaths of actors, {kinds['queue_death']} of the queue, "
         f"{kinds['learner_restart']} restarts of the learner ({again} steps done again), "
         f"{kinds['failure']} calls tried again, {rounds[-1]['samples_made_again']} samples made again",
         f"samples trained {ledger.trained}, lost {len(ledger.lost)}, trained twice {len(ledger.twice)}",
-        f"weight versions {'never fall' if rise else 'FALL'}; staleness <= {max(r['staleness_max'] for r in rounds)}",
+        f"weight versions {'never fall' if never_fall else 'FALL'}",
+        f"staleness <= {max(r['staleness_max'] for r in rounds)}",
     ):
         out.print(line, highlight=False)
-    return not ledger.lost and not ledger.twice and rise
+    return not ledger.lost and not ledger.twice and never_fall
 
 
 def compare_losses(run_dir: Path, unbroken: Path) -> None:
-    """Prints how far the steps' losses are from those of an unbroken run."""
-    ours, theirs = (
+    """Prints how much the losses of the steps differ from those of the unbroken run."""
+    losses, expected = (
         {r["step"]: r["loss"] for r in read_records(folder) if r["kind"] == "step"} for folder in (run_dir, unbroken)
     )
-    shared = ours.keys() & theirs.keys()
-    equal = sum(ours[step] == theirs[step] for step in shared)
-    worst = max(abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in shared)
+    shared = losses.keys() & expected.keys()
+    equal = sum(losses[step] == expected[step] for step in shared)
+    worst = max(abs(losses[step] - expected[step]) / abs(expected[step]) for step in shared)
     out.print(
-        f"losses of {len(shared)} steps against the unbroken run: {equal} equal to the bit, worst {worst:.2e} off"
+        f"losses of {len(shared)} steps against the unbroken run: {equal} equal to the bit, "
+        f"largest relative difference {worst:.2e}"
     )
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Rounds of the run, without --minutes.")] = 40,
-    minutes: Annotated[float | None, typer.Option(help="Kill for so long; no unbroken run beside it.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of the run, if --minutes is not given.")] = 40,
+    minutes: Annotated[float | None, typer.Option(help="Kill for this many minutes; without an unbroken run.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the kills.")] = 0,
-    pause: Annotated[float, typer.Option(help="Mean seconds of peace between kills.")] = 8.0,
-    kinds: Annotated[str, typer.Option(help="What is killed.")] = ",".join(KINDS),
+    pause: Annotated[float, typer.Option(help="Mean seconds from a trained round to the next kill.")] = 8.0,
+    kinds: Annotated[str, typer.Option(help="Kinds of processes that are killed, separated by commas.")] = ",".join(
+        KINDS
+    ),
     staleness: Annotated[int, typer.Option(help="queue.max_staleness.")] = 0,
     run_dir: Annotated[Path, typer.Option("--out", help="Folder of the runs; must not exist.")] = Path("runs/chaos"),
 ) -> None:
@@ -221,7 +235,7 @@ def main(
         code = chaos.go(pause, minutes)
     finally:
         chaos.close()
-    sound = tell(chaos, code, preflight(broken).plan.total)
+    sound = report(chaos, code, preflight(broken).schedule.total)
     if minutes is None:
         compare_losses(run_dir / "broken", run_dir / "whole")
     raise SystemExit(0 if sound and code in (0, 128 + signal.SIGTERM) else 1)

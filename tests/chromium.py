@@ -1,4 +1,4 @@
-"""A headless Chromium driven over its DevTools pipe: to open a file, press keys, ask the page, take a picture."""
+"""A headless Chromium, controlled through its DevTools pipe: opens a file, presses keys, evaluates JavaScript."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Chromium:
 
     Args:
         profile: empty folder for the browser's files.
-        dark: what the page is told that the reader prefers.
+        dark: whether the reader prefers a dark colour scheme.
     """
 
     def __init__(self, profile: Path, dark: bool = False, size: tuple[int, int] = (1280, 1100)) -> None:
@@ -62,7 +62,7 @@ class Chromium:
         os.close(self._answers)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One DevTools command and its result; what the browser reports meanwhile goes to `events`."""
+        """Sends a DevTools command and returns its result; events that arrive before it are added to `events`."""
         self._last += 1
         message = {"id": self._last, "method": method, "params": parameters}
         if self._session:
@@ -78,17 +78,17 @@ class Chromium:
     def open(self, file: Path, fragment: str = "") -> None:
         """Loads a file and waits until its scripts have run."""
         self.events.clear()
-        self.call("Page.navigate", url=file.resolve().as_uri() + fragment)  # answers when the new page has begun
+        self.call("Page.navigate", url=file.resolve().as_uri() + fragment)  # answers when loading has started
         self.ask("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
 
     def ask(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page."""
+        """Evaluates a JavaScript expression in the page and returns its value; promises are awaited."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def press(self, key: str, shift: bool = False) -> None:
-        """A key of the keyboard, down and up."""
+        """Presses and releases a key."""
         code = {"key": key, "windowsVirtualKeyCode": _KEY_CODES[key], "modifiers": 8 if shift else 0}
         if key == " ":
             code["text"] = key
@@ -96,7 +96,7 @@ class Chromium:
         self.call("Input.dispatchKeyEvent", type="keyUp", **code)
 
     def click(self, selector: str) -> None:
-        """The left mouse button, in the middle of an element."""
+        """Clicks with the left mouse button in the middle of an element."""
         place = self.ask(
             f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
             " return {x: r.x + r.width / 2, y: r.y + r.height / 2}; })()"
@@ -105,7 +105,7 @@ class Chromium:
             self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
 
     def picture(self, file: Path, whole_page: bool = False) -> None:
-        """A PNG of what is to be seen."""
+        """Saves the visible part, or the whole page, as PNG."""
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole_page)["data"]
         file.write_bytes(base64.b64decode(data))
 

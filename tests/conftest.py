@@ -1,4 +1,4 @@
-"""Fixtures: one small Ray cluster for all tests that need one, shut down at the end."""
+"""Fixtures: one small Ray cluster for all tests that need one, and what runs in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
-    """A cluster of this machine with eight logical CPUs and no GPU; RAY_ADDRESS points to it."""
+    """A Ray cluster on this machine with eight logical CPUs and no GPU. RAY_ADDRESS has its address."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 0, "include_dashboard": False})
@@ -28,15 +28,34 @@ def cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
+@pytest.fixture
+def two_nodes(monkeypatch) -> Iterator[Any]:
+    """A cluster for one test: a head with four logical CPUs, and a node with four and with the resource `second`.
+
+    The attribute `second` is that node. This process is connected to the cluster.
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 0, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    cluster.second = cluster.add_node(num_cpus=4, resources={"second": 4})
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(cluster) -> str:
-    """Its address."""
+    """The address of the cluster."""
     return cluster.address
 
 
 @pytest.fixture(scope="session")
 def victims(cluster) -> Any:
-    """The processes of its actors (`tests.system.victims.Victims`)."""
+    """The actor processes of the cluster (`tests.system.victims.Victims`)."""
     from tests.system.victims import Victims, raylets_of
 
     return Victims(lambda: raylets_of(cluster))
@@ -44,7 +63,7 @@ def victims(cluster) -> Any:
 
 @pytest.fixture(scope="session")
 def chain_teacher(tmp_path_factory) -> Path:
-    """A random, untrained teacher with the chain task's tokenizer."""
+    """Folder of an untrained teacher with random weights and the chain task's tokenizer."""
     from tests.tiny import save_teacher
 
     return save_teacher(tmp_path_factory.mktemp("models") / "teacher")
@@ -52,7 +71,7 @@ def chain_teacher(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(ray_cluster, chain_teacher, tmp_path_factory) -> Path:
-    """Run directory of an unbroken run of `tests.system.runs.run_config`, with a checkpoint of each round."""
+    """Directory of an unbroken run of `tests.system.runs.run_config`, with a checkpoint of each round."""
     from rich.console import Console
 
     from opdlm.deploy.run.train import train

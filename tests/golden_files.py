@@ -1,4 +1,7 @@
-"""Reads reference files: `train/*.json` + `.safetensors`, `decode/*.json`, `models/`. See tests/golden/README.md."""
+"""Reads the reference files of tests/golden: `train/*.json` + `.safetensors`, `decode/*.json`, `models/`.
+
+tests/golden/README.md describes them.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,24 @@ ROOT = Path(os.environ.get("OPDLM_GOLDEN") or Path(__file__).parent / "golden")
 
 
 def cases(kind: str) -> list[Path]:
-    """All reference files of `train` or `decode`; an empty folder is an error, not a green test."""
+    """All reference files of `train` or `decode`. An empty folder is an error: tests would check nothing."""
     found = sorted((ROOT / kind).glob("*.json"))
     assert found, f"no reference files in {ROOT / kind}"
     return found
 
 
 def load(path: Path) -> dict[str, Any]:
-    """One reference file."""
+    """Reads one reference file."""
     return json.loads(path.read_text())
 
 
 def objective_of(case: dict[str, Any]) -> ObjectiveConfig:
-    """The case's objective in our schema."""
+    """The objective of a case, as the config section."""
     return ObjectiveConfig(**case["objective"])
 
 
 def trajectory_of(row: dict[str, Any], case: dict[str, Any], index: int = 0) -> Trajectory:
-    """The trajectory a reference row was made from; what follows the first end-of-sequence token is no response."""
+    """The trajectory that a reference row was made from. Its response ends with the first end-of-sequence token."""
     response = np.array(row["response_ids"], dtype=np.int32)
     stops = np.flatnonzero(response == case["eos_id"])
     return Trajectory(
@@ -50,5 +53,5 @@ def trajectory_of(row: dict[str, Any], case: dict[str, Any], index: int = 0) -> 
 
 
 def unscored(trajectory: Trajectory) -> ScoredTrajectory:
-    """A trajectory whose targets do not matter to the test."""
+    """A trajectory with targets of zeros, for tests that do not use the targets."""
     return ScoredTrajectory(trajectory, HiddenTargets(np.zeros((trajectory.response_length, 1), np.float32)))

@@ -1,4 +1,4 @@
-"""Short, slow, obviously right versions of the fast code: what the tests hold it to."""
+"""Short and slow versions of the fast code that are easy to verify; tests compare the fast code with them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from opdlm.actors.rollout.remasking import STRATEGIES, Step
+from opdlm.actors.rollout.remasking import STRATEGIES, DenoisingStep
 from opdlm.actors.rollout.sampling import draw_candidates, hashed_uniform
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.grid import BlockGrid
@@ -21,11 +21,15 @@ def uncached_decode(
     mask_id: int,
     eos_ids: set[int],
     request: RolloutRequest,
-    later: Sequence[tuple[int, Any]] = (),
+    model_changes: Sequence[tuple[int, Any]] = (),
 ) -> tuple[list[int], list[int]]:
-    """One sequence, no cache, no batch: (kept response tokens, reveal steps).
+    """Decodes one sequence without a cache and without a batch.
 
-    `later`: (denoising steps before it, model) of models that take over, in order.
+    Args:
+        model_changes: (number of denoising steps, model) pairs in rising order; each model decodes after that number of
+            steps, as new weights do with `rollout.on_new_weights: continue`.
+
+    Returns: kept response tokens, and the reveal step of each.
     """
     grid, size = BlockGrid(settings.block_size, settings.block_grid), settings.block_size
     prompt = request.prompt_ids.tolist()
@@ -36,8 +40,8 @@ def uncached_decode(
         steps += [0] * (start + size - len(steps))
         block_step = 0
         while any(s == 0 for s in steps[max(start, len(prompt)) :]):
-            for begin, successor in later:
-                model = successor if step >= begin else model
+            for steps_before, successor in model_changes:
+                model = successor if step >= steps_before else model
             logits = full_forward(model, tokens, grid, len(prompt))[start:]
             logits[:, mask_id] = float("-inf")
             positions = torch.arange(start, start + size)
@@ -45,11 +49,11 @@ def uncached_decode(
             seed = torch.tensor(request.seed)
             uniform = hashed_uniform(seed, positions, step, 0)
             candidates = draw_candidates(logits, uniform, settings.temperature, settings.top_k, settings.top_p)
-            left = max(settings.steps_per_block - block_step, 1)
-            view = Step(
+            steps_left = max(settings.steps_per_block - block_step, 1)
+            view = DenoisingStep(
                 masked=masked[None],
                 confidence=logits.softmax(-1).gather(1, candidates[:, None]).T,
-                static_count=torch.tensor([-(-int(masked.sum()) // left)]),
+                static_count=torch.tensor([-(-int(masked.sum()) // steps_left)]),
                 threshold=torch.tensor([settings.threshold]),
                 entropy_budget=settings.entropy_budget,
                 entropy=lambda logits=logits: torch.distributions.Categorical(logits=logits).entropy()[None],
@@ -66,7 +70,7 @@ def uncached_decode(
 
 @torch.no_grad()
 def full_forward(model, tokens: list[int], grid: BlockGrid, prompt_length: int) -> torch.Tensor:
-    """Logits `[T, V]` of one whole sequence under the block-causal mask, written out."""
+    """Logits `[T, V]` of one whole sequence, with the block-causal mask computed for each pair of tokens."""
     blocks = [(i + grid.offset(prompt_length)) // grid.block_size for i in range(len(tokens))]
     mask = torch.tensor([[k <= q for k in blocks] for q in blocks])[None, None]
     return model(input_ids=torch.tensor([tokens]), attention_mask=mask, use_cache=False).logits[0].float()

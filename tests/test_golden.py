@@ -1,6 +1,6 @@
-"""Reference values of the public release (METHOD.md section 9).
+"""Losses, gradients, training states and decoded tokens equal those of the public release (METHOD.md section 9).
 
-Run: `pytest tests/test_golden.py`; another folder of the same layout: `OPDLM_GOLDEN=DIR pytest tests/test_golden.py`.
+`pytest tests/test_golden.py`; for another folder of the same layout: `OPDLM_GOLDEN=DIR pytest tests/test_golden.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from opdlm.learner.targets import gather_targets
 from tests import golden_files
 
 RELATIVE = 1e-4
+"""Tolerance, relative to the reference value."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_loss_and_gradients(path, kind, student, teacher) -> None:
 
 
 @pytest.mark.parametrize("path", golden_files.cases("train"), ids=lambda p: p.stem)
-def test_log_probabilities(path, student, teacher) -> None:
+def test_teacher_log_probabilities(path, student, teacher) -> None:
     case = golden_files.load(path)
     reference = load_file(path.with_suffix(".safetensors"))
     if "student_logprobs_at_loss" not in reference:
@@ -94,7 +95,7 @@ def test_log_probabilities(path, student, teacher) -> None:
 
 @pytest.mark.parametrize("path", golden_files.cases("train"), ids=lambda p: p.stem)
 def test_visited_states_contain_the_reference_rows(path) -> None:
-    """`all_states` gives exactly the reference's rows; every other reference row is made of visited states."""
+    """`all_states` gives exactly the reference's rows. Each block of every other reference row is a visited state."""
     case = golden_files.load(path)
     grid = BlockGrid(case["block_size"], case["block_grid"])
     objective = golden_files.objective_of(case).model_copy(update={"selection": "all_states"})
@@ -116,7 +117,7 @@ def test_visited_states_contain_the_reference_rows(path) -> None:
 
 @pytest.mark.parametrize("path", golden_files.cases("decode"), ids=lambda p: p.stem)
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_decode(path, batch_size, student) -> None:
+def test_decoded_tokens_and_reveal_steps(path, batch_size, student) -> None:
     case = golden_files.load(path)
     settings = DecodeSettings(
         block_size=case["block_size"],
@@ -134,7 +135,7 @@ def test_decode(path, batch_size, student) -> None:
     decoder = BlockDecoder(student, settings, case["mask_id"], [case["eos_id"]], batch_size)
     trajectories, _ = decoder.decode(requests)
     for ours, tokens, steps in zip(trajectories, case["outputs"], case["reveal_step"], strict=True):
-        assert ours.response.tolist() == tokens[:limit]  # the release may run one token over the limit
+        assert ours.response.tolist() == tokens[:limit]  # the release may exceed the limit by one token
         assert ours.reveal_step[: ours.response_length].tolist() == steps[:limit]
 
 

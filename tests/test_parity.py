@@ -1,7 +1,7 @@
-"""Train-decode parity (METHOD.md section 2): the property everything rests on.
+"""Train-decode parity (METHOD.md section 2), the property on which the method rests.
 
 For every state of every rollout, the training forward gives the same logits at the masked positions as the decoder
-saw, for any prompt length, any response end, either grid. `pytest tests/test_parity.py`
+saw, for any prompt length, any response end and either grid. `pytest tests/test_parity.py`
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODELS = [*(tiny_model(seed) for seed in range(10, 13)), *(tiny_model(13, **o) f
 def test_training_forward_sees_what_the_decoder_saw(
     model, block_size, grid, strategy, temperature, lengths, seed
 ) -> None:
-    seen: dict[tuple[int, int, int], torch.Tensor] = {}  # (sequence, step, position) -> logits
+    seen: dict[tuple[int, int, int], torch.Tensor] = {}  # logits [V] by (sequence, step, position)
 
     def observe(view: StepObservation) -> None:
         for row, index in enumerate(view.index):
@@ -66,14 +66,14 @@ def test_training_forward_sees_what_the_decoder_saw(
         for k, row in enumerate(rows):
             for i in np.flatnonzero(row.input_ids[start:] == MASK).tolist():
                 if k >= len(steps_of_block[i]):
-                    continue  # the block has no k-th state; the token itself cannot be the mask
+                    continue  # the block has fewer states; a decoded token is never the mask token
                 recorded = seen[(t.index, int(steps_of_block[i][k]), length + i)]
                 torch.testing.assert_close(logits[k, start + i], recorded, rtol=1e-4, atol=1e-4)
                 compared += 1
-    assert compared == len(seen), "every position of every state the decoder saw must have been compared"
+    assert compared == len(seen), "some positions that the decoder saw were not compared"
 
 
 def _distinct_steps(reveal: np.ndarray, prompt_length: int, grid) -> list[np.ndarray]:
-    """For each response token, the distinct reveal steps of its block, in order."""
+    """For each response token, the distinct reveal steps of its block, in rising order."""
     blocks = [(prompt_length + i + grid.offset(prompt_length)) // grid.block_size for i in range(len(reveal))]
     return [np.unique(reveal[np.array(blocks) == block]) for block in blocks]

@@ -1,4 +1,7 @@
-"""Small random models and trajectories for tests. Weights are drawn wide, so that logits differ from each other."""
+"""Small random models, requests and trajectories for tests.
+
+Weights have a large standard deviation, so that the logits of different tokens differ clearly.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def tiny_model(
     family: str = "qwen3",
     **settings: Any,
 ) -> Any:
-    """A causal LM of two layers, float32, eval mode; `settings` go into its config."""
+    """A causal language model of two layers, in float32 and eval mode. `settings`: further fields of its config."""
     torch.manual_seed(seed)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     config = AutoConfig.for_model(
@@ -46,7 +49,7 @@ def tiny_model(
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # they start at zero, where they could be left out unnoticed
+        if name.endswith("bias"):  # biases start at zero, and a test would not notice if they were left out
             torch.nn.init.normal_(parameter, std=0.4)
     return model
 
@@ -66,19 +69,29 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3-heads": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen3-yarn": {"rope_parameters": YARN_ROPE, "attention_bias": True},
 }
-"""Keyword arguments of `tiny_model` for what else is supported."""
+"""Keyword arguments of `tiny_model` for the other supported families and features."""
 
 
 def request(
     prompt_length: int, index: int = 0, limit: int = 12, seed: int = 0, vocab: int = VOCABULARY
 ) -> RolloutRequest:
-    """A random prompt (pad, end-of-sequence and mask ids among its tokens: they are ordinary there)."""
+    """A request with a random prompt, which may contain the ids of padding, end of sequence and mask.
+
+    In a prompt they are ordinary tokens.
+    """
     ids = np.random.default_rng([seed, index]).integers(0, vocab, prompt_length).astype(np.int32)
     return RolloutRequest(index, f"test/{index}", ids, limit, seed=seed * 1000 + index)
 
 
 def trajectory(prompt: list[int], response: list[int], steps: list[int], length: int | None = None) -> Trajectory:
-    """A trajectory written out by hand; it ends with an end-of-sequence token if its last response token is one."""
+    """A trajectory of the given tokens.
+
+    Args:
+        response: the kept tokens.
+        steps: reveal step of each kept token.
+        length: tokens of the response itself; None: all kept tokens. If the last of them is EOS, it is the reason for
+            the end.
+    """
     length = len(response) if length is None else length
     return Trajectory(
         index=0,
@@ -101,7 +114,12 @@ def save_teacher(
     alphabet: str = "0123456789+-=;",
     **model: Any,
 ) -> Path:
-    """A random teacher for the chain task, with its tokenizer, as a checkpoint folder; `model`: as in `tiny_model`."""
+    """Saves a random teacher for the chain task and its tokenizer as a checkpoint folder.
+
+    Args:
+        spare_rows: rows of the embedding beyond the tokenizer's tokens.
+        model: keyword arguments of `tiny_model`.
+    """
     tokenizer = build_char_tokenizer(alphabet)
     teacher = tiny_model(seed, vocab_size=len(tokenizer) + spare_rows, **model)
     teacher.config.eos_token_id = teacher.generation_config.eos_token_id = tokenizer.eos_token_id

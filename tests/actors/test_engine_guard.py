@@ -15,7 +15,7 @@ from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.teacher.actor import TeacherActor, start_teacher_actor
 from opdlm.common.config.schema import TeacherConfig
 from opdlm.common.errors import OpdlmError
-from opdlm.common.model.convert import convert
+from opdlm.common.model.convert import convert_checkpoint
 from tests.tiny import request, tiny_model, trajectory
 
 CONFIG = TeacherConfig(targets="logits", dtype="float32")
@@ -40,12 +40,12 @@ def exits(monkeypatch) -> list[int]:
 @pytest.fixture(scope="module")
 def student(chain_teacher, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("guarded") / "student"
-    convert(chain_teacher, folder, 4, "absolute")
+    convert_checkpoint(chain_teacher, folder, 4, "absolute")
     return str(folder)
 
 
 def break_model(model) -> None:
-    """From now on every forward raises, as after a CUDA error that stays."""
+    """Makes every forward raise from now on, as after a CUDA error that persists."""
     model.model.embed_tokens.weight = torch.nn.Parameter(torch.empty(0, 3))
 
 
@@ -62,20 +62,20 @@ def test_an_engine_that_fails_twice_ends_the_process(exits, caplog) -> None:
 
 
 def test_an_engine_that_still_answers_keeps_its_process(exits) -> None:
-    model, asked = tiny_model(), []
+    model, probes = tiny_model(), []
 
     def probe() -> None:
-        asked.append(1)
+        probes.append(1)
         one_token_forward(model)
 
     with pytest.raises(torch.OutOfMemoryError, match="once"), guarded("student", probe):
         raise torch.OutOfMemoryError("once")
-    assert (exits, asked) == ([], [1])
+    assert (exits, probes) == ([], [1])
 
 
 @pytest.mark.parametrize("mistake", [OpdlmError("no such thing"), ValueError("prompt 3 is empty")])
-def test_a_mistake_of_the_caller_is_no_reason_to_ask(exits, mistake) -> None:
-    with pytest.raises(type(mistake), match=str(mistake)), guarded("teacher", lambda: pytest.fail("asked")):
+def test_after_a_mistake_of_the_caller_the_engine_is_not_probed(exits, mistake) -> None:
+    with pytest.raises(type(mistake), match=str(mistake)), guarded("teacher", lambda: pytest.fail("probed")):
         raise mistake
     assert exits == []
 
@@ -111,7 +111,7 @@ def test_actors_with_a_dead_engine_come_back_and_work(ray_cluster, chain_teacher
         return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=300)
 
     def break_engine(actor, find) -> None:
-        def act(self) -> None:  # runs in the actor; a function of a test module would have to be importable there
+        def act(self) -> None:  # runs in the actor, which cannot import a function of this test module
             find(self).model.embed_tokens.weight = torch.nn.Parameter(torch.empty(0, 3))
 
         ray.get(actor.__ray_call__.remote(act), timeout=300)
@@ -129,7 +129,7 @@ def test_actors_with_a_dead_engine_come_back_and_work(ray_cluster, chain_teacher
                 process = pid(actor)
                 break_engine(actor, find)
                 ((after,),), _ = runner.run(pool.fetch(*call, outputs=1))
-            assert (value(after) == value(before)).all(), "the call that met the dead engine goes to the new process"
+            assert (value(after) == value(before)).all(), "the call that found the engine dead is repeated"
             assert pid(actor) != process
     finally:
         for actor in (teacher, rollout):

@@ -1,4 +1,4 @@
-"""Actors that die, come back, are added and taken away, without Ray. `pytest tests/actors/test_pool.py`"""
+"""Actors that die, come back, are added and are retired, without Ray. `pytest tests/actors/test_pool.py`"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opdlm.common.errors import OpdlmError
 
 
 class FakeActor:
-    """An actor handle. `work(x)` gives `(x, name)`; a dead one is back once it was asked `away` times."""
+    """A fake actor handle. `work(x)` returns `(x, name)`; a dead actor is alive again after `away` calls of `ready`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -66,15 +66,15 @@ class _Method:
 
 @pytest.fixture(autouse=True)
 def killed(monkeypatch) -> list[FakeActor]:
-    """Actors that were ended by the pool."""
-    ended: list[FakeActor] = []
-    monkeypatch.setattr("opdlm.actors.pool.ray.kill", ended.append)
+    """The actors that the pool killed."""
+    killed: list[FakeActor] = []
+    monkeypatch.setattr("opdlm.actors.pool.ray.kill", killed.append)
     monkeypatch.setattr("opdlm.actors.pool._LONGEST_PAUSE_SECONDS", 0.001)
-    return ended
+    return killed
 
 
 def pool_of(*actors: FakeActor, timeout: float = 30) -> tuple[ActorPool, list[str]]:
-    """A pool, and the names that it tells of as dead."""
+    """A pool, and the list of the names that it reports as dead."""
     pool, deaths = ActorPool({a.name: a for a in actors}, timeout, 2), []
     pool.on_death = lambda name, reason: deaths.append(name)
     return pool, deaths
@@ -97,7 +97,7 @@ def test_a_call_that_dies_goes_to_another_actor_and_the_dead_one_comes_back() ->
         assert {who for _, who in await answers} == {"two"}
         assert deaths == ["one"]
         one.hold = None
-        while pool._away:
+        while pool._starting:
             await asyncio.sleep(0.001)
         assert {who for _, who in await work(pool, 4)} == {"one", "two"}
         assert (one.most_at_work, two.most_at_work) == (1, 1), "one call at a time"
@@ -105,27 +105,27 @@ def test_a_call_that_dies_goes_to_another_actor_and_the_dead_one_comes_back() ->
     asyncio.run(scenario())
 
 
-def test_a_push_does_not_wait_for_an_actor_that_is_away() -> None:
+def test_a_broadcast_does_not_wait_for_an_actor_that_restarts() -> None:
     async def scenario() -> None:
         one, two = FakeActor("one"), FakeActor("two")
         one.away = 10**9  # a node that does not come back
         pool, deaths = pool_of(one, two)
         one.die()
-        await pool.broadcast("work", 0)  # finds out
+        await pool.broadcast("work", 0)  # finds the actor dead
         await asyncio.wait_for(pool.broadcast("work", 0), timeout=10)
-        assert deaths == ["one"], "one death is told once"
+        assert deaths == ["one"], "a death is reported once"
         assert await work(pool, 2) == [(0, "two"), (1, "two")]
 
     asyncio.run(scenario())
 
 
-def test_an_idle_actor_that_died_and_came_back_is_not_in_line_twice() -> None:
+def test_an_idle_actor_that_died_and_came_back_is_queued_once() -> None:
     async def scenario() -> None:
         one = FakeActor("one")
         pool, _ = pool_of(one)
         one.die()
         await pool.broadcast("work", 0)
-        while pool._away:
+        while pool._starting:
             await asyncio.sleep(0.001)
         await work(pool, 5)
         assert one.most_at_work == 1
@@ -134,33 +134,33 @@ def test_an_idle_actor_that_died_and_came_back_is_not_in_line_twice() -> None:
 
 
 @pytest.mark.parametrize("says", DEATHS)
-def test_a_death_is_one_however_ray_calls_it(says) -> None:
+def test_every_error_by_which_ray_reports_a_death_counts_as_one(says) -> None:
     async def scenario() -> None:
         one, two = FakeActor("one"), FakeActor("two")
         pool, deaths = pool_of(one, two)
         one.die(for_good=True, says=says)
         assert {who for _, who in await work(pool, 4)} == {"two"}
-        while pool._away:
+        while pool._starting:
             await asyncio.sleep(0.001)
         assert (list(pool.actors), deaths) == (["two"], ["one"])
         one, two = FakeActor("one"), FakeActor("two")
         pool, deaths = pool_of(one, two)
         one.die(for_good=True, says=says)
         await pool.broadcast("work", 0)
-        assert deaths == ["one"], "a push finds out too, and does not fail"
+        assert deaths == ["one"], "a broadcast finds it dead too, and does not fail"
 
     asyncio.run(scenario())
 
 
-def test_a_living_actor_that_tells_of_anothers_death_stays() -> None:
+def test_a_living_actor_that_reports_anothers_death_stays() -> None:
     async def scenario() -> None:
         one = FakeActor("one")
         pool, deaths = pool_of(one)
-        told = RayTaskError("work", "", ActorDiedError()).as_instanceof_cause()
-        one._check = lambda: (_ for _ in ()).throw(told)  # type: ignore[method-assign]
-        for ask in (pool.call, pool.broadcast):
+        error = RayTaskError("work", "", ActorDiedError()).as_instanceof_cause()
+        one._check = lambda: (_ for _ in ()).throw(error)  # type: ignore[method-assign]
+        for call in (pool.call, pool.broadcast):
             with pytest.raises(RayActorError):
-                await ask("work", 0)
+                await call("work", 0)
         assert (list(pool.actors), deaths, pool.serving) == (["one"], [], 1)
 
     asyncio.run(scenario())
@@ -179,13 +179,13 @@ def test_the_last_actor_gone_for_good_ends_every_waiting_call() -> None:
     asyncio.run(scenario())
 
 
-def test_nobody_comes_back_in_time() -> None:
+def test_it_is_an_error_if_no_actor_is_ready_in_time() -> None:
     async def scenario() -> None:
         one = FakeActor("one")
         one.away = 10**9
         pool, _ = pool_of(one, timeout=0.02)
         one.die()
-        with pytest.raises(OpdlmError, match=r"one: not back after 0.02 s .resources.call_timeout_seconds."):
+        with pytest.raises(OpdlmError, match=r"one: none was ready within 0.02 s .resources.call_timeout_seconds."):
             await pool.call("work", 0)
 
     asyncio.run(scenario())
@@ -198,7 +198,7 @@ def test_added_actors_serve_once_ready_and_retired_ones_finish_their_call(killed
         two.alive = False
         pool.add("two", two)
         assert {who for _, who in await work(pool, 2)} == {"one"}
-        while pool._away:
+        while pool._starting:
             await asyncio.sleep(0.001)
         assert {who for _, who in await work(pool, 2)} == {"one", "two"}
         one.hold = asyncio.Event()
@@ -207,13 +207,13 @@ def test_added_actors_serve_once_ready_and_retired_ones_finish_their_call(killed
             await asyncio.sleep(0)
         retiring = asyncio.create_task(pool.retire("one"))
         await asyncio.sleep(0.01)
-        assert not retiring.done(), "it is at work"
+        assert not retiring.done(), "it is in a call"
         assert killed == []
         one.hold.set()
         await retiring
         assert killed == [one]
         assert sorted(x for x, _ in await answers) == [0, 1, 2]
         assert {who for _, who in await work(pool, 3)} == {"two"}
-        assert deaths == [], "going by request is no death"
+        assert deaths == [], "to be retired is no death"
 
     asyncio.run(scenario())

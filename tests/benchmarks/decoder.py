@@ -1,11 +1,12 @@
-"""Block decoding against what one would use instead. Same weights, same prompts, same batch, one process.
+"""The block decoder against two alternatives, with the same weights, prompts and batch, in one process.
 
     make bench        # or: python -m tests.benchmarks.decoder [--student DIR --teacher DIR] [--threads 2]
 
-(a) transformers' `generate` of the autoregressive twin; (b) a plain block decoder (`plain_decoder.py`: static batch, a
-commit forward of its own). Random weights in the shape of Qwen3-0.6B, bfloat16, at the threshold that gives 3.8 tokens
-a step; then, where `make demo` has left one, the demo's student. Arms run back to back; ratios are taken within a
-repetition, since machines are noisy.
+(a) transformers' `generate`, which decodes the same weights autoregressively; (b) a plain block decoder
+(`plain_decoder.py`: a static batch, and a separate forward to commit each block). First with random weights in the
+shape of Qwen3-0.6B, bfloat16, at the threshold that gives 3.8 tokens per step; then with the demo's student, if `make
+demo` was run. All arms run in turn in each repetition, and ratios are taken within a repetition, because machines are
+noisy.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.settings import DecodeSettings
-from opdlm.actors.teacher.generate import generate
+from opdlm.actors.teacher.generation import generate
 from opdlm.common.data.tasks import get_task
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder
-from opdlm.deploy.evaluate.during_run import HeldOutProblems
+from opdlm.deploy.evaluate.held_out import HeldOutProblems
 from tests.benchmarks.measure import OUT, Ratio, back_to_back, parser, write_json
 from tests.benchmarks.plain_decoder import plain_decode
 
@@ -41,14 +42,14 @@ DEMO_BATCHES, DEMO_LIMIT = (8, 32, 128), 40
 
 
 @dataclass(frozen=True)
-class Run:
+class Measured:
     """What one arm did in one repetition."""
 
     tokens: int
     steps: int
     seconds: float
-    inside: float
-    """Seconds inside the model: its layers, and its output matrix."""
+    model_seconds: float
+    """Seconds of them inside the model: its layers and its output matrix."""
 
     @property
     def speed(self) -> float:
@@ -56,8 +57,8 @@ class Run:
         return self.tokens / self.seconds
 
 
-class Inside:
-    """Adds up the time that is spent inside a model's layers and output matrix."""
+class ModelTimer:
+    """Adds up the time that is spent in a model's layers and output matrix."""
 
     def __init__(self, model: Any) -> None:
         self.seconds = 0.0
@@ -72,15 +73,15 @@ class Inside:
     def _leave(self, *_: Any) -> None:
         self.seconds += time.perf_counter() - self._started
 
-    def measure(self, run: Callable[[], tuple[int, int]]) -> Run:
-        """Times what returns (response tokens, denoising steps)."""
+    def measure(self, run: Callable[[], tuple[int, int]]) -> Measured:
+        """Times a function that returns (response tokens, denoising steps)."""
         self.seconds, started = 0.0, time.perf_counter()
         tokens, steps = run()
-        return Run(tokens, steps, time.perf_counter() - started, self.seconds)
+        return Measured(tokens, steps, time.perf_counter() - started, self.seconds)
 
 
 def random_model() -> Any:
-    """Random weights in the shape of Qwen3-0.6B."""
+    """A model with random weights in the shape of Qwen3-0.6B, bfloat16."""
     config = Qwen3Config(
         vocab_size=V,
         hidden_size=1024,
@@ -94,12 +95,12 @@ def random_model() -> Any:
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    assert sum(p.numel() for p in model.parameters()) == 596_049_920  # as the public checkpoint
+    assert sum(p.numel() for p in model.parameters()) == 596_049_920  # the number of the public checkpoint
     return model
 
 
 def requests(limits: list[int]) -> list[RolloutRequest]:
-    """Random prompts of P tokens."""
+    """Random prompts of P tokens, one for each limit of response tokens."""
     rng = np.random.default_rng(0)
     return [
         RolloutRequest(i, str(i), rng.integers(0, MASK, P).astype(np.int32), n, seed=i) for i, n in enumerate(limits)
@@ -107,27 +108,27 @@ def requests(limits: list[int]) -> list[RolloutRequest]:
 
 
 def decode(model: Any, asked: list[RolloutRequest], threshold: float, batch: int) -> tuple[int, int]:
-    """Ours, without an end-of-sequence token."""
+    """Our decoder, which ignores end-of-sequence tokens."""
     how = DecodeSettings(block_size=S, threshold=threshold, ignore_eos=True)
     _, stats = BlockDecoder(model, how, MASK, [0], batch).decode(asked)
     return stats.response_tokens, stats.denoising_steps
 
 
 def plain(model: Any, asked: list[RolloutRequest], threshold: float, batch: int) -> tuple[int, int]:
-    """The plain block decoder; steps are not counted."""
+    """The plain block decoder, which does not count steps."""
     responses = plain_decode(model, asked, S, threshold, MASK, batch)
     return sum(map(len, responses)), 0
 
 
 def autoregressive(model: Any, prompts: list[np.ndarray], limit: int, batch: int) -> tuple[int, int]:
-    """`generate`, up to the limit for everyone: random weights never say the end-of-sequence token asked for."""
+    """`generate`. Every response reaches the limit, because the end-of-sequence token is one that no model has."""
     responses = generate(model, prompts, limit, [V + 1], batch)
     tokens = sum(map(len, responses))
     return tokens, tokens
 
 
 def threshold_for(model: Any, tokens_per_step: float) -> float:
-    """By bisection: the threshold at which random weights decode so fast."""
+    """The threshold at which a model decodes that many tokens per step, found by bisection."""
     asked, low, high = requests([EQUAL] * MIXED_BATCH), -20.0, 0.0
     for _ in range(8):
         middle = (low + high) / 2
@@ -137,9 +138,9 @@ def threshold_for(model: Any, tokens_per_step: float) -> float:
 
 
 def random_weights(batches: list[int], repetitions: int) -> list[dict]:
-    """Equal responses at several batches; then responses of mixed lengths."""
+    """Responses of equal length in several batch sizes, then responses of mixed lengths."""
     model = random_model()
-    inside = Inside(model)
+    timer = ModelTimer(model)
     threshold = threshold_for(model, TOKENS_PER_STEP)
     lines = []
     for batch in batches:
@@ -150,7 +151,7 @@ def random_weights(batches: list[int], repetitions: int) -> list[dict]:
             "plain": lambda a=asked, b=batch: plain(model, a, threshold, b),
             "ours": lambda a=asked, b=batch: decode(model, a, threshold, b),
         }
-        lines += compared(f"Qwen3-0.6B shape, {EQUAL} tokens each", batch, inside, arms, repetitions)
+        lines += compare(f"Qwen3-0.6B shape, {EQUAL} tokens each", batch, timer, arms, repetitions)
     limits = np.random.default_rng(2).lognormal(3.0, 0.8, MIXED).clip(4, 160).astype(int).tolist()
     asked = requests(limits)
     arms = {
@@ -158,22 +159,22 @@ def random_weights(batches: list[int], repetitions: int) -> list[dict]:
         "ours": lambda: decode(model, asked, threshold, MIXED_BATCH),
     }
     what = f"Qwen3-0.6B shape, {min(limits)} to {max(limits)} tokens, median {int(np.median(limits))}"
-    return lines + compared(what, MIXED_BATCH, inside, arms, repetitions)
+    return lines + compare(what, MIXED_BATCH, timer, arms, repetitions)
 
 
 def demo(student_folder: Path, teacher_folder: Path, repetitions: int) -> list[dict]:
     """The demo's student against its teacher."""
     student, teacher = CheckpointDecoder(student_folder), CheckpointDecoder(teacher_folder)
-    exam = HeldOutProblems([get_task("chain")], student.tokenizer, 256)
-    asked, inside = exam.requests(DEMO_LIMIT), Inside(student.model)
+    asked = HeldOutProblems([get_task("chain")], student.tokenizer, 256).requests(DEMO_LIMIT)
+    timer = ModelTimer(student.model)
 
     def block(strategy: Any, batch: int) -> tuple[int, int]:
-        answers = student.decode(asked, replace(student.base.greedy(strategy), threshold=0.9), batch)
+        answers = student.answer(asked, replace(student.base.greedy(strategy), threshold=0.9), batch)
         return answers.tokens, answers.denoising_steps
 
     def causal(batch: int) -> tuple[int, int]:
-        answers = teacher.generate(exam.prompt_ids, DEMO_LIMIT, batch)
-        return answers.tokens, answers.tokens
+        tokens = sum(map(len, teacher.continue_prompts(asked, 0.0, batch)))
+        return tokens, tokens
 
     lines = []
     for batch in DEMO_BATCHES:
@@ -182,15 +183,18 @@ def demo(student_folder: Path, teacher_folder: Path, repetitions: int) -> list[d
             "ours, static": lambda b=batch: block("low_confidence_static", b),
             "ours": lambda b=batch: block("low_confidence_dynamic", b),
         }
-        lines += compared("demo", batch, inside, arms, repetitions)
+        lines += compare("demo", batch, timer, arms, repetitions)
     return lines
 
 
-def compared(
-    what: str, batch: int, inside: Inside, arms: dict[str, Callable[[], tuple[int, int]]], repetitions: int
+def compare(
+    what: str, batch: int, timer: ModelTimer, arms: dict[str, Callable[[], tuple[int, int]]], repetitions: int
 ) -> list[dict]:
-    """All arms back to back; a line of the table for each."""
-    runs = back_to_back({name: lambda run=run: inside.measure(run) for name, run in arms.items()}, repetitions)
+    """Runs all arms in turn; returns a line of the table for each.
+
+    `generate` has no share of time outside the model, because its model is not always the timer's.
+    """
+    runs = back_to_back({name: lambda run=run: timer.measure(run) for name, run in arms.items()}, repetitions)
     return [
         {
             "what": what,
@@ -198,7 +202,9 @@ def compared(
             "arm": name,
             "tokens_per_step": found[0].tokens / found[0].steps if found[0].steps else None,
             "tokens_per_second": [run.speed for run in found],
-            "share_outside_model": [1 - run.inside / run.seconds for run in found] if name != "generate" else None,
+            "share_outside_model": [1 - run.model_seconds / run.seconds for run in found]
+            if name != "generate"
+            else None,
             "times": {
                 other: [run.speed / base.speed for run, base in zip(found, runs[other], strict=True)]
                 for other in ("generate", "plain")
@@ -210,7 +216,7 @@ def compared(
 
 
 def show(lines: list[dict], title: str) -> Table:
-    """The figures."""
+    """The table of all lines."""
     table = Table(title=title)
     table.add_column("what")
     for name in ("batch", "arm", "tokens per step", "tokens/s", "times (a) generate", "times (b) plain", "outside"):
@@ -231,7 +237,7 @@ def show(lines: list[dict], title: str) -> Table:
 
 
 def plot(lines: list[dict]) -> None:
-    """`runs/bench/decoder.png`: how often `generate`'s speed, by batch."""
+    """Writes `runs/bench/decoder.png`: the speed as a multiple of `generate`'s, by batch size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -249,12 +255,12 @@ def plot(lines: list[dict]) -> None:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints a table, writes JSON and a plot."""
     options = parser(__doc__)
     options.add_argument("--student", type=Path, default=Path("runs/demo/student"))
     options.add_argument("--teacher", type=Path, default=Path("models/chain-teacher"))
-    options.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="of the random weights")
-    options.add_argument("--only", choices=["random", "demo"], help="one of the two models")
+    options.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="batch sizes for the random weights")
+    options.add_argument("--only", choices=["random", "demo"], help="measure with one of the two models")
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     console, lines = Console(width=150), []

@@ -1,11 +1,11 @@
-"""Where the demo's wall time and CPU seconds go, until 97 % exact match and in all.
+"""The demo's wall time by part of a round and its CPU seconds by role, until 97 % exact match and for the whole run.
 
     make bench        # or: python -m tests.benchmarks.demo_time [--rounds 80]
 
-Runs `opdlm train deploy/demo.yaml` and watches its processes. Parts of a round come from its records; CPU seconds are
-those that the kernel counts for each process, read twice a second, so the last half second of one may be missing. What
-more rollout actors would give says `opdlm plan deploy/demo.yaml --rates runs/bench/demo`; each span of the run is in
-`timeline.json` there.
+Runs `opdlm train deploy/demo.yaml` and watches its processes. The parts of a round come from the run's records. CPU
+seconds are those that the kernel counts for each process; they are read twice a second, so the last half second of a
+process may be missing. `opdlm plan deploy/demo.yaml --rates runs/bench/demo` estimates what more rollout actors would
+change, and `runs/bench/demo/timeline.json` has every span of the run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PARTS = ("rollout_busy_seconds", "teacher_busy_seconds", "train_seconds", "weigh
 
 
 def watched(command: list[str], log: Path) -> dict[str, float]:
-    """Runs a command; CPU seconds of its processes by role."""
+    """Runs a command; returns the CPU seconds of its processes by role."""
     used: dict[tuple[int, float], tuple[str, float]] = {}
     with log.open("w") as out:
         process = psutil.Popen(command, stdout=out, stderr=subprocess.STDOUT)
@@ -41,7 +41,7 @@ def watched(command: list[str], log: Path) -> dict[str, float]:
                 try:
                     times = one.cpu_times()
                     used[one.pid, one.create_time()] = _role(one, process.pid), times.user + times.system
-                except psutil.Error:  # ended meanwhile
+                except psutil.Error:  # it has ended meanwhile
                     continue
             time.sleep(0.5)
     if process.returncode:
@@ -61,11 +61,11 @@ def _role(process: psutil.Process, driver: int) -> str:
 
 
 def parts_of(records: list[dict[str, Any]], until: float) -> dict[str, float]:
-    """Wall seconds of the run's parts, up to a moment."""
+    """Wall seconds of each part of the run. `until`: seconds of the run that count."""
     kept = [r for r in records if r["wall_seconds"] <= until]
     rounds = [r for r in kept if r["kind"] == "round"]
     first = next(r for r in records if r["kind"] == "publish")["wall_seconds"]
-    parts = {"start, until the first weights": first}
+    parts = {"start, to the first weights": first}
     parts |= {name.removesuffix("_seconds"): sum(r[name] for r in rounds) for name in PARTS}
     parts["checkpoint"] = sum(r.get("checkpoint_seconds", 0.0) for r in kept if r["kind"] == "checkpoint")
     parts["evaluations, hand-overs, waiting"] = until - sum(parts.values())
@@ -73,9 +73,9 @@ def parts_of(records: list[dict[str, Any]], until: float) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints a table, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, help="fewer than the demo has")
+    parser.add_argument("--rounds", type=int, help="rounds to train, if not as many as the run file has")
     chosen = parser.parse_args()
     shutil.rmtree(RUN, ignore_errors=True)
     OUT.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
-"""How near decoding comes to its memory-bandwidth floor, and training to its FLOP floor, on this GPU or CPU.
+"""Decoding against the time that memory bandwidth allows, training against the time that FLOP/s allow; GPU or CPU.
 
     python -m tests.benchmarks.floors [--repetitions 5]
 
-Both floors are measured in the same process: bandwidth by copying a large tensor, FLOP/s by multiplying large matrices.
-A denoising forward has to read all weights once; a training row has to do the products of its layers, of the visible
-pairs of attention, and of the output matrices of student and teacher. On a GPU: random weights in the shape of
-Qwen3-0.6B, bfloat16, decoding with and without CUDA graphs. On a CPU: the same decoding, and training of a small model.
+Bandwidth is measured by copying a large tensor, FLOP/s by multiplying large matrices, both in the same process. The
+floor of a denoising forward is the time to read all weights once. The floor of a training row is the time for the
+products in its layers, for the visible pairs in attention, and with the output matrices of student and teacher. On a
+GPU: random weights in the shape of Qwen3-0.6B, bfloat16, decoding with and without CUDA graphs. On a CPU: the same
+decoding, and training of a small model.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ RESPONSE = 1024 if CUDA else 256
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Of one call, until the device has done it."""
+    """Seconds that one call takes, until the device has finished it."""
     if CUDA:
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -45,21 +46,21 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def bandwidth() -> float:
-    """Bytes a second that a copy reads and writes."""
+    """Bytes per second that a copy reads and writes."""
     source = torch.ones((4 << 30) // 4 if CUDA else (1 << 29) // 4, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(5))
 
 
 def flops(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a product of square matrices."""
+    """Floating-point operations per second in a product of square matrices."""
     size = 8192 if CUDA else 2048
     one = torch.randn(size, size, device=DEVICE).to(dtype)
     return 2 * size**3 / min(seconds(lambda: one @ one) for _ in range(5))
 
 
 def decoding(repetitions: int) -> list[dict[str, Any]]:
-    """Seconds of a denoising forward, and all that goes with it, against those of reading the weights."""
+    """Seconds of a denoising step, and the floor: the seconds in which the weights can be read."""
     model = random_model().to(DEVICE)
     floor = sum(p.nbytes for p in model.parameters()) / bandwidth()
     lines = []
@@ -68,7 +69,7 @@ def decoding(repetitions: int) -> list[dict[str, Any]]:
             how = DecodeSettings(block_size=S, strategy="low_confidence_static", ignore_eos=True)
             decoder = BlockDecoder(model, how, MASK, [0], batch, CudaGraphs if graphs else None)
             asked = requests([EQUAL] * batch)
-            decoder.decode(asked)  # warm, recorded
+            decoder.decode(asked)  # warms up, and records the CUDA graphs
             each = []
             for _ in range(repetitions):
                 _, stats = decoder.decode(asked)
@@ -79,7 +80,7 @@ def decoding(repetitions: int) -> list[dict[str, Any]]:
 
 
 def training(repetitions: int) -> dict[str, Any]:
-    """Seconds of a row's forward and backward against those of its products at the speed of a large one."""
+    """Seconds of a row's forward and backward, and the floor: its products at the FLOP/s of a large product."""
     dtype = torch.bfloat16 if CUDA else torch.float32
     student = (random_model() if CUDA else learner_step.model(256)).to(DEVICE, dtype).train()
     config = student.config
@@ -93,7 +94,7 @@ def training(repetitions: int) -> dict[str, Any]:
     batch, targets, weights = batch.to(DEVICE), targets.to(DEVICE), torch.full((n,), 1 / n, device=DEVICE)
     layers = sum(p.numel() for p in student.model.layers.parameters() if p.dim() > 1)
     heads = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    # A product costs 2 a multiplication, its backward pass twice as much; the teacher's logits have none.
+    # A multiplication and its addition are 2 FLOP. The backward pass takes twice as many; the teacher has none.
     needed = 6 * layers * batch.input_ids.numel() + 12 * heads * pairs + (6 + 2) * n * width * learner_step.V
     floor = needed / flops(dtype)
 
@@ -107,7 +108,7 @@ def training(repetitions: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints a table, writes JSON."""
     options = parser(__doc__)
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)

@@ -1,6 +1,6 @@
-"""A run's maths in one process, without Ray or DeepSpeed: decode, score, train, in turn, with the run's own parts.
+"""A run in one process, without Ray and DeepSpeed. It decodes, scores and trains in turn, with the code of every run.
 
-What the distributed loop is measured against (`loop.py`), and where settings are tried quickly (`learning.py`).
+`loop.py` compares the distributed run with it; `learning.py` compares settings in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.teacher.scoring import score
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.grid import BlockGrid
-from opdlm.common.model.convert import convert
+from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts, require_mask
 from opdlm.common.model.load import load_model, load_output_matrix
 from opdlm.common.types import ScoredTrajectory
@@ -32,7 +32,7 @@ from opdlm.learner.train_step import TrainStep
 
 
 class PlainEngine:
-    """AdamW with what `TrainStep` asks of a DeepSpeed engine."""
+    """AdamW, with the methods of a DeepSpeed engine that `TrainStep` calls."""
 
     def __init__(self, module: DistillModule, config: OpdlmConfig) -> None:
         self.module, self.device = module, torch.device("cpu")
@@ -47,22 +47,22 @@ class PlainEngine:
         return self.module(*arguments)
 
     def train(self) -> None:
-        """As a module's."""
+        """Sets the module to train mode."""
         self.module.train()
 
     def set_gradient_accumulation_boundary(self, last: bool) -> None:
-        """Gradients add up by themselves."""
+        """Does nothing: PyTorch adds gradients up until they are cleared."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        """As a tensor's."""
+        """Adds to the gradients."""
         loss.backward()
 
     def get_global_grad_norm(self) -> float:
-        """Before clipping."""
+        """The gradient norm before clipping."""
         return self._norm
 
     def step(self) -> None:
-        """Clips, steps, forgets the gradients."""
+        """Clips the gradients, makes AdamW's step, clears the gradients."""
         self._norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._clip))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -70,7 +70,7 @@ class PlainEngine:
 
 @dataclass(frozen=True)
 class Round:
-    """One round of the run."""
+    """The figures of one round."""
 
     losses: list[float]
     response_tokens: int
@@ -81,14 +81,18 @@ class Round:
 
 
 class InProcess:
-    """A run of `max_staleness` 0."""
+    """A run with `queue.max_staleness` 0.
+
+    Args:
+        folder: gets the converted student, if it does not have it yet.
+    """
 
     def __init__(self, config: OpdlmConfig, folder: Path) -> None:
         self.config, checked = config, preflight(config)
-        self.order, self.plan = checked.order, checked.plan
+        self.order, self.schedule = checked.order, checked.schedule
         student = folder / "student_init"
         if not student.exists():
-            convert(config.model.teacher, student, config.rollout.block_size, config.rollout.block_grid)
+            convert_checkpoint(config.model.teacher, student, config.rollout.block_size, config.rollout.block_grid)
         facts = read_facts(student)
         self.mask_id, self.eos_ids = require_mask(facts), facts.eos_ids
         self.teacher = load_model(config.model.teacher, config.teacher.dtype)
@@ -111,32 +115,32 @@ class InProcess:
         )
 
     def rounds(self) -> Iterator[Round]:
-        """Trains round by round."""
-        per_round, steps = self.config.rollout.prompts_per_round, 0
-        for round_ in range(self.plan.rounds):
+        """Trains round by round; yields each round's figures."""
+        per_round, steps, schedule = self.config.rollout.prompts_per_round, 0, self.schedule
+        total_steps = schedule.steps_before(schedule.rounds)
+        for round_ in range(schedule.rounds):
             started = time.perf_counter()
-            indices = range(round_ * per_round, min((round_ + 1) * per_round, self.plan.total))
+            indices = range(round_ * per_round, min((round_ + 1) * per_round, schedule.total))
             requests = [rollout_request(self.config, self.order, index) for index in indices]
             self.student.eval()
             trajectories, stats = self.decoder.decode(requests, round_)
-            decoded = time.perf_counter()
+            decoded_at = time.perf_counter()
             how = self.config.teacher
             targets = score(self.teacher, trajectories, how.targets, how.top_k, how.batch_tokens)
             scored = [ScoredTrajectory(t, target) for t, target in zip(trajectories, targets, strict=True)]
-            taught = time.perf_counter()
+            scored_at = time.perf_counter()
             losses = []
-            for pass_, places in self.plan.batches(round_, len(scored)):
-                total = self.plan.steps_before(self.plan.rounds)
-                rate = learning_rate(steps, total, self.config.learner.optimizer)
-                share = [scored[place] for place in places]
-                losses.append(self.step(share, share[0], rate, pass_).loss)
+            for pass_number, places in schedule.batches(round_, len(scored)):
+                rate = learning_rate(steps, total_steps, self.config.learner.optimizer)
+                batch = [scored[place] for place in places]
+                losses.append(self.step(batch, batch[0], rate, pass_number).loss)
                 steps += 1
-            ended = time.perf_counter()
+            ended_at = time.perf_counter()
             yield Round(
                 losses,
                 stats.response_tokens,
-                ended - started,
-                decoded - started,
-                taught - decoded,
-                ended - taught,
+                ended_at - started,
+                decoded_at - started,
+                scored_at - decoded_at,
+                ended_at - scored_at,
             )

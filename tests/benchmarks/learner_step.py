@@ -1,10 +1,10 @@
-"""Forward and backward of one training row: ours against the direct formulation. Same model, same row, one process.
+"""Forward and backward of one training row: our module against the direct formulation, in one process.
 
     make bench        # or: python -m tests.benchmarks.learner_step [--repetitions 5] [--chunk 64] [--threads 2]
 
-The direct formulation is what one writes first: logits of all P + 2R positions of student and teacher, a float32
-log-softmax of both over the vocabulary, a dense float mask. Both are given the teacher's hidden states. Then our peak
-memory alone, with R up to 4,000: it must not grow with R x V.
+The direct formulation is the simplest one: logits of student and teacher at all P + 2R positions, a float32 log-softmax
+of both over the vocabulary, and a dense float mask. Both arms have the same model and row and get the teacher's hidden
+states. Then our peak memory alone is measured, with R up to 4,000: it must not grow with R x V.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.common.grid import BlockGrid
+from opdlm.common.masks import training_mask
 from opdlm.common.model.load import hidden_states
 from opdlm.common.types import HiddenTargets, ScoredTrajectory, Trajectory
 from opdlm.learner.distill import DistillModule
@@ -34,7 +35,7 @@ GRID, OBJECTIVE = BlockGrid(S, "absolute"), ObjectiveConfig(exclude_eos=False)
 
 
 def model(hidden: int) -> Qwen3ForCausalLM:
-    """Random weights in the shape of a small Qwen3 with its whole vocabulary."""
+    """A model with random weights in the shape of a small Qwen3 with the whole vocabulary."""
     config = Qwen3Config(
         vocab_size=V,
         hidden_size=hidden,
@@ -50,7 +51,7 @@ def model(hidden: int) -> Qwen3ForCausalLM:
 
 
 def row(hidden: int, response: int, head: torch.Tensor) -> tuple[MicroBatch, PositionTargets]:
-    """One state of every block of one response, and random hidden states of a teacher."""
+    """A row with one state of every block of a response, and targets from random hidden states of a teacher."""
     rng = np.random.default_rng(1)
     steps = np.concatenate([b * S + 1 + rng.permutation(S) for b in range(response // S)]).astype(np.int16)
     trajectory = Trajectory(
@@ -70,9 +71,7 @@ def row(hidden: int, response: int, head: torch.Tensor) -> tuple[MicroBatch, Pos
 
 
 def direct(student: Qwen3ForCausalLM, batch: MicroBatch, targets: PositionTargets) -> torch.Tensor:
-    """The mean forward KL, as one writes it first."""
-    from opdlm.common.masks import training_mask
-
+    """The mean forward KL by the direct formulation."""
     visible = training_mask(batch.samples, batch.copies, batch.blocks)
     mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
     log_q = student.lm_head(hidden_states(student, batch.input_ids, batch.position_ids, mask)).log_softmax(-1)
@@ -86,13 +85,13 @@ def direct(student: Qwen3ForCausalLM, batch: MicroBatch, targets: PositionTarget
 
 
 def ours(student: Qwen3ForCausalLM, batch: MicroBatch, targets: PositionTargets, chunk: int) -> torch.Tensor:
-    """The same mean through the module that the learner trains."""
+    """The mean forward KL by the module that the learner trains."""
     n = len(batch.loss_row)
     return DistillModule(student, OBJECTIVE, chunk)(batch, targets, torch.full((n,), 1 / n))[0]
 
 
 def measured(student: Qwen3ForCausalLM, loss: Callable[[], torch.Tensor]) -> Usage:
-    """One forward and backward; gradients are not there before and are counted."""
+    """Measures one forward and backward. The gradients are allocated in it, so their memory counts."""
     student.zero_grad(set_to_none=True)
     with usage() as used:
         loss().backward()
@@ -100,7 +99,7 @@ def measured(student: Qwen3ForCausalLM, loss: Callable[[], torch.Tensor]) -> Usa
 
 
 def difference(student: Qwen3ForCausalLM, losses: dict[str, Callable[[], torch.Tensor]]) -> tuple[float, float]:
-    """Relative differences of the two losses, and of the two gradients by norm."""
+    """(relative difference of the two losses, norm of the gradients' difference relative to their norm)."""
     values, gradients = [], []
     for loss in losses.values():
         student.zero_grad(set_to_none=True)
@@ -114,7 +113,7 @@ def difference(student: Qwen3ForCausalLM, losses: dict[str, Callable[[], torch.T
 
 
 def compare(hidden: int, response: int, chunk: int, repetitions: int) -> dict:
-    """One line of the table."""
+    """Measures both arms in one shape; returns a line of the table."""
     student, head = model(hidden), torch.randn(V, hidden) / hidden**0.5
     batch, targets = row(hidden, response, head)
     losses = {
@@ -143,7 +142,7 @@ def compare(hidden: int, response: int, chunk: int, repetitions: int) -> dict:
 
 
 def long_rows(hidden: int, chunk: int) -> list[dict]:
-    """Our peak memory by R."""
+    """Measures our peak memory for each R."""
     student, head = model(hidden), torch.randn(V, hidden) / hidden**0.5
     found = []
     for response in LONG:
@@ -154,7 +153,7 @@ def long_rows(hidden: int, chunk: int) -> list[dict]:
 
 
 def plot(lines: list[dict], hidden: int) -> None:
-    """`runs/bench/learner_step.png`."""
+    """Writes `runs/bench/learner_step.png`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -168,7 +167,7 @@ def plot(lines: list[dict], hidden: int) -> None:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints a table, writes JSON and a plot."""
     options = parser(__doc__)
     options.add_argument("--chunk", type=int, default=64, help="learner.logits_chunk")
     chosen = options.parse_args()

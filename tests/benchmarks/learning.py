@@ -1,10 +1,11 @@
-"""How many response tokens, and how many seconds, the demo takes to a given exact match, by its settings.
+"""Response tokens and seconds that the demo needs to reach a given exact match, for several settings.
 
     python -m tests.benchmarks.learning "" "objective.selection=all_states" "learner.batch_size=8 rollout.batch_size=64"
 
-Each argument is one arm: overrides of deploy/demo.yaml with spaces between ("" is the file as it is). The maths runs in
-one process without Ray (`in_process.py`). Every few rounds 200 held-out problems are decoded greedily, static and
-dynamic; an arm ends when both have reached the target. Seconds are those of training, not of these exams.
+Each argument is one arm: overrides of deploy/demo.yaml, separated by spaces ("" changes nothing). The run is in one
+process without Ray (`in_process.py`). Every few rounds, 200 held-out problems are decoded greedily with the static and
+the dynamic strategy; an arm ends when both have reached the target. The seconds are those of the rounds, without these
+evaluations.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.common.config import load_config
 from opdlm.common.data.tasks import get_task
 from opdlm.common.model.tokenizer import load_tokenizer
-from opdlm.deploy.evaluate.during_run import HeldOutProblems
+from opdlm.deploy.evaluate.held_out import HeldOutProblems
 from tests.benchmarks.in_process import InProcess
 from tests.benchmarks.measure import OUT, write_json
 
 RUN_FILE = Path("deploy/demo.yaml")
 
 
-def exact_match(run: InProcess, exam: HeldOutProblems, limit: int) -> dict[str, float]:
-    """Of the student as it is, by greedy strategy."""
+def exact_match(run: InProcess, problems: HeldOutProblems, limit: int) -> dict[str, float]:
+    """Share of right answers with the present weights, by strategy. `limit`: most response tokens."""
     run.student.eval()
     found = {}
     for strategy in ("low_confidence_static", "low_confidence_dynamic"):
         how = run.decoder.settings.greedy(strategy)
         decoder = BlockDecoder(run.student, how, run.mask_id, run.eos_ids, run.decoder.batch_size)
-        trajectories, _ = decoder.decode(exam.requests(limit))
-        found[strategy.removeprefix("low_confidence_")] = exam.exact_match([t.response for t in trajectories])
+        trajectories, _ = decoder.decode(problems.requests(limit))
+        found[strategy.removeprefix("low_confidence_")] = problems.exact_match([t.response for t in trajectories])
     return found
 
 
@@ -47,39 +48,39 @@ def arm(overrides: str, target: float, every: int) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     config = load_config(RUN_FILE, [f"run.dir={folder}", *overrides.split()])
     run = InProcess(config, folder)
-    exam = HeldOutProblems([get_task(config.data.task or "")], load_tokenizer(config.model.teacher), 200)
+    problems = HeldOutProblems([get_task(config.data.task or "")], load_tokenizer(config.model.teacher), 200)
     tokens, seconds, curve, reached = 0, 0.0, [], False
     for number, done in enumerate(run.rounds(), start=1):
         tokens, seconds = tokens + done.response_tokens, seconds + done.seconds
-        if number % every == 0 or number == run.plan.rounds:
-            found = exact_match(run, exam, config.evaluation.max_new_tokens)
+        if number % every == 0 or number == run.schedule.rounds:
+            found = exact_match(run, problems, config.evaluation.max_new_tokens)
             curve.append({"round": number, "tokens": tokens, "seconds": seconds, **found})
-            print(overrides or "as it is", curve[-1], flush=True)
+            print(overrides or "unchanged", curve[-1], flush=True)
             if reached := min(found.values()) >= target:
                 break
     return {"overrides": overrides, "reached": reached, "curve": curve}
 
 
 def plot(arms: list[dict[str, Any]]) -> None:
-    """`runs/bench/learning.png`."""
+    """Writes `runs/bench/learning.png`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, unit in zip(figure.subplots(1, 2), ("tokens", "seconds"), strict=True):
         for one in arms:
             worse = [100 * min(point["static"], point["dynamic"]) for point in one["curve"]]
-            axes.plot([p[unit] for p in one["curve"]], worse, marker=".", label=one["overrides"] or "as it is")
+            axes.plot([p[unit] for p in one["curve"]], worse, marker=".", label=one["overrides"] or "unchanged")
         axes.set(xlabel=f"{'response ' if unit == 'tokens' else ''}{unit}", ylabel="exact match, worse of two, %")
     axes.legend(fontsize="x-small")
     figure.savefig(OUT / "learning.png", dpi=120)
 
 
 def main() -> None:
-    """Trains all arms, prints, writes."""
+    """Trains all arms, prints a table, writes JSON and a plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arms", nargs="+", help="overrides of deploy/demo.yaml, with spaces between")
-    parser.add_argument("--target", type=float, default=0.97)
-    parser.add_argument("--every", type=int, default=5, help="rounds between exams")
+    parser.add_argument("arms", nargs="+", help="overrides of deploy/demo.yaml, separated by spaces")
+    parser.add_argument("--target", type=float, default=0.97, help="exact match at which an arm ends")
+    parser.add_argument("--every", type=int, default=5, help="rounds between evaluations")
     chosen = parser.parse_args()
     torch.set_num_threads(2)
     OUT.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ def main() -> None:
     for one in arms:
         last = one["curve"][-1]
         table.add_row(
-            one["overrides"] or "as it is",
+            one["overrides"] or "unchanged",
             "yes" if one["reached"] else "no",
             str(last["round"]),
             f"{last['tokens']:,}",

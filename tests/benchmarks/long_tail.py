@@ -1,11 +1,11 @@
-"""A denoising step of sequences of very different lengths: parts by length against one part as wide as the longest.
+"""Attention over sequences of very different lengths: in parts by length, or in one part as wide as the longest.
 
     make bench        # or: python -m tests.benchmarks.long_tail [--repetitions 5]
 
-Random weights in the shape of Qwen3-0.6B, bfloat16, static decoding behind prompts of the lengths below, which stand
-for responses of which so much is there. Two arms in turn, by the least width that parts have of their own
-(`actors/rollout/attention.py`); a step's time is the median over the steps of a call. There is no prefill: attention
-takes the same time over zeros.
+Random weights in the shape of Qwen3-0.6B, bfloat16, static decoding after prompts of the lengths below; a long prompt
+stands for a response that is long already. The two arms differ in the smallest width of a part
+(`actors/rollout/attention.py`). The time of a step is the median over the steps of a call. There is no prefill, because
+attention over zeros takes the same time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LENGTHS = {
 
 
 def step_seconds(model: Any, lengths: list[int], narrowest: int) -> float:
-    """Of one denoising step."""
+    """Median seconds of a denoising step. `narrowest`: the smallest width of a part, in positions."""
     rng, seconds = np.random.default_rng(0), []
     requests = [
         RolloutRequest(i, str(i), rng.integers(0, MASK, n).astype(np.int32), STEPS, seed=i)
@@ -55,14 +55,14 @@ def step_seconds(model: Any, lengths: list[int], narrowest: int) -> float:
     with (
         mock.patch.object(decoder, "_step", timed),
         mock.patch.object(decoder, "_prefill"),
-        mock.patch("opdlm.actors.rollout.attention.NARROWEST", narrowest),
+        mock.patch("opdlm.actors.rollout.attention.NARROWEST_PART", narrowest),
     ):
         decoder.decode(requests)
     return median(seconds)
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints a table, writes JSON."""
     chosen = parser(__doc__).parse_args()
     torch.set_num_threads(chosen.threads)
     model, lines = random_model(), []

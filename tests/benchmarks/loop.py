@@ -1,10 +1,10 @@
-"""The distributed loop against the same maths in one process without Ray, on the same cores, at the demo's size.
+"""The distributed run against the same computation in one process without Ray, on the same cores, with the demo.
 
     make bench        # or: python -m tests.benchmarks.loop [--rounds 12] [--repetitions 5]
 
-Both run deploy/demo.yaml without evaluations: `opdlm train` in its actors, and `in_process.py` with two threads. Each
-repetition runs both; a round's time is the median of its rounds after the first two. The losses of both are compared:
-they are the same maths, apart from the order of sums.
+Both arms run deploy/demo.yaml without evaluations: `opdlm train` with its actors, and `in_process.py` with two threads.
+Each repetition runs both. The time of a round is the median over the rounds of a run, without the first two. The losses
+of both are compared: they differ only by the order in which numbers are summed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RUN_FILE, WARM_UP = Path("deploy/demo.yaml"), 2
 
 
 def settings(rounds: int) -> list[str]:
-    """What is changed of the run file."""
+    """The overrides of the run file, for both arms."""
     return [
         f"run.rounds={rounds}",
         f"run.dir={OUT}/loop",
@@ -40,7 +40,7 @@ def settings(rounds: int) -> list[str]:
 
 
 def distributed(rounds: int) -> dict[str, Any]:
-    """`opdlm train`, in a process of its own."""
+    """Runs `opdlm train` in a process of its own; returns its losses and median seconds."""
     shutil.rmtree(OUT / "loop", ignore_errors=True)
     command = [sys.executable, "-m", "opdlm", "train", str(RUN_FILE)]
     command += [part for setting in settings(rounds) for part in ("--set", setting)]
@@ -61,7 +61,7 @@ def distributed(rounds: int) -> dict[str, Any]:
 
 
 def in_process(rounds: int, config: OpdlmConfig) -> dict[str, Any]:
-    """The same in this process."""
+    """Runs the same in this process; returns its losses and median seconds."""
     shutil.rmtree(OUT / "in_process", ignore_errors=True)
     run = InProcess(config, OUT / "in_process")
     done = list(run.rounds())
@@ -81,7 +81,7 @@ def _medians(parts: dict[str, list[float]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints a table, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--repetitions", type=int, default=5)

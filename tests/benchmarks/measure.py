@@ -1,4 +1,4 @@
-"""What all measurements share: peak memory of a part of the process, repetitions, ratios with their spread, JSON."""
+"""Shared by all benchmarks: time and peak memory of a block of code, repetitions, ratios with their range, JSON."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from pathlib import Path
 from typing import Any
 
 OUT = Path("runs/bench")
-"""JSON and plots."""
+"""The folder of results: JSON and plots."""
 
 
 @dataclass
 class Usage:
-    """What a block of code took."""
+    """What a block of code used."""
 
     seconds: float = 0.0
     peak_bytes: int = 0
-    """Highest resident memory, above what was resident at the block's start."""
+    """The highest resident memory during the block, minus the resident memory at its start."""
 
 
 @contextmanager
 def usage() -> Iterator[Usage]:
-    """Measures its block; memory by the kernel's high-water mark, so transient tensors count (Linux)."""
+    """Measures the block. Memory is the kernel's high-water mark, so temporary tensors count (Linux only)."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before, result, started = _status("VmRSS"), Usage(), time.perf_counter()
     yield result
     result.seconds = time.perf_counter() - started
@@ -46,13 +46,13 @@ def _status(name: str) -> int:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of two arms that were run back to back several times; each repetition's ratio is taken within it."""
+    """One value per repetition: of one arm, or the ratio of two arms within the repetition. Printed with its range."""
 
     values: list[float]
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The median of the values."""
         return statistics.median(self.values)
 
     def __str__(self) -> str:
@@ -60,7 +60,10 @@ class Ratio:
 
 
 def back_to_back(arms: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, list[Any]]:
-    """Runs all arms in turn, after one round that warms up; what each returned, by repetition."""
+    """Runs all arms one after the other, in each repetition. A first repetition only warms up.
+
+    Returns: by arm, what it returned in each repetition.
+    """
     results: dict[str, list[Any]] = {name: [] for name in arms}
     for repetition in range(repetitions + 1):
         for name, run in arms.items():
@@ -71,7 +74,7 @@ def back_to_back(arms: dict[str, Callable[[], Any]], repetitions: int) -> dict[s
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Command line of a measurement that repeats itself in this process; `doc`: its module's docstring."""
+    """The command line of a benchmark that repeats its arms in this process. `doc`: the docstring of its module."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--repetitions", type=int, default=5)
     made.add_argument("--threads", type=int, default=2)
@@ -79,7 +82,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def write_json(name: str, content: Any) -> Path:
-    """`runs/bench/NAME.json`."""
+    """Writes `runs/bench/NAME.json`; returns its path."""
     OUT.mkdir(parents=True, exist_ok=True)
     path = OUT / f"{name}.json"
     path.write_text(json.dumps(content, indent=1))

@@ -1,7 +1,8 @@
-"""Block decoding as one writes it first: a static batch, a forward a denoising step, another one for the commit.
+"""The simplest block decoder: a static batch, one forward per denoising step, and one more to commit each block.
 
-What `tests/benchmarks/decoder.py` compares with; `tests/actors/rollout/test_plain_decoder.py` holds it to the real one.
-Prompts of one length that fills whole blocks, greedy, `low_confidence_dynamic`, no end-of-sequence token.
+`tests/benchmarks/decoder.py` compares our decoder with it, and `tests/actors/rollout/test_plain_decoder.py` checks that
+both decode the same tokens. It decodes greedily with `low_confidence_dynamic`, without end-of-sequence tokens, after
+prompts of one length that fills whole blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from opdlm.common.types import RolloutRequest
 def plain_decode(
     model: Any, requests: Sequence[RolloutRequest], block: int, threshold: float, mask_id: int, batch_size: int
 ) -> list[list[int]]:
-    """Response tokens up to each request's limit; a batch ends with its longest response."""
+    """Decodes every request up to its limit, in batches that end with their longest response; returns the tokens."""
     responses = []
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
@@ -53,7 +54,7 @@ def _batch(model: Any, batch: Sequence[RolloutRequest], block: int, threshold: f
             if not masked.any():
                 break
             logits = forward(tokens)
-            cache.crop(-block)  # what noisy tokens left
+            cache.crop(-block)  # removes the keys and values of the masked block
             logits[..., mask_id] = float("-inf")
             confidence, candidates = logits.softmax(-1).max(-1)
             confidence = confidence.masked_fill(~masked, -1.0)

@@ -1,9 +1,10 @@
-"""Scoring trajectories against a bare forward of the same tokens, and what each kind of target weighs on the wire.
+"""Scoring trajectories against a bare forward of the same tokens, and the bytes of each kind of target.
 
     make bench        # or: python -m tests.benchmarks.teacher [--repetitions 5] [--threads 2]
 
-The bare forward is `model(ids, output_hidden_states=True)` of transformers: all hidden states, all logits, nothing
-read. Beside it one without logits. Random weights in the shape of Qwen3-0.6B, bfloat16; the same batches for all arms.
+The bare forward is `model(ids, output_hidden_states=True)` of transformers, which computes all hidden states and all
+logits; a second bare forward computes no logits. Random weights in the shape of Qwen3-0.6B, bfloat16. All arms have the
+same batches.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ KINDS = ("hidden", "topk", "logits")
 
 
 def trajectories() -> list[Trajectory]:
-    """Random tokens; scoring looks at nothing else."""
+    """Trajectories of random tokens. Scoring reads nothing else of them."""
     rng = np.random.default_rng(0)
     return [
         Trajectory(
@@ -49,7 +50,7 @@ def trajectories() -> list[Trajectory]:
 
 @torch.inference_mode()
 def bare(model: Any, asked: list[Trajectory], logits: bool) -> None:
-    """The forwards alone."""
+    """Runs the bare forwards of all trajectories. `logits`: at every position, not only the last."""
     lengths = [P + t.response_length - 1 for t in asked]
     for batch in batches_by_length(lengths, BATCH_TOKENS):
         ids = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.int64)
@@ -59,14 +60,14 @@ def bare(model: Any, asked: list[Trajectory], logits: bool) -> None:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds."""
+    """Seconds of a call."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints a table, writes JSON."""
     options = parser(__doc__)
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)

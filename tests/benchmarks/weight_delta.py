@@ -1,13 +1,15 @@
-"""How much of the weights a push repeats, and whether a push of differences alone would be faster.
+"""The share of the weights that is equal in two pushes, and whether pushing only the differences would be faster.
 
     make bench        # or: python -m tests.benchmarks.weight_delta [--steps 16]
 
-A random Qwen3 (weights of standard deviation 0.02, as pretrained ones have about) learns random tokens by AdamW on
-float32 masters, as DeepSpeed keeps them; a push has the bfloat16 values. One push is 16 optimizer steps, the paper's
-128 prompts a round in batches of 8; the first 16 steps, in which AdamW's moments come to be, are left out.
+A random Qwen3 (weights of standard deviation 0.02, about that of pretrained ones) learns random tokens by AdamW on
+float32 masters, as DeepSpeed keeps them; a push has the bfloat16 values. There are 16 optimizer steps between two
+pushes, as in the paper (128 prompts per round in batches of 8). The first 16 steps are left out, because AdamW's
+moments are not yet typical in them.
 
-Then what coding costs: sender and receiver find and place what changed of bfloat16 values (a bit a value, then the new
-ones), one thread each. Both take time, fewer bytes save time; on a network slower than the last column they save more.
+Then the cost of coding is measured: the sender finds the changed bfloat16 values, the receiver puts them in place (one
+bit per value, then the new values), with one thread each. Coding takes time and saves bytes. It saves more time than it
+takes on a network that is slower than the last column.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ VALUES = 50_000_000
 
 
 def repeated(rate: float, steps: int) -> dict[str, float]:
-    """Shares of values and of bytes that are equal in two pushes after each other, in each number format."""
+    """Shares of values and of bytes that are equal in two successive pushes, by number format."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=2048,
@@ -65,7 +67,11 @@ def repeated(rate: float, steps: int) -> dict[str, float]:
 
 
 def coding(repeats: float, repetitions: int) -> dict[str, float]:
-    """Seconds a GB of bfloat16 weights of which that share repeats, and the network below which coding pays."""
+    """Cost of coding, per GB of bfloat16 weights of which the share `repeats` is equal to those before.
+
+    Returns: the share of bytes moved, seconds of sender and receiver, and `pays`: the GB/s of a network below which
+    coding saves time.
+    """
     rng = np.random.default_rng(0)
     old = rng.integers(0, 1 << 16, VALUES, dtype=np.uint16)
     new = np.where(rng.random(VALUES) < repeats, old, old ^ 1)
@@ -101,7 +107,7 @@ def _best(work: Callable[[], Any], repetitions: int) -> tuple[float, Any]:
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints a table, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=16, help="optimizer steps between two pushes")
     parser.add_argument("--repetitions", type=int, default=5)
@@ -113,7 +119,7 @@ def main() -> None:
     for line in lines:
         rate, *shares = line.values()
         table.add_row(f"{rate:.0e}", *(f"{share:.1%}" for share in shares))
-    coded = Table(title="a push of differences in bfloat16, a GB of weights")
+    coded = Table(title="a push of differences in bfloat16, per GB of weights")
     for name in ("values that repeat", "bytes moved", "sender, s", "receiver, s", "pays below, GB/s"):
         coded.add_column(name, justify="right")
     for line in lines:

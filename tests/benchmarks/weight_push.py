@@ -1,11 +1,11 @@
-"""From "optimizer step done" to "every rollout actor has the weights", against the bare copies that this needs.
+"""Time from the end of an optimizer step until every rollout actor has the weights, against the copies that it needs.
 
     make bench        # or: python -m tests.benchmarks.weight_push [--gigabytes 0.1 1] [--nodes 1 2] [--actors 2]
                       #     [--repetitions 5] [--transport object_store nixl]
 
-A push through Ray's object store must copy all bytes into the store once and out of it once an actor (all actors at
-the same time), and once more between two nodes. The measured push is the run's own: `WeightPacker`, the hand-over
-to the replay queue, `load_weights` with its checksum on each actor. Both nodes are on this machine.
+A push through Ray's object store must copy all bytes into the store once, out of it once for each actor (all actors at
+the same time), and once more between two nodes. The measured push is that of a run: `WeightPacker`, the hand-over to
+the replay queue, and `load_weights` with its checksum on each actor. Both nodes are on this machine.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Learner:
         self.hand_over = self.queue.publish_held if transport == "nixl" else self.queue.publish
 
     def publish(self) -> dict[str, float]:
-        """Packs and hands over a new version; seconds of both."""
+        """Packs and hands over a new version; returns the seconds of both."""
         self.version += 1
         self.weights[0].add_(1e-3)
         started = time.perf_counter()
@@ -58,27 +58,27 @@ class Learner:
         return {"pack": packed - started, "hand_over": time.perf_counter() - packed}
 
     def copy_seconds(self) -> float:
-        """Of all bytes into fresh memory, as the object store's are; by a gigabyte of them, for want of room."""
+        """Seconds to copy all bytes into newly allocated memory, estimated from one gigabyte to save memory."""
         some, started = list(self.weights)[: int(1e9 / 4 / TENSOR_VALUES)], time.perf_counter()
-        fresh = [tensor.detach().clone() for tensor in some]  # kept, or the next had the same memory
+        fresh = [tensor.detach().clone() for tensor in some]  # all are kept, or each would reuse the memory of the last
         return (time.perf_counter() - started) * len(self.weights) / len(fresh)
 
 
 class Rollout:
-    """Holds weights and takes new ones."""
+    """Holds weights and loads new ones."""
 
     def __init__(self, nbytes: int) -> None:
         torch.set_num_threads(1)
         self.weights, self.buffer = weights(nbytes), weights(min(nbytes, 250_000_000))
 
     def load(self, handle: WeightHandle) -> float:
-        """As `RolloutActor.load_weights`."""
+        """Loads a version as `RolloutActor.load_weights` does; returns the seconds."""
         started = time.perf_counter()
         load_weights(self.weights, ray.get(handle.pack[0]))
         return time.perf_counter() - started
 
     def copy_seconds(self) -> float:
-        """All bytes, into the memory of a model."""
+        """Seconds to copy all bytes into the memory of a model."""
         started = time.perf_counter()
         for tensor, source in zip(self.weights, itertools.cycle(self.buffer)):
             tensor.copy_(source)
@@ -86,7 +86,7 @@ class Rollout:
 
 
 def push(gigabytes: float, nodes: int, transport: str, actors: int, repetitions: int) -> dict[str, Any]:
-    """All repetitions of one size; the first, which warms up, is left out."""
+    """Measures pushes of one size; a first one, which warms up, is left out."""
     nbytes = int(gigabytes * 1e9)
     store = int(min(3.2 * nbytes + 5e8, 9e9))
     head = {"num_cpus": 8, "num_gpus": 0, "include_dashboard": False, "object_store_memory": store}
@@ -98,7 +98,7 @@ def push(gigabytes: float, nodes: int, transport: str, actors: int, repetitions:
         ray.init(address=cluster.address, log_to_driver=False)
         there = {"resources": {"second": 1}} if nodes == 2 else {}
         queue = ray.remote(ReplayQueueActor).options(num_cpus=0).remote(1, 0, 1, 0)
-        # A thread to publish, and one that hands over meanwhile.
+        # Two threads: one publishes, while the queue calls the other to fetch the weights.
         learner = ray.remote(Learner).options(num_cpus=1, max_concurrency=2).remote(queue, nbytes, transport)
         rollouts = [ray.remote(Rollout).options(num_cpus=1, **there).remote(nbytes) for _ in range(actors)]
         found = [_one_push(queue, learner, rollouts, version, nodes) for version in range(repetitions + 1)][1:]
@@ -115,12 +115,12 @@ def _one_push(queue: Any, learner: Any, rollouts: list[Any], version: int, nodes
     parts = ray.get(learner.publish.remote())
     handle = ray.get(queue.next_weights.remote(version - 1))
     load = max(ray.get([actor.load.remote(handle) for actor in rollouts]))
-    bare = into_store * nodes + out_of_store  # between nodes once more into fresh memory
+    bare = into_store * nodes + out_of_store  # on a second node, the bytes go into new memory once more
     return {"seconds": time.perf_counter() - started, "bare_seconds": bare, "load": load, **parts}
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints a table, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.1, 1.0])
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2], choices=[1, 2])

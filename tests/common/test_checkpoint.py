@@ -25,7 +25,7 @@ def _save(root: Path, rounds: int, keep: int = 5) -> Path:
     return save_checkpoint(root, {"rounds": rounds, "note": "state"}, _write(float(rounds)), keep)
 
 
-def test_newest_is_found_and_old_ones_go(tmp_path) -> None:
+def test_the_newest_is_found_and_old_ones_are_removed(tmp_path) -> None:
     for rounds in (1, 2, 10):
         _save(tmp_path, rounds, keep=2)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["round-000002", "round-000010"]
@@ -41,7 +41,7 @@ def test_newest_is_found_and_old_ones_go(tmp_path) -> None:
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("kind", ["cut", "flipped", "gone"])
-def test_damage_is_named_and_the_previous_one_used(tmp_path, file, kind, caplog) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, file, kind, caplog) -> None:
     _save(tmp_path, 1)
     newest = _save(tmp_path, 2) / file
     content = newest.read_bytes()
@@ -58,15 +58,15 @@ def test_damage_is_named_and_the_previous_one_used(tmp_path, file, kind, caplog)
     assert "round-000002 is damaged" in caplog.text
 
 
-def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path) -> None:
+def test_it_is_an_error_if_all_checkpoints_are_damaged(tmp_path) -> None:
     (_save(tmp_path, 1) / "state.json").unlink()
     with pytest.raises(OpdlmError, match="no whole checkpoint among 1"):
         latest_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("calls_before_crash", range(12))
-def test_crash_at_any_operation_leaves_the_last_good_one(tmp_path, monkeypatch, calls_before_crash) -> None:
-    """The process dies at the n-th file-system call of a save; what is there afterwards is whole."""
+def test_a_crash_at_any_file_system_call_leaves_a_whole_checkpoint(tmp_path, monkeypatch, calls_before_crash) -> None:
+    """The process dies at the n-th file-system call of a save."""
     import os
 
     _save(tmp_path, 1)
@@ -107,8 +107,8 @@ def _contents(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("numbers", "note"), [(2000, 1), (1, 8000)], ids=["weights", "state"])
-def test_a_full_disk_hurts_no_earlier_checkpoint(tmp_path, numbers, note) -> None:
-    """Neither keep=1 nor a save of the same round once more costs what is there."""
+def test_a_full_disk_leaves_earlier_checkpoints_unchanged(tmp_path, numbers, note) -> None:
+    """They stay even with keep=1, and when the same round is saved again."""
     _save(tmp_path, 1)
     _save(tmp_path, 2)
     before = _contents(tmp_path)
@@ -127,12 +127,12 @@ def test_a_full_disk_hurts_no_earlier_checkpoint(tmp_path, numbers, note) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["round-000003"]
 
 
-def test_a_disk_that_is_full_for_real(tmp_path) -> None:
+def test_saving_to_a_real_full_disk_leaves_earlier_checkpoints_unchanged(tmp_path) -> None:
     with small_disk(tmp_path / "disk", megabytes=1) as disk:
         root = disk.folder / "checkpoints"
         _save(root, 1)
         before = _contents(root)
-        for leave in (65536, 8192, 4096, 0):  # fails at a file's data, a file, the folder
+        for leave in (65536, 8192, 4096, 0):  # the write of data, of a file, of the folder fails
             disk.fill(leave)
             with pytest.raises((OSError, SafetensorError), match="No space left"):
                 save_checkpoint(
@@ -147,7 +147,7 @@ def test_a_disk_that_is_full_for_real(tmp_path) -> None:
         assert latest_checkpoint(root).rounds == 2
 
 
-def test_what_cannot_be_removed_fails_no_save(tmp_path, monkeypatch, caplog) -> None:
+def test_a_save_succeeds_if_an_old_checkpoint_cannot_be_removed(tmp_path, monkeypatch, caplog) -> None:
     import shutil
 
     for rounds in (1, 2):
@@ -167,7 +167,7 @@ def test_what_cannot_be_removed_fails_no_save(tmp_path, monkeypatch, caplog) -> 
 
 
 def test_damaged_checkpoints_of_later_rounds_do_not_count_as_kept(tmp_path) -> None:
-    """The run went back from round 3 to round 1; with keep=1, round 2 must stay when it is written, not round 3."""
+    """The run went back from round 3 to round 1. With keep=1, saving round 2 must keep round 2, not round 3."""
     _save(tmp_path, 1)
     (_save(tmp_path, 3) / "state.json").unlink()
     assert latest_checkpoint(tmp_path).rounds == 1
@@ -178,8 +178,8 @@ def test_damaged_checkpoints_of_later_rounds_do_not_count_as_kept(tmp_path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["round-000003"]
 
 
-def test_what_a_dead_writer_left_is_removed(tmp_path) -> None:
-    """It takes room that the next save may need."""
+def test_half_written_checkpoints_are_removed(tmp_path) -> None:
+    """They take up room that the next save may need."""
     for name in (".new-round-000001.1234", ".old-round-000001.1234"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "weights.safetensors").write_bytes(b"half")
@@ -188,7 +188,7 @@ def test_what_a_dead_writer_left_is_removed(tmp_path) -> None:
 
 
 def test_a_pickle_in_a_checkpoint_is_not_executed(tmp_path) -> None:
-    """A file swapped for a malicious pickle is damage, and nothing in the loading path unpickles."""
+    """A malicious pickle in place of a file counts as damage, and no code unpickles it."""
 
     class Bomb:
         def __reduce__(self):

@@ -1,4 +1,4 @@
-"""The checksum of weights. `pytest tests/common/test_checksum.py`"""
+"""The checksum of tensors. `pytest tests/common/test_checksum.py`"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 
 
 def _by_hand(data: bytes) -> int:
-    """The definition, word by word in Python."""
+    """The definition in plain Python, word by word."""
     words = np.frombuffer(data + bytes(-len(data) % 8), np.uint64).tolist()
     whole, running = len(data) // 8, 0
     blocks = [words[i : i + 65536] for i in range(0, whole, 65536)] if whole else []
@@ -26,13 +26,13 @@ def _by_hand(data: bytes) -> int:
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1000, 524_288, 600_001])
-def test_it_is_what_its_definition_says(size) -> None:
+def test_the_checksum_follows_its_definition(size) -> None:
     data = np.random.default_rng(size).integers(0, 256, size).astype(np.uint8)
     assert checksum(torch.from_numpy(data)) == _by_hand(data.tobytes())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_changed_value_shows(dtype) -> None:
+def test_a_changed_value_changes_the_checksum(dtype) -> None:
     tensor = (torch.randn(70_001) * 50).to(dtype)
     before = checksum(tensor)
     for place in (0, 1, 65_535, 65_536, 70_000):
@@ -41,7 +41,7 @@ def test_any_changed_value_shows(dtype) -> None:
         assert checksum(changed) != before
 
 
-def test_order_counts() -> None:
+def test_the_order_of_values_and_of_tensors_matters() -> None:
     tensor = torch.arange(200_000, dtype=torch.float32)
     a, b = torch.randn(5), torch.randn(6)
     assert checksum(tensor.flip(0)) != checksum(tensor)
@@ -49,6 +49,6 @@ def test_order_counts() -> None:
     assert checksum(b, checksum(a)) != checksum(a, checksum(b))
 
 
-def test_layout_in_memory_does_not_count() -> None:
+def test_the_layout_in_memory_does_not_matter() -> None:
     tensor = torch.randn(30, 40)
     assert checksum(tensor.T.contiguous().T) == checksum(tensor)

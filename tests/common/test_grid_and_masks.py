@@ -1,4 +1,4 @@
-"""Blocks and who sees whom. `pytest tests/common/test_grid_and_masks.py`"""
+"""The block grid and the attention masks. `pytest tests/common/test_grid_and_masks.py`"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tiny import MASK, tiny_model, trajectory
 
 @given(st.integers(1, 9), st.sampled_from(["absolute", "response"]), st.integers(1, 40), st.integers(1, 40))
 def test_grid_arithmetic_follows_from_the_definition(size, kind, prompt, response) -> None:
-    """`first_block_start` and `kept_length` are what `floor((i + offset) / S)` says, position by position."""
+    """`first_block_start` and `kept_length` agree with `floor((i + offset) / S)` at every position."""
     grid = BlockGrid(size, kind)
     offset = grid.offset(prompt)
     block = [(i + offset) // size for i in range(prompt + response + size)]
@@ -30,7 +30,7 @@ def test_grid_arithmetic_follows_from_the_definition(size, kind, prompt, respons
     assert prompt + grid.kept_length(prompt, response) == max(i for i, b in enumerate(block) if b == last) + 1
     assert block_index(torch.arange(len(block)), offset, size).tolist() == block
     if kind == "response":
-        assert grid.tail(prompt) == 0
+        assert grid.prompt_tail(prompt) == 0
         assert (prompt + offset) % size == 0
 
 
@@ -48,8 +48,8 @@ def _rows(grid: BlockGrid, prompt: int, response: int, count: int = 1) -> list[R
 
 @given(st.integers(1, 6), st.sampled_from(["absolute", "response"]), st.integers(1, 9), st.integers(1, 9))
 @settings(max_examples=40, deadline=None)
-def test_training_mask_is_the_rule_spelled_out(size, kind, prompt, response) -> None:
-    """Dense mask and flex mask both equal METHOD.md section 4, token by token, padding included."""
+def test_training_masks_equal_the_rule_for_each_pair_of_tokens(size, kind, prompt, response) -> None:
+    """The dense mask and the flex_attention mask both follow METHOD.md section 4, padding included."""
     grid = BlockGrid(size, kind)
     batch = collate(_rows(grid, prompt, response) + _rows(grid, prompt + 2, response + 1))
     ours = training_mask(batch.samples, batch.copies, batch.blocks)[:, 0]
@@ -74,8 +74,8 @@ def test_training_mask_is_the_rule_spelled_out(size, kind, prompt, response) -> 
 
 @pytest.mark.parametrize("kind", ["absolute", "response"])
 @pytest.mark.parametrize("prompt", [4, 5, 7])
-def test_masked_position_never_depends_on_its_own_token_or_on_later_blocks(kind, prompt) -> None:
-    """Changing any clean token at or after a noisy block, or another block's noise, leaves its logits alone."""
+def test_noisy_logits_depend_on_no_later_and_no_other_noisy_block(kind, prompt) -> None:
+    """Clean tokens of the same or a later block, and noisy tokens of another block, do not change a block's logits."""
     model, grid = tiny_model(5), BlockGrid(4, kind)
     (row,) = _rows(grid, prompt, 11)
     batch = collate([row])

@@ -1,4 +1,4 @@
-"""Samples that share a reference. `pytest tests/common/test_samples.py`"""
+"""Samples that share a reference of Ray. `pytest tests/common/test_samples.py`"""
 
 from __future__ import annotations
 
@@ -30,20 +30,23 @@ def _config(targets: str, max_new_tokens: int, kind: str = "opd"):
     [("hidden", 4096, 1), ("hidden", 64, 7), ("topk", 64, 31), ("logits", 8, 1)],
 )
 def test_samples_share_a_reference_up_to_a_megabyte(targets, max_new_tokens, shared) -> None:
-    """(2 x 1024 + 10) x 64 tokens are 131,712 bytes, so seven; top-64 has 522 bytes a token. A prompt has 400."""
+    """Bytes of a sample with hidden targets: (2 x 1024 + 10) x 64 tokens + 400 of its prompt, so 7 fit into 1 MiB.
+
+    A token with top-64 targets has 522 bytes.
+    """
     assert samples_per_reference(_config(targets, max_new_tokens), MODEL, 100) == shared
 
 
-def test_given_tokens_are_small() -> None:
+def test_many_given_responses_share_a_reference() -> None:
     assert samples_per_reference(_config("hidden", 4096, "cft"), MODEL, 0) == (1 << 20) // (18 * 4096)
 
 
-def test_long_prompts_count() -> None:
+def test_the_longest_prompt_is_counted() -> None:
     assert samples_per_reference(_config("hidden", 8, "cft"), MODEL, 20_000) == (1 << 20) // (18 * 8 + 80_000)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
-def test_each_sample_is_where_its_record_says(size) -> None:
+def test_each_record_finds_its_sample(size) -> None:
     samples = list("abcde")
     groups = in_groups(samples, size)
     refs = sample_refs([str(i) for i in range(len(groups))], size, [(i, 2 * i) for i in range(5)])
@@ -51,6 +54,6 @@ def test_each_sample_is_where_its_record_says(size) -> None:
     assert [(ref.prompt_tokens, ref.response_tokens) for ref in refs] == [(i, 2 * i) for i in range(5)]
 
 
-def test_references_are_fetched_once_each() -> None:
+def test_each_reference_is_returned_once() -> None:
     refs = [SampleRef(group, place, 1, 1) for group, place in (("b", 0), ("a", 0), ("b", 1))]
     assert distinct_groups(refs) == ["b", "a"]

@@ -1,4 +1,4 @@
-"""Weights that a rank lays out, through real Ray. `pytest tests/common/test_weight_offer.py`"""
+"""Weights that a rank offers to the queue, with real Ray. `pytest tests/common/test_weight_offer.py`"""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Rank:
 
     def _publish(self) -> None:
         self.queue.publish(WeightPacker().pack(0, [("weight", self.weights)]))
-        self.weights.zero_()  # the pack that was handed over is not these
+        self.weights.zero_()  # the published pack is a copy
         self.done.set()
 
 
-def test_a_pack_outlives_the_rank_that_laid_it_out(ray_cluster) -> None:
+def test_a_pack_outlives_the_rank_that_offered_it(ray_cluster) -> None:
     ray.init(address=os.environ["RAY_ADDRESS"], ignore_reinit_error=True)
     queue = ray.remote(ReplayQueueActor).options(num_cpus=0).remote(1, 0, 1, 0)
     rank = Rank.remote(queue)

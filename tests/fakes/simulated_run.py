@@ -1,8 +1,8 @@
-"""A run in simulated time: the real coordinator, pools and queue; actors and learner that only take their time.
+"""A run in simulated time: the real loops, pools and queue, with actors and a learner that only take time.
 
-A fake actor does one call at a time, as a Ray actor does; a rollout actor that takes weights therefore does not decode
-meanwhile, unless `rollout.on_new_weights` is `continue`. The learner is a coroutine instead of a thread, so nothing but
-the virtual clock decides who comes first.
+A simulated actor does one call at a time, as a Ray actor does. So a rollout actor does not decode while it loads
+weights, unless `rollout.on_new_weights` is `continue`. The learner is a coroutine instead of a thread, so the order of
+events depends on the virtual clock alone.
 """
 
 from __future__ import annotations
@@ -25,23 +25,27 @@ from opdlm.common.data.prompts import Prompt, PromptOrder
 from opdlm.common.types import DecodeStats, RolloutRequest, WeightHandle
 from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.observe.records import RunRecords
+from opdlm.deploy.run.ending import run_together
 from opdlm.deploy.run.loops import Loops
 from opdlm.deploy.run.sources import OnPolicySource, Scoring
-from tests.deploy.run.test_loops import Remote
+from tests.fakes.actors import Remote
 
 Fault = Callable[[str], None]
-"""Called with the name of an actor at the end of its call, before it answers; raises what the call shall fail with."""
+"""Called with an actor's name at the end of each of its calls. If it raises an exception, the call fails with it."""
 Jitter = Callable[[], float]
-"""Factor of the next call's seconds."""
+"""Returns a factor for the duration of the next call."""
 
 
 class LearnerDiedError(Exception):
-    """The worker group is gone with everything since its last checkpoint."""
+    """The learner died, and with it everything that it did after its last checkpoint."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Seconds that each stage takes for one round, by all actors of its pool together; push: on every actor."""
+    """Seconds that each stage takes for one round.
+
+    decode, score: with all actors of the pool working; push: the time in which every rollout actor loads the weights.
+    """
 
     decode: float
     score: float
@@ -50,13 +54,13 @@ class Stages:
 
     @property
     def total(self) -> float:
-        """One round after the other."""
+        """Seconds of a round whose stages follow each other."""
         return self.decode + self.score + self.train + self.push
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a run is laid out."""
+    """The numbers of a run."""
 
     staleness: int
     rounds: int
@@ -64,15 +68,15 @@ class Shape:
     rollouts: int = 1
     teachers: int = 1
     overrides: tuple[tuple[str, Any], ...] = ()
-    """More settings of `rollout:`."""
+    """Further settings of the section `rollout`."""
     attempts: int = 3
     first_round: int = 0
-    """Where a resumed run begins."""
+    """The round with which a resumed run begins."""
     checkpoint_every: int = 1
 
 
 class SimulatedRollout:
-    """Decodes nothing, in time."""
+    """A rollout actor that waits as long as decoding takes, and returns indices instead of trajectories."""
 
     def __init__(self, run: SimulatedRun, name: str) -> None:
         self.run, self.name = run, name
@@ -96,7 +100,7 @@ class SimulatedRollout:
             return [r.index for r in requests], DecodeStats(version, len(requests), 1, 1, 1, 1, 0.1)
 
     async def ready(self) -> None:
-        raise RayActorError  # asked of one that died: it does not come back
+        raise RayActorError  # the pool asks an actor that died: Ray does not restart it
 
     async def _load(self, handle: WeightHandle) -> float:
         if handle.version > self.version:
@@ -106,7 +110,7 @@ class SimulatedRollout:
 
 
 class SimulatedTeacher:
-    """Scores nothing, in time."""
+    """A teacher actor that waits as long as scoring takes, and returns the indices that it is given."""
 
     def __init__(self, run: SimulatedRun, name: str) -> None:
         self.run, self.name = run, name
@@ -124,7 +128,7 @@ class SimulatedTeacher:
 
 
 class SimulatedRun:
-    """One run of the coordinator's loops; make it inside a virtual loop."""
+    """One run of the loops. It must be created inside a virtual event loop (`virtual_time.py`)."""
 
     def __init__(
         self,
@@ -135,19 +139,22 @@ class SimulatedRun:
         jitter: Jitter = lambda: 1.0,
         deaths: Iterable[str] = (),
     ) -> None:
-        """`deaths`: where the learner dies, by rounds that it begins: `taken`, `trained`, `published`, or nowhere."""
+        """`deaths`: for each round that the learner begins, after what it dies: `taken`, `trained` or `published`.
+
+        With any other word it does not die.
+        """
         self.shape, self.stages, self.fault, self.jitter = shape, stages, fault, jitter
         self.deaths = iter(deaths)
         loop, n = asyncio.get_running_loop(), shape.prompts_per_round
         self.queue = ReplayQueueActor(n, shape.staleness, n * shape.rounds, shape.first_round)
         self.trained: dict[int, list[int]] = {}
-        """By round, the samples that the surviving weights have seen."""
+        """By round, the samples on which the present weights were trained."""
         self.committed = shape.first_round
-        """Rounds that a checkpoint covers."""
+        """Number of rounds that the last checkpoint covers."""
         self.handed: dict[int, list[int]] = {}
-        """By round, what the learner was given first: after a restart it must be given the same."""
+        """By round, the samples that the learner was given first. After a restart it must be given the same ones."""
         self.trained_at: list[float] = []
-        """When each round's training ended."""
+        """Virtual seconds at which the training of each round ended."""
         self.decoded: list[tuple[int, int]] = []
         """(sample, weight version) of everything that was decoded."""
         self.config = config = config_from_dict(
@@ -168,32 +175,32 @@ class SimulatedRun:
         self.teachers = ActorPool({name: Remote(a, loop) for name, a in teachers.items()}, forever, 0)
         order = PromptOrder([Prompt(str(i), np.array([1])) for i in range(n * shape.rounds)], 0, 1)
         view = type("View", (), {"show": lambda self, record: None})()
-        self.telemetry = telemetry = RunRecords(folder, view)
+        self.records = RunRecords(folder, view)
         roles = Roles(Remote(self.queue, loop), self.rollouts, self.teachers)
-        source = OnPolicySource(config, self.rollouts, Scoring(self.teachers, telemetry, 3), order)
-        self.coordinator = Loops(config, roles, source, telemetry, self._no_hook)
+        source = OnPolicySource(config, self.rollouts, Scoring(self.teachers, self.records, 3), order)
+        self.loops = Loops(config, roles, source, self.records, self._on_weights)
 
     async def run(self) -> None:
-        """To the end of the learner."""
+        """Runs the loops until the learner has ended."""
         try:
-            await self.coordinator.run(self._learn)
+            await run_together(self.loops, self._learn)  # type: ignore[arg-type]  # a coroutine: see test_async_rounds
         finally:
-            self.telemetry.close()
+            self.records.close()
 
-    async def _no_hook(self, handle: WeightHandle) -> None:
-        return
+    async def _on_weights(self, handle: WeightHandle) -> None:
+        """Evaluates nothing."""
 
     async def take_time(self, seconds: float, samples: int, actors: int) -> None:
-        """As long as one of so many actors needs for its part of a round that takes all of them `seconds`."""
+        """Waits as long as one of `actors` actors works on `samples`, if all of them do a whole round in `seconds`."""
         await asyncio.sleep(seconds * samples * actors / self.shape.prompts_per_round * self.jitter())
 
     def check_slots(self) -> None:
-        """No more samples are on the way than there are slots."""
-        core, n = self.queue._queue, self.shape.prompts_per_round
-        assert core.slots_in_use <= (self.shape.staleness + 1) * n, "more samples on the way than there are slots"
+        """Checks that no more samples are in the making than there are slots."""
+        rules, n = self.queue._queue, self.shape.prompts_per_round
+        assert rules.slots_in_use <= (self.shape.staleness + 1) * n, "more samples in the making than there are slots"
 
     async def _learn(self) -> None:
-        """The learner: takes a round, trains, publishes, saves; where it dies it begins again at its checkpoint."""
+        """Takes a round, trains, publishes and saves, again and again. After a death it begins at its checkpoint."""
         while True:
             try:
                 await self._publish(self.committed)
@@ -206,14 +213,14 @@ class SimulatedRun:
                 self.trained = {r: samples for r, samples in self.trained.items() if r < self.committed}
 
     async def _train(self, round_: int) -> bool:
-        """One round; False where a stop comes before it."""
+        """Trains one round; returns False if a stop comes before the round."""
         dies = next(self.deaths, "nowhere")
         taken = await self.queue.take_round(round_)
         if taken is None:
             return False
         assert all(0 <= staleness <= self.shape.staleness for staleness in taken[1])
         samples = [(await sample.group)[sample.place] for sample in taken[0]]
-        assert self.handed.setdefault(round_, samples) == samples, "a round that is taken again is another one"
+        assert self.handed.setdefault(round_, samples) == samples, "a round that is taken again has other samples"
         self._die(dies == "taken")
         await asyncio.sleep(self.stages.train * self.jitter())
         self.check_slots()
@@ -239,6 +246,6 @@ class SimulatedRun:
             raise LearnerDiedError
 
     def seconds_per_round(self) -> float:
-        """In the steady state: the mean over the second half of the run."""
+        """Virtual seconds of a round in the steady state: the mean over the second half of the run."""
         half = len(self.trained_at) // 2
         return (self.trained_at[-1] - self.trained_at[half - 1]) / (len(self.trained_at) - half)

@@ -18,7 +18,7 @@ from opdlm.learner.losses import divergence, forward_kl, jensen_shannon, restric
 from opdlm.learner.packing import collate
 from opdlm.learner.rows import build_rows
 from opdlm.learner.targets import gather_targets
-from opdlm.learner.tied_embedding import Sink, embed
+from opdlm.learner.tied_embedding import GradientHandover, embed
 from tests.tiny import EOS, MASK, tiny_model, trajectory
 
 OBJECTIVES = [
@@ -52,15 +52,15 @@ def test_against_torch_distributions() -> None:
 )
 @settings(deadline=None)
 def test_bucket_tail_is_a_true_divergence(seed, spread, k, objective) -> None:
-    """Never negative, zero between equals, at most the full one (merging outcomes loses information)."""
+    """Never negative, 0 between equal models, no larger than over all tokens (merging outcomes loses information)."""
     teacher, student = _pair(seed, spread)
     top, ids = teacher.topk(k, dim=-1)
     bucketed = divergence(*restrict_to_top_k(ids, top, student, "bucket"), objective)
     full = divergence(teacher, student, objective)
     assert (bucketed >= -1e-5).all()
     tails = [1 - model.gather(-1, ids).exp().sum(-1) for model in (teacher, student)]
-    sure = (tails[0] > 1e-3) & (tails[1] > 1e-3)  # a smaller tail is mostly float32's rounding of 1 - mass
-    assert (bucketed <= full + 1e-3 * (1 + full))[sure].all()
+    is_exact = (tails[0] > 1e-3) & (tails[1] > 1e-3)  # a smaller tail is mostly float32's rounding of 1 - mass
+    assert (bucketed <= full + 1e-3 * (1 + full))[is_exact].all()
     same = divergence(*restrict_to_top_k(ids, top, teacher, "bucket"), objective)
     torch.testing.assert_close(same, torch.zeros_like(same), atol=1e-5, rtol=0)
 
@@ -124,7 +124,7 @@ def test_target_kinds_agree(objective) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_do_not_depend_on_chunks_or_checkpointing(chunk, checkpointing, tied) -> None:
-    """With recomputed layers and chunk by chunk, the gradient is that of the direct formulation, written out here."""
+    """With recomputed layers, and chunk by chunk, the gradient equals that of the loss written out directly here."""
     objective, teacher = ObjectiveConfig(exclude_eos=False), tiny_model(1)
     student = tiny_model(2, tied=tied)
     batch, targets = _batch("logits", objective, teacher)
@@ -158,7 +158,7 @@ def test_gradients_do_not_depend_on_chunks_or_checkpointing(chunk, checkpointing
 @pytest.mark.parametrize("kind", ["hidden", "logits", "topk"])
 @pytest.mark.parametrize("rows", [31, 32])
 def test_gradients_taken_at_once_are_those_of_autograd(objective, kind, rows) -> None:
-    """Also where a teacher's probability is 0, and where the student has a row more than the teacher."""
+    """Also where a probability of the teacher is 0, and where the student has one row more than the teacher."""
     batch, targets = _batch(kind, objective, tiny_model(1, vocab_size=31))
     if kind == "logits":
         targets.values[::2, 3:9] = float("-inf")
@@ -171,15 +171,15 @@ def test_gradients_taken_at_once_are_those_of_autograd(objective, kind, rows) ->
     torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_targets_outlive_the_gradients() -> None:
-    """A chunk's logits may be overwritten; the targets' may not."""
+def test_taking_gradients_leaves_the_targets_unchanged() -> None:
+    """The student's logits may be overwritten, the targets may not."""
     _, targets = _batch("logits", ObjectiveConfig(), tiny_model(1))
     before = targets.values.clone()
     targets.losses_with_gradient(torch.randn(before.shape), torch.ones(len(before)), ObjectiveConfig())
     assert torch.equal(targets.values, before)
 
 
-def test_a_loss_goes_backward_once_and_is_scaled_by_what_comes_from_above() -> None:
+def test_a_loss_goes_backward_once_and_is_scaled_by_the_incoming_gradient() -> None:
     batch, targets = _batch("logits", ObjectiveConfig(), tiny_model(1))
     hidden, matrix = torch.randn(len(batch.loss_row), 16), torch.randn(32, 16)
     gradients = []
@@ -195,10 +195,10 @@ def test_a_loss_goes_backward_once_and_is_scaled_by_what_comes_from_above() -> N
 
 
 def test_rows_of_a_frequent_token_are_summed_in_float32() -> None:
-    """A thousand small gradients of one token beside a large one, which bfloat16 alone would swallow."""
-    weight, sink = torch.randn(6, 4).bfloat16().requires_grad_(), Sink()
-    rows = embed(weight, torch.full((1, 1001), 3), None, sink)
-    sink.gradient = torch.zeros_like(weight)
+    """One token has one large gradient and a thousand small ones, which a sum in bfloat16 would lose."""
+    weight, handover = torch.randn(6, 4).bfloat16().requires_grad_(), GradientHandover()
+    rows = embed(weight, torch.full((1, 1001), 3), None, handover)
+    handover.gradient = torch.zeros_like(weight)
     above = torch.full_like(rows, 1e-3)
     above[0, 0] = 1.0
     rows.backward(above)
@@ -207,7 +207,7 @@ def test_rows_of_a_frequent_token_are_summed_in_float32() -> None:
 
 
 def test_added_mask_row_is_no_outcome() -> None:
-    """A student with one row more than its teacher (the mask token): its logit changes no loss."""
+    """The student has one row more than its teacher, the mask token's. Its logit changes no loss."""
     objective = ObjectiveConfig(reverse_weight=0.5)
     teacher = tiny_model(1, vocab_size=31)
     batch, targets = _batch("logits", objective, teacher)

@@ -1,4 +1,4 @@
-"""Rows in lines: what is packed is what was there. `pytest tests/learner/test_packing.py`"""
+"""Rows laid out in lines: nothing is lost or changed. `pytest tests/learner/test_packing.py`"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEACHER = tiny_model(1)
 
 
 def _rows(states: str, shapes: list[tuple[int, int]], kind: str = "absolute") -> list[Row]:
-    """All rows of random trajectories of (prompt, response) lengths."""
+    """All rows of random trajectories. `shapes`: (prompt, response) length of each."""
     grid, rng = BlockGrid(4, kind), np.random.default_rng(len(shapes))
     trajectories = []
     for prompt, response in shapes:
@@ -38,7 +38,7 @@ def _rows(states: str, shapes: list[tuple[int, int]], kind: str = "absolute") ->
 
 
 def _gradients(batch, dense: bool = False) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """`dense`: by the mask that says of each pair of tokens whether one sees the other."""
+    """Loss, divergences and gradients. `dense`: with a mask over all pairs of tokens in place of `RowParts`."""
     student, objective = tiny_model(2).double(), ObjectiveConfig(exclude_eos=False)
     targets = gather_targets(batch.rows, TEACHER.lm_head.weight.detach(), objective)
     weights = 1.0 + torch.arange(len(batch.loss_row)) % 3
@@ -54,7 +54,7 @@ def _gradients(batch, dense: bool = False) -> tuple[torch.Tensor, torch.Tensor, 
 @pytest.mark.parametrize("states", ["one_state_per_block", "all_states"])
 @pytest.mark.parametrize("kind", ["absolute", "response"])
 @pytest.mark.parametrize(("packed", "dense"), [(True, False), (True, True), (False, False)])
-def test_losses_and_gradients_are_those_of_a_row_a_line_and_a_dense_mask(states, kind, packed, dense) -> None:
+def test_losses_and_gradients_are_those_of_one_row_per_line_and_a_dense_mask(states, kind, packed, dense) -> None:
     rows = _rows(states, [(5, 9), (3, 17), (8, 4), (6, 12), (7, 9)], kind)
     apart = collate(rows)
     batch = pack(rows) if packed else apart
@@ -79,7 +79,7 @@ def test_states_of_a_trajectory_share_its_clean_half() -> None:
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 20)), min_size=1, max_size=9))
 @settings(max_examples=30, deadline=None)
 def test_every_token_has_one_place(shapes) -> None:
-    """And every loss position is found where its row's mask token is."""
+    """And every loss position is where its row's mask token is."""
     rows = _rows("one_state_per_block", shapes)
     assume(rows)
     packed = pack(rows)
@@ -90,13 +90,13 @@ def test_every_token_has_one_place(shapes) -> None:
     positions = np.concatenate([row.position_ids[row.loss_columns] for row in rows])
     assert packed.position_ids[packed.loss_line, packed.loss_column].tolist() == positions.tolist()
     assert not (packed.samples == PADDING).any()
-    parts = RowParts.of(packed, torch.float32)
+    parts = RowParts.from_batch(packed, torch.float32)
     assert parts.padding == parts.clean.numel() + parts.noisy.numel() - packed.input_ids.numel()
 
 
 @torch.no_grad()
 def test_flex_attention_gives_the_losses_of_the_dense_mask() -> None:
-    """Which is what learners on GPUs run. On a CPU it has no backward; it compiles, which takes its time."""
+    """Learners on GPUs run flex_attention. On a CPU it has no backward pass, and must be compiled first."""
     student, objective = tiny_model(2, hidden_size=32, head_dim=16), ObjectiveConfig(exclude_eos=False)
     rows = _rows("all_states", [(5, 9), (3, 17), (8, 4), (40, 70)])
     batch = pack(rows)

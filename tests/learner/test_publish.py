@@ -1,4 +1,4 @@
-"""Publishing weights while the object store is full. `pytest tests/learner/test_publish.py`"""
+"""Publishing weights while the object store is full; messages to the queue. `pytest tests/learner/test_publish.py`"""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ PACK = WeightPack(3, (), {}, 0)
 
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
-    """The learner's pauses, which take no time."""
+    """Records the learner's pauses in seconds, without pausing."""
     seconds: list[float] = []
     monkeypatch.setattr("opdlm.learner.queue_client.time.sleep", seconds.append)
     return seconds
 
 
 def publish(monkeypatch, answers: list[Exception | None], limit: float = 1800) -> list[WeightOffer]:
-    """One rank's way to publish, without a model; what the queue was given, each time with the next answer."""
-    given: list[WeightOffer] = []
+    """Publishes a pack to a queue that answers its calls with `answers` in turn; returns the offers it was given."""
+    offers: list[WeightOffer] = []
 
     def get(reference: object, timeout: float) -> None:
-        if error := answers[len(given) - 1]:
+        if error := answers[len(offers) - 1]:
             raise error
 
     monkeypatch.setattr("opdlm.learner.queue_client.ray.get", get)
-    me = SimpleNamespace(current_actor="rank 0")
-    monkeypatch.setattr("opdlm.learner.queue_client.ray.get_runtime_context", lambda: me)
-    queue = SimpleNamespace(collect=SimpleNamespace(remote=given.append))
+    context = SimpleNamespace(current_actor="rank 0")
+    monkeypatch.setattr("opdlm.learner.queue_client.ray.get_runtime_context", lambda: context)
+    queue = SimpleNamespace(publish_offer=SimpleNamespace(remote=offers.append))
     QueueClient(queue, 0, limit).publish(PACK)
-    return given
+    return offers
 
 
 def test_it_waits_for_room(monkeypatch, waits) -> None:
@@ -50,14 +50,14 @@ def test_it_does_not_wait_for_ever(monkeypatch, waits) -> None:
         publish(monkeypatch, [ObjectStoreFullError()], limit=0)
 
 
-def test_other_errors_are_no_matter_of_room(monkeypatch, waits) -> None:
+def test_it_does_not_wait_after_other_errors(monkeypatch, waits) -> None:
     with pytest.raises(RayError, match="something else"):
         publish(monkeypatch, [RayTaskError("publish", "something else", ValueError("something else"))])
     assert waits == []
 
 
 def test_steps_are_told_together_and_all_before_a_round(monkeypatch) -> None:
-    """One message in 0.2 s of nothing but steps; whatever else there is to tell takes those before along."""
+    """At most one message in 0.2 s holds only steps; any other record is sent at once, with the steps before it."""
     clock, told = [100.0], []
     monkeypatch.setattr("opdlm.learner.queue_client.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("opdlm.learner.queue_client.ray.get", lambda reference, timeout: None)

@@ -1,4 +1,4 @@
-"""Saved rollouts: what is written is what is read. `pytest tests/learner/test_rollout_files.py`"""
+"""Saved rollouts: what is read is what was written. `pytest tests/learner/test_rollout_files.py`"""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def same(one: object, other: object) -> bool:
     seed=st.integers(0, 100),
 )
 @settings(max_examples=60, deadline=None)
-def test_what_is_written_is_what_is_read(kind, shapes, first, seed) -> None:
+def test_what_is_read_is_what_was_written(kind, shapes, first, seed) -> None:
     samples = [
         scored(first + i, kind, seed, prompt, kept, max(kept - short, 1))
         for i, (prompt, kept, short) in enumerate(shapes)
@@ -85,7 +85,7 @@ def test_what_is_written_is_what_is_read(kind, shapes, first, seed) -> None:
     assert set(header.target_widths.values()) == {{"hidden": 5, "topk": 2, "logits": 11}[kind]}
 
 
-def test_bfloat16_states_keep_their_meaning(tmp_path) -> None:
+def test_bfloat16_states_stay_bfloat16(tmp_path) -> None:
     sample = scored(1, "hidden", 0)
     save_round(tmp_path / "r", [sample], FACTS)
     read = array_to_tensor(load_samples(tmp_path / "r", [1])[0].targets.hidden)
@@ -93,7 +93,7 @@ def test_bfloat16_states_keep_their_meaning(tmp_path) -> None:
     assert read.equal(array_to_tensor(sample.targets.hidden))
 
 
-def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch) -> None:
+def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch) -> None:
     file = tmp_path / "round-000000.safetensors"
     save_round(file, [scored(0, "hidden", 0)], FACTS)
     before = file.read_bytes()

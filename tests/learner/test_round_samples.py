@@ -1,4 +1,4 @@
-"""A round's samples as a rank fetches them. `pytest tests/learner/test_round_samples.py`"""
+"""Fetching a round's samples, also after their data was lost. `pytest tests/learner/test_round_samples.py`"""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def _scored(index: int) -> ScoredTrajectory:
 
 
 class Store:
-    """The queue client's two calls, over a dictionary: `lost` references have no data."""
+    """Stands in for the queue client. References are names; those in `lost` have no data."""
 
     def __init__(self, groups: dict[str, list[int]]) -> None:
         self.groups = {name: [_scored(i) for i in indices] for name, indices in groups.items()}
         self.lost: set[str] = set()
-        self.asked: list[str] = []
+        self.fetched: list[str] = []
         self.replaced: list[int] = []
 
-    def ask(self, references, what):
+    def wait_for(self, references, what):
         one = isinstance(references, str)
         for name in [references] if one else references:
-            self.asked.append(name)
+            self.fetched.append(name)
             if name in self.lost:
                 raise ObjectLostError(name, "", "")
         return self.groups[references] if one else [self.groups[name] for name in references]
 
-    def replace(self, index: int, lost: SampleRef) -> SampleRef:
+    def remade_sample(self, index: int, lost: SampleRef) -> SampleRef:
         self.replaced.append(index)
         name = f"again {index}"
         self.groups[name] = [_scored(index)]
@@ -65,20 +65,20 @@ def test_a_shared_reference_is_fetched_once_and_a_large_sample_is_not_kept(store
     assert _indices(samples.fetch([3, 2])) == [33, 32]
     assert _indices(samples.fetch([2, 0])) == [32, 30]
     assert _indices(samples.fetch([1])) == [31]
-    assert store.asked.count("small") == 1
-    assert store.asked.count("large") == 2
+    assert store.fetched.count("small") == 1
+    assert store.fetched.count("large") == 2
 
 
 def test_lost_samples_are_made_again_one_by_one(store) -> None:
     samples = _round(store)
     store.lost.add("small")
     assert _indices(samples.fetch([0, 2, 3])) == [30, 32, 33]
-    assert store.replaced == [30, 33]  # 31, lost with them, is another rank's to miss
+    assert store.replaced == [30, 33]  # 31 is lost too, but this rank did not need it
     assert _indices(samples.fetch([3, 1])) == [33, 31]
     assert store.replaced == [30, 33, 31]
 
 
-def test_what_was_fetched_before_is_not_lost(store) -> None:
+def test_a_fetched_group_is_not_fetched_again_when_it_is_lost(store) -> None:
     samples = _round(store)
     samples.fetch([0])
     store.lost |= {"small", "large"}

@@ -1,4 +1,4 @@
-"""Two real ZeRO ranks whose first one's disk is full: both go on, or both end. `pytest tests/learner/test_saving.py`"""
+"""The disk of the first of two ZeRO ranks is full: both go on, or both end. `pytest tests/learner/test_saving.py`"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORLD = 2
 
 
 def run_rank(rank: int, port: int, folder: str) -> None:
-    """What each rank saw, in `folder`/RANK.json by ZeRO stage."""
+    """One rank: trains and saves, and writes what happened to `folder`/RANK.json, by ZeRO stage."""
     warnings.filterwarnings("ignore")
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank)
@@ -55,7 +55,7 @@ def run_rank(rank: int, port: int, folder: str) -> None:
 
         losses = [train(0)]
         save(1)
-        with no_file_above(2000 if rank == 0 else 1 << 30):  # the second rank's disk is fine, and it writes nothing
+        with no_file_above(2000 if rank == 0 else 1 << 30):  # the second rank writes nothing, and its disk has room
             losses.append(train(1))
             save(2)
             losses.append(train(2))
@@ -66,7 +66,7 @@ def run_rank(rank: int, port: int, folder: str) -> None:
             save(4)
             save(4, last=True)
         losses.append(train(3))
-        saver.root = Path(folder) / "results.lock" / "below"  # no folder can be made there: fails before any file
+        saver.root = Path(folder) / "results.lock" / "below"  # below a file: the save fails before it writes any
         save(5, last=True)
         seen[stage] = {"told": told, "losses": losses, "left": sorted(p.name for p in root.iterdir())}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(seen))

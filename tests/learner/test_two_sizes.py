@@ -15,7 +15,7 @@ from opdlm.actors.teacher.backends import make_backend
 from opdlm.common.config.schema import ObjectiveConfig, TeacherConfig
 from opdlm.common.grid import BlockGrid
 from opdlm.common.masks import training_mask
-from opdlm.common.model.convert import convert
+from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import check_vocabularies, read_facts
 from opdlm.common.model.load import hidden_states, load_model, load_output_matrix
 from opdlm.common.types import ScoredTrajectory
@@ -33,7 +33,7 @@ def pair(request, tmp_path_factory):
     """Folders of a teacher and of a student converted from another model of another width."""
     folder, (teacher_width, student_width) = tmp_path_factory.mktemp("pair"), request.param
     teacher = save_teacher(folder / "teacher", 1, hidden_size=teacher_width)
-    convert(save_teacher(folder / "small", 2, hidden_size=student_width), folder / "student", 4, "absolute")
+    convert_checkpoint(save_teacher(folder / "small", 2, hidden_size=student_width), folder / "student", 4, "absolute")
     return teacher, folder / "student"
 
 
@@ -44,7 +44,7 @@ def _rollouts(student):
 
 
 def _batch(trajectories, teacher, student, kind: str, objective: ObjectiveConfig):
-    """What the learner makes of scored trajectories, and the teacher's output matrix where it needs one."""
+    """The scored trajectories' rows as a micro-batch, and the targets at its loss positions."""
     config = TeacherConfig(targets=kind, top_k=VOCABULARY, dtype="float32")
     scored = make_backend(str(teacher), config).score(trajectories)
     mask_id = read_facts(student).mask_id

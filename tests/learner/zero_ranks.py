@@ -26,12 +26,12 @@ OBJECTIVE = ObjectiveConfig(exclude_eos=False, selection="all_states")
 
 
 def student(dtype: str = "float32", tied: bool = False):
-    """Odd sizes, so that no parameter divides evenly by two ranks."""
+    """A tiny model of odd sizes, so that no parameter divides evenly by two ranks."""
     return tiny_model(2, hidden_size=15, tied=tied).to(getattr(torch, dtype))
 
 
 def learner_config(stage: int, workers: int, micro_batch_rows: int) -> LearnerConfig:
-    """Clipping that bites, no warm-up."""
+    """Settings with a gradient clip that takes effect; the tests set the learning rate themselves."""
     return LearnerConfig.model_validate(
         {
             "workers": workers,
@@ -64,7 +64,7 @@ def batches() -> list[list[ScoredTrajectory]]:
 
 
 def with_nan(sample: ScoredTrajectory) -> ScoredTrajectory:
-    """The same sample with a teacher's number that is none."""
+    """The same sample with NaN as the teacher's hidden states."""
     hidden = sample.targets.hidden.copy()
     hidden[:] = np.nan
     return replace(sample, targets=replace(sample.targets, hidden=hidden))

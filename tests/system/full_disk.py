@@ -1,4 +1,4 @@
-"""Disks that are full, for real: a limit on this process's files, or a small file system that a test fills up."""
+"""Full disks: a limit on the size of this process's files, or a small file system that a test fills."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 @contextlib.contextmanager
 def no_file_above(most_bytes: int) -> Iterator[None]:
-    """The kernel lets no file of this process grow above this; writing fails with EFBIG (Python ignores SIGXFSZ)."""
+    """No file of this process can grow above this size; writing more fails with EFBIG (Python ignores SIGXFSZ)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
     try:
@@ -25,18 +25,14 @@ def no_file_above(most_bytes: int) -> Iterator[None]:
 
 
 class SmallDisk:
-    """A file system of a few megabytes.
-
-    Args:
-        folder: where it is mounted.
-    """
+    """A file system of a few megabytes, mounted at `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._filler = folder / "filler"
 
     def fill(self, leave: int = 8192) -> None:
-        """Takes all its room but so many bytes."""
+        """Fills the disk, except for the given number of bytes."""
         with self._filler.open("ab", buffering=0) as stream:
             with contextlib.suppress(OSError):
                 while stream.write(bytes(4096)):
@@ -45,13 +41,13 @@ class SmallDisk:
             stream.truncate(max(stream.tell() - leave, 0))
 
     def empty(self) -> None:
-        """Gives it back."""
+        """Removes what `fill` has written."""
         self._filler.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int = 4) -> Iterator[SmallDisk]:
-    """Mounts one in a new folder; skips the test where this user may not mount."""
+    """Mounts a small disk in a new folder. Skips the test where this user may not mount."""
     folder.mkdir(parents=True)
     sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
     mount = [*sudo, "mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=777", "tmpfs", str(folder)]

@@ -1,27 +1,38 @@
-"""Whole runs of seconds for tests: their config, a run in a process of its own, its losses."""
+"""Whole runs of a few seconds for tests: their config, a run in a process of its own, what its records say."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from opdlm.common.config import OpdlmConfig, config_from_dict, dump_config
+from opdlm.deploy.observe.ledger import read_ledger
 from opdlm.deploy.observe.records import read_records
 from tests import REPOSITORY
 
-ROUNDS = 6
+ROUNDS, PROMPTS_PER_ROUND = 6, 8
 
 
 def run_config(teacher: Path, run_dir: Path, /, **sections) -> OpdlmConfig:
-    """A run of seconds: a random teacher of a few thousand parameters."""
+    """The config of a run of a few seconds: ROUNDS rounds, a teacher of a few thousand parameters.
+
+    Args:
+        teacher: its folder; the student is converted from it.
+        sections: settings by section, in addition to the defaults here or instead of them.
+    """
     base = {
         "run": {"dir": str(run_dir), "rounds": ROUNDS, "deterministic": True},
         "model": {"teacher": str(teacher), "dtype": "float32"},
         "data": {"task": "chain", "prompts": 20},
-        "rollout": {"prompts_per_round": 8, "batch_size": 4, "max_new_tokens": 9},
+        "rollout": {"prompts_per_round": PROMPTS_PER_ROUND, "batch_size": 4, "max_new_tokens": 9},
         "teacher": {"dtype": "float32"},
         "learner": {"workers": 2, "batch_size": 4, "micro_batch_rows": 2, "optimizer": {"lr": 1e-3}},
         "objective": {"exclude_eos": False},
@@ -33,26 +44,30 @@ def run_config(teacher: Path, run_dir: Path, /, **sections) -> OpdlmConfig:
     return config_from_dict(base)
 
 
-def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
-    """(loss, gradient norm) by optimizer step; a step that was run twice must have given the same."""
-    found: dict[int, tuple[float, float]] = {}
-    for record in read_records(run_dir):
-        if record["kind"] == "step":
-            assert record["step"] not in found, f"step {record['step']} is in the metrics twice"
-            found[record["step"]] = (record["loss"], record["grad_norm"])
-    return found
+# --- a run in a process of its own ------------------------------------------------------------------------------------
 
 
 def start(config: OpdlmConfig, resume: bool) -> subprocess.Popen:
-    """`opdlm train` in a process of its own."""
+    """Starts `opdlm train`."""
     file = Path(config.run.dir).with_suffix(".yaml")
     file.write_text(dump_config(config))
     command = [sys.executable, "-m", "opdlm", "train", str(file)] + (["--resume"] if resume else [])
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
 
 
+@contextlib.contextmanager
+def running(config: OpdlmConfig) -> Iterator[subprocess.Popen]:
+    """Starts `opdlm train`; kills it at the end of the block if it still runs."""
+    process = start(config, resume=False)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 def run_until(config: OpdlmConfig, resume: bool, rounds: int, send: signal.Signals) -> int:
-    """Starts a run, sends a signal once so many rounds have a checkpoint, returns the exit code."""
+    """Starts a run, sends it a signal when `wait_for_rounds` returns, and returns its exit code."""
     process = start(config, resume)
     try:
         wait_for_rounds(Path(config.run.dir), rounds, process)
@@ -64,14 +79,54 @@ def run_until(config: OpdlmConfig, resume: bool, rounds: int, send: signal.Signa
 
 
 def wait_for_rounds(run_dir: Path, rounds: int, process: subprocess.Popen) -> None:
-    """Waits until that many rounds were trained and, where checkpoints are each round, saved."""
+    """Waits until `rounds` rounds are trained and a checkpoint of at least `rounds - 1` rounds is saved."""
     limit = time.monotonic() + 400
     while time.monotonic() < limit:
         assert process.poll() is None, f"the run ended with {process.returncode} before round {rounds}"
-        done = read_records(run_dir)
-        if any(r["kind"] == "checkpoint" and r["round"] >= rounds - 1 for r in done) and any(
-            r["kind"] == "round" and r["round"] >= rounds for r in done
+        records = read_records(run_dir)
+        if any(r["kind"] == "checkpoint" and r["round"] >= rounds - 1 for r in records) and any(
+            r["kind"] == "round" and r["round"] >= rounds for r in records
         ):
             return
         time.sleep(0.05)
     raise AssertionError(f"no round {rounds} in 400 s")
+
+
+def wait_until_still(run_dir: Path, seconds: float = 5.0) -> None:
+    """Waits until the run has recorded nothing for a while, because everything in it waits for a stopped process."""
+    records, still_since = -1, time.monotonic()
+    while time.monotonic() - still_since < seconds:
+        if len(found := read_records(run_dir)) != records:
+            records, still_since = len(found), time.monotonic()
+        time.sleep(0.1)
+
+
+# --- what its records say -----------------------------------------------------------------------------------------
+
+
+def records_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind."""
+    return [record for record in read_records(run_dir) if record["kind"] == kind]
+
+
+def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
+    """(loss, gradient norm) by optimizer step. A step that was trained again has one record, that of the last time."""
+    found: dict[int, tuple[float, float]] = {}
+    for record in records_of(run_dir, "step"):
+        assert record["step"] not in found, f"step {record['step']} is in the metrics twice"
+        found[record["step"]] = (record["loss"], record["grad_norm"])
+    return found
+
+
+def assert_sound(run_dir: Path) -> Counter[str]:
+    """Checks that every sample of a whole run was trained once and that no weight version was followed by a lower one.
+
+    Returns: how many records of each kind there are.
+    """
+    records, samples = read_records(run_dir), ROUNDS * PROMPTS_PER_ROUND
+    ledger = read_ledger(records, PROMPTS_PER_ROUND, samples)
+    assert (ledger.trained, ledger.lost, ledger.twice) == (samples, [], [])
+    versions = [r["weight_version"] for r in records if r["kind"] == "publish"]
+    assert versions == sorted(versions)
+    assert json.loads((run_dir / "report.json").read_text())["weight_version"] == ROUNDS
+    return Counter(r["kind"] for r in records)

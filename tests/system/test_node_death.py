@@ -1,16 +1,14 @@
-"""A node dies, in a cluster of two on this machine. `pytest tests/system/test_node_death.py`"""
+"""A node dies that holds weights or samples, in a cluster of two nodes. `pytest tests/system/test_node_death.py`"""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from opdlm.actors.queue.actor import start_queue
 from opdlm.common.samples import SampleRef
@@ -20,30 +18,17 @@ from opdlm.learner.round_samples import RoundSamples
 from tests.common.test_weight_offer import Rank
 from tests.tiny import trajectory
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture
-def two_nodes(monkeypatch) -> Iterator[Cluster]:
-    """A cluster of its own: a head of four logical CPUs, and a node of four that alone has the resource `second`."""
-    ray.shutdown()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 0, "include_dashboard": False})
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    cluster.second = cluster.add_node(num_cpus=4, resources={"second": 4})
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def scored(*indices: int) -> list[ScoredTrajectory]:
-    """Samples too large to travel inside a message: they lie in the store of the node that made them."""
+    """Samples that are too large to travel inside a message, so they stay in the store of the node that made them."""
     made = [dataclasses.replace(trajectory([5, 6], [7, 8], [1, 2]), index=index) for index in indices]
     return [ScoredTrajectory(t, HiddenTargets(np.zeros((8, 65536), np.float32))) for t in made]
 
 
-def test_weights_outlive_the_node_of_the_rank_that_laid_them_out(two_nodes) -> None:
-    """Once the queue's node has its copy, which it takes by itself: nobody here reads them before the node dies."""
+def test_weights_outlive_the_node_of_the_rank_that_published_them(two_nodes) -> None:
+    """The queue copies them to its own node by itself: nothing here reads them before the rank's node dies."""
     queue = start_queue(prompts_per_round=1, max_staleness=0, total=1, first_round=0)
     rank = Rank.options(resources={"second": 1}).remote(queue)
     ray.get(rank.start.remote())
@@ -58,10 +43,10 @@ def test_weights_outlive_the_node_of_the_rank_that_laid_them_out(two_nodes) -> N
     ray.kill(queue)
 
 
-def test_samples_that_died_with_a_node_are_made_again(two_nodes) -> None:
-    """Three of five samples lie on the node that dies, two of them behind one reference; the learner gets all five."""
+def test_samples_that_were_lost_with_a_node_are_made_again(two_nodes) -> None:
+    """Three of five samples are on the node that dies, two of them share a reference; the learner gets all five."""
     queue = start_queue(prompts_per_round=5, max_staleness=0, total=5, first_round=0)
-    make = ray.remote(num_cpus=0, max_retries=0)(scored)  # as an actor's outputs, they are not made again by Ray
+    make = ray.remote(num_cpus=0, max_retries=0)(scored)  # Ray makes them again no more than it does actors' outputs
     ray.get(queue.publish.remote(0, ["pack"], 8))
     ray.get(queue.weights_taken.remote(0))
     assert ray.get(queue.lease.remote(5)) == [0, 1, 2, 3, 4]
@@ -74,12 +59,12 @@ def test_samples_that_died_with_a_node_are_made_again(two_nodes) -> None:
     two_nodes.remove_node(two_nodes.second, allow_graceful=False)
     made_again = []
 
-    def coordinate() -> None:
+    def produce() -> None:
         while indices := ray.get(queue.lease.remote(1)):
             made_again.extend(indices)
             ray.get(queue.put.remote(indices, 0, [SampleRef(make.remote(i), 0, 2, 2) for i in indices]))
 
-    producing = threading.Thread(target=coordinate)
+    producing = threading.Thread(target=produce)
     producing.start()
     rank = QueueClient(queue, 0, timeout_seconds=120)
     taken, _ = rank.take_round(0)

@@ -1,4 +1,4 @@
-"""Whole runs with more samples in flight than Ray's object store holds. `pytest tests/system/test_object_store.py`"""
+"""A whole run with more samples than Ray's object store holds. `pytest tests/system/test_object_store.py`"""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from tests import REPOSITORY
 from tests.system.runs import losses, run_config
 from tests.tiny import save_teacher
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 VOCABULARY, STORE_MEGABYTES = 32768, 80
 
 
 @pytest.fixture(scope="module")
 def wide_teacher(tmp_path_factory) -> Path:
-    """The chain task's tokenizer before a vocabulary that makes a token's logits 128 KiB."""
+    """A teacher whose vocabulary is so large that the logits of one token take 128 KiB."""
     return save_teacher(tmp_path_factory.mktemp("wide") / "teacher", spare_rows=VOCABULARY - 18)
 
 
 def wide_config(teacher: Path, run_dir: Path, **sections) -> OpdlmConfig:
-    """Samples of more than a megabyte each."""
+    """A run whose samples hold logits, more than a megabyte each."""
     base = {
         "run": {"rounds": 4},
         "data": {"prompts": 200},
@@ -46,7 +46,7 @@ def wide_config(teacher: Path, run_dir: Path, **sections) -> OpdlmConfig:
 
 @contextmanager
 def small_store() -> Iterator[dict[str, str]]:
-    """The environment of a driver for a cluster of its own, whose object store is small."""
+    """Starts a cluster with a small object store; yields the environment variables of a driver that joins it."""
     from ray.cluster_utils import Cluster
 
     arguments = {"num_cpus": 8, "num_gpus": 0, "include_dashboard": False, "object_store_memory": STORE_MEGABYTES << 20}
@@ -57,8 +57,8 @@ def small_store() -> Iterator[dict[str, str]]:
         cluster.shutdown()
 
 
-def run_there(config: OpdlmConfig, environment: dict[str, str]) -> str:
-    """`opdlm train` in a process of its own, to its end; its output."""
+def run_with(config: OpdlmConfig, environment: dict[str, str]) -> str:
+    """Runs `opdlm train` in a process of its own to its end; returns its output."""
     file = Path(config.run.dir).with_suffix(".yaml")
     file.write_text(dump_config(config))
     command = [sys.executable, "-m", "opdlm", "train", str(file)]
@@ -68,12 +68,12 @@ def run_there(config: OpdlmConfig, environment: dict[str, str]) -> str:
 
 
 def test_more_samples_than_the_store_holds(ray_cluster, wide_teacher, tmp_path) -> None:
-    """The queue keeps all four rounds, as no checkpoint comes before the end; Ray moves them to disk and back."""
+    """The queue keeps all four rounds, because the first checkpoint comes at the end. Ray spills them to disk."""
     checkpoint = {"every_rounds": 10}
     roomy, tight = (wide_config(wide_teacher, tmp_path / name, checkpoint=checkpoint) for name in ("roomy", "tight"))
     assert train(roomy, resume=False, console=Console(quiet=True)) == 0
     with small_store() as environment:
-        run_there(tight, environment)
+        run_with(tight, environment)
     rounds = [r for r in read_records(tmp_path / "tight") if r["kind"] == "round"]
     kept = sum(r["target_bytes_per_token"] * r["round_tokens"] for r in rounds)
     assert kept > 1.5 * (STORE_MEGABYTES << 20)

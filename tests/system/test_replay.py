@@ -1,4 +1,4 @@
-"""Rollout dump and replay. `pytest tests/system/test_replay.py`"""
+"""Kept rollouts and runs that replay them. `pytest tests/system/test_replay.py`"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROUNDS = 3
 
 @pytest.mark.ray
 def test_replay_gives_the_losses_of_the_live_run(ray_cluster, chain_teacher, tmp_path) -> None:
-    """To the bit; with another objective it trains on the same trajectories; with a round missing nothing starts."""
+    """They are equal to the bit. Where a round is missing, nothing starts."""
     from ray.util import list_named_actors
 
     def configured(name: str, **sections) -> OpdlmConfig:
@@ -65,14 +65,14 @@ def test_replay_gives_the_losses_of_the_live_run(ray_cluster, chain_teacher, tmp
 
 
 @pytest.fixture
-def saved(tmp_path, chain_teacher):
-    """Rollouts of two rounds that `run_config` could have given, and its config that replays them."""
+def kept_rollouts(tmp_path, chain_teacher):
+    """Rollouts of two rounds such as `run_config` keeps: (a function that writes those of one round, their folder)."""
     folder = tmp_path / "rollouts"
     config = run_config(chain_teacher, tmp_path / "run", run={"rounds": 2})
     teacher = f"{weights_fingerprint(chain_teacher)} float32"
     facts = RolloutFacts(8, 4, "absolute", 17, "hidden", preflight(config).order.digest, teacher)
 
-    def write(
+    def write_round(
         round_: int, count: int = 8, width: int = 16, version: int | None = None, given: bool = False, **changed
     ) -> None:
         samples = [scored(8 * round_ + i, "hidden", 0) for i in range(count)]
@@ -83,13 +83,15 @@ def saved(tmp_path, chain_teacher):
         fields = {name: getattr(facts, name) for name in RolloutFacts.__slots__}
         save_round(round_file(folder, round_), samples, RolloutFacts(**fields | changed))
 
-    write(0)
-    write(1)
-    return write, folder
+    write_round(0)
+    write_round(1)
+    return write_round, folder
 
 
-def test_what_must_agree_is_checked_and_nothing_else(saved, chain_teacher, tmp_path) -> None:
-    write, folder = saved
+def test_settings_that_must_agree_with_kept_rollouts_are_checked_and_no_others(
+    kept_rollouts, chain_teacher, tmp_path
+) -> None:
+    write_round, folder = kept_rollouts
 
     def check(targets="hidden", **sections) -> None:
         run = {"rounds": 2, "replay": str(folder)} | sections.pop("run", {})
@@ -116,21 +118,21 @@ def test_what_must_agree_is_checked_and_nothing_else(saved, chain_teacher, tmp_p
     refused("run.dump_rollouts: found with run.replay", run={"dump_rollouts": True})
     refused("holds no round-000000.safetensors; did you mean .*/rollouts?", run={"replay": str(tmp_path)})
     refused("expected RUN/rollouts of a run with --dump-rollouts", run={"replay": str(chain_teacher)})
-    write(1, version=0)
+    write_round(1, version=0)
     refused("queue.max_staleness: found 0, but samples in .*round-000001.* are 1 rounds older")
     check(queue={"max_staleness": 1})
-    write(1, given=True)
+    write_round(1, given=True)
     refused("objective.selection: found 'one_state_per_block', but the responses in .*round-000001.* were given")
     check(objective={"selection": "random_mask"})
-    write(1, count=7)
+    write_round(1, count=7)
     refused(r"lacks 1 of the round's 8 samples \(the first is 15\)")
-    write(1, width=12)
+    write_round(1, width=12)
     refused("model.teacher: its hidden states have 16 numbers, those in .* 12")
-    write(1, teacher="other float32")
+    write_round(1, teacher="other float32")
     refused(r"model.teacher \(fingerprint and teacher.dtype\) was 'other float32', is now")
-    write(1)
+    write_round(1)
     refused("teacher.targets was 'hidden', is now 'tokens'", objective={"kind": "cft"})
-    write(1, vocab_size=32)
+    write_round(1, vocab_size=32)
     refused(r"model.teacher \(its vocabulary\) was 32, is now 17")
     shutil.rmtree(folder)
     refused("holds no round-000000.safetensors")

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.ray
 
 
 def test_two_rounds_with_staleness(ray_cluster, chain_teacher, tmp_path) -> None:
-    """The smoke test: decode, score, train, push, twice, with decoding a round ahead."""
+    """The smoke test: decode, score, train and push, for two rounds, with decoding one round ahead."""
     config = run_config(
         chain_teacher, tmp_path / "run", run={"rounds": 2}, queue={"max_staleness": 1}, learner={"workers": 1}
     )
@@ -54,8 +54,8 @@ def test_two_rounds_with_staleness(ray_cluster, chain_teacher, tmp_path) -> None
     assert any(not before[name].equal(after[name]) for name in before)
 
 
-def test_given_responses_are_made_once_and_trained_on(ray_cluster, chain_teacher, tmp_path) -> None:
-    """`cft` has the teacher answer every prompt; `off_policy_kd` takes the same file and has it scored."""
+def test_given_responses_are_generated_once_and_trained_on(ray_cluster, chain_teacher, tmp_path) -> None:
+    """`cft` has the teacher answer every prompt. `off_policy_kd` reads the same file and has its responses scored."""
     cache = tmp_path / "responses.parquet"
     for kind, cached in (("cft", False), ("off_policy_kd", True)):
         config = run_config(
@@ -80,7 +80,7 @@ def test_given_responses_are_made_once_and_trained_on(ray_cluster, chain_teacher
 
 
 def test_stop_kill_and_resume_give_the_losses_of_an_unbroken_run(chain_teacher, whole, tmp_path) -> None:
-    """SIGTERM, then SIGKILL of the driver, each followed by --resume: step by step the same losses, to the bit."""
+    """SIGTERM, then SIGKILL to the driver, each followed by --resume: the loss of every step is equal to the bit."""
     broken, expected = tmp_path / "broken", losses(whole)
 
     code = run_until(run_config(chain_teacher, broken), resume=False, rounds=1, send=signal.SIGTERM)
@@ -98,19 +98,20 @@ def test_stop_kill_and_resume_give_the_losses_of_an_unbroken_run(chain_teacher, 
     assert (state["rounds"], state["next_sample"]) == (ROUNDS, ROUNDS * 8)
 
 
-def test_a_checkpoint_that_a_dying_life_writes_after_the_resume_began_is_trained_again(
+@pytest.mark.slow
+def test_rounds_are_trained_again_though_a_checkpoint_of_them_appears_after_the_resume(
     ray_cluster, chain_teacher, whole, tmp_path, monkeypatch
 ) -> None:
-    """Its ranks outlive a killed driver for a moment; the new driver had looked for the last checkpoint before."""
+    """The ranks outlive a killed driver for a moment, and may save after the new driver looked for checkpoints."""
     run_dir, late = tmp_path / "run", f"round-{ROUNDS - 1:06d}"
     shutil.copytree(whole, run_dir, ignore=shutil.ignore_patterns("student", late, f"round-{ROUNDS:06d}"))
 
-    def open_too_early(*arguments):
+    def open_before_the_last_save(*arguments):
         found = open_run(*arguments)
         shutil.copytree(whole / "checkpoints" / late, run_dir / "checkpoints" / late)
         return found
 
-    monkeypatch.setattr("opdlm.deploy.run.train.open_run", open_too_early)
+    monkeypatch.setattr("opdlm.deploy.run.train.open_run", open_before_the_last_save)
     assert train(run_config(chain_teacher, run_dir), resume=True, console=Console(quiet=True)) == 0
     assert losses(run_dir) == losses(whole)
 
@@ -147,7 +148,7 @@ def test_more_gpus_than_there_are(ray_cluster, chain_teacher, tmp_path) -> None:
 
 
 def test_cluster_is_left_clean(ray_cluster) -> None:
-    """No actor of ours outlives its run (this test runs last in the file)."""
+    """No actor outlives its run. (This test is the last one of the file.)"""
     if not ray.is_initialized():
         ray.init(address=ray_cluster, log_to_driver=False)
     from ray.util import list_named_actors

@@ -1,4 +1,7 @@
-"""Whole runs whose disk is full, and runs that go on in another shape. `pytest tests/system/test_run_storage.py`"""
+"""Whole runs on a full disk, and runs that are resumed with other numbers of processes.
+
+`pytest tests/system/test_run_storage.py`
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from opdlm.deploy.run.train import train
 from tests.system.full_disk import SmallDisk, small_disk
 from tests.system.runs import ROUNDS, losses, run_config
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 QUIET = Console(quiet=True)
 NO_EVALUATION = {"final_problems": 0}
@@ -27,13 +30,14 @@ NO_EVALUATION = {"final_problems": 0}
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[SmallDisk]:
+    """A disk of four megabytes."""
     with small_disk(tmp_path / "disk") as disk:
         yield disk
 
 
 @pytest.fixture
 def on_record(monkeypatch) -> Callable[[Callable[[dict[str, Any]], None]], None]:
-    """Calls a function with each record of the next run; the learner's next save waits until it has returned."""
+    """Has a function called with each record of the next run. The learner's next save waits until it has returned."""
 
     def install(show: Callable[[dict[str, Any]], None]) -> None:
         view = type("View", (), {"show": lambda self, record: show(record)})
@@ -42,15 +46,15 @@ def on_record(monkeypatch) -> Callable[[Callable[[dict[str, Any]], None]], None]
     return install
 
 
-def fill_after_round_1(record: dict[str, Any], run_dir: Path, disk) -> None:
-    """Puts a run's checkpoints on a small disk, and fills it once the first one is there."""
+def fill_after_round_1(record: dict[str, Any], run_dir: Path, disk: SmallDisk) -> None:
+    """Puts a run's checkpoints on a small disk, and fills the disk after the first of them."""
     if record["kind"] == "data":
         (run_dir / "checkpoints").symlink_to(disk.folder)
     if (record["kind"], record["round"]) == ("checkpoint", 1):
         disk.fill()
 
 
-def test_a_save_that_fails_passes_and_the_next_one_covers_it(
+def test_a_run_survives_a_checkpoint_that_cannot_be_written(
     ray_cluster, chain_teacher, whole, disk, on_record, tmp_path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -71,7 +75,7 @@ def test_a_save_that_fails_passes_and_the_next_one_covers_it(
     assert sorted(p.name for p in disk.folder.iterdir()) == [f"round-{r:06d}" for r in (1, 3, 4, 5, 6)]
 
 
-def test_too_many_failed_saves_end_the_run_and_it_goes_on_from_the_last_whole_checkpoint(
+def test_too_many_failed_checkpoints_end_the_run_and_it_resumes_from_the_last_whole_one(
     ray_cluster, chain_teacher, whole, disk, on_record, tmp_path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -94,8 +98,9 @@ def test_too_many_failed_saves_end_the_run_and_it_goes_on_from_the_last_whole_ch
 
 
 @pytest.mark.parametrize("what", ["checkpoints", "rollouts"])
-def test_what_a_run_must_not_lack_ends_it(ray_cluster, chain_teacher, disk, on_record, tmp_path, what) -> None:
-    """The last checkpoint of a run, and rollouts that are kept."""
+def test_a_run_ends_where_its_last_checkpoint_or_kept_rollouts_cannot_be_written(
+    ray_cluster, chain_teacher, disk, on_record, tmp_path, what
+) -> None:
     run_dir = tmp_path / "run"
 
     def show(record: dict[str, Any]) -> None:
@@ -130,7 +135,7 @@ def test_a_student_that_could_not_be_written_is_written_by_a_resume(
 
     def show(record: dict[str, Any]) -> None:
         if record["kind"] == "data":
-            disk.fill(leave=16384)  # the weights need more, this run's records less
+            disk.fill(leave=16384)  # enough for the records of this run, too little for the weights
 
     on_record(show)
     message = r"run/student could not be written: .*No space left on device.*; the newest whole checkpoint is .*/round-"
@@ -168,10 +173,10 @@ def test_metrics_that_cannot_be_written_end_the_run_with_a_checkpoint(
 
 
 @pytest.mark.parametrize(("workers", "stage", "rollouts", "teachers"), [(1, 3, 2, 2), (3, 1, 1, 2)])
-def test_goes_on_in_another_shape(
+def test_a_run_resumes_with_other_numbers_of_processes(
     ray_cluster, chain_teacher, whole, tmp_path, workers, stage, rollouts, teachers
 ) -> None:
-    """A checkpoint of two ZeRO-2 ranks, by other numbers of everything."""
+    """From a checkpoint of two ZeRO-2 ranks, with other numbers of ranks and actors and another ZeRO stage."""
     run_dir, saved = tmp_path / "run", 3
     shutil.copytree(whole, run_dir, ignore=shutil.ignore_patterns("ray_train", "student", "report*"))
     for folder in list_checkpoints(run_dir / "checkpoints")[saved:]:
@@ -190,4 +195,4 @@ def test_goes_on_in_another_shape(
     for step, figures in expected.items():
         tolerance = 1e-4 if step > 2 * saved else 0
         assert found[step] == pytest.approx(figures, rel=tolerance, abs=tolerance), f"step {step}"
-    assert any(found[step] != expected[step] for step in expected), "not the shape of the unbroken run"
+    assert any(found[step] != expected[step] for step in expected), "it ran with the numbers of the unbroken run"

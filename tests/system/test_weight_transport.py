@@ -1,4 +1,4 @@
-"""Weights that rollout actors read from the learner (`rollout.weight_transport: nixl`), through real Ray and UCX.
+"""Rollout actors that read weights from the learner (`rollout.weight_transport: nixl`), through real Ray and UCX.
 
 Here from CPU to CPU; on GPUs the same code reads from GPU to GPU. `pytest tests/system/test_weight_transport.py`
 """
@@ -7,22 +7,31 @@ from __future__ import annotations
 
 import pytest
 
-from tests.system.runs import losses, run_config, wait_for_rounds
-from tests.system.test_deaths import assert_sound, records_of, running, wait_until_still
+from tests.system.runs import (
+    assert_sound,
+    losses,
+    records_of,
+    run_config,
+    running,
+    wait_for_rounds,
+    wait_until_still,
+)
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 pytest.importorskip("nixl", reason="needs the extra opdlm-ray[nixl]")
 
 
-def test_the_run_is_the_same_also_when_their_holder_dies(chain_teacher, whole, victims, tmp_path) -> None:
-    """A rollout actor that comes back finds no weights: it waits until the restarted learner has come to them."""
+def test_losses_are_the_same_also_when_the_rank_that_holds_the_weights_dies(
+    chain_teacher, whole, victims, tmp_path
+) -> None:
+    """The restarted rollout actor finds no weights, so it waits until the restarted learner publishes them again."""
     run_dir = tmp_path / "run"
     config = run_config(chain_teacher, run_dir, rollout={"weight_transport": "nixl"}, checkpoint={"every_rounds": 2})
     with running(config) as process:
         wait_for_rounds(run_dir, 3, process)
         rollout = victims.find("rollout")
         rollout.suspend()
-        wait_until_still(run_dir)  # in the middle of decoding
+        wait_until_still(run_dir)  # the actor is in the middle of decoding
         victims.kill("learner")
         rollout.kill()
         assert process.wait(timeout=400) == 0

@@ -1,4 +1,4 @@
-"""The processes of one Ray cluster on this machine, by role, and how they die."""
+"""The actor processes of a Ray cluster on this machine, by role, so that a test can kill them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ TITLES = {
     "learner": ("RayTrainWorker",),
     "queue": ("ReplayQueueActor", "replay-queue"),
 }
-"""By role, what the titles hold that Ray gives to its actors' processes."""
+"""By role: parts of the titles that Ray gives to the processes of its actors."""
 
 
 class Victims:
-    """Actor processes below some raylets.
+    """The processes of the run's actors.
 
     Args:
-        raylets: process ids of the raylets of the moment (a cluster's nodes come and go).
+        raylets: returns the process ids of the cluster's present raylets (nodes are added and removed). An actor's
+            process is a descendant of the raylet of its node.
     """
 
     def __init__(self, raylets: Callable[[], list[int]]) -> None:
         self._raylets = raylets
 
     def all(self) -> Iterator[tuple[str, psutil.Process]]:
-        """(role, process) of every actor of ours."""
+        """(role, process) of every rollout actor, teacher actor, learner rank and queue."""
         for raylet in self._raylets():
             try:
                 below = psutil.Process(raylet).children(recursive=True)
@@ -36,14 +37,14 @@ class Victims:
             for process in below:
                 try:
                     title = " ".join(process.cmdline())
-                except psutil.Error:  # ended meanwhile
+                except psutil.Error:  # it has ended meanwhile
                     continue
                 for role, titles in TITLES.items():
                     if title.startswith("ray::") and any(part in title for part in titles):
                         yield role, process
 
     def find(self, role: str, patience_seconds: float = 120) -> psutil.Process:
-        """One process of a role, waiting until there is one."""
+        """Returns one process of a role; waits until there is one."""
         limit = time.monotonic() + patience_seconds
         while time.monotonic() < limit:
             for found, process in self.all():
@@ -53,7 +54,7 @@ class Victims:
         raise AssertionError(f"no process of role {role} in {patience_seconds} s")
 
     def kill(self, role: str) -> int:
-        """SIGKILL to one of a role; its process id."""
+        """Sends SIGKILL to one process of a role; returns its process id."""
         process = self.find(role)
         process.kill()
         return process.pid

@@ -1,4 +1,4 @@
-"""Settings of vLLM on a CPU, before anything imports it; the `vllm` marker."""
+"""Settings for vLLM on a CPU, made before anything imports it, and the `vllm` marker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The vLLM teacher against the transformers teacher. `make test-vllm`; skipped where vLLM is not installed."""
+"""The vLLM teacher gives what the transformers teacher gives. `make test-vllm`; skipped where vLLM is not installed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 CONTEXT = 128
-LENGTHS = [(1, 1), (1, 6), (4, 1), (7, 20), (25, 3), (40, 60), (100, 28)]  # prompt and response; the last fills it
+LENGTHS = [(1, 1), (1, 6), (4, 1), (7, 20), (25, 3), (40, 60), (100, 28)]
+"""Tokens of each prompt and response; the last pair fills the context."""
 
 
-# Chunks of 24 tokens are far below the longest sequence, so that vLLM prefills it in several.
+# Chunks of 24 tokens are much shorter than the longest sequence, so vLLM prefills it in several chunks.
 @pytest.fixture(scope="module", params=[(4, False, 24), (16, True, 4096)], ids=["K=4, chunks", "K=16, tied"])
 def teachers(request, tmp_path_factory) -> tuple[VllmTeacher, TransformersTeacher, TransformersTeacher]:
-    """vLLM's teacher, the same one through transformers, and that one with all logits."""
+    """The teacher by vLLM, by transformers, and by transformers with logits of the whole vocabulary."""
     top_k, tied, chunk = request.param
     folder = str(tmp_path_factory.mktemp("teacher"))
-    # vLLM's CPU attention knows head sizes from 32 on.
+    # vLLM's attention on a CPU supports head sizes from 32 on.
     tiny_model(1, tied=tied, context=CONTEXT, head_dim=32).save_pretrained(folder)
 
     def backend(**fields):
@@ -52,7 +53,7 @@ def test_same_targets(teachers) -> None:
         assert len(a.token_ids) == length
         assert (a.token_ids.dtype, a.logprobs.dtype, a.vocab_size) == (np.int32, np.float32, VOCABULARY)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
-        # By value, so that tokens which tie may stand in either order, or one of them at the K-th place.
+        # By value: tokens of equal probability may have either order, and either of them may be the K-th.
         logprobs = full.logits - np.log(np.exp(full.logits.astype(np.float64)).sum(-1, keepdims=True))
         np.testing.assert_allclose(a.logprobs, np.take_along_axis(logprobs, a.token_ids, -1), atol=1e-4)
         assert all(len(set(row)) == len(row) for row in a.token_ids.tolist()), "a token twice in one row"
@@ -63,11 +64,13 @@ def test_same_greedy_answers(teachers) -> None:
     ours, expected = (t.generate(prompts, 20, 4, 0.0, 0) for t in teachers[:2])
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert {a[-1] == EOS for a in ours} == {True, False}, "answers of both ends: end token and limit"
+    assert {a[-1] == EOS for a in ours} == {True, False}, (
+        "some answers end with the end-of-sequence token, others at the limit"
+    )
 
 
-def test_sampling_is_of_its_seed(teachers) -> None:
-    # Within one chunk: on a CPU, vLLM 0.32 cannot cut a prompt that is sampled with a seed.
+def test_samples_depend_on_the_seed_alone(teachers) -> None:
+    # Prompts within one chunk: on a CPU, vLLM 0.32 cannot cut a prompt whose answer is sampled with a seed.
     prompts = [t.prompt_ids for t in _trajectories()[:4]]
     first, again, other = (teachers[0].generate(prompts, 20, 4, 1.0, seed) for seed in (3, 3, 4))
     assert [a.tolist() for a in first] == [a.tolist() for a in again]

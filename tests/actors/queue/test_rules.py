@@ -1,35 +1,34 @@
-"""Queue invariants under random schedules, without Ray. `pytest tests/actors/queue/test_rules.py`
+"""Invariants of the queue under random schedules, without Ray. `pytest tests/actors/queue/test_rules.py`
 
-The machine plays coordinator, actors and learner in any order that the interface allows, with duplicates, late
-samples, learner restarts and checkpoints, and checks after each move that nothing is lost, doubled or too stale.
+The state machine acts as driver, actors and learner in any order that the interface allows, with duplicates, late
+samples, lost samples, learner restarts and checkpoints. After each action it checks that no sample is lost, trained
+twice or too stale.
 """
 
 from __future__ import annotations
-
-import asyncio
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from opdlm.actors.queue.actor import ReplayQueueActor
 from opdlm.actors.queue.rules import ReplayQueue
 
 
 class QueueMachine(RuleBasedStateMachine):
+    """Calls a `ReplayQueue` at random and keeps its own account of every sample."""
+
     @initialize(n=st.integers(1, 5), staleness=st.integers(0, 3), total=st.integers(1, 23), first=st.integers(0, 2))
     def start(self, n: int, staleness: int, total: int, first: int) -> None:
         first = min(first, -(-total // n))
         self.queue = ReplayQueue(n, staleness, total, first)
         self.first = first
-        self.decoding: dict[int, int] = {}  # index -> version it is decoded with
-        self.accepted: dict[int, int] = {}
+        self.decoding: dict[int, int] = {}  # index -> weight version that decodes it
+        self.accepted: dict[int, int] = {}  # index -> weight version that decoded it
         self.learner_round = first
         self.checkpointed = first
         self.published = first
-        self.trained: dict[int, int] = {}  # index -> times in the surviving weights
+        self.trained: dict[int, int] = {}  # index -> how often it was trained in the weights that survive
         self.leased: list[int] = []
 
     @rule(most=st.integers(1, 7))
@@ -72,11 +71,11 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(i // self.queue.prompts_per_round >= self.checkpointed for i in self.accepted))
     @rule(data=st.data())
     def data_dies(self, data) -> None:
-        """The node that held a sample dies. Its place is made again, whatever the learner has done with it."""
+        """The node that held a sample dies. The sample is made again, even if the learner has trained it already."""
         kept = [i for i in self.accepted if i // self.queue.prompts_per_round >= self.checkpointed]
         index = data.draw(st.sampled_from(sorted(kept)))
         assert self.queue.lose(index, f"sample {index}")
-        assert not self.queue.lose(index, f"sample {index}"), "the second rank that misses it"
+        assert not self.queue.lose(index, f"sample {index}"), "a second rank reports the same loss"
         del self.accepted[index]
 
     @rule()
@@ -92,7 +91,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule()
     def learner_dies(self) -> None:
-        """It goes back to the last checkpoint; what it trained since does not survive."""
+        """The learner goes back to the last checkpoint; what it trained since then does not survive."""
         for round_ in range(self.checkpointed, self.learner_round):
             for index in self.queue.indices_of(round_):
                 self.trained[index] -= 1
@@ -112,13 +111,13 @@ class QueueMachine(RuleBasedStateMachine):
         slots = (queue.max_staleness + 1) * queue.prompts_per_round
         begun = queue.version if queue.version is not None else self.first
         in_use = [i for i in self.leased if queue.round_of(i) >= begun]
-        assert len(in_use) <= slots, "more samples on the way than there are slots"
+        assert len(in_use) <= slots, "more samples are in use than there are slots"
         for round_ in range(self.checkpointed, queue.rounds):
             if all(i in self.accepted for i in queue.indices_of(round_)):
-                assert queue.is_ready(round_), "a sample that no checkpoint covers was forgotten"
+                assert queue.is_ready(round_), "the queue forgot a sample that no checkpoint covers"
 
     def teardown(self) -> None:
-        """From any state, an orderly end trains every sample exactly once."""
+        """From any state, an undisturbed rest of the run trains every sample exactly once."""
         if not hasattr(self, "queue"):
             return
         for _ in range(10 * self.queue.rounds + 10):
@@ -130,7 +129,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.decoding = {}
             while self.learner_round < self.queue.rounds and self.queue.is_ready(self.learner_round):
                 self.train_round()
-        assert self.learner_round == self.queue.rounds, "the loop stopped before the run's end"
+        assert self.learner_round == self.queue.rounds, "the run did not get to its end"
         expected = set(range(min(self.first * self.queue.prompts_per_round, self.queue.total), self.queue.total))
         assert {i for i, times in self.trained.items() if times == 1} == expected
 
@@ -159,147 +158,3 @@ def test_misuse_is_named() -> None:
         queue.weights_taken(1)
     with pytest.raises(ValueError, match="round 0 is not ready"):
         queue.take_round(0)
-
-
-def test_full_queue_holds_the_producer_until_weights_are_taken() -> None:
-    """Back-pressure, through the actor's waiting methods."""
-
-    async def scenario() -> None:
-        actor = ReplayQueueActor(prompts_per_round=2, max_staleness=0, total=4, first_round=0)
-        waiting = asyncio.create_task(actor.lease(9))
-        await asyncio.sleep(0)
-        assert not waiting.done(), "nothing may be decoded before the first weights"
-        await actor.publish(0, ["pack 0"], 8)
-        await actor.weights_taken(0)
-        assert await waiting == [0, 1]
-        blocked = asyncio.create_task(actor.lease(9))
-        assert await actor.put([0, 1], 0, ["a", "b"]) == [True, True]
-        samples, staleness = await actor.take_round(0)
-        assert (samples, staleness) == (["a", "b"], [0, 0])
-        await actor.publish(1, ["pack 1"], 8)
-        await asyncio.sleep(0)
-        assert not blocked.done(), "the slots are free only once the new weights were taken"
-        await actor.weights_taken(1)
-        assert await blocked == [2, 3]
-        last = asyncio.create_task(actor.lease(9))
-        await asyncio.sleep(0)
-        assert not last.done(), "nothing is left, but samples may yet be lost"
-        await actor.learner_ended()
-        assert await last == []
-
-    asyncio.run(scenario())
-
-
-def test_slots_in_use_and_the_wait_of_samples(monkeypatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("opdlm.actors.queue.actor.time", SimpleNamespace(monotonic=lambda: now[0]))
-
-    async def scenario() -> None:
-        actor = ReplayQueueActor(prompts_per_round=2, max_staleness=1, total=6, first_round=1)
-        assert (await actor.state())["queue_slots_in_use"] == 0
-        await actor.weights_taken(1)
-        await actor.lease(3)
-        for index, second in ((2, 101.0), (3, 105.0), (2, 109.0)):  # the last is a duplicate
-            now[0] = second
-            await actor.put([index], 1, ["sample"])
-        now[0] = 107.0
-        await actor.take_round(1)
-        now[0] = 999.0
-        await actor.take_round(1)  # the other rank, or the same one again: they waited no longer
-        state = await actor.state()
-        assert state["queue_wait_seconds_mean"] == pytest.approx((6 + 2) / 2)
-        assert (state["queue_slots_in_use"], state["queue_leased"]) == (3, 1), "in training counts, until a push"
-        await actor.publish(2, ["pack 2"], 8)
-        await actor.weights_taken(2)
-        assert (await actor.state())["queue_slots_in_use"] == 1
-
-    asyncio.run(scenario())
-
-
-def test_stop_lets_a_begun_round_finish_on_every_rank() -> None:
-    async def scenario() -> None:
-        actor = ReplayQueueActor(prompts_per_round=1, max_staleness=1, total=4, first_round=0)
-        await actor.publish(0, ["pack 0"], 8)
-        await actor.weights_taken(0)
-        await actor.lease(2)
-        await actor.put([0, 1], 0, ["a", "b"])
-        assert (await actor.take_round(0))[0] == ["a"]
-        await actor.request_stop()
-        assert (await actor.take_round(0))[0] == ["a"], "the second rank must get what the first was given"
-        assert await actor.take_round(1) is None, "no rank has begun this round, though it is ready"
-        assert await actor.next_weights(after=-1) is not None
-        await actor.learner_ended()
-        assert await actor.lease(1) == []
-        assert await actor.next_weights(after=0) is None
-        assert await actor.drain_events(60) is None
-
-    asyncio.run(scenario())
-
-
-def test_a_begun_round_waits_for_a_lost_sample_after_a_stop_too() -> None:
-    """A node died, a stop came, and then the learner's group began again."""
-
-    async def scenario() -> None:
-        queue = ReplayQueueActor(2, 0, 4, 0)
-        await queue.publish(0, ["pack 0"], 8)
-        await queue.weights_taken(0)
-        await queue.put(await queue.lease(2), 0, ["a", "b"])
-        await queue.take_round(0)
-        replacing = asyncio.create_task(queue.replace(1, "b"))
-        await asyncio.sleep(0)
-        await queue.request_stop()
-        again = asyncio.create_task(queue.take_round(0))
-        await asyncio.sleep(0.01)
-        assert not again.done()
-        assert await queue.lease(2) == [1]
-        await queue.put([1], 0, ["new b"])
-        assert await again == (["a", "new b"], [0, 0])
-        assert await replacing == "new b"
-        assert await queue.take_round(1) is None
-
-    asyncio.run(scenario())
-
-
-def test_a_checkpoint_waits_until_its_events_are_written() -> None:
-    async def scenario() -> None:
-        actor = ReplayQueueActor(prompts_per_round=1, max_staleness=0, total=4, first_round=0)
-        await actor.events_written()  # there are none
-        await actor.tell([{"step": 1}])
-        waiting = asyncio.create_task(actor.events_written())
-        assert await actor.drain_events(60) == [{"step": 1}]
-        await asyncio.sleep(0)
-        assert not waiting.done(), "handed over is not yet written"
-        asking_again = asyncio.create_task(actor.drain_events(60))
-        await waiting
-        await actor.tell([{"step": 2}])
-        assert await asking_again == [{"step": 2}]
-        waiting = asyncio.create_task(actor.events_written())
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        await actor.nobody_listens()  # the coordinator's loop failed: the last checkpoint is not held up
-        await waiting
-
-    asyncio.run(scenario())
-
-
-def test_weights_that_died_with_the_learner_are_waited_for() -> None:
-    """A restarted learner begins with older ones, which change nothing, and comes to them again."""
-
-    async def scenario() -> None:
-        actor = ReplayQueueActor(prompts_per_round=2, max_staleness=0, total=4, first_round=0)
-        for version in (0, 1):
-            await actor.publish(version, [f"reference {version}"], 8)
-        lost = await actor.next_weights(0)
-        assert (lost.version, lost.pack) == (1, ["reference 1"])
-        waiting = [asyncio.create_task(actor.weights_again(lost)) for _ in range(2)]
-        await actor.publish(0, ["reference 0 again"], 8)
-        await asyncio.sleep(0)
-        assert not any(task.done() for task in waiting)
-        await actor.publish(1, ["reference 1 again"], 8)
-        assert [(await task).pack for task in waiting] == [["reference 1 again"]] * 2
-        again = await actor.weights_again(lost)  # who notices later need not wait
-        last = asyncio.create_task(actor.weights_again(again))
-        await actor.learner_ended()
-        assert await last is None
-
-    asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""The cached, batched decoder against the uncached oracle. `pytest tests/actors/rollout/test_decoder.py`"""
+"""The cached, batched decoder equals the uncached oracle. `pytest tests/actors/rollout/test_decoder.py`"""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_equals_uncached_oracle(
     sorting,
     seed,
 ) -> None:
-    """Slots, their parts and order, refills, cache, ride-along commits change nothing: same tokens, same steps."""
-    how = DecodeSettings(
+    """Slots, their order and parts, refills, the cache and commits in the next forward change no token and no step."""
+    decode_settings = DecodeSettings(
         block_size=block_size,
         block_grid=grid,
         strategy=strategy,
@@ -69,16 +69,16 @@ def test_equals_uncached_oracle(
         top_p=top_p,
     )
     requests = [request(p, i, limit, seed) for i, (p, limit) in enumerate(lengths)]
-    # Behind nothing but mask tokens every position is alike: an exact tie, which rounding breaks one way or the other.
+    # After a prompt of mask tokens alone all positions get equal logits, and rounding would decide between them.
     assume(all(set(r.prompt_ids) != {MASK} for r in requests))
     with (
-        mock.patch("opdlm.actors.rollout.decoder._REFILL_SHARE", refill_share),  # all slots free, or some of them
-        mock.patch("opdlm.actors.rollout.attention.NARROWEST", narrowest),
-        mock.patch("opdlm.actors.rollout.slots._SORTING", sorting),
+        mock.patch("opdlm.actors.rollout.decoder._REFILL_SHARE", refill_share),  # some, or all slots free
+        mock.patch("opdlm.actors.rollout.attention.NARROWEST_PART", narrowest),
+        mock.patch("opdlm.actors.rollout.slots._SORT_COST", sorting),
     ):
-        trajectories, stats = BlockDecoder(model, how, MASK, [EOS], batch_size).decode(requests)
+        trajectories, stats = BlockDecoder(model, decode_settings, MASK, [EOS], batch_size).decode(requests)
     for ours, asked in zip(trajectories, requests, strict=True):
-        tokens, reveal = uncached_decode(model, how, MASK, {EOS}, asked)
+        tokens, reveal = uncached_decode(model, decode_settings, MASK, {EOS}, asked)
         assert ours.response_ids.tolist() == tokens
         assert ours.reveal_step.tolist() == reveal
         assert MASK not in tokens
@@ -89,28 +89,30 @@ def test_equals_uncached_oracle(
 
 
 def test_recorded_forwards_of_few_shapes_decode_the_same(monkeypatch) -> None:
-    """As CUDA graphs do: each shape computed from memory of its own, into memory of its own."""
-    monkeypatch.setattr("opdlm.actors.rollout.forward._FIRST_WIDTH", 16)
+    """The recorder here works as CUDA graphs do: each shape has its own input memory and its own output memory."""
+    monkeypatch.setattr("opdlm.actors.rollout.forward._NARROWEST_SHAPE", 16)
     shapes, replays = [], []
 
-    def record(forward, own):
-        shapes.append([tuple(tensor.shape) for tensor in own])
-        output = torch.full_like(forward(*own), torch.nan)
+    def record(forward, inputs):
+        shapes.append([tuple(tensor.shape) for tensor in inputs])
+        output = torch.full_like(forward(*inputs), torch.nan)
 
         def replay() -> torch.Tensor:
-            replays.append(len(own[0]))
-            return output.copy_(forward(*own))
+            replays.append(len(inputs[0]))
+            return output.copy_(forward(*inputs))
 
         return replay
 
     requests = [request(1 + 5 * i % 11, i, 1 + 7 * i % 29, seed=3) for i in range(40)]
-    for how in (
+    for decode_settings in (
         DecodeSettings(threshold=0.4, temperature=1.0),
         DecodeSettings(strategy="low_confidence_static", block_grid="response"),
     ):
-        plain, few = (BlockDecoder(MODELS[1], how, MASK, [EOS], 9, made) for made in (None, lambda: record))
-        for asked in (requests, requests[:3], requests[5:]):  # with fewer slots, and then with a cache made anew
-            (expected, stats), (ours, recorded) = plain.decode(asked), few.decode(asked)
+        plain, recording = (
+            BlockDecoder(MODELS[1], decode_settings, MASK, [EOS], 9, recorder) for recorder in (None, lambda: record)
+        )
+        for asked in (requests, requests[:3], requests[5:]):  # the second uses fewer slots; the third needs a new cache
+            (expected, stats), (ours, recorded) = plain.decode(asked), recording.decode(asked)
             for one, other in zip(expected, ours, strict=True):
                 assert one.response_ids.tolist() == other.response_ids.tolist()
                 assert one.reveal_step.tolist() == other.reveal_step.tolist()
@@ -120,55 +122,56 @@ def test_recorded_forwards_of_few_shapes_decode_the_same(monkeypatch) -> None:
 
 @given(st.integers(1, 70), st.data())
 def test_shapes_are_few_and_large_enough(slots, data) -> None:
-    """And never larger than what there is."""
+    """A rounded-up shape is never larger than the cache."""
     positions = data.draw(st.integers(16, 5000))
-    live, width = data.draw(st.integers(1, slots)), data.draw(st.integers(1, positions))
-    exact = StepShape(data.draw(st.integers(0, live)), ((live, width),))
+    occupied, width = data.draw(st.integers(1, slots)), data.draw(st.integers(1, positions))
+    exact = StepShape(data.draw(st.integers(0, occupied)), ((occupied, width),))
     rounded = exact.rounded_up(slots, positions)
     assert exact.slots <= rounded.slots <= min(max(2 * exact.slots, 1), slots)
     assert exact.commits <= rounded.commits <= rounded.slots
     assert (rounded.commits == 0) == (exact.commits == 0)
-    ((count, wide),) = rounded.parts
+    ((count, rounded_width),) = rounded.parts
     assert count == rounded.slots
-    assert width <= wide <= positions
-    every = {
+    assert width <= rounded_width <= positions
+    all_shapes = {
         StepShape(c, ((n, width),)).rounded_up(slots, positions) for n in range(1, slots + 1) for c in range(n + 1)
     }
-    assert len(every) <= 5 * (1 + slots.bit_length())
+    assert len(all_shapes) <= 5 * (1 + slots.bit_length())
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=40))
-def test_parts_are_few_and_every_slot_has_what_it_needs(ends) -> None:
+def test_parts_are_few_and_wide_enough_for_every_slot(ends) -> None:
     parts = parts_of(np.array(ends), most=3000)
     widths = [width for count, width in parts for _ in range(count)]
     assert len(widths) == len(ends)
     assert all(end <= width <= 3000 for end, width in zip(ends, widths, strict=True))
-    assert widths == sorted(widths, reverse=True), "a forward sees as much as its first part"
+    assert widths == sorted(widths, reverse=True), "the first part is the widest"
     assert len(parts) <= 5  # 256, 512, 1024, 2048, 4096
-    ordered = parts_of(np.array(sorted(ends, reverse=True)), most=3000)
-    assert attended(ordered) <= attended(parts)
-    assert attended(ordered) <= sum(max(2 * end + 16, 272) for end in ends), "no slot reads twice what it has"
+    sorted_parts = parts_of(np.array(sorted(ends, reverse=True)), most=3000)
+    assert attended(sorted_parts) <= attended(parts)
+    limit = sum(max(2 * end + 16, 272) for end in ends)
+    assert attended(sorted_parts) <= limit, "in sorted order, a slot attends to at most twice its own positions"
 
 
-def test_slots_are_sorted_where_a_long_one_came_last(monkeypatch) -> None:
-    """And only then: sorting costs reading, so it waits until as much was read in vain."""
-    monkeypatch.setattr("opdlm.actors.rollout.attention.NARROWEST", 16)
-    sorted_at: list[list[int]] = []
+def test_slots_are_sorted_only_if_a_long_one_comes_last(monkeypatch) -> None:
+    """Sorting reads the cache too, so it waits until the unsorted order has cost as much as sorting."""
+    monkeypatch.setattr("opdlm.actors.rollout.attention.NARROWEST_PART", 16)
+    orders: list[list[int]] = []
     reorder = SlotCache.reorder
 
-    def watched(cache: SlotCache, order: list[int], width: int) -> None:
-        sorted_at.append(order)
+    def recorded(cache: SlotCache, order: list[int], width: int) -> None:
+        orders.append(order)
         reorder(cache, order, width)
 
-    monkeypatch.setattr(SlotCache, "reorder", watched)
-    how, model = DecodeSettings(strategy="low_confidence_static", ignore_eos=True), MODELS[0]
-    for lengths, orders in (([3, 5, 2, 70], [[3, 0, 1, 2]]), ([70, 3, 5, 2], []), ([3, 5, 2, 4], [])):
-        sorted_at.clear()
+    monkeypatch.setattr(SlotCache, "reorder", recorded)
+    decode_settings, model = DecodeSettings(strategy="low_confidence_static", ignore_eos=True), MODELS[0]
+    for lengths, expected in (([3, 5, 2, 70], [[3, 0, 1, 2]]), ([70, 3, 5, 2], []), ([3, 5, 2, 4], [])):
+        orders.clear()
         requests = [request(length, index, 20) for index, length in enumerate(lengths)]
-        trajectories, _ = BlockDecoder(model, how, MASK, [EOS], 4).decode(requests)
-        assert sorted_at[:1] == orders
+        trajectories, _ = BlockDecoder(model, decode_settings, MASK, [EOS], 4).decode(requests)
+        assert orders[:1] == expected
         for ours, asked in zip(trajectories, requests, strict=True):
-            assert ours.response_ids.tolist() == uncached_decode(model, how, MASK, set(), asked)[0]
+            assert ours.response_ids.tolist() == uncached_decode(model, decode_settings, MASK, set(), asked)[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -176,23 +179,23 @@ def test_slots_are_sorted_where_a_long_one_came_last(monkeypatch) -> None:
 def test_cuda_graphs_decode_the_same(model) -> None:
     from opdlm.actors.rollout.cuda_graphs import CudaGraphs
 
-    model, how = copy.deepcopy(model).cuda(), DecodeSettings(threshold=0.4, temperature=1.0)
+    model, decode_settings = copy.deepcopy(model).cuda(), DecodeSettings(threshold=0.4, temperature=1.0)
     requests = [request(1 + 5 * i % 11, i, 1 + 7 * i % 29, seed=3) for i in range(40)]
-    plain, _ = BlockDecoder(model, how, MASK, [EOS], 9).decode(requests)
-    decoder = BlockDecoder(model, how, MASK, [EOS], 9, CudaGraphs)
-    for asked in (requests[:20], requests):  # the second time with a longer cache, and new graphs
+    plain, _ = BlockDecoder(model, decode_settings, MASK, [EOS], 9).decode(requests)
+    decoder = BlockDecoder(model, decode_settings, MASK, [EOS], 9, CudaGraphs)
+    for asked in (requests[:20], requests):  # the second call needs a longer cache and so new graphs
         ours, _ = decoder.decode(asked)
         assert [t.response_ids.tolist() for t in ours] == [t.response_ids.tolist() for t in plain[: len(asked)]]
 
 
-def test_a_second_call_finds_nothing_of_the_first() -> None:
-    """Its cache is used again for fewer and shorter sequences, and made anew for longer ones."""
-    how, model = DecodeSettings(), MODELS[0]
-    decoder = BlockDecoder(model, how, MASK, [EOS], 4)
+def test_a_call_is_not_affected_by_the_one_before() -> None:
+    """The decoder uses its cache again for fewer or shorter sequences, and makes a new one for longer sequences."""
+    decode_settings, model = DecodeSettings(), MODELS[0]
+    decoder = BlockDecoder(model, decode_settings, MASK, [EOS], 4)
     for lengths, limit in (([9, 4, 11, 7], 16), ([3, 6, 2, 5], 6), ([5, 2], 8), ([10, 12, 13, 8], 24)):
         requests = [request(length, index, limit) for index, length in enumerate(lengths)]
         for ours, asked in zip(decoder.decode(requests)[0], requests, strict=True):
-            assert ours.response_ids.tolist() == uncached_decode(model, how, MASK, {EOS}, asked)[0]
+            assert ours.response_ids.tolist() == uncached_decode(model, decode_settings, MASK, {EOS}, asked)[0]
 
 
 def test_block_size_one_is_autoregressive_decoding() -> None:
@@ -212,39 +215,39 @@ def test_block_size_one_is_autoregressive_decoding() -> None:
 
 
 def test_forwards_equal_denoising_steps() -> None:
-    """The commit of a block rides along: one sequence alone needs exactly one forward a denoising step."""
-    how = DecodeSettings(strategy="low_confidence_static", ignore_eos=True)
-    _, stats = BlockDecoder(MODELS[0], how, MASK, [EOS], 1).decode([request(6, limit=14)])
+    """The next block's first forward commits a block, so one sequence needs exactly one forward per denoising step."""
+    decode_settings = DecodeSettings(strategy="low_confidence_static", ignore_eos=True)
+    _, stats = BlockDecoder(MODELS[0], decode_settings, MASK, [EOS], 1).decode([request(6, limit=14)])
     assert stats.forwards == stats.denoising_steps == 14
 
 
-def test_result_does_not_depend_on_company() -> None:
-    """Sampling is seeded by the sequence: alone or in any batch, a request decodes to the same tokens."""
-    how = DecodeSettings(strategy="random", temperature=1.0, top_p=0.9)
+def test_result_does_not_depend_on_the_batch() -> None:
+    """Sampling is seeded per sequence: alone or in any batch, a request decodes to the same tokens."""
+    decode_settings = DecodeSettings(strategy="random", temperature=1.0, top_p=0.9)
     requests = [request(3 + i % 5, i) for i in range(9)]
-    together, _ = BlockDecoder(MODELS[1], how, MASK, [EOS], 4).decode(requests)
+    together, _ = BlockDecoder(MODELS[1], decode_settings, MASK, [EOS], 4).decode(requests)
     for asked, ours in zip(requests, together, strict=True):
-        (alone,), _ = BlockDecoder(MODELS[1], how, MASK, [EOS], 1).decode([asked])
+        (alone,), _ = BlockDecoder(MODELS[1], decode_settings, MASK, [EOS], 1).decode([asked])
         assert alone.response_ids.tolist() == ours.response_ids.tolist()
         assert alone.reveal_step.tolist() == ours.reveal_step.tolist()
 
 
 def test_limit_is_never_exceeded_and_last_block_is_kept_whole() -> None:
-    how = DecodeSettings(ignore_eos=True)
+    decode_settings = DecodeSettings(ignore_eos=True)
     for limit in range(1, 9):
-        (ours,), _ = BlockDecoder(MODELS[0], how, MASK, [EOS], 1).decode([request(6, limit=limit)])
+        (ours,), _ = BlockDecoder(MODELS[0], decode_settings, MASK, [EOS], 1).decode([request(6, limit=limit)])
         assert ours.response_length == limit
         assert ours.finish_reason == "length"
         assert (6 + len(ours.response_ids)) % 4 == 0
 
 
-def test_threshold_of_the_request_wins() -> None:
-    """The curriculum's threshold travels with the request."""
-    how = DecodeSettings(threshold=1.0, ignore_eos=True)
+def test_threshold_of_the_request_overrides_the_settings() -> None:
+    """A request carries the curriculum's threshold, which overrides the decoder's."""
+    decode_settings = DecodeSettings(threshold=1.0, ignore_eos=True)
     asked = request(4, limit=16)
     loose = asked.__class__(0, "loose", asked.prompt_ids, 16, 0, threshold=0.0)
-    (strict,), _ = BlockDecoder(MODELS[0], how, MASK, [EOS], 1).decode([asked])
-    (quick,), _ = BlockDecoder(MODELS[0], how, MASK, [EOS], 1).decode([loose])
+    (strict,), _ = BlockDecoder(MODELS[0], decode_settings, MASK, [EOS], 1).decode([asked])
+    (quick,), _ = BlockDecoder(MODELS[0], decode_settings, MASK, [EOS], 1).decode([loose])
     assert strict.denoising_steps == 16
     assert quick.denoising_steps == 4
 

@@ -1,4 +1,7 @@
-"""Sequences that go on with new weights (`rollout.on_new_weights`). `pytest tests/actors/rollout/test_new_weights.py`"""
+"""Sequences that go on with new weights (`on_new_weights: continue`).
+
+`pytest tests/actors/rollout/test_new_weights.py`
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.observation import StepObservation
 from opdlm.actors.rollout.remasking import STRATEGIES
 from opdlm.actors.rollout.settings import DecodeSettings
-from opdlm.common.model.convert import convert
+from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import load_model
 from opdlm.common.types import RolloutRequest, Trajectory, WeightHandle
@@ -26,33 +29,35 @@ from tests.oracles import uncached_decode
 from tests.tiny import EOS, MASK, request, tiny_model
 
 MODELS = [tiny_model(seed) for seed in range(20, 23)]
-HOW = DecodeSettings(strategy="low_confidence_static", ignore_eos=True)
+SETTINGS = DecodeSettings(strategy="low_confidence_static", ignore_eos=True)
 
 
-class Swaps:
-    """Puts other models' weights into a decoder's model before the n-th denoising step of the batch."""
+class WeightUpdates:
+    """Loads the weights of other models into a decoder's model before the given denoising steps of the batch."""
 
-    def __init__(self, at: list[int]) -> None:
+    def __init__(self, before_steps: list[int]) -> None:
         self.model = copy.deepcopy(MODELS[0])
-        self.at = at
+        self.before_steps = before_steps
         self.calls = 0
-        self.done: dict[int, int] = {}  # sequence -> denoising steps so far
-        self.begins: list[dict[int, int]] = []  # at each swap, `done` of that moment
+        self.steps_done: dict[int, int] = {}
+        """By sequence: denoising steps so far."""
+        self.steps_at_update: list[dict[int, int]] = []
+        """`steps_done` at each update."""
 
-    def renew(self) -> int | None:
+    def update_weights(self) -> int | None:
         self.calls += 1
-        if self.calls - 1 not in self.at:
+        if self.calls - 1 not in self.before_steps:
             return None
-        self.begins.append(dict(self.done))
-        self.model.load_state_dict(MODELS[len(self.begins)].state_dict())
-        return 10 * len(self.begins)
+        self.steps_at_update.append(dict(self.steps_done))
+        self.model.load_state_dict(MODELS[len(self.steps_at_update)].state_dict())
+        return 10 * len(self.steps_at_update)
 
     def observe(self, view: StepObservation) -> None:
-        self.done |= dict(zip(view.index, view.step, strict=True))
+        self.steps_done |= dict(zip(view.index, view.step, strict=True))
 
     def history(self, index: int) -> list[tuple[int, int]]:
-        """(denoising steps before it, swap from 1) of a sequence."""
-        return [(begin.get(index, 0), i + 1) for i, begin in enumerate(self.begins)]
+        """For each update: (denoising steps of the sequence before it, number of the update, from 1)."""
+        return [(steps.get(index, 0), i + 1) for i, steps in enumerate(self.steps_at_update)]
 
 
 @given(
@@ -62,31 +67,31 @@ class Swaps:
     temperature=st.sampled_from([0.0, 1.0]),
     lengths=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 13)), min_size=1, max_size=6),
     batch_size=st.integers(1, 4),
-    at=st.lists(st.integers(0, 20), min_size=1, max_size=2, unique=True),
-    most_tokens=st.sampled_from([1, 30, 16384]),
+    before_steps=st.lists(st.integers(0, 20), min_size=1, max_size=2, unique=True),
+    prefill_tokens=st.sampled_from([1, 30, 16384]),
     seed=st.integers(0, 10**6),
 )
 @settings(max_examples=50, deadline=None)
 def test_goes_on_as_the_new_model_would(
-    block_size, grid, strategy, temperature, lengths, batch_size, at, most_tokens, seed
+    block_size, grid, strategy, temperature, lengths, batch_size, before_steps, prefill_tokens, seed
 ) -> None:
-    """Tokens before a change are the old model's, tokens after it those of the new one given what is there."""
-    how = DecodeSettings(block_size, grid, strategy, 0.4, 1.0, temperature=temperature)
+    """Tokens before an update come from the old model; later ones from the new model, given the tokens so far."""
+    decode_settings = DecodeSettings(block_size, grid, strategy, 0.4, 1.0, temperature=temperature)
     requests = [request(p, i, limit, seed) for i, (p, limit) in enumerate(lengths)]
-    # Behind nothing but mask tokens every position is alike: an exact tie, which rounding breaks one way or the other.
+    # After a prompt of mask tokens alone all positions get equal logits, and rounding would decide between them.
     assume(all(set(r.prompt_ids) != {MASK} for r in requests))
-    swaps = Swaps(at)
-    decoder = BlockDecoder(swaps.model, how, MASK, [EOS], batch_size)
+    updates = WeightUpdates(before_steps)
+    decoder = BlockDecoder(updates.model, decode_settings, MASK, [EOS], batch_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("opdlm.actors.rollout.decoder.PREFILL_TOKENS", most_tokens)
-        trajectories, stats = decoder.decode(requests, 0, swaps.observe, swaps.renew)
+        patch.setattr("opdlm.actors.rollout.decoder.PREFILL_TOKENS", prefill_tokens)
+        trajectories, stats = decoder.decode(requests, 0, updates.observe, updates.update_weights)
     for ours, asked in zip(trajectories, requests, strict=True):
-        history = swaps.history(asked.index)
-        later = [(begin, MODELS[which]) for begin, which in history]
-        tokens, reveal = uncached_decode(MODELS[0], how, MASK, {EOS}, asked, later)
+        history = updates.history(asked.index)
+        later = [(steps, MODELS[number]) for steps, number in history]
+        tokens, reveal = uncached_decode(MODELS[0], decode_settings, MASK, {EOS}, asked, later)
         assert ours.response_ids.tolist() == tokens
         assert ours.reveal_step.tolist() == reveal
-        expected = [max([10 * which for begin, which in history if begin < step], default=0) for step in reveal]
+        expected = [max([10 * number for steps, number in history if steps < step], default=0) for step in reveal]
         assert ours.weight_version == min(expected)
         if len(set(expected)) == 1:
             assert ours.token_versions is None
@@ -103,10 +108,10 @@ def test_goes_on_as_the_new_model_would(
 
 def test_without_new_weights_nothing_changes() -> None:
     requests = [request(3 + i, i) for i in range(5)]
-    plain, before = BlockDecoder(MODELS[0], HOW, MASK, [EOS], 2).decode(requests, 3)
-    asked, after = BlockDecoder(MODELS[0], HOW, MASK, [EOS], 2).decode(requests, 3, renew=lambda: None)
-    assert [t.response_ids.tolist() for t in plain] == [t.response_ids.tolist() for t in asked]
-    assert [(t.weight_version, t.token_versions) for t in asked] == [(3, None)] * 5
+    plain, before = BlockDecoder(MODELS[0], SETTINGS, MASK, [EOS], 2).decode(requests, 3)
+    same, after = BlockDecoder(MODELS[0], SETTINGS, MASK, [EOS], 2).decode(requests, 3, update_weights=lambda: None)
+    assert [t.response_ids.tolist() for t in plain] == [t.response_ids.tolist() for t in same]
+    assert [(t.weight_version, t.token_versions) for t in same] == [(3, None)] * 5
     assert (before.forward_tokens, before.forwards) == (after.forward_tokens, after.forwards)
     assert (after.continued_sequences, after.continued_tokens, after.version_spread_max) == (0, 0, 0)
 
@@ -114,12 +119,12 @@ def test_without_new_weights_nothing_changes() -> None:
 @pytest.fixture(scope="module")
 def student(chain_teacher, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("new-weights") / "student"
-    convert(chain_teacher, folder, 4, "absolute")
+    convert_checkpoint(chain_teacher, folder, 4, "absolute")
     return str(folder)
 
 
 def weights(student: str, version: int) -> tuple[torch.nn.Module, WeightHandle]:
-    """A model of that version and its weights, in place of the reference to them."""
+    """A model of that version, and a handle that holds its weights instead of a reference to them."""
     torch.manual_seed(version)
     model = load_model(student, "float32")
     with torch.no_grad():
@@ -130,21 +135,22 @@ def weights(student: str, version: int) -> tuple[torch.nn.Module, WeightHandle]:
 
 
 def requests_of(student: str) -> list[RolloutRequest]:
-    """Of random prompts; each takes many denoising steps."""
+    """Requests with random prompts; each takes many denoising steps."""
     return [request(4 + i, i, limit=24, vocab=read_facts(student).vocab_size - 1) for i in range(5)]
 
 
 def expected_after(student: str, step: int) -> list[tuple[list[int], list[int]]]:
-    """Tokens and versions where version 1 takes over after so many denoising steps of the first batch."""
+    """Tokens and versions of each response if version 1 takes over after `step` denoising steps."""
     (old, _), (new, _), facts = weights(student, 0), weights(student, 1), read_facts(student)
     result = []
     for asked in requests_of(student):
-        tokens, reveal = uncached_decode(old, HOW, facts.mask_id, set(), asked, [(step, new)])
+        tokens, reveal = uncached_decode(old, SETTINGS, facts.mask_id, set(), asked, [(step, new)])
         result.append((tokens[:24], [int(r > step) for r in reveal][:24]))
     return result
 
 
 def tokens_and_versions(trajectories: list[Trajectory]) -> list[tuple[list[int], list[int]]]:
+    """The tokens of each response, and the weight version of each token."""
     return [
         (t.response.tolist(), [t.weight_version] * 24 if t.token_versions is None else t.token_versions[:24].tolist())
         for t in trajectories
@@ -152,7 +158,7 @@ def tokens_and_versions(trajectories: list[Trajectory]) -> list[tuple[list[int],
 
 
 def test_a_push_reaches_an_actor_that_decodes(student, monkeypatch) -> None:
-    """One thread decodes; the other brings weights while a forward runs, which must not see them."""
+    """One thread decodes; the other receives weights during a forward, which must go on with the old ones."""
     monkeypatch.setattr("opdlm.actors.rollout.actor.ray", SimpleNamespace(get=lambda pack: pack))
     actor = RolloutActor(student, "float32", 1, "continue")
     (_, old), (_, new) = weights(student, 0), weights(student, 1)
@@ -166,25 +172,25 @@ def test_a_push_reaches_an_actor_that_decodes(student, monkeypatch) -> None:
             assert pushed.wait(timeout=300)
 
     actor._model.lm_head.register_forward_pre_hook(wait_in_the_fifth)
-    decoding = threading.Thread(target=lambda: answers.append(actor.decode(requests_of(student), old, HOW, 5)))
+    decoding = threading.Thread(target=lambda: answers.append(actor.decode(requests_of(student), old, SETTINGS, 5)))
     decoding.start()
     assert in_forward.wait(timeout=300)
     before = [parameter.clone() for parameter in actor._model.parameters()]
     actor.load_weights(new)
     assert actor._version == 0
-    assert all(a.equal(b) for a, b in zip(before, actor._model.parameters(), strict=True)), "in the midst of a forward"
-    actor.load_weights(old)  # late: a version never goes backwards
+    assert all(a.equal(b) for a, b in zip(before, actor._model.parameters(), strict=True)), "a forward still runs"
+    actor.load_weights(old)  # it arrives late, and an older version changes nothing
     pushed.set()
     decoding.join(timeout=300)
     trajectories, stats = answers[0]
     assert actor._version == 1
     assert tokens_and_versions(trajectories) == expected_after(student, 5)
     assert (stats.weight_version, stats.continued_sequences, stats.version_spread_max) == (0, 5, 1)
-    again, stats = actor.decode(requests_of(student), old, HOW, 5)
+    again, stats = actor.decode(requests_of(student), old, SETTINGS, 5)
     assert [t.weight_version for t in again] == [1] * 5, "a call that names an older version is served with this one"
 
 
-def test_weights_that_do_not_load_are_tried_again_not_passed_over(student, monkeypatch) -> None:
+def test_after_a_failed_load_the_next_call_loads_the_same_weights(student, monkeypatch) -> None:
     monkeypatch.setattr("opdlm.actors.rollout.actor.ray", SimpleNamespace(get=lambda pack: pack))
     actor = RolloutActor(student, "float32", 1, "continue")
     (_, old), (_, new) = weights(student, 0), weights(student, 1)
@@ -194,9 +200,9 @@ def test_weights_that_do_not_load_are_tried_again_not_passed_over(student, monke
     with pytest.raises(ValueError, match="weights version 1: checksum"):
         actor.load_weights(new)
     with pytest.raises(ValueError, match="weights version 1: checksum"):
-        actor.decode(requests_of(student), old, HOW, 5)
+        actor.decode(requests_of(student), old, SETTINGS, 5)
     new.pack[0].buffers["float32"][0] = good
-    trajectories, _ = actor.decode(requests_of(student), old, HOW, 5)
+    trajectories, _ = actor.decode(requests_of(student), old, SETTINGS, 5)
     assert {t.weight_version for t in trajectories} == {1}
 
 
@@ -228,10 +234,10 @@ def test_a_push_reaches_a_ray_actor_that_decodes(ray_cluster, student) -> None:
         )
         ray.get(actor.__ray_call__.remote(wait_for_the_push), timeout=300)
         ray.get(actor.load_weights.remote(old), timeout=300)
-        decoding = actor.decode.remote(requests_of(student), old, HOW, 5)
+        decoding = actor.decode.remote(requests_of(student), old, SETTINGS, 5)
         while ray.get(actor.__ray_call__.remote(lambda self: self.forwards), timeout=300) < 5:
-            pass  # a push that came before the decode would not be told from one that it took at its first step
-        ray.get(actor.load_weights.remote(new), timeout=300)  # would never return if it waited for the decode
+            pass  # a push before the fifth forward would look the same as one at the start of the decoding call
+        ray.get(actor.load_weights.remote(new), timeout=300)  # would never return if it waited for the decoding call
         trajectories, stats = ray.get(decoding, timeout=300)
         assert tokens_and_versions(trajectories) == expected_after(student, 5)
         assert stats.continued_sequences == 5

@@ -1,4 +1,4 @@
-"""The decoder that benchmarks compare with decodes the same tokens. `pytest tests/actors/rollout/test_plain_decoder.py`"""
+"""The benchmarks' baseline decoder decodes the same tokens. `pytest tests/actors/rollout/test_plain_decoder.py`"""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from tests.tiny import MASK, request, tiny_model
 
 def test_plain_decoder_decodes_the_same_tokens() -> None:
     model, asked = tiny_model(1), [request(8, i, limit) for i, limit in enumerate([3, 17, 9, 12, 5])]
-    how = DecodeSettings(block_size=4, threshold=0.4, ignore_eos=True)
-    ours, _ = BlockDecoder(model, how, MASK, [], 2).decode(asked)
+    decode_settings = DecodeSettings(block_size=4, threshold=0.4, ignore_eos=True)
+    ours, _ = BlockDecoder(model, decode_settings, MASK, [], 2).decode(asked)
     assert plain_decode(model, asked, 4, 0.4, MASK, 2) == [t.response.tolist() for t in ours]

@@ -1,11 +1,11 @@
-"""Candidates, confidence, strategies. `pytest tests/actors/rollout/test_sampling.py`"""
+"""Candidate tokens and remasking strategies. `pytest tests/actors/rollout/test_sampling.py`"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from opdlm.actors.rollout.remasking import STRATEGIES, Step, entropy_of
+from opdlm.actors.rollout.remasking import STRATEGIES, DenoisingStep, entropy_of
 from opdlm.actors.rollout.sampling import draw_candidates, filter_logits, hashed_uniform
 
 
@@ -37,7 +37,7 @@ def test_zero_temperature_is_greedy() -> None:
     assert torch.equal(draw_candidates(logits, torch.rand(50).double(), 0.0), logits.argmax(-1))
 
 
-def test_extreme_uniforms_never_draw_what_is_filtered_out() -> None:
+def test_extreme_uniforms_never_draw_a_filtered_token() -> None:
     logits = torch.full((2, 6), float("-inf"))
     logits[:, 2:4] = 0.0
     drawn = draw_candidates(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0)
@@ -57,9 +57,12 @@ def test_filters() -> None:
     ) == [True, True, True, False, False]
 
 
-def _step(confidence: list[float], masked: list[bool], count: int, logits: torch.Tensor | None = None, **more) -> Step:
+def _step(
+    confidence: list[float], masked: list[bool], count: int, logits: torch.Tensor | None = None, **more
+) -> DenoisingStep:
+    """One step of one block of four positions."""
     options = {"threshold": torch.tensor([0.9]), "entropy_budget": 0.0} | more
-    return Step(
+    return DenoisingStep(
         masked=torch.tensor([masked]),
         confidence=torch.tensor([confidence]),
         static_count=torch.tensor([count]),
@@ -79,7 +82,7 @@ def _step(confidence: list[float], masked: list[bool], count: int, logits: torch
     ],
 )
 def test_strategies(strategy, expected) -> None:
-    """Position 1 is revealed already; two are due; three are above the threshold."""
+    """Position 1 is revealed already; the static count is two; three confidences are above the threshold."""
     step = _step([0.91, 0.99, 0.95, 0.96], [True, False, True, True], 2)
     assert STRATEGIES[strategy](step)[0].tolist() == expected
 
@@ -104,7 +107,7 @@ def test_entropy_bounded_takes_rising_entropies_within_the_budget() -> None:
     assert reveal(100.0) == masked
 
 
-def test_entropy_with_an_impossible_token_is_no_nan() -> None:
+def test_entropy_with_an_impossible_token_is_not_nan() -> None:
     logits = torch.zeros(4, 4)
     logits[:, 3] = float("-inf")
     assert STRATEGIES["entropy_bounded"](_step([0.5] * 4, [True] * 4, 1, logits))[0].sum() == 1

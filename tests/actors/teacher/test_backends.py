@@ -1,4 +1,7 @@
-"""A teacher spread by accelerate gives what the plain one gives. `pytest tests/actors/teacher/test_backends.py`"""
+"""A teacher that accelerate spreads gives the same targets as one on a single device.
+
+`pytest tests/actors/teacher/test_backends.py`
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opdlm.actors.teacher.backends import make_backend, refuse_offload
-from opdlm.actors.teacher.generate import generate
+from opdlm.actors.teacher.generation import generate
 from opdlm.actors.teacher.scoring import score
 from opdlm.common.config.schema import TeacherConfig
 from opdlm.common.errors import OpdlmError
@@ -52,8 +55,8 @@ def test_device_map_changes_no_target(folder, kind, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("kind", list(FIELDS))
-def test_layers_in_other_places_work_together(folder, tmp_path, kind) -> None:
-    """Half of the model on disk, which is as far apart as one CPU can put it: every part is moved by its own hook."""
+def test_layers_in_different_places_work_together(folder, tmp_path, kind) -> None:
+    """Half of the model is on disk, the only second place without a GPU: accelerate's hooks move every part."""
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu"}
     places |= {"model.layers.1": "disk", "model.norm": "disk", "lm_head": "disk"}
     spread = AutoModelForCausalLM.from_pretrained(

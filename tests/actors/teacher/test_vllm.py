@@ -1,7 +1,7 @@
-"""The vLLM teacher without vLLM: its rows in, our targets out. `pytest tests/actors/teacher/test_vllm.py`
+"""The vLLM teacher without vLLM: from vLLM's rows to our targets. `pytest tests/actors/teacher/test_vllm.py`
 
-The engine here answers in the layout of vLLM 0.32 and takes its numbers from a transformers model.
-`tests/vllm/test_conformance.py` holds the real one to the same (`make test-vllm`).
+The fake engine answers in the layout of vLLM 0.32 and takes its numbers from a transformers model.
+`tests/vllm/test_conformance.py` checks the same with the real engine (`make test-vllm`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRAJECTORIES = [
 
 @dataclass
 class Flat:
-    """vLLM's `FlatLogprobs`: python lists, one entry a (row, rank); a row of None has no entries."""
+    """vLLM's `FlatLogprobs`: python lists with one entry per (row, rank); a row of None has no entries."""
 
     start_indices: list[int] = field(default_factory=list)
     end_indices: list[int] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Flat:
     decoded_tokens: list[str | None] = field(default_factory=list)
 
     def add(self, logprobs: torch.Tensor | None, token: int = 0, k: int = K) -> None:
-        """One row: the token that is there, then the top K; so it comes twice where it is among them."""
+        """Adds a row: the actual token, then the top K tokens; the actual token occurs twice if it is one of them."""
         self.start_indices.append(len(self.logprobs))
         if logprobs is not None:
             top = logprobs.topk(k)
@@ -54,7 +54,7 @@ class Flat:
 
 
 class Engine:
-    """`vllm.LLM` as far as the teacher uses it: greedy, over a transformers model."""
+    """The part of `vllm.LLM` that the teacher uses: greedy, with a transformers model."""
 
     made: dict
 
@@ -63,17 +63,18 @@ class Engine:
         self.model = tiny_model(1)
 
     @torch.no_grad()
-    def generate(self, prompts, how, use_tqdm):
-        hows = how if isinstance(how, list) else [how] * len(prompts)
-        return [self._answer(p["prompt_token_ids"], h) for p, h in zip(prompts, hows, strict=True)]
+    def generate(self, prompts, sampling, use_tqdm):
+        each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+        return [self._answer(p["prompt_token_ids"], s) for p, s in zip(prompts, each, strict=True)]
 
-    def _answer(self, prompt, how):
+    def _answer(self, prompt, sampling):
         tokens, logprobs = list(prompt), self._logprobs(prompt)
         asked, following = Flat(), Flat()
         asked.add(None)
         for i in range(1, len(prompt)):
             asked.add(logprobs[i - 1], prompt[i])
-        while len(tokens) - len(prompt) < how.max_tokens and tokens[-1] not in getattr(how, "stop_token_ids", []):
+        stops = getattr(sampling, "stop_token_ids", [])
+        while len(tokens) - len(prompt) < sampling.max_tokens and tokens[-1] not in stops:
             row = self._logprobs(tokens)[-1]
             tokens.append(int(row.argmax()))
             following.add(row, tokens[-1])
@@ -86,7 +87,7 @@ class Engine:
 
 @pytest.fixture
 def fake_vllm(monkeypatch, tmp_path):
-    """`import vllm` gives the engine above; a folder with its model."""
+    """Makes `import vllm` give the engine above; returns a folder with the engine's model."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace))
     tiny_model(1).save_pretrained(tmp_path / "teacher")
     return str(tmp_path / "teacher")
@@ -118,7 +119,7 @@ def test_generation_ends_at_the_end_token_or_the_limit(fake_vllm) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_engine_is_asked_for_what_the_run_file_says(fake_vllm) -> None:
+def test_the_engine_gets_the_settings_of_the_run_file(fake_vllm) -> None:
     make_backend(fake_vllm, config(backend="vllm", batch_tokens=99))
     on_cpu = Engine.made
     assert (on_cpu["max_model_len"], on_cpu["max_logprobs"], on_cpu["max_num_batched_tokens"]) == (128, K, 99)
@@ -142,16 +143,16 @@ def _rows_of(t, k: int = K) -> tuple[Flat, Flat]:
     return asked, following
 
 
-def test_the_token_that_is_there_is_no_target_column() -> None:
-    """Whether it is the likeliest (then it comes twice in vLLM's row) or not among the top K."""
+def test_the_entry_of_the_actual_token_is_no_target_column() -> None:
+    """The actual token is the likeliest one (then vLLM's row has it twice), or it is not one of the top K."""
     t = trajectory([5, 6], [7, 8], [1, 2])
     logprobs = torch.arange(VOCABULARY, dtype=torch.float32).log_softmax(-1)
     for token in (VOCABULARY - 1, 3):
         t.response_ids[0] = token
         asked, following = Flat(), Flat()
         asked.add(None)
-        for there in (6, token):
-            asked.add(logprobs, there)
+        for actual in (6, token):
+            asked.add(logprobs, actual)
         following.add(logprobs, VOCABULARY - 1)
         targets = parse_targets(t, asked, following, K, VOCABULARY)
         assert targets.token_ids.tolist() == [[31, 30, 29, 28]] * 2

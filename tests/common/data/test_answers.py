@@ -1,4 +1,4 @@
-"""Marking answers, with math-verify itself. `pytest tests/common/data/test_answers.py`"""
+"""Checks of responses against reference answers, with math-verify itself. `pytest tests/common/data/test_answers.py`"""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import threading
 
 import pytest
 
-from opdlm.common.data.answers import exact, math
+from opdlm.common.data.answers import exact_check, math_check
 from opdlm.common.errors import OpdlmError
 
 
-def test_exact_is_equal_text_but_for_white_space_at_the_ends() -> None:
-    check = exact(" 47+8=55;55 \n")
+def test_exact_compares_text_without_white_space_at_the_ends() -> None:
+    check = exact_check(" 47+8=55;55 \n")
     assert check("47+8=55;55") is True
     assert check("47+8=55; 55") is False
 
@@ -36,22 +36,23 @@ def test_exact_is_equal_text_but_for_white_space_at_the_ends() -> None:
     ],
 )
 def test_math_compares_values(reference, response, verdict) -> None:
-    assert math(reference)(response) is verdict
+    assert math_check(reference)(response) is verdict
 
 
 def test_a_reference_without_an_answer_is_refused() -> None:
     with pytest.raises(ValueError, match="math-verify reads no answer in ''"):
-        math("")
+        math_check("")
 
 
 def test_without_the_package_the_error_names_the_extra(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(OpdlmError, match=r"--answer math needs math-verify: pip install 'opdlm-ray\[eval\]'"):
-        math("2")
+        math_check("2")
 
 
-def test_outside_the_main_thread_it_raises_instead_of_calling_answers_wrong() -> None:
-    check, caught = math("2"), []
+def test_outside_the_main_thread_the_math_check_raises_an_error() -> None:
+    """math-verify's time limit needs the main thread; without the error, every answer would count as wrong."""
+    check, caught = math_check("2"), []
 
     def run() -> None:
         try:

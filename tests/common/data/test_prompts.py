@@ -1,4 +1,4 @@
-"""Tasks, prompts, their order, the curriculum. `pytest tests/common/data/test_prompts.py`"""
+"""Tasks, prompts and their order, and the limits of the curriculum. `pytest tests/common/data/test_prompts.py`"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from opdlm.common.model.char_tokenizer import build_char_tokenizer
 TOKENIZER = build_char_tokenizer("0123456789+-=;")
 
 
-def test_chain_solutions_are_right_arithmetic() -> None:
+def test_solutions_of_the_chain_task_are_right() -> None:
     for problem in itertools.islice(problems(get_task("chain"), "train", 0), 300):
         *steps, answer = problem.solution.split(";")
         assert all(eval(left) == int(right) for left, right in (step.split("=") for step in steps))
@@ -33,7 +33,7 @@ def test_chain_solutions_are_right_arithmetic() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
-def test_splits_are_disjoint_and_streams_repeat(name) -> None:
+def test_splits_are_disjoint_and_equal_seeds_give_equal_problems(name) -> None:
     task = get_task(name)
     train = list(itertools.islice(problems(task, "train", 0), 500))
     test = list(itertools.islice(problems(task, "test", 1), 500))
@@ -65,7 +65,11 @@ def test_jsonl_prompts(tmp_path) -> None:
         ("", "no prompt to train on"),
         ('{"prompt": "' + "1" * 99 + '"}', r"no prompt to train on in .*; first refusal: p.jsonl:1: 99 tokens"),
         ('{"text": "x"}', "data.prompt_field: p.jsonl:1 has no `prompt`; found: text"),
-        ('{"prompt": 3}', "is neither text, nor token ids, nor chat messages"),
+        ('{"prompt": 3}', "data.prompt_field: p.jsonl:1: `prompt` is 3; expected text, token ids or chat messages"),
+        (
+            '{"prompt": null}',
+            "data.prompt_field: p.jsonl:1: `prompt` is None; expected text, token ids or chat messages",
+        ),
         ("{broken", "p.jsonl:1 is not JSON"),
         ("[1]", "p.jsonl:1 holds a list; expected an object"),
     ],
@@ -79,7 +83,7 @@ def test_bad_data_is_named(tmp_path, content, message) -> None:
         load_prompts(DataConfig(path=str(tmp_path / "no.jsonl")), TOKENIZER, longest=10, seed=0)
 
 
-def test_order_is_a_permutation_an_epoch() -> None:
+def test_each_epoch_has_its_own_permutation_of_the_prompts() -> None:
     prompts = load_prompts(DataConfig(task="chain", prompts=20), TOKENIZER, longest=30, seed=0).prompts
     order = PromptOrder(prompts, seed=3, epochs=2)
     names = [order[i].prompt_id for i in range(order.total)]
@@ -90,16 +94,16 @@ def test_order_is_a_permutation_an_epoch() -> None:
     assert [again[i].prompt_id for i in reversed(range(40))] == names[::-1]
 
 
-def test_schedules() -> None:
+def test_schedules_of_the_paper_and_of_the_release() -> None:
     release = Schedule(kind="cosine", start=100, end=4000, rounds=100)
-    for s in (0, 1, 37, 100, 150):
-        assert scheduled(release, s) == pytest.approx(100 + 3900 * (1 - math.cos(math.pi / 2 * min(s, 100) / 100)))
+    for r in (0, 1, 37, 100, 150):
+        assert scheduled(release, r) == pytest.approx(100 + 3900 * (1 - math.cos(math.pi / 2 * min(r, 100) / 100)))
     paper = Schedule(kind="linear", start=100, end=4000, rounds=10)
-    assert np.allclose([scheduled(paper, s) for s in (0, 5, 10, 99)], [100, 2050, 4000, 4000])
+    assert np.allclose([scheduled(paper, r) for r in (0, 5, 10, 99)], [100, 2050, 4000, 4000])
     assert scheduled(Schedule(start=7), 55) == 7
 
 
-def test_limits_of_a_rollout() -> None:
+def test_the_smallest_length_limit_of_a_rollout_applies() -> None:
     config = config_from_dict(
         {
             "model": {"teacher": "t"},

@@ -1,4 +1,4 @@
-"""Prompts and responses from files and data sets; chat templates. `pytest tests/common/data/test_rows.py`"""
+"""Rows of files and data sets, and chat templates. `pytest tests/common/data/test_rows.py`"""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from opdlm.common.config.schema import DataConfig
+from opdlm.common.data.chat import ChatTemplate
 from opdlm.common.data.prompts import PromptOrder, load_prompts
+from opdlm.common.data.rows import Question, read_questions
 from opdlm.common.errors import ConfigError
 from opdlm.common.model.char_tokenizer import build_char_tokenizer
 
@@ -33,13 +35,13 @@ TEMPLATE = (
 
 
 def tokenizer(template: str | None = None):
-    made = build_char_tokenizer("0123456789+-=;abcdefghijklmnopqrstuvwxyz:\n")
-    made.chat_template = template
-    return made
+    built = build_char_tokenizer("0123456789+-=;abcdefghijklmnopqrstuvwxyz:\n")
+    built.chat_template = template
+    return built
 
 
 def save(folder, how: str) -> tuple[str, str]:
-    """(data.path, name of row 1) of the same rows in one of the forms."""
+    """Saves ROWS in one of the supported forms; returns (data.path, name of row 1)."""
     if how == "jsonl":
         (folder / "d.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
         return str(folder / "d.jsonl"), "d.jsonl:1"
@@ -88,8 +90,8 @@ def test_missing_and_wrong_columns_are_named(tmp_path, how, settings, message) -
         load_prompts(DataConfig(path=path, **COLUMNS | settings), tokenizer(), longest=10, seed=0)
 
 
-def test_what_a_row_is_called_is_part_of_the_fingerprint(tmp_path) -> None:
-    """Responses are kept by row name, so a file that moved its rows is another one."""
+def test_the_names_of_rows_are_part_of_the_fingerprint(tmp_path) -> None:
+    """Responses are kept by row name, so a file whose rows have moved counts as another file."""
 
     def digest(lead: str, **extra) -> str:
         file = tmp_path / "d.jsonl"
@@ -110,7 +112,7 @@ def test_what_a_row_is_called_is_part_of_the_fingerprint(tmp_path) -> None:
         (b'{"prompt": [99999999999]}', r"data.prompt_field: d.jsonl:1 has token id 99999999999"),
     ],
 )
-def test_rows_that_no_model_could_read_are_named(tmp_path, row, message) -> None:
+def test_unreadable_rows_and_unknown_token_ids_are_named(tmp_path, row, message) -> None:
     (tmp_path / "d.jsonl").write_bytes(row)
     with pytest.raises(ConfigError, match=message):
         load_prompts(DataConfig(path=str(tmp_path / "d.jsonl")), tokenizer(), longest=10, seed=0, vocab_size=17)
@@ -124,7 +126,7 @@ def test_rows_that_no_model_could_read_are_named(tmp_path, row, message) -> None
         ([{"role": "user", "content": None}], {}, r"data.chat_template: d.jsonl:1: the template refuses it"),
     ],
 )
-def test_conversations_that_cannot_be_meant_are_named(tmp_path, messages, settings, message) -> None:
+def test_conversations_that_contradict_the_settings_are_named(tmp_path, messages, settings, message) -> None:
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": messages}))
     strict = "{% for m in messages %}{{ m.content + '' }}{% endfor %}"
     with pytest.raises(ConfigError, match=message):
@@ -147,7 +149,7 @@ def test_hub_ids_may_hold_dots(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["no.parquet", "no.csv", "damaged.parquet", "folder"])
-def test_bad_files_are_one_line(tmp_path, name) -> None:
+def test_the_error_for_a_bad_file_is_one_line(tmp_path, name) -> None:
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 not really")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=r"^data\.path: .*") as caught:
@@ -158,8 +160,6 @@ def test_bad_files_are_one_line(tmp_path, name) -> None:
 def test_chat_template_with_system_and_thinking() -> None:
     def text(prompt, **settings) -> str:
         with_template = tokenizer(TEMPLATE)
-        from opdlm.common.data.chat import ChatTemplate
-
         chat = ChatTemplate(with_template, settings.get("system"), settings.get("thinking"))
         return with_template.decode(chat.ids(prompt)).replace(" ", "")
 
@@ -176,7 +176,7 @@ def test_messages_and_text_go_through_the_template(tmp_path) -> None:
     data = DataConfig(path=str(file), chat_template=True, thinking=False)
     found = load_prompts(data, tokenizer(TEMPLATE), longest=50, seed=0).prompts
     assert found[0].ids.tolist() == found[1].ids.tolist()
-    assert found[2].ids.tolist() == [5, 6]  # token ids are as they are meant
+    assert found[2].ids.tolist() == [5, 6]  # token ids do not go through the template
 
 
 @pytest.mark.parametrize(
@@ -196,3 +196,27 @@ def test_a_wrong_template_is_named(tmp_path, template, settings, message) -> Non
     file.write_text(json.dumps({"prompt": [{"role": "user", "content": "1"}]}))
     with pytest.raises(ConfigError, match=message):
         load_prompts(DataConfig(path=str(file), **settings), tokenizer(template), longest=50, seed=0)
+
+
+@pytest.mark.parametrize("how", ["jsonl", "parquet", "folder"])
+def test_rows_are_read_as_questions(tmp_path, how) -> None:
+    """Only prompt and answer are read, and a number is an answer too."""
+    path, first = save(tmp_path, how)
+    data = DataConfig(path=path, prompt_field="question", response_field="limit")
+    assert next(read_questions(data)) == Question(first, "1+2=", "7")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answer": "3"}, "data.prompt_field: d.jsonl:1 has no `prompt`; found: answer"),
+        ({"prompt": [1, 2], "answer": "3"}, r"data.prompt_field: d.jsonl:1: `prompt` is \[1, 2\]; expected text"),
+        ({"prompt": "1+2="}, "data.response_field: d.jsonl:1 has no `answer`; found: prompt"),
+        ({"prompt": "1+2=", "answer": None}, "data.response_field: d.jsonl:1: `answer` is None; expected text or a n"),
+        ({"prompt": "1+2=", "answer": True}, "data.response_field: d.jsonl:1: `answer` is True; expected text or a n"),
+    ],
+)
+def test_rows_that_are_no_questions_are_named(tmp_path, row, message) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match=message):
+        list(read_questions(DataConfig(path=str(tmp_path / "d.jsonl"), response_field="answer")))

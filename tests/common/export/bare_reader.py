@@ -1,7 +1,7 @@
-"""Run alone (`python -I bare_reader.py JOB.json`): loads exported folders with transformers, where none of ours exists.
+"""A script that loads exported folders with transformers, in a process that cannot import our packages.
 
-Takes `{"folders": [{"path", "auto"}], "out": file}`; writes logits, losses and decoded tokens as safetensors, and runs
-the code of each folder's model card.
+`python -I bare_reader.py JOB.json` reads `{"inputs": FILE, "folders": [{"path", "auto"}], "out": FILE}`, writes logits,
+losses and decoded tokens as safetensors, and runs the code of each folder's model card.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import runpy
 import sys
 from pathlib import Path
 
-OURS = {"common", "actors", "learner", "deploy", "tests"}
+OURS = {"opdlm", "common", "actors", "learner", "deploy", "tests"}
 
 
 class Refuse:
-    """An import hook under which our packages cannot be found."""
+    """An import hook that refuses our packages."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in OURS:
@@ -24,7 +24,7 @@ class Refuse:
 
 
 def read(folder: dict, tensors: dict) -> dict:
-    """Everything that the test compares, for one folder."""
+    """Computes what the test compares for one folder: logits, losses, decoded tokens."""
     import torch
     import transformers
 
@@ -40,7 +40,7 @@ def read(folder: dict, tensors: dict) -> dict:
                 output = model(input_ids=tensors[f"{name}.ids"], attention_mask=padding)
                 found[f"{implementation}.{name}"] = output.logits
             given = tensors["given.mask"]
-            if implementation == "eager":  # as transformers wants it there
+            if implementation == "eager":  # this implementation adds the mask to the scores
                 given = torch.zeros(given.shape).masked_fill(~given, torch.finfo(torch.float32).min)
             output = model(
                 input_ids=tensors["whole.ids"], attention_mask=given, position_ids=tensors["given.positions"]
@@ -56,14 +56,14 @@ def read(folder: dict, tensors: dict) -> dict:
     for i in range(4):
         for limit, threshold in ((9, 0.3), (5, 1.0)):
             found[f"decode.{i}.{limit}"] = model.generate(tensors[f"prompt.{i}"], limit, threshold)
-    if model.config.model_type == "sdar":  # where SGLang looks for them
+    if model.config.model_type == "sdar":  # SGLang reads these attributes
         factor = (model.config.rope_scaling or {}).get("factor", 1.0)
         found["config"] = torch.tensor([model.config.rope_theta, factor])
     return {key: value.contiguous() for key, value in found.items()}
 
 
 def run_card(folder: Path) -> None:
-    """The card's Python, as a reader would paste it."""
+    """Runs the Python code of the model card, as its reader would."""
     script = folder / "card.py"
     script.write_text(re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL).group(1))
     print(f"card of {folder.name}:")

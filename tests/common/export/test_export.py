@@ -1,4 +1,4 @@
-"""Exports in a bare environment give our logits and our decoding. `pytest tests/common/export/test_export.py`"""
+"""Exports, loaded without our packages, decode as our decoder. `pytest tests/common/export/test_export.py`"""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.errors import OpdlmError
-from opdlm.common.export import LAYOUTS, export
+from opdlm.common.export import LAYOUTS, TEMPLATES, engine_warnings, export
 from opdlm.common.grid import BlockGrid
 from opdlm.common.masks import block_causal
 from opdlm.common.model.config import read_config
-from opdlm.common.model.convert import convert
+from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import load_model
 from opdlm.common.model.shards import read_shards
@@ -33,7 +33,7 @@ from tests.tiny import OTHER_FAMILIES, save_teacher
 
 SIZE = 4
 EXPORTS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
-    # name: layout, Auto class that loads its code, what the student is
+    # name: layout, Auto class that loads its code, settings of the student
     "a2d-qwen3": ("a2d-qwen3", "AutoModelForMaskedLM", {"grid": "absolute"}),
     "a2d-qwen3-response": ("a2d-qwen3", "AutoModelForMaskedLM", {"grid": "response", "tied": True}),
     "a2d-qwen2": ("a2d-qwen2", "AutoModelForMaskedLM", {"grid": "absolute", **OTHER_FAMILIES["qwen2"]}),
@@ -48,20 +48,20 @@ WITH_CODE = [name for name, (_, auto, _) in EXPORTS.items() if auto]
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory) -> Path:
-    """A folder with `NAME-student` and its export `NAME` for each of EXPORTS."""
+    """A folder that holds `NAME-student` and its export `NAME` for each name of EXPORTS."""
     root = tmp_path_factory.mktemp("exports")
     for name, (layout, _, model) in EXPORTS.items():
         model = dict(model)
         grid = model.pop("grid")
         save_teacher(root / f"{name}-teacher", seed=7, **model)
-        convert(root / f"{name}-teacher", root / f"{name}-student", SIZE, grid)
+        convert_checkpoint(root / f"{name}-teacher", root / f"{name}-student", SIZE, grid)
         export(root / f"{name}-student", root / name, layout)
     return root
 
 
 @pytest.fixture(scope="module")
 def inputs() -> dict[str, torch.Tensor]:
-    """Token ids, paddings, a mask that no default gives, and prompts."""
+    """Token ids, padding masks, an attention mask that no layout gives by default, and prompts."""
     rng = torch.Generator().manual_seed(3)
     ids = torch.randint(2, 18, (2, 14), generator=rng)  # the mask token (17) among them
     padding = torch.ones(2, 14, dtype=torch.int64)
@@ -80,7 +80,7 @@ def inputs() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def outside(exports, inputs, tmp_path_factory) -> tuple[dict[str, torch.Tensor], str]:
-    """What one process without our packages reads from the exports, and what the cards printed."""
+    """The results of a process without our packages, and what the code of the model cards printed."""
     work = tmp_path_factory.mktemp("outside")
     save_file(inputs, work / "inputs.safetensors")
     job = {
@@ -104,7 +104,7 @@ def outside(exports, inputs, tmp_path_factory) -> tuple[dict[str, torch.Tensor],
 
 
 def expected(model, ids, real, size: int, kind: str) -> torch.Tensor:
-    """Block-causal logits, row by row without its padding; zeros where padding is."""
+    """Block-causal logits `[B, T, V]`, computed row by row without the padding; zeros at padding."""
     logits = torch.zeros(*ids.shape, model.config.vocab_size)
     for row in range(len(ids)):
         tokens = ids[row][real[row]]
@@ -118,7 +118,7 @@ def expected(model, ids, real, size: int, kind: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", WITH_CODE)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_logits_in_a_bare_environment(exports, inputs, outside, name, implementation) -> None:
+def test_logits_without_our_packages(exports, inputs, outside, name, implementation) -> None:
     student = load_model(exports / f"{name}-student")
     kind = read_facts(exports / name).block_grid
     found = {key.rpartition(".")[2]: v for key, v in outside[0].items() if key.startswith(f"{name}/{implementation}.")}
@@ -139,7 +139,7 @@ def test_logits_in_a_bare_environment(exports, inputs, outside, name, implementa
     torch.testing.assert_close(found["given"], want, **same)
 
     whole = found["whole"]
-    if kind == "absolute":  # a cache of whole blocks changes nothing; on the other grid the end was not known then
+    if kind == "absolute":  # on the other grid, blocks depend on the end of the input
         torch.testing.assert_close(found["cached"], whole[:, 8:], **same)
     labels = inputs["whole.ids"][:, 1::2]
     loss = torch.nn.functional.cross_entropy(whole[:, 1::2].flatten(0, 1), labels.flatten())
@@ -147,7 +147,7 @@ def test_logits_in_a_bare_environment(exports, inputs, outside, name, implementa
 
 
 @pytest.mark.parametrize("name", WITH_CODE)
-def test_generate_of_an_export_is_our_decoder(exports, inputs, outside, name) -> None:
+def test_generate_of_an_export_decodes_as_our_decoder(exports, inputs, outside, name) -> None:
     compared = 0
     for limit, threshold in ((9, 0.3), (5, 1.0)):
         for i, response in enumerate(decode(exports / f"{name}-student", inputs, limit, threshold)):
@@ -158,8 +158,8 @@ def test_generate_of_an_export_is_our_decoder(exports, inputs, outside, name) ->
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_read_back_by_us(exports, inputs, name) -> None:
-    """An export decodes as the student does, and no code in it runs."""
+def test_an_export_loads_as_a_student_here(exports, inputs, name) -> None:
+    """It decodes as the student that was exported, and none of its code runs."""
     before, after = exports / f"{name}-student", exports / name
     facts, original = read_facts(after), read_facts(before)
     for field in ("vocab_size", "context", "eos_ids", "mask_id", "block_size", "block_grid"):
@@ -175,8 +175,8 @@ def test_read_back_by_us(exports, inputs, name) -> None:
 
 
 def test_an_export_converts_to_another_block_size(exports, tmp_path) -> None:
-    """A public folder is as good a source as the student; its mask token stays."""
-    assert convert(exports / "a2d-qwen3", tmp_path / "eight", 8, "response") == 17
+    """An exported folder can be converted again, and keeps its mask token."""
+    assert convert_checkpoint(exports / "a2d-qwen3", tmp_path / "eight", 8, "response") == 17
     facts = read_facts(tmp_path / "eight")
     assert (facts.block_size, facts.block_grid, facts.vocab_size) == (8, "response", 18)
     assert (tmp_path / "eight" / "model.safetensors").read_bytes() == (
@@ -186,8 +186,8 @@ def test_an_export_converts_to_another_block_size(exports, tmp_path) -> None:
     assert (raw["model_type"], raw["architectures"], "auto_map" in raw) == ("qwen3", ["Qwen3ForCausalLM"], False)
 
 
-def test_cards_run_and_agree(exports, inputs, outside) -> None:
-    """Each card's code ran in the bare process; layouts of one student print one answer."""
+def test_the_code_of_every_card_prints_the_answer_of_our_decoder(exports, inputs, outside) -> None:
+    """The code ran in the process without our packages."""
     printed = dict(re.findall(r"card of (\S+):\n(.*)\n", outside[1]))
     assert printed.keys() == EXPORTS.keys()
     assert all(text.startswith("47+8-3=") for text in printed.values())
@@ -199,22 +199,20 @@ def test_cards_run_and_agree(exports, inputs, outside) -> None:
         assert text.startswith("47+8-3=" + tokenizer.decode(response)), name
 
 
-def test_config_as_engines_read_it(exports, outside) -> None:
+def test_config_json_has_the_fields_that_engines_read(exports, outside) -> None:
     raw = json.loads((exports / "sdar" / "config.json").read_text())
     assert (raw["model_type"], raw["architectures"]) == ("sdar", ["SDARForCausalLM"])
     assert (raw["block_size"], raw["mask_token_id"], raw["rope_theta"]) == (SIZE, 17, 10000.0)
     assert raw["auto_map"]["AutoModelForCausalLM"] == "modeling_sdar.SDARForCausalLM"
-    assert outside[0]["sdar-yarn/config"].tolist() == [1e6, 4.0], "as attributes of the config object"
+    assert outside[0]["sdar-yarn/config"].tolist() == [1e6, 4.0], "attributes of the config object"
     raw = json.loads((exports / "a2d-qwen3" / "config.json").read_text())
     assert (raw["model_type"], raw["architectures"]) == ("a2d-qwen3", ["A2DQwen3LMHeadModel"])
-    assert "rope_parameters" not in raw, "one place for it, which transformers 4 and 5 both read"
+    assert "rope_parameters" not in raw, "rope_theta is in one place, which transformers 4 and 5 both read"
 
 
-def test_warnings_where_engines_take_things_for_granted(tmp_path) -> None:
-    from opdlm.common.export.layouts import engine_warnings
-
+def test_warnings_where_engines_assume_other_values(tmp_path) -> None:
     teacher = save_teacher(tmp_path / "teacher")
-    convert(teacher, tmp_path / "student", 8, "response")
+    convert_checkpoint(teacher, tmp_path / "student", 8, "response")
     lines = export(tmp_path / "student", tmp_path / "sdar", "sdar")
     assert [re.search(r"the (mask token id|block grid|block size) is", line).group(1) for line in lines] == [
         "mask token id",
@@ -228,11 +226,11 @@ def test_warnings_where_engines_take_things_for_granted(tmp_path) -> None:
     assert engine_warnings(config) == []
 
 
-def test_card_tells_of_the_run_and_of_nothing_private(tmp_path) -> None:
+def test_the_card_describes_the_run_and_names_no_private_path(tmp_path) -> None:
     run = tmp_path / "run"
     teacher = save_teacher(tmp_path / "secret" / "chain-teacher")
-    convert(teacher, run / "student", 4, "absolute")
-    convert(teacher, run / "student_init", 4, "absolute")
+    convert_checkpoint(teacher, run / "student", 4, "absolute")
+    convert_checkpoint(teacher, run / "student_init", 4, "absolute")
     config = {
         "model": {"teacher": str(teacher)},
         "data": {"path": "~/private/prompts.jsonl", "files": [str(tmp_path / "more.jsonl")]},
@@ -256,12 +254,12 @@ def test_card_tells_of_the_run_and_of_nothing_private(tmp_path) -> None:
     export(run / "student", tmp_path / "b", "qwen3", base_model="Qwen/Qwen3-0.6B")
     assert "base_model: Qwen/Qwen3-0.6B" in (tmp_path / "b" / "README.md").read_text()
     export(run / "student_init", tmp_path / "c", "qwen3")
-    assert "0.994" not in (tmp_path / "c" / "README.md").read_text(), "the figures are of the trained student"
+    assert "0.994" not in (tmp_path / "c" / "README.md").read_text(), "the figures belong to the trained student"
 
 
-def test_what_cannot_be_exported_is_named_and_leaves_nothing(tmp_path) -> None:
+def test_an_unusable_source_is_named_and_leaves_no_files(tmp_path) -> None:
     teacher = save_teacher(tmp_path / "teacher", family="llama")
-    convert(teacher, tmp_path / "student", 4, "absolute")
+    convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
     (tmp_path / "there").mkdir()
 
     def refused(source: str, destination: str, layout: Any, message: str) -> None:
@@ -282,19 +280,16 @@ def test_what_cannot_be_exported_is_named_and_leaves_nothing(tmp_path) -> None:
     refused("student", "new", "llama", "names no block_size; write one: opdlm convert .* --block-size N")
 
 
-def test_every_layout_has_a_home() -> None:
-    from opdlm.common.export.layouts import TEMPLATES
-
+def test_every_layout_has_its_code_among_the_templates() -> None:
     for layout in LAYOUTS.values():
         code = "".join((TEMPLATES / file).read_text() for file in layout.files)
         for target in layout.auto_map.values():
             assert f"class {target.partition('.')[2]}(" in code
-        assert "import common" not in code
-        assert "from common" not in code
+        assert "opdlm" not in re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)
 
 
 def decode(folder: Path, inputs: dict[str, torch.Tensor], limit: int, threshold: float) -> list[np.ndarray]:
-    """Responses of our decoder to the prompts of `inputs`, greedy, dynamic."""
+    """Greedy responses of our decoder to the prompts of `inputs`, with `low_confidence_dynamic`."""
     facts = read_facts(folder)
     settings = DecodeSettings(facts.block_size, facts.block_grid, "low_confidence_dynamic", threshold)
     prompts = [value[0].numpy().astype(np.int32) for key, value in inputs.items() if key.startswith("prompt.")]

@@ -1,4 +1,4 @@
-"""Conversion by streaming equals loading and saving the model. `pytest tests/common/model/test_convert.py`"""
+"""Converting a checkpoint file by file equals loading and saving it. `pytest tests/common/model/test_convert.py`"""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
-from opdlm.common.model.convert import convert, save_model
+from opdlm.common.model.convert import convert_checkpoint, save_model
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import load_model
 from opdlm.common.model.shards import read_shards
 from opdlm.common.model.tokenizer import load_tokenizer
 from tests.tiny import OTHER_FAMILIES, save_teacher, tiny_model
 
-TOKENS = 17  # of the tokenizer in `save_teacher`
+TOKENS = 17  # in the vocabulary of `save_teacher`
 
 
 def converted_in_memory(source: Path, destination: Path) -> Path:
-    """What conversion means, the short way: load, add a row, save."""
+    """The definition of conversion: load the model, add a row, save the model."""
     model, tokenizer = load_model(source, dtype="auto"), load_tokenizer(source)
     tokenizer.add_special_tokens({"mask_token": "<|MASK|>"})
     mask_id, rows = tokenizer.mask_token_id, model.get_input_embeddings().num_embeddings
@@ -49,7 +49,7 @@ def test_equals_loading_and_saving(tmp_path, monkeypatch, shards, tied, spare_ro
         (teacher / "model.safetensors").unlink()
     slow = converted_in_memory(teacher, tmp_path / "slow")
     forbid_loading(monkeypatch)
-    assert convert(teacher, tmp_path / "fast", 4, "absolute") == TOKENS
+    assert convert_checkpoint(teacher, tmp_path / "fast", 4, "absolute") == TOKENS
     monkeypatch.undo()
 
     assert json.loads((tmp_path / "fast" / "config.json").read_text()) == json.loads((slow / "config.json").read_text())
@@ -69,28 +69,28 @@ def test_equals_loading_and_saving(tmp_path, monkeypatch, shards, tied, spare_ro
         same = (teacher / file).read_bytes() == (tmp_path / "fast" / file).read_bytes()
         assert same == (file not in grown), f"{file}: only files with a matrix that grows are written anew"
     if shards == "4KB":
-        assert grown != files, "the test wants a file that is not touched"
+        assert grown != files, "the test needs a file that does not change"
         index = json.loads((tmp_path / "fast" / "model.safetensors.index.json").read_text())
         assert index["weight_map"] == read_shards(tmp_path / "fast").file_of
         assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in ours.values())
 
 
-def test_mask_row_is_read_one_matrix_at_a_time(tmp_path, monkeypatch) -> None:
-    """The memory that conversion takes: the embedding, then the output matrix, nothing else."""
+def test_conversion_loads_the_embedding_and_the_output_matrix_only(tmp_path, monkeypatch) -> None:
+    """It loads one after the other, so it needs the memory of one matrix."""
     teacher = save_teacher(tmp_path / "teacher", max_shard_size="4KB")
     from opdlm.common.model.shards import Shards
 
     loaded = []
     load = Shards.load
     monkeypatch.setattr(Shards, "load", lambda self, name: loaded.append(name) or load(self, name))
-    convert(teacher, tmp_path / "student", 4, "absolute")
+    convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
     assert loaded == [EMBEDDING, OUTPUT]
 
 
 @pytest.mark.parametrize("name", sorted(OTHER_FAMILIES))
-def test_other_families(tmp_path, name) -> None:
+def test_conversion_of_other_families_changes_no_logit(tmp_path, name) -> None:
     teacher = save_teacher(tmp_path / "teacher", **OTHER_FAMILIES[name])
-    mask_id = convert(teacher, tmp_path / "student", 4, "response")
+    mask_id = convert_checkpoint(teacher, tmp_path / "student", 4, "response")
     before, after = load_model(teacher), load_model(tmp_path / "student")
     assert type(before) is type(after)
     assert AutoConfig.from_pretrained(tmp_path / "student").rope_parameters == before.config.rope_parameters
@@ -101,11 +101,11 @@ def test_other_families(tmp_path, name) -> None:
 
 
 def test_second_copy_of_a_tied_matrix_grows_with_the_first(tmp_path) -> None:
-    """Public Qwen3-0.6B stores its tied output matrix too; one of another size would be taken for an untied one."""
+    """Qwen3-0.6B stores its tied matrix twice. A second copy of another size would be taken for an untied matrix."""
     teacher = save_teacher(tmp_path / "teacher", tied=True)
     weights = load_file(teacher / "model.safetensors")
     save_file(weights | {OUTPUT: weights[EMBEDDING].clone()}, teacher / "model.safetensors", {"format": "pt"})
-    convert(teacher, tmp_path / "student", 4, "absolute")
+    convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
     assert OUTPUT not in tensors(tmp_path / "student")
     model = load_model(tmp_path / "student")
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -113,36 +113,36 @@ def test_second_copy_of_a_tied_matrix_grows_with_the_first(tmp_path) -> None:
 
 
 def test_numbers_of_several_widths_stay_readable(tmp_path) -> None:
-    """A grown matrix must not push wider numbers off the addresses they can be read at."""
+    """A row of a narrow dtype must not move tensors of a wider dtype to addresses at which they cannot be read."""
     teacher = save_teacher(tmp_path / "teacher", hidden_size=6)
     weights = load_file(teacher / "model.safetensors")
     mixed = {n: t if "norm" in n else t.bfloat16() for n, t in weights.items()} | {"odd": torch.ones(3).bool()}
     save_file(mixed, teacher / "model.safetensors", {"format": "pt"})
-    convert(teacher, tmp_path / "student", 4, "absolute")
+    convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
     ours = load_file(tmp_path / "student" / "model.safetensors")
     assert all(torch.equal(ours[name][: len(tensor)], tensor) for name, tensor in mixed.items())
     assert ours[EMBEDDING].shape == ours[OUTPUT].shape == (TOKENS + 1, 6)
 
 
-def test_config_of_transformers_4(tmp_path) -> None:
+def test_a_checkpoint_of_transformers_4_converts(tmp_path) -> None:
     teacher = save_teacher(tmp_path / "teacher")
     raw = json.loads((teacher / "config.json").read_text())
     del raw["rope_parameters"], raw["layer_types"]
     raw |= {"torch_dtype": raw.pop("dtype"), "rope_theta": 5e5, "rope_scaling": None, "sliding_window": 4096}
     (teacher / "config.json").write_text(json.dumps(raw))
     (teacher / "generation_config.json").unlink()
-    convert(teacher, tmp_path / "student", 4, "absolute")
+    convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
     assert read_config(tmp_path / "student").rope_parameters["rope_theta"] == 5e5
     assert json.loads((tmp_path / "student" / "generation_config.json").read_text())["eos_token_id"] == 1
 
 
-def test_what_cannot_be_converted_is_named_and_leaves_nothing(tmp_path) -> None:
+def test_an_unusable_source_is_named_and_leaves_no_files(tmp_path) -> None:
     teacher = save_teacher(tmp_path / "teacher", max_shard_size="4KB")
     shards = read_shards(teacher)
 
     def refused(message: str) -> None:
         with pytest.raises(OpdlmError, match=message) as error:
-            convert(teacher, tmp_path / "student", 4, "absolute")
+            convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
         assert "\n" not in str(error.value)
         assert [p.name for p in tmp_path.iterdir()] == ["teacher"]
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_converted_is_named_and_leaves_nothing(tmp_path) -> None:
     index.write_text('{"weights": {}}')
     refused("expected JSON with a weight_map; found KeyError")
     index.write_text(named.replace('"weight_map": {', '"weight_map": {"more": "' + shards.file_of[EMBEDDING] + '",'))
-    refused(r"names more in model-.*, which has it not")
+    refused(r"names more in model-.*, which lacks it")
     index.write_text(named)
 
     file = teacher / shards.file_of["model.norm.weight"]
@@ -177,15 +177,15 @@ def test_what_cannot_be_converted_is_named_and_leaves_nothing(tmp_path) -> None:
     refused(r"only pickles \(pytorch_model\.bin\), which are not opened here; expected model\.safetensors")
 
 
-def test_tokens_beyond_the_matrix_are_refused(tmp_path) -> None:
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path) -> None:
     teacher = save_teacher(tmp_path / "teacher")
     tiny_model(0, vocab_size=TOKENS - 1).save_pretrained(teacher)
     with pytest.raises(OpdlmError, match="mask token id 17, but the embedding has 16 rows"):
-        convert(teacher, tmp_path / "student", 4, "absolute")
+        convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
     assert not (tmp_path / "student").exists()
 
 
-def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch) -> None:
+def test_a_failure_while_writing_leaves_no_files(tmp_path, monkeypatch) -> None:
     teacher = save_teacher(tmp_path / "teacher")
 
     def full(*_: Any, **__: Any) -> None:
@@ -193,12 +193,12 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr("opdlm.common.model.convert.write_generation_config", full)
     with pytest.raises(OSError, match="no space"):
-        convert(teacher, tmp_path / "student", 4, "absolute")
+        convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
     assert [p.name for p in tmp_path.iterdir()] == ["teacher"]
 
 
 def forbid_loading(monkeypatch) -> None:
-    """Whoever loads a whole model, or a whole weight file, fails."""
+    """Makes the test fail if a whole model, or a whole weight file, is loaded."""
 
     def loads(*_: Any, **__: Any) -> None:
         pytest.fail("conversion loads a model")
@@ -209,5 +209,5 @@ def forbid_loading(monkeypatch) -> None:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder."""
+    """Loads all tensors of a folder."""
     return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}

@@ -1,4 +1,4 @@
-"""Conversion, loading, weights on the wire. `pytest tests/common/model/test_load.py`"""
+"""Conversion, loading, facts about checkpoints, packing weights. `pytest tests/common/model/test_load.py`"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.config import read_config
-from opdlm.common.model.convert import convert
+from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import check_vocabularies, count_parameters, read_facts, require_mask
 from opdlm.common.model.load import load_model, load_output_matrix
 from opdlm.common.model.tokenizer import load_tokenizer
@@ -28,7 +28,7 @@ def teacher(tmp_path):
 
 
 def test_conversion_adds_a_mask_and_changes_no_logit(teacher, tmp_path) -> None:
-    mask_id = convert(teacher, tmp_path / "student", block_size=4, block_grid="absolute")
+    mask_id = convert_checkpoint(teacher, tmp_path / "student", block_size=4, block_grid="absolute")
     before, after = load_model(teacher), load_model(tmp_path / "student")
     ids = torch.randint(0, before.config.vocab_size, (2, 9))
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_conversion_adds_a_mask_and_changes_no_logit(teacher, tmp_path) -> None:
 
 
 def test_converted_student_loads_in_plain_transformers(teacher, tmp_path) -> None:
-    convert(teacher, tmp_path / "student", 4, "absolute")
+    convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     ours = load_model(tmp_path / "student")
     for (name, a), (_, b) in zip(plain.named_parameters(), ours.named_parameters(), strict=True):
@@ -51,16 +51,16 @@ def test_converted_student_loads_in_plain_transformers(teacher, tmp_path) -> Non
 
 
 def test_spare_embedding_rows_are_used_before_new_ones(teacher, tmp_path) -> None:
-    """Qwen3 has more rows than tokens: the mask takes a spare one and the matrix keeps its size."""
+    """Qwen3 has more rows than tokens: the mask token takes one of them, and the matrix keeps its size."""
     tokens = len(load_tokenizer(teacher))
     model = tiny_model(0, vocab_size=tokens + 5, tied=True)
     model.save_pretrained(teacher)
-    assert convert(teacher, tmp_path / "student", 4, "response") == tokens
+    assert convert_checkpoint(teacher, tmp_path / "student", 4, "response") == tokens
     assert read_facts(tmp_path / "student").vocab_size == tokens + 5
 
 
-def test_public_folders_are_read_as_what_they_are(teacher) -> None:
-    public = golden_files.ROOT / "models" / "student"  # as transformers 4 wrote it: rope_theta at the top
+def test_public_checkpoints_are_read_as_students_of_their_family(teacher) -> None:
+    public = golden_files.ROOT / "models" / "student"  # written by transformers 4: rope_theta is not in rope_parameters
     assert read_facts(public).is_student
     assert load_model(public).config.model_type == "qwen3"
     assert load_model(public).config.rope_parameters["rope_theta"] == 1e6
@@ -74,7 +74,7 @@ def test_public_folders_are_read_as_what_they_are(teacher) -> None:
 def test_destination_that_exists_is_left_alone(teacher, tmp_path) -> None:
     (tmp_path / "student").mkdir()
     with pytest.raises(OpdlmError, match="exists; give a new folder"):
-        convert(teacher, tmp_path / "student", 4, "absolute")
+        convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
     assert list((tmp_path / "student").iterdir()) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["student", "teacher"]
 
@@ -103,7 +103,7 @@ def test_unusable_folders_are_named(teacher, tmp_path) -> None:
     (teacher / "config.json").write_text(json.dumps(raw))
     full = raw | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "layer_types": None}
     (teacher / "config.json").write_text(json.dumps(full))
-    assert read_facts(teacher).context == 128, "no layer slides: nothing to refuse"
+    assert read_facts(teacher).context == 128, "no layer has a sliding window, so the model is accepted"
     (teacher / "config.json").write_text(json.dumps(raw))
     with pytest.raises(OpdlmError, match="has no mask token; convert it first"):
         require_mask(read_facts(teacher))
@@ -112,7 +112,7 @@ def test_unusable_folders_are_named(teacher, tmp_path) -> None:
         load_model(teacher)
 
 
-def test_tokenizers_that_lack_what_is_needed(teacher, tmp_path) -> None:
+def test_missing_tokenizers_and_missing_eos_tokens_are_named(teacher, tmp_path) -> None:
     shutil.copytree(teacher, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(OpdlmError, match=r"has no tokenizer\.json"):
         load_tokenizer(tmp_path / "bare")
@@ -130,7 +130,7 @@ def test_vocabulary_mismatch_is_named(teacher, tmp_path) -> None:
 
 
 def test_code_in_a_model_folder_is_not_run(teacher) -> None:
-    """`auto_map` points at code in the folder; we neither need nor import it."""
+    """`auto_map` names code in the folder, which is neither needed nor imported."""
     raw = json.loads((teacher / "config.json").read_text())
     raw["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
     (teacher / "config.json").write_text(json.dumps(raw))
@@ -140,7 +140,7 @@ def test_code_in_a_model_folder_is_not_run(teacher) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_output_matrix_alone(tmp_path, tied) -> None:
+def test_the_output_matrix_is_loaded_alone(tmp_path, tied) -> None:
     model = tiny_model(3, tied=tied)
     model.save_pretrained(tmp_path / "m")
     assert torch.equal(load_output_matrix(tmp_path / "m", "float32"), model.lm_head.weight)
@@ -153,7 +153,7 @@ def test_output_matrix_alone(tmp_path, tied) -> None:
 @pytest.mark.parametrize("on_device", [False, True])
 def test_weight_pack_round_trip(dtype, on_device) -> None:
     source, target = tiny_model(1).to(dtype), tiny_model(2).to(dtype)
-    source.model.norm.weight.data = source.model.norm.weight.data.float()  # two dtypes, two buffers
+    source.model.norm.weight.data = source.model.norm.weight.data.float()  # two dtypes give two buffers
     target.model.norm.weight.data = target.model.norm.weight.data.float()
     pack = WeightPacker(on_device).pack(7, source.named_parameters())
     assert len(pack.buffers) == (1 if dtype is torch.float32 else 2)
@@ -174,8 +174,8 @@ def test_a_packer_packs_again_into_the_same_memory() -> None:
     assert (again.places, again.checksum) == (fresh.places, fresh.checksum)
 
 
-def test_packs_on_the_device_are_memory_of_their_own() -> None:
-    """Who reads a version late reads that version."""
+def test_each_pack_on_the_device_has_memory_of_its_own() -> None:
+    """An actor that loads a version late still gets that version."""
     model, packer = tiny_model(1).to(torch.bfloat16), WeightPacker(on_device=True)
     first = packer.pack(0, model.named_parameters())
     before = tiny_model(2).to(torch.bfloat16)
@@ -205,7 +205,7 @@ def test_damaged_or_foreign_pack_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
-def test_arrays_and_tensors(dtype) -> None:
+def test_tensors_become_arrays_and_tensors_again(dtype) -> None:
     tensor = torch.randn(3, 4).to(dtype)
     array = tensor_to_array(tensor)
     assert isinstance(array, np.ndarray)

@@ -1,4 +1,4 @@
-"""Teacher and student must mean the same token by the same id. `pytest tests/common/model/test_tokenizer.py`"""
+"""Tokenizers of teacher and student are compared. `pytest tests/common/model/test_tokenizer.py`"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from opdlm.common.errors import OpdlmError
-from opdlm.common.model.convert import convert
+from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import check_vocabularies, read_facts
 from opdlm.common.model.tokenizer import check_tokenizers, load_tokenizer
 from tests.tiny import save_teacher
@@ -19,14 +19,16 @@ def teacher(tmp_path):
 
 
 def test_a_converted_model_of_another_size_agrees(teacher, tmp_path) -> None:
-    convert(save_teacher(tmp_path / "wide", 1, hidden_size=24), tmp_path / "student", 4, "absolute")
+    convert_checkpoint(save_teacher(tmp_path / "wide", 1, hidden_size=24), tmp_path / "student", 4, "absolute")
     check_vocabularies(read_facts(teacher), read_facts(tmp_path / "student"))
     check_tokenizers(read_facts(teacher), read_facts(tmp_path / "student"))
 
 
 def test_other_strings_under_the_same_ids_are_refused(teacher, tmp_path) -> None:
-    """The sizes agree, so only the strings can tell. Characters are sorted: one other moves its neighbours."""
-    convert(save_teacher(tmp_path / "foreign", alphabet="0123456789+-=x"), tmp_path / "student", 4, "absolute")
+    """The sizes agree, so only the strings differ. Characters are sorted, so another one moves its neighbours."""
+    convert_checkpoint(
+        save_teacher(tmp_path / "foreign", alphabet="0123456789+-=x"), tmp_path / "student", 4, "absolute"
+    )
     facts = read_facts(teacher), read_facts(tmp_path / "student")
     check_vocabularies(*facts)
     with pytest.raises(

@@ -73,7 +73,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run_file, tmp_path) -> None:
     assert "200 in 2 rounds of 128" in text
     assert "25 of 8 trajectories" in text
     assert "at most 2 rounds" in text
-    assert "3 = rollout 1 x 1 + teacher 1 x 1 + learner 1 x 1" in text
+    assert "rollout 1 1 0 1 0" in text
+    assert "sum 3 0" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -100,10 +101,10 @@ def test_mistakes_are_named_before_anything_starts(run_file, tmp_path, settings,
 
 
 def test_missing_run_file_and_empty_data(run_file, tmp_path) -> None:
-    assert "does not exist; give a YAML such as deploy/demo.yaml" in opdlm("train", tmp_path / "no.yaml", code=2)
+    assert "does not exist; give a YAML file such as deploy/demo.yaml" in opdlm("train", tmp_path / "no.yaml", code=2)
     (tmp_path / "empty.jsonl").touch()
     text = opdlm("train", run_file, "--set", "data.task=null", "--set", f"data.path={tmp_path}/empty.jsonl", code=2)
-    assert "data: no prompt to train on in" in text
+    assert "data: found no prompt to train on in" in text
 
 
 def test_given_students_are_checked(run_file, chain_teacher, tmp_path) -> None:
@@ -171,7 +172,7 @@ def test_what_an_extra_needs_is_named(run_file, chain_teacher, tmp_path, monkeyp
 def test_teacher_without_tokenizer(run_file, chain_teacher, tmp_path) -> None:
     shutil.copytree(chain_teacher, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     text = opdlm("train", run_file, "--set", f"model.teacher={tmp_path}/bare", code=2)
-    assert "has no tokenizer.json; text needs a tokenizer beside the weights" in text
+    assert "has no tokenizer.json; expected a tokenizer beside the weights" in text
 
 
 def test_pretrain_convert_generate_eval(tmp_path) -> None:
@@ -184,7 +185,7 @@ def test_pretrain_convert_generate_eval(tmp_path) -> None:
     assert read_facts(student).is_student
 
     text = opdlm("export", student, tmp_path / "sdar", "--layout", "sdar")
-    assert "warning: the mask token id is 17, but SGLang and LMDeploy take 151669" in text
+    assert "warning: the mask token id is 17, but SGLang and LMDeploy use 151669" in text
     assert "sdar: sdar layout" in text
     assert "exists; give a new folder" in opdlm("export", student, tmp_path / "sdar", "--layout", "qwen3", code=2)
     assert "is a qwen3; it can be:" in opdlm("export", student, tmp_path / "new", "--layout", "llama", code=2)
@@ -202,9 +203,11 @@ def test_pretrain_convert_generate_eval(tmp_path) -> None:
     assert len(drawn) > 1, "an AR checkpoint samples too"
     assert "it samples from the whole vocabulary" in opdlm("generate", teacher, "-p", "1+2=", "--top-k", 3, code=2)
     assert "chat template" in opdlm("generate", student, "-p", "1+2=", "--chat", code=2)
-    assert "found without --chat" in opdlm("generate", student, "-p", "1+2=", "--thinking", code=2)
+    assert "thinking: found without chat" in opdlm("generate", student, "-p", "1+2=", "--thinking", code=2)
     assert "there are no blocks to show" in opdlm("generate", teacher, "-p", "1+2=", "--trace", code=2)
-    assert "expected 1 to" in opdlm("generate", student, "-p", "1" * 200, code=2)
+    assert "200 prompt tokens and at most 64 new ones take 264 positions" in opdlm(
+        "generate", student, "-p", "1" * 200, code=2
+    )
 
 
 def test_pretrain_on_a_text_file(tmp_path) -> None:

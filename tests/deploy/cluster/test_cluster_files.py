@@ -2,7 +2,7 @@
 
 `pytest tests/deploy/cluster/test_cluster_files.py`
 
-KubeRay manifests are held against a schema trimmed by hand (`schemas/README.md`), the launcher file against Ray's own.
+KubeRay manifests are checked with a schema trimmed by hand (`schemas/README.md`), the launcher file with Ray's schema.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ def test_the_schema_refuses_mistakes(path, value) -> None:
         jsonschema.validate(manifest, SCHEMA)
 
 
-def test_the_job_and_the_cluster_are_one_cluster() -> None:
-    """RayJob says how the job runs; the cluster under it is RayCluster's, to the letter."""
+def test_job_and_cluster_files_have_the_same_cluster() -> None:
+    """The RayJob has the same cluster as the RayCluster."""
     cluster, job = (yaml.safe_load(file.read_text()) for file in KUBERAY)
     assert cluster_spec(job) == cluster_spec(cluster)
     assert job["spec"]["entrypoint"].startswith("opdlm train ")
 
 
-def test_the_launcher_file_is_valid_for_ray() -> None:
+def test_ray_accepts_the_launcher_file() -> None:
     config = prepare_config(yaml.safe_load((FILES / "ray-cluster.yaml").read_text()))
     validate_config(config)
     starts = [
@@ -105,12 +105,12 @@ def test_the_launcher_file_is_valid_for_ray() -> None:
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Starts slurm.sh with programs in Slurm's, Ray's and opdlm's place that write down how they were called."""
+    """Starts slurm.sh with fake programs in place of Slurm, Ray and opdlm, which write down how they were called."""
     bin_, calls = tmp_path / "bin", tmp_path / "calls"
     bin_.mkdir()
     programs = {
         "scontrol": "printf 'node1\\nnode2\\nnode3\\n'",
-        # Runs the command as Slurm would, here.
+        # Runs the command here, without options.
         "srun": 'echo "srun $*" >>"$CALLS"; while [[ $1 == -* ]]; do [ "$1" = -w ] && shift; shift; done; exec "$@"',
         "ray": """
             if [ "$1" = list ]; then
@@ -168,7 +168,7 @@ def test_the_slurm_script_starts_head_workers_and_the_run(slurm) -> None:
     assert all(line.endswith("mode=token token=64 600") for line in (head, worker))
     assert "srun --nodes=2 --ntasks=2 --overlap --exclude=node1 ray start" in " ".join(lines)
     assert lines.index(head) < lines.index(worker) < lines.index("opdlm train run.yaml --resume at=10.0.0.1:6379")
-    assert list(tokens.iterdir()) == []  # the token is gone with the job
+    assert list(tokens.iterdir()) == []  # the token is deleted at the end of the job
 
 
 def test_slurms_term_lets_the_run_save(slurm) -> None:

@@ -1,4 +1,4 @@
-"""The plan's arithmetic is what the code allocates. `pytest tests/deploy/cluster/test_memory.py`"""
+"""The memory that `opdlm plan` computes is what the code allocates. `pytest tests/deploy/cluster/test_memory.py`"""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.config import OpdlmConfig, config_from_dict
 from opdlm.common.config.schema import LoraConfig
 from opdlm.common.grid import BlockGrid
-from opdlm.common.model.convert import convert
+from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import hidden_states, load_model
-from opdlm.deploy.cluster.memory import (
-    BUCKET,
-    Lengths,
+from opdlm.deploy.cluster.learner_memory import (
+    BUCKET_ELEMENTS,
     activation_values,
     adapter_parameters,
     learner_memory,
-    model_size,
-    rollout_memory,
-    teacher_memory,
     zero_terms,
 )
+from opdlm.deploy.cluster.memory import Lengths, model_size, rollout_memory, teacher_memory
 from opdlm.learner.lora import add_adapters
 from opdlm.learner.rows import build_row
 from tests.tiny import EOS, MASK, request, save_teacher, tiny_model, trajectory
@@ -60,14 +57,14 @@ def test_weights_are_the_loaded_models(tmp_path, tied, dtype) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_mask_token_that_conversion_adds_is_counted(tmp_path, tied) -> None:
     folder = save_teacher(tmp_path / "ar", tied=tied)
-    convert(folder, tmp_path / "student", 4, "absolute")
+    convert_checkpoint(folder, tmp_path / "student", 4, "absolute")
     assert read_facts(tmp_path / "student").vocab_size == read_facts(folder).vocab_size + 1
     assert model_size(folder).with_rows(1, tied) == model_size(tmp_path / "student")
 
 
 @pytest.mark.parametrize(("prompts_per_round", "actors", "slots"), [(8, 1, 4), (8, 3, 3)])
 def test_the_cache_is_what_a_decoder_allocates(tmp_path, prompts_per_round, actors, slots) -> None:
-    """Slots are the batch, or what an actor's part of a round fills of it."""
+    """The slots are the batch, or fewer if an actor's part of a round does not fill it."""
     model = tiny_model()
     model.save_pretrained(tmp_path)
     settings = {"actors": actors, "prompts_per_round": prompts_per_round, "batch_size": 4, "max_new_tokens": 12}
@@ -83,17 +80,17 @@ def test_the_cache_is_what_a_decoder_allocates(tmp_path, prompts_per_round, acto
     allocated = cache.keys.nbytes + cache.values.nbytes
 
     grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
-    end = max(grid.last_position(r.prompt_ids.size, r.max_new_tokens) for r in requests)
+    end = max(grid.end_position(r.prompt_ids.size, r.max_new_tokens) for r in requests)
     terms = rollout_memory(config, model_size(tmp_path), Lengths(14, end, 2 * end)).terms
     assert by_name(terms)["key/value cache"] == allocated
     assert by_name(terms)["logits of a step"] == torch.zeros(slots, 4, 32, dtype=torch.float32).nbytes
 
 
-def test_rows_have_the_length_that_the_plan_takes() -> None:
+def test_rows_have_the_assumed_length() -> None:
     grid = BlockGrid(4, "absolute")
     sample = trajectory([5] * 6, [6] * 10, [1] * 10)
     row = build_row(_scored(sample), sample.reveal_step > 0, grid, MASK, exclude_eos=False)
-    end = grid.last_position(6, 10)
+    end = grid.end_position(6, 10)
     assert len(row.input_ids) == 2 * end - grid.first_block_start(6)
 
 
@@ -135,7 +132,7 @@ def test_offloading_and_adapters_by_hand() -> None:
     host = by_name(term for term in terms if term.on_host)
     assert host == {"weights": 1010, "gradients, fp32": 20, "masters, fp32": 20, "AdamW moments, fp32": 40}
     device = by_name(term for term in terms if not term.on_host)
-    assert device == {"gradient buckets": BUCKET * 2, "gathered weights": 2020}
+    assert device == {"gradient buckets": BUCKET_ELEMENTS * 2, "gathered weights": 2020}
     on_cpu = config_with(learner=learner | {"gpus_per_worker": 0})
     assert not any(term.on_host for term in zero_terms(on_cpu, 1010, 10))
 
@@ -158,7 +155,7 @@ def test_activations_are_about_what_autograd_keeps(tmp_path, checkpointing) -> N
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    alive = []  # or a later tensor could take a freed one's address
+    alive = []  # so that no later tensor gets the address of a freed one
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (alive.append(t), keep(t))[1], lambda t: t):
         hidden_states(model, torch.zeros(rows, length, dtype=torch.int64))
     learner = {"gradient_checkpointing": checkpointing, "micro_batch_rows": rows}
@@ -191,7 +188,7 @@ def test_losses_follow_the_targets(tmp_path) -> None:
 def test_teacher_targets_by_hand(tmp_path: Path) -> None:
     size = model_size(save_teacher(tmp_path / "t"))
     plain = by_name(teacher_memory(config_with(teacher={"batch_tokens": 64}), size, LENGTHS).terms)
-    assert plain["hidden states"] == 100 * 16 * 2  # a longer single trajectory goes alone
+    assert plain["hidden states"] == 100 * 16 * 2  # a single trajectory longer than the batch is scored alone
     config = config_with(teacher={"targets": "topk"}, objective={"top_k": 4})
     assert by_name(teacher_memory(config, size, LENGTHS).terms)["logits chunk"] == 1024 * size.vocabulary * 8
     config = config_with(teacher={"targets": "logits"})
@@ -212,10 +209,10 @@ def test_weights_that_are_read_from_the_learner_are_on_its_gpu(tmp_path) -> None
 
 @pytest.mark.parametrize(
     ("on_new_weights", "bound", "tokens"),
-    # 4 slots: all prompts of 40, as many as the bound allows, one alone; with `continue` the whole of 100 again
+    # 4 slots: all prompts of 40 tokens, as many as the bound allows, one alone; with `continue`, all 100 tokens of each
     [("finish", 1000, 160), ("finish", 120, 120), ("finish", 10, 40), ("continue", 1000, 400)],
 )
-def test_a_prefill_is_of_bounded_size(tmp_path, monkeypatch, on_new_weights, bound, tokens) -> None:
+def test_a_prefill_has_a_bounded_size(tmp_path, monkeypatch, on_new_weights, bound, tokens) -> None:
     monkeypatch.setattr("opdlm.deploy.cluster.memory.PREFILL_TOKENS", bound)
     tiny_model().save_pretrained(tmp_path)
     rollout = {"batch_size": 4, "prompts_per_round": 8, "on_new_weights": on_new_weights}

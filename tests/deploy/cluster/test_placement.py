@@ -1,4 +1,4 @@
-"""Who runs where: the check of single nodes, and real actors on the nodes that were asked for.
+"""Placement: the check of single nodes, and real actors on the nodes that were asked for.
 
 `pytest tests/deploy/cluster/test_placement.py`
 """
@@ -12,10 +12,10 @@ import ray
 
 from opdlm.common.config import OpdlmConfig, config_from_dict
 from opdlm.common.errors import ConfigError, OpdlmError
-from opdlm.common.model.convert import convert
-from opdlm.deploy.cluster.placement import check_nodes, check_room, demands, placement_lines, reserve, shares
-from opdlm.deploy.cluster.roles import connect, start_roles, start_rollout
-from tests.system.test_node_death import two_nodes  # noqa: F401  (a fixture: a head and a node with the resource `second`)
+from opdlm.common.model.convert import convert_checkpoint
+from opdlm.deploy.cluster.connection import connect
+from opdlm.deploy.cluster.placement import check_nodes, check_room, demands, placement_lines, reserve, role_demands
+from opdlm.deploy.cluster.roles import start_roles, start_rollout
 
 H100 = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
 A100 = {"CPU": 32.0, "GPU": 4.0, "accelerator_type:A100": 1.0, "decode": 4.0}
@@ -26,17 +26,17 @@ def config_with(**sections: Any) -> OpdlmConfig:
 
 
 def role(name: str, count: int = 1, **settings: Any) -> OpdlmConfig:
-    """A run in which a role has so many processes of one GPU each."""
+    """A run in which a role has `count` processes of one GPU each."""
     number, each = ("workers", "gpus_per_worker") if name == "learner" else ("actors", "gpus_per_actor")
     return config_with(**{name: {number: count, each: 1} | settings})
 
 
-def test_what_nodes_offer_is_asked_for_beside_cpus_and_gpus() -> None:
+def test_roles_ask_for_the_resources_of_nodes() -> None:
     config = role("rollout", 3, placement={"node_resources": {"decode": 2}, "accelerator_type": "A100"})
     assert demands(config)["decode"] == [("rollout", 3, 2), ("teacher", 1, 0), ("learner", 1, 0), ("evaluation", 0, 2)]
     assert list(demands(config)) == ["CPU", "GPU", "decode"]
     assert placement_lines(config) == ["rollout: nodes with 2 `decode`, accelerator type A100 for each process"]
-    check_nodes(shares(config), [H100, A100])
+    check_nodes(role_demands(config), [H100, A100])
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,10 @@ def test_what_nodes_offer_is_asked_for_beside_cpus_and_gpus() -> None:
 )
 def test_a_process_that_fits_on_no_node_is_refused(config, message) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
-        check_nodes(shares(config), [H100, A100])
+        check_nodes(role_demands(config), [H100, A100])
 
 
-def test_a_group_that_is_not_known_is_named() -> None:
+def test_an_unknown_group_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"rollout.placement.group: input should be .*found 'dense'"):
         role("rollout", placement={"group": "dense"})
 
@@ -81,11 +81,12 @@ def node_of(actor: Any) -> str:
 
 
 @pytest.mark.ray
-def test_actors_are_where_they_were_asked_to_be(two_nodes, chain_teacher, tmp_path) -> None:  # noqa: F811
-    """Rollout actors on nodes with `second`; teachers on a node each; one beyond its group finds room by itself."""
+@pytest.mark.slow
+def test_actors_are_on_the_nodes_that_were_asked_for(two_nodes, chain_teacher, tmp_path) -> None:
+    """Rollout actors on nodes with `second`, teachers on one node each, and an actor beyond its full group."""
     nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes()}
     (second,) = (name for name, resources in nodes.items() if "second" in resources)
-    convert(chain_teacher, tmp_path / "student", 4, "absolute")
+    convert_checkpoint(chain_teacher, tmp_path / "student", 4, "absolute")
     config = config_with(
         model={"teacher": str(chain_teacher), "student": str(tmp_path / "student"), "dtype": "float32"},
         rollout={"actors": 2, "placement": {"node_resources": {"second": 1}, "group": "strict_pack"}},
@@ -100,7 +101,7 @@ def test_actors_are_where_they_were_asked_to_be(two_nodes, chain_teacher, tmp_pa
         more = start_rollout(
             config, "rollout-2", str(tmp_path / "student"), "finish", roles.places["rollout"].options(2)
         )
-        assert node_of(more) == second, "no bundle is left for it, and still it needs what the node has"
+        assert node_of(more) == second, "the group has no bundle left, but the actor still asks for the node's resource"
         ray.kill(more)
         with pytest.raises(
             OpdlmError, match=r"rollout.placement.group: no room for 2 x \(1 CPU, 1 second\) as `strict_p"
@@ -112,5 +113,5 @@ def test_actors_are_where_they_were_asked_to_be(two_nodes, chain_teacher, tmp_pa
         ConfigError, match=r"resources: the run asks for 6 `second` \(rollout 6 x 1\), the cluster has 4"
     ):
         check_room(config_with(rollout={"actors": 6, "placement": {"node_resources": {"second": 1}}}), "resources")
-    for places in reserve(config).values():  # what was reserved is free again
+    for places in reserve(config).values():  # the places are free again
         places.free()

@@ -11,11 +11,11 @@ from opdlm.common.errors import ConfigError, WeightsLost
 from opdlm.common.types import WeightHandle
 from opdlm.deploy.cluster.placement import demands
 from opdlm.deploy.evaluate.background import MOST_WAITING, BackgroundEvaluations
-from opdlm.deploy.evaluate.during_run import EvaluationResult
+from opdlm.deploy.evaluate.held_out import EvaluationResult
 from opdlm.deploy.observe.records import read_records
 from opdlm.deploy.observe.report import PERIODIC
 from opdlm.learner.schedule import TrainingSchedule
-from tests.deploy.run.test_loops import ROUNDS, N, Rollout, Setup, Teacher
+from tests.fakes.actors import ROUNDS, FakeRun, N, Rollout, Teacher
 
 BASE = {"model": {"teacher": "t"}, "data": {"task": "chain", "prompts": 10}}
 
@@ -110,34 +110,34 @@ def test_a_failure_ends_the_run_and_begins_no_other() -> None:
 
 
 def test_the_run_goes_on_to_its_end_while_the_first_evaluation_is_in_work(tmp_path) -> None:
-    """The real coordinator and queue: all rounds are decoded and trained before the evaluator may answer once."""
+    """The real driver and queue: all rounds are decoded and trained before the evaluator may answer once."""
 
     async def scenario() -> None:
-        setup = Setup(tmp_path, 0, Rollout(), Teacher())
+        run = FakeRun(tmp_path, 0, Rollout(), Teacher())
         evaluator = Evaluator()
-        plan = TrainingSchedule(N * ROUNDS, N, 2, 0)
+        schedule = TrainingSchedule(N * ROUNDS, N, 2, 0)
 
         async def evaluate(given: WeightHandle) -> None:
             await evaluator(given)
             assert given.pack, "the weights must be held until the evaluation is done"
             result = EvaluationResult(**dict.fromkeys(EvaluationResult.__slots__, 0.5) | {"by_task": {}})
-            telemetry.evaluated(PERIODIC, given.version, result, plan.steps_before(given.version))
+            records.evaluated(PERIODIC, given.version, result, schedule.steps_before(given.version))
 
-        spare, telemetry = BackgroundEvaluations(evaluate, never), setup.coordinator.telemetry
+        spare, records = BackgroundEvaluations(evaluate, never), run.records
 
         async def on_weights(given: WeightHandle) -> None:
             if given.version % 2 == 0:  # 0, 2, 4
                 await spare.submit(given)
 
-        setup.coordinator.on_weights = on_weights
-        await asyncio.wait_for(setup.coordinator.run(setup.learn), timeout=30)
-        assert [i for indices in setup.trained for i in indices] == list(range(N * ROUNDS))
+        run.loops.on_weights = on_weights
+        await run.run()
+        assert [i for indices in run.trained for i in indices] == list(range(N * ROUNDS))
         assert evaluator.ended == []
         for _ in range(3):
             evaluator.may_end.release()
         await asyncio.wait_for(spare.finish(), timeout=30)
-        records = [r for r in read_records(tmp_path) if r["kind"] == "evaluation"]
-        assert [(r["round"], r["step"]) for r in records] == [(0, 0), (2, 4), (4, 8)]
+        written = [r for r in read_records(tmp_path) if r["kind"] == "evaluation"]
+        assert [(r["round"], r["step"]) for r in written] == [(0, 0), (2, 4), (4, 8)]
 
     asyncio.run(scenario())
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from opdlm.common.model.convert import convert
+from opdlm.common.model.convert import convert_checkpoint
 from opdlm.deploy.evaluate.actor_decoder import split
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder
-from opdlm.deploy.evaluate.questions import QuestionSource
+from opdlm.deploy.evaluate.options import QuestionOptions
+from opdlm.deploy.evaluate.questions import open_questions
 from tests.deploy.cli.test_cli import opdlm
 from tests.tiny import request
 
@@ -21,7 +22,7 @@ PROMPTS = ["1+2=", "30-4+5=", "7+7=", "12-3="]
 @pytest.fixture(scope="module")
 def student(chain_teacher, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("commands") / "student"
-    convert(chain_teacher, folder, 4, "absolute")
+    convert_checkpoint(chain_teacher, folder, 4, "absolute")
     return folder
 
 
@@ -34,7 +35,7 @@ def test_data_with_answers(student, tmp_path) -> None:
     """References made from the student's own greedy answers: the table must say just how many are right."""
     decoder = CheckpointDecoder(student)
     blank = _write(tmp_path / "blank.jsonl", [{"prompt": p, "answer": ""} for p in PROMPTS])
-    requests = QuestionSource(None, blank).open(decoder).requests(12)
+    requests = open_questions(QuestionOptions(None, blank), decoder).requests(12)
     answers = decoder.answer(requests, replace(decoder.base, threshold=0.9), 4)
     texts = [decoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers.responses]
     rows = [{"q": p, "gold": f" {t}" if i else f"{t}0"} for i, (p, t) in enumerate(zip(PROMPTS, texts, strict=True))]
@@ -51,7 +52,7 @@ def test_data_with_answers(student, tmp_path) -> None:
 def test_math_marks_what_the_responses_say(student, tmp_path) -> None:
     data = _write(tmp_path / "math.jsonl", [{"prompt": "1+1=", "answer": a} for a in (52, "0.5", "3", 7)])
     decoder = CheckpointDecoder(student)
-    questions = QuestionSource(None, data, answer="math").open(decoder)
+    questions = open_questions(QuestionOptions(None, data, answer="math"), decoder)
     said = ["50+2=52;52", "1-0=1", "+-", "7"]
     marks = questions.mark([decoder.encode(text) for text in said])
     assert (marks.right, marks.unanswered) == (0.5, 1)
@@ -71,7 +72,7 @@ def test_sweep_gives_the_figures_of_direct_evaluation(student, tmp_path) -> None
     static = [(b, "low_confidence_static", None) for b in (4, 8)]
     assert sorted(ways, key=str) == sorted([*dynamic, *static], key=str)
     decoder = CheckpointDecoder(student)
-    questions = QuestionSource("chain", None, problems=12).open(decoder)
+    questions = open_questions(QuestionOptions("chain", None, problems=12), decoder)
     for point in written["points"]:
         settings = replace(decoder.base, block_size=point["block_size"], strategy=point["strategy"])
         settings = replace(settings, threshold=point["threshold"] or 0.0)

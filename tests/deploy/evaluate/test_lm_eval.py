@@ -16,7 +16,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 from opdlm.common.errors import OpdlmError
-from opdlm.common.model.convert import convert
+from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.evaluate.actor_decoder import ActorDecoder
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder
@@ -30,7 +30,7 @@ LIMIT = 12
 @pytest.fixture(scope="module")
 def student(chain_teacher, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lm_eval") / "student"
-    convert(chain_teacher, folder, 4, "absolute")
+    convert_checkpoint(chain_teacher, folder, 4, "absolute")
     return folder
 
 
@@ -94,7 +94,7 @@ def test_sampling_and_what_is_not_there(student, chain_teacher) -> None:
     texts = model.generate_until(sampled, disable_tqdm=True)
     assert texts == direct(student, temperature=1.0, top_k=3)
     assert texts != model.generate_until(asked(PROMPTS, max_gen_toks=LIMIT), disable_tqdm=True)
-    with pytest.raises(OpdlmError, match="gen_kwargs: repetition_penalty: not here; known: until"):
+    with pytest.raises(OpdlmError, match="gen_kwargs: repetition_penalty: not supported; known: until"):
         model.generate_until(asked(PROMPTS, repetition_penalty=1.2), disable_tqdm=True)
     with pytest.raises(OpdlmError, match="is autoregressive; it samples without top_k and top_p"):
         OpdlmLM(str(chain_teacher)).generate_until(sampled, disable_tqdm=True)

@@ -1,4 +1,4 @@
-"""What a run says of its samples after deaths. `pytest tests/deploy/observe/test_ledger.py`"""
+"""How often each sample was trained, also after deaths. `pytest tests/deploy/observe/test_ledger.py`"""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ QUEUE = {"queue_depth": 0, "rollout_actors": 1, "teacher_actors": 1}
 
 class NoView:
     def show(self, record) -> None:
-        """Nobody looks."""
+        """Shows nothing."""
 
 
-def train(telemetry: RunRecords, round_: int, samples: list[int]) -> None:
-    """Events of one round of a single step."""
+def train(records: RunRecords, round_: int, samples: list[int]) -> None:
+    """Reports a round of one optimizer step."""
     step = {"kind": "step", "round": round_, "step": round_ + 1, "loss": 1.0, "samples": samples}
     figures = {"round_tokens": 5, "train_seconds": 1.0, "train_forward_tokens": 9, "rollout_tokens": 5 * (round_ + 1)}
-    telemetry.learned([step, {"kind": "round", "round": round_ + 1, "step": round_ + 1, **figures}], QUEUE)
+    records.learned([step, {"kind": "round", "round": round_ + 1, "step": round_ + 1, **figures}], QUEUE)
 
 
 def test_rounds_trained_again_replace_what_was_trained_before(tmp_path: Path) -> None:
-    telemetry = RunRecords(tmp_path, NoView())
-    telemetry.learned([{"kind": "learner_start", "round": 0, "step": 0}], QUEUE)
+    records = RunRecords(tmp_path, NoView())
+    records.learned([{"kind": "learner_start", "round": 0, "step": 0}], QUEUE)
     for round_ in range(3):
-        train(telemetry, round_, [2 * round_, 2 * round_ + 1])
-    telemetry.actor_died("rollout-1", "killed")
+        train(records, round_, [2 * round_, 2 * round_ + 1])
+    records.actor_died("rollout-1", "killed")
     assert read_ledger(read_records(tmp_path), 2, 8).figures() == {
         "samples_trained": 6,
         "samples_skipped": 0,
         "samples_trained_twice": 0,
         "samples_lost": 0,
     }
-    telemetry.learned([{"kind": "learner_start", "round": 1, "step": 1}], QUEUE)  # back to the checkpoint of round 1
-    records = read_records(tmp_path)
-    assert [r["step"] for r in records if r["kind"] == "step"] == [1]
-    assert [(r["kind"], r["round"]) for r in records[-2:]] == [("actor_death", 3), ("learner_restart", 1)]
-    assert records[-1]["lost_steps"] == 2
+    records.learned([{"kind": "learner_start", "round": 1, "step": 1}], QUEUE)  # back to the checkpoint of round 1
+    written = read_records(tmp_path)
+    assert [r["step"] for r in written if r["kind"] == "step"] == [1]
+    assert [(r["kind"], r["round"]) for r in written[-2:]] == [("actor_death", 3), ("learner_restart", 1)]
+    assert written[-1]["lost_steps"] == 2
     for round_ in range(1, 4):
-        train(telemetry, round_, [2 * round_, 2 * round_ + 1])
-    telemetry.close()
+        train(records, round_, [2 * round_, 2 * round_ + 1])
+    records.close()
     ledger = read_ledger(read_records(tmp_path), 2, 8)
     assert (ledger.trained, ledger.twice, ledger.lost) == (8, [], [])
 
@@ -63,7 +63,7 @@ def test_the_ledger_finds_what_is_wrong() -> None:
         {"kind": "skipped_step", "samples": [3]},
         {"kind": "step", "samples": [1]},
         {"kind": "round", "round": 2},
-        {"kind": "step", "samples": [6]},  # of a round that is not over: not due, not lost
+        {"kind": "step", "samples": [6]},  # of a round that is not over, so not lost
     ]
     ledger = read_ledger(records, 3, 7)
     assert (ledger.trained, ledger.skipped, ledger.twice, ledger.lost) == (4, 1, [1], [2, 4, 5])

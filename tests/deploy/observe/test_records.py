@@ -1,4 +1,4 @@
-"""Metrics, views, report, run directory. `pytest tests/deploy/observe/test_records.py`"""
+"""Records and their figures, views, report, evaluation, run directory. `pytest tests/deploy/observe/test_records.py`"""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.char_tokenizer import build_char_tokenizer
 from opdlm.common.types import DecodeStats, WeightHandle
-from opdlm.deploy.evaluate.during_run import EvaluationResult, HeldOutProblems
-from opdlm.deploy.observe.records import RunRecords, idle_share, read_records
+from opdlm.deploy.evaluate.held_out import EvaluationResult, HeldOutProblems
+from opdlm.deploy.observe.records import RunRecords, read_records
 from opdlm.deploy.observe.report import DYNAMIC, PERIODIC, STATIC, TEACHER, write_report
+from opdlm.deploy.observe.round_figures import idle_share
 from opdlm.deploy.observe.terminal import LiveView, PlainView
 from opdlm.deploy.run.directory import truncate_metrics
 from tests.system.full_disk import no_file_above
@@ -36,20 +37,20 @@ def result(exact_match: float, tokens_per_step: float, tokens_per_second: float)
 
 
 def _run(folder, view) -> None:
-    telemetry = RunRecords(folder, view, parameters=(10, 100))
-    telemetry.evaluated(TEACHER, 0, result(0.9, 1.0, 50.0))
-    telemetry.pushed(WeightHandle(0, [], 8), 0.5)
+    records = RunRecords(folder, view, parameters=(10, 100))
+    records.evaluated(TEACHER, 0, result(0.9, 1.0, 50.0))
+    records.pushed(WeightHandle(0, [], 8), 0.5)
     for round_ in (1, 2):
-        telemetry.decoded(DecodeStats(0, 4, 80, 40, 12, 300, 2.0))
-        telemetry.scored(ScoreStats(80, 90, 0.5, 160))
-        telemetry.decoded(DecodeStats(0, 1, 20, 10, 10, 100, 2.0))
-        telemetry.scored(ScoreStats(20, 30, 0.5, 40))
-        telemetry.learned([STEP | {"round": round_ - 1, "step": round_}], QUEUE)
-        telemetry.learned([ROUND | {"round": round_, "step": round_, "rollout_tokens": 100 * round_}], QUEUE)
-        telemetry.evaluated(PERIODIC, round_, result(0.1 * round_, 2.0, 60.0))
+        records.decoded(DecodeStats(0, 4, 80, 40, 12, 300, 2.0))
+        records.scored(ScoreStats(80, 90, 0.5, 160))
+        records.decoded(DecodeStats(0, 1, 20, 10, 10, 100, 2.0))
+        records.scored(ScoreStats(20, 30, 0.5, 40))
+        records.learned([STEP | {"round": round_ - 1, "step": round_}], QUEUE)
+        records.learned([ROUND | {"round": round_, "step": round_, "rollout_tokens": 100 * round_}], QUEUE)
+        records.evaluated(PERIODIC, round_, result(0.1 * round_, 2.0, 60.0))
     for row in (STATIC, DYNAMIC):
-        telemetry.evaluated(row, 2, result(0.8, 3.0, 70.0))
-    telemetry.close()
+        records.evaluated(row, 2, result(0.8, 3.0, 70.0))
+    records.close()
 
 
 class Listener:
@@ -63,9 +64,9 @@ class Listener:
 def test_figures_of_a_round(tmp_path) -> None:
     listener = Listener()
     _run(tmp_path, listener)
-    records = read_records(tmp_path)
-    assert records == listener.records
-    first = next(r for r in records if r["kind"] == "round")
+    written = read_records(tmp_path)
+    assert written == listener.records
+    first = next(r for r in written if r["kind"] == "round")
     assert first["tokens_per_step"] == pytest.approx(100 / 50)
     assert first["rollout_tokens_per_second"] == pytest.approx(100 / 4.0)
     assert first["teacher_tokens_per_second"] == pytest.approx(100 / 1.0)
@@ -74,38 +75,38 @@ def test_figures_of_a_round(tmp_path) -> None:
     assert first["response_tokens_mean"] == pytest.approx(20.0)
     assert first["weight_push_seconds"] == 0.5
     assert (first["rollout_forward_tokens"], first["teacher_forward_tokens"]) == (400, 120)
-    # 2N a token forward, 6N a token trained; the second round adds to the first, a resumed run to both
+    # 2N FLOP per token of a forward, 6N per trained token. The second round adds to the first, a resumed run to both.
     one_round = 10 * (2 * 400 + 6 * 1000) + 100 * 2 * 120
-    assert [r["compute_flops"] for r in records if r["kind"] == "round"] == [one_round, 2 * one_round]
+    assert [r["compute_flops"] for r in written if r["kind"] == "round"] == [one_round, 2 * one_round]
     resumed = RunRecords(tmp_path, listener, parameters=(10, 100))
     resumed.given(3, 50, cached=True)
     resumed.close()
     assert listener.records[-1]["compute_flops"] == 2 * one_round + 2 * 100 * 50
     again = RunRecords(tmp_path, listener, parameters=(10, 100))
-    again.given(3, 50, cached=True)  # the next life of the run: made once, counted once
+    again.given(3, 50, cached=True)  # resumed again: generated once, counted once
     again.close()
     assert listener.records[-1]["compute_flops"] == 2 * one_round + 2 * 100 * 50
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_who_was_idle_in_a_round_and_why_responses_ended(tmp_path, monkeypatch) -> None:
+def test_idle_shares_and_why_responses_ended(tmp_path, monkeypatch) -> None:
     now = [0.0]
     monkeypatch.setattr(
         "opdlm.deploy.observe.records.time", SimpleNamespace(perf_counter=lambda: now[0], time=lambda: now[0])
     )
-    telemetry = RunRecords(tmp_path, listener := Listener())
+    records = RunRecords(tmp_path, listener := Listener())
     place = {"round": 0, "step": 0}
-    telemetry.learned([{"kind": "publish", "publish_seconds": 1.0} | place], QUEUE)
-    telemetry.pushed(WeightHandle(0, [], 64), 0.5)
+    records.learned([{"kind": "publish", "publish_seconds": 1.0} | place], QUEUE)
+    records.pushed(WeightHandle(0, [], 64), 0.5)
     for sequences, ended in ((4, 3), (1, 0)):
-        telemetry.decoded(DecodeStats(0, sequences, 80, 40, 12, 300, 3.0, ended_by_eos=ended))
-    telemetry.scored(ScoreStats(160, 180, 4.0, 160))
+        records.decoded(DecodeStats(0, sequences, 80, 40, 12, 300, 3.0, ended_by_eos=ended))
+    records.scored(ScoreStats(160, 180, 4.0, 160))
     now[0] = 10.0
-    telemetry.learned([ROUND | {"round": 1, "step": 1}], QUEUE | {"rollout_actors": 2, "teacher_actors": 1})
-    telemetry.learned([{"kind": "checkpoint", "checkpoint_seconds": 1.0, "round": 1, "step": 1}], QUEUE)
+    records.learned([ROUND | {"round": 1, "step": 1}], QUEUE | {"rollout_actors": 2, "teacher_actors": 1})
+    records.learned([{"kind": "checkpoint", "checkpoint_seconds": 1.0, "round": 1, "step": 1}], QUEUE)
     now[0] = 14.0
-    telemetry.learned([ROUND | {"round": 2, "step": 2}], QUEUE | {"rollout_actors": 0, "teacher_actors": 0})
-    telemetry.close()
+    records.learned([ROUND | {"round": 2, "step": 2}], QUEUE | {"rollout_actors": 0, "teacher_actors": 0})
+    records.close()
     first, second = (r for r in listener.records if r["kind"] == "round")
     assert first["rollout_idle_share"] == pytest.approx(1 - 6 / (2 * 10))
     assert first["teacher_idle_share"] == pytest.approx(1 - 4 / 10)
@@ -131,7 +132,7 @@ def test_report(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_views_show_what_one_wants_to_know(tmp_path, terminal) -> None:
+def test_views_show_the_main_figures(tmp_path, terminal) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=140)
     view = LiveView(console, 2, 0) if terminal else PlainView(console, 2)
@@ -147,7 +148,7 @@ def test_views_show_what_one_wants_to_know(tmp_path, terminal) -> None:
     assert [w for w in words if w not in text] == []
 
 
-def test_resume_drops_the_records_of_rounds_that_come_again(tmp_path) -> None:
+def test_resume_drops_the_records_of_rounds_that_are_trained_again(tmp_path) -> None:
     file = tmp_path / "metrics.jsonl"
     rows = [
         {"kind": "step", "round": 0},
@@ -160,36 +161,36 @@ def test_resume_drops_the_records_of_rounds_that_come_again(tmp_path) -> None:
     assert read_records(tmp_path) == rows[:2]
 
 
-def test_exam_marks_whole_finished_answers() -> None:
+def test_answers_count_only_if_whole_and_ended() -> None:
     task = get_task("chain")
     tokenizer = build_char_tokenizer(task.alphabet)
-    exam = HeldOutProblems([task], tokenizer, 4)
-    right = [np.array([*tokenizer(p.solution)["input_ids"], tokenizer.eos_token_id]) for _, p in exam.problems]
-    assert exam.exact_match(right) == 1.0
+    held_out = HeldOutProblems([task], tokenizer, 4)
+    right = [np.array([*tokenizer(p.solution)["input_ids"], tokenizer.eos_token_id]) for _, p in held_out.problems]
+    assert held_out.exact_match(right) == 1.0
     unfinished = [right[0][:-1], right[1], right[2][1:], np.array([], dtype=np.int32)]
-    assert exam.exact_match(unfinished) == 0.25
+    assert held_out.exact_match(unfinished) == 0.25
 
 
-def test_exam_of_several_tasks_tells_them_apart() -> None:
+def test_results_are_also_by_task() -> None:
     tasks = [get_task("add"), get_task("sort")]
     tokenizer = build_char_tokenizer(tasks[0].alphabet)
-    exam = HeldOutProblems(tasks, tokenizer, 3)
-    right = [np.array([*tokenizer(p.solution)["input_ids"], tokenizer.eos_token_id]) for _, p in exam.problems]
+    held_out = HeldOutProblems(tasks, tokenizer, 3)
+    right = [np.array([*tokenizer(p.solution)["input_ids"], tokenizer.eos_token_id]) for _, p in held_out.problems]
     answers = [*right[:3], right[3], right[3][:-1], right[3][:-1]]  # all sums, one of three sortings
-    marked = exam.result(answers, steps=[len(a) if i < 3 else 2 for i, a in enumerate(answers)], seconds=2.0)
+    marked = held_out.result(answers, steps=[len(a) if i < 3 else 2 for i, a in enumerate(answers)], seconds=2.0)
     assert marked.exact_match == pytest.approx(4 / 6)
     assert marked.by_task["add"] == {"exact_match": 1.0, "token_match": 1.0, "tokens_per_step": 1.0}
     assert 1 / 3 < marked.by_task["sort"]["token_match"] < 1
-    shifted = exam.result([a[1:] for a in right], steps=[1] * 6, seconds=2.0)
+    shifted = held_out.result([a[1:] for a in right], steps=[1] * 6, seconds=2.0)
     assert (shifted.exact_match, shifted.by_task["add"]["token_match"] < 0.5) == (0.0, True)
     assert marked.by_task["sort"]["exact_match"] == pytest.approx(1 / 3)
     assert marked.by_task["sort"]["tokens_per_step"] == pytest.approx(sum(map(len, answers[3:])) / 6)
     assert marked.tokens_per_second == pytest.approx(sum(map(len, answers)) / 2)
-    assert [r.prompt_id for r in exam.requests(5)][2:4] == ["add/test/2", "sort/test/3"]
+    assert [r.prompt_id for r in held_out.requests(5)][2:4] == ["add/test/2", "sort/test/3"]
 
 
 class _Silent:
-    """Stands in for an actor handle whose answer never comes."""
+    """An actor handle whose calls are never answered."""
 
     class wait:
         @staticmethod

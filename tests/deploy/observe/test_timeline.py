@@ -1,4 +1,4 @@
-"""The trace of a run. `pytest tests/deploy/observe/test_timeline.py`"""
+"""The timeline of a run. `pytest tests/deploy/observe/test_timeline.py`"""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from opdlm.deploy.observe.timeline import Timeline, read_spans
 from tests.system.full_disk import no_file_above
 
 
-def test_spans_stand_where_they_were(tmp_path) -> None:
-    """Also in the file of an earlier life, and a second track."""
-    for life in range(2):
+def test_spans_have_their_times(tmp_path) -> None:
+    """On two tracks, and in a file that a resumed run appends to."""
+    for start in range(2):
         timeline = Timeline(tmp_path)
-        timeline.span("learner", "train", 2.0, round=life)
+        timeline.span("learner", "train", 2.0, round=start)
         timeline.span("learner", "wait", 1.0, ended_ago=2.0)
         timeline.span("rollout-0", "decode", 0.5)
         timeline.close()
@@ -29,7 +29,7 @@ def test_spans_stand_where_they_were(tmp_path) -> None:
 
 @pytest.mark.parametrize("room", [0, 20])
 def test_a_full_disk_ends_the_timeline_and_nothing_else(tmp_path, caplog, room) -> None:
-    """Also in the middle of a line; the next life goes on behind the last whole one."""
+    """Also in the middle of a line. A resumed run appends after the last complete line."""
     timeline = Timeline(tmp_path)
     timeline.span("learner", "train", 1.0)
     with no_file_above((tmp_path / "timeline.json").stat().st_size + room):

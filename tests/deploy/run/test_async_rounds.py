@@ -1,6 +1,7 @@
-"""What asynchrony is worth, and what it must never cost, in simulated time. `pytest tests/deploy/run/test_async_rounds.py`
+"""What asynchrony is worth, and what it must never cost, in simulated time.
 
-The coordinator, the pools and the queue are the real ones. The time of a round is exact: see virtual_time.py.
+The loops, the pools and the queue are the real ones. The time of a round is exact: see `tests/fakes/virtual_time.py`.
+Run it with `pytest tests/deploy/run/test_async_rounds.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def learner_as_a_coroutine():
     """No thread and no object store: nothing has a time of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("opdlm.actors.queue.actor.ray.put", lambda pack: pack)
-        patch.setattr("opdlm.deploy.run.loops.in_daemon_thread", lambda fit: asyncio.ensure_future(fit()))
+        patch.setattr("opdlm.deploy.run.ending.in_daemon_thread", lambda fit: asyncio.ensure_future(fit()))
         yield
 
 
@@ -153,7 +154,7 @@ def test_every_sample_once_whatever_dies(
 
         async def stop() -> None:
             await asyncio.sleep(stop_at)
-            await run.coordinator.stop()
+            await run.loops.stop()
 
         stopping = asyncio.ensure_future(stop()) if stop_at is not None else None
         await run.run()

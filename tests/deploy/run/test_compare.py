@@ -10,11 +10,11 @@ from rich.console import Console
 
 from opdlm.common.config import OpdlmConfig, config_from_dict, dump_config
 from opdlm.common.errors import OpdlmError
-from opdlm.deploy.evaluate.during_run import EvaluationResult
+from opdlm.deploy.evaluate.held_out import EvaluationResult
 from opdlm.deploy.observe import report
 from opdlm.deploy.observe.records import RunRecords
 from opdlm.deploy.run import compare as compare_job
-from opdlm.deploy.run.train import absolute
+from opdlm.deploy.run.paths import absolute_paths
 from tests.deploy.observe.test_records import QUEUE, ROUND, Listener
 
 TASKS = ("add", "sort", "copy")
@@ -37,7 +37,7 @@ def fake_run(score_of):
     def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
         folder = Path(config.run.dir)
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(dump_config(absolute(config)))
+        (folder / "config.yaml").write_text(dump_config(absolute_paths(config)))
         telemetry = RunRecords(folder, Listener(), parameters=(10, 10))
 
         def evaluate(row: str, version: int, scores: dict[str, float]) -> None:
@@ -71,7 +71,7 @@ def test_runs_what_is_missing_and_compares(monkeypatch, tmp_path, chain_teacher)
     assert compare_job.run_comparison(base(chain_teacher), ["opd", "cft"], [0, 1], tmp_path, out) == 0
     assert [(c.objective.kind, c.run.seed) for c in trained] == [("opd", 0), ("cft", 0), ("opd", 1), ("cft", 1)]
     assert trained[0].objective.tail == "bucket"
-    assert (trained[1].objective.tail, trained[1].objective.top_k, trained[1].objective.states) == (
+    assert (trained[1].objective.tail, trained[1].objective.top_k, trained[1].objective.resolved_selection) == (
         "drop",
         0,
         "random_mask",

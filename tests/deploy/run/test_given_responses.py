@@ -1,4 +1,4 @@
-"""Given responses: as trajectories, as targets, their parquet cache. `pytest tests/deploy/run/test_given_responses.py`"""
+"""Given responses as trajectories and as targets; their cache. `pytest tests/deploy/run/test_given_responses.py`"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ray.exceptions import RayError
 
 from opdlm.actors.teacher.actor import ScoreStats
-from opdlm.actors.teacher.generate import generate
+from opdlm.actors.teacher.generation import generate
 from opdlm.common.config import config_from_dict
 from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.common.data.prompts import Prompt, PromptOrder
@@ -139,7 +139,7 @@ def cached(tmp_path):
     )
     prompts = [Prompt(f"p{i}", request(3 + i, i, vocab=17).prompt_ids) for i in range(6)]
     told: list[tuple[int, int]] = []
-    made_of = offline.recipe(config, "digest")
+    made_of = offline.response_recipe(config, "digest")
     given = asyncio.run(offline.generate_responses(config, prompts, Teachers(), made_of, lambda *n: told.append(n)))
     assert told[-1] == (6, 6)
     return config, prompts, given
@@ -160,7 +160,7 @@ def test_a_cache_of_something_else_is_refused(cached) -> None:
     with pytest.raises(ConfigError, match=r"offline.cache: .* was made otherwise: prompts \(there 'digest', here 'o"):
         offline.known_responses(config, prompts, "other")
     file = offline.cache_file(config)
-    other = replace(offline.recipe(config, "digest"), max_new_tokens=99)
+    other = replace(offline.response_recipe(config, "digest"), max_new_tokens=99)
     with pytest.raises(ConfigError, match=r"max_new_tokens \(there 12, here 99\); remove it"):
         offline.read_responses(file, other)
     file.write_bytes(b"nonsense")
@@ -173,7 +173,7 @@ def test_generation_retries_and_goes_on_where_it_was(cached, tmp_path) -> None:
     config = config.model_copy(
         update={"offline": config.offline.model_copy(update={"cache": str(tmp_path / "again.parquet")})}
     )
-    made_of = offline.recipe(config, "digest")
+    made_of = offline.response_recipe(config, "digest")
 
     def run(teachers: Teachers):
         return asyncio.run(offline.generate_responses(config, prompts, teachers, made_of, lambda *_: None))
@@ -226,7 +226,7 @@ def test_the_folders_own_generation_settings_do_not_reshape_the_teacher() -> Non
     [
         (
             {"objective": {"kind": "cft", "selection": "all_states"}},
-            "objective.selection: found 'all_states'; the responses of objective.kind 'cft' have no visited states",
+            "objective.selection: found 'all_states' with objective.kind 'cft', whose given responses have no",
         ),
         ({"objective": {"kind": "cft", "divergence": "jsd"}}, "objective: `cft` is a cross-entropy; found divergence"),
         (
@@ -235,7 +235,7 @@ def test_the_folders_own_generation_settings_do_not_reshape_the_teacher() -> Non
         ),
         (
             {"data": {"task": "chain", "prompts": 4, "chat_template": True}},
-            "data.chat_template: built-in tasks have no chat form",
+            "data.chat_template: found true with data.task; built-in tasks have no chat form",
         ),
         ({"data": {"path": "p", "thinking": True}}, "data.thinking: found True without data.chat_template"),
     ],

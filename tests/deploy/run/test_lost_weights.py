@@ -1,6 +1,6 @@
 """Published weights whose holder, a rank of the learner, has died. `pytest tests/deploy/run/test_lost_weights.py`
 
-Fakes instead of Ray, as in `test_coordinator.py`; real processes: `tests/system/test_weight_transport.py`.
+Fakes instead of Ray; real processes: `tests/system/test_weight_transport.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 from opdlm.common.errors import OpdlmError, WeightsLost
 from opdlm.common.types import WeightHandle
 from opdlm.deploy.observe.records import read_records
-from tests.deploy.run.test_loops import ROUNDS, N, Rollout, Setup, Teacher, _value
+from tests.fakes.actors import ROUNDS, FakeRun, N, Rollout, Teacher, value_of_sample
 
 LOST, AGAIN = ["reference of a dead rank"], ["reference of its successor"]
 
@@ -44,25 +44,23 @@ def read(handle: WeightHandle) -> None:
         raise RayTaskError("decode", f"Traceback ...\n{lost}", lost).as_instanceof_cause()
 
 
-def _learn(setup: Setup, lost: int, comes_back: bool) -> None:
+def _learn(run: FakeRun, lost: int, comes_back: bool) -> None:
     """A learner whose version `lost` dies once; its successor publishes it, or nothing."""
 
-    def ask(coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, setup.loop).result(timeout=30)
-
+    ask = run.ask
     for version in range(ROUNDS + 1):
         if version:
-            taken = ask(setup.queue.take_round(version - 1))
+            taken = ask(run.queue.take_round(version - 1))
             if taken is None:
                 return
-            setup.trained.append([ask(_value(sample)) for sample in taken[0]])
+            run.trained.append([ask(value_of_sample(sample)) for sample in taken[0]])
         if version == lost:
-            ask(setup.queue.publish(version, LOST, 8))
+            ask(run.queue.publish(version, LOST, 8))
             time.sleep(0.1)  # it restarts
             if not comes_back:
                 continue
-            ask(setup.queue.publish(max(version - 1, 0), ["older"], 8))
-        ask(setup.queue.publish(version, AGAIN, 8))
+            ask(run.queue.publish(max(version - 1, 0), ["older"], 8))
+        ask(run.queue.publish(version, AGAIN, 8))
 
 
 @pytest.mark.parametrize("restarts", [False, True])
@@ -71,9 +69,9 @@ def _learn(setup: Setup, lost: int, comes_back: bool) -> None:
 def test_they_are_taken_when_the_learner_has_come_to_them_again(tmp_path, staleness, lost, restarts) -> None:
     async def scenario() -> None:
         rollout = Reader(restarts)
-        setup = Setup(tmp_path, staleness, rollout, Teacher())
-        await asyncio.wait_for(setup.coordinator.run(lambda: _learn(setup, lost, True)), timeout=30)
-        assert [i for indices in setup.trained for i in indices] == list(range(N * ROUNDS))
+        run = FakeRun(tmp_path, staleness, rollout, Teacher())
+        await run.run(lambda: _learn(run, lost, True))
+        assert [i for indices in run.trained for i in indices] == list(range(N * ROUNDS))
         assert sorted(index for index, _ in rollout.decoded) == list(range(N * ROUNDS))
         assert all(0 <= index // N - version <= staleness for index, version in rollout.decoded)
 
@@ -86,14 +84,14 @@ def test_they_are_taken_when_the_learner_has_come_to_them_again(tmp_path, stalen
 
 def test_an_evaluation_that_finds_them_lost_is_made_again(tmp_path) -> None:
     async def scenario() -> None:
-        setup, evaluated = Setup(tmp_path, 0, Reader(True), Teacher()), []
+        run, evaluated = FakeRun(tmp_path, 0, Reader(True), Teacher()), []
 
         async def evaluate(handle: WeightHandle) -> None:
             read(handle)
             evaluated.append(handle.version)
 
-        setup.coordinator.on_weights = evaluate
-        await asyncio.wait_for(setup.coordinator.run(lambda: _learn(setup, 2, True)), timeout=30)
+        run.loops.on_weights = evaluate
+        await run.run(lambda: _learn(run, 2, True))
         assert evaluated == list(range(ROUNDS + 1))
 
     asyncio.run(scenario())
@@ -101,12 +99,9 @@ def test_an_evaluation_that_finds_them_lost_is_made_again(tmp_path) -> None:
 
 def test_weights_that_do_not_come_again_end_the_run(tmp_path) -> None:
     async def scenario() -> None:
-        setup = Setup(tmp_path, 0, Reader(False), Teacher())
-        config = setup.coordinator.config
-        patience = config.resources.model_copy(update={"call_timeout_seconds": 0.5})
-        setup.coordinator.config = config.model_copy(update={"resources": patience})
+        run = FakeRun(tmp_path, 0, Reader(False), Teacher(), timeout_seconds=0.5)
         message = r"weights of version 2: the owner has exited; not published again within 0\.5 s"
         with pytest.raises(OpdlmError, match=message):
-            await asyncio.wait_for(setup.coordinator.run(lambda: _learn(setup, 2, False)), timeout=30)
+            await run.run(lambda: _learn(run, 2, False))
 
     asyncio.run(scenario())

@@ -24,19 +24,19 @@ class Sample:
 
 
 def test_samples_are_kept_until_their_grace_after_a_checkpoint_is_over():
-    keeper = SampleReferences(prompts_per_round=2, grace_seconds=0.05)
+    references = SampleReferences(prompts_per_round=2, grace_seconds=0.05)
     samples = [Sample() for _ in range(4)]
     watched = [weakref.ref(sample) for sample in samples]
-    keeper.keep([3, 0], [SampleRef(samples[i], 0, 1, 1) for i in (3, 0)])
-    keeper.keep([1, 2], [SampleRef(sample, 0, 1, 1) for sample in samples[1:3]])
+    references.hold([3, 0], [SampleRef(samples[i], 0, 1, 1) for i in (3, 0)])
+    references.hold([1, 2], [SampleRef(sample, 0, 1, 1) for sample in samples[1:3]])
     del samples
 
-    keeper.committed(0)
-    keeper.committed(1)
+    references.committed(0)
+    references.committed(1)
     gc.collect()
     assert all(sample() for sample in watched)  # the grace has only begun
     time.sleep(0.06)
-    keeper.committed(1)
+    references.committed(1)
     gc.collect()
     assert [sample() is not None for sample in watched] == [False, False, True, True]
 
@@ -68,7 +68,7 @@ def test_values_of_trained_samples_leave_the_drivers_memory(ray_cluster):
     before = core.get_memory_store_size()
     queue = ray.remote(ReplayQueueActor).options(num_cpus=0).remote(N, 0, N * ROUNDS, 0)
     scorer, rank = Scorer.remote(), Rank.remote(queue)
-    keeper = SampleReferences(N, grace_seconds=1.0)
+    references = SampleReferences(N, grace_seconds=1.0)
     for round_ in range(ROUNDS):
         ray.get(queue.publish.remote(round_, ["pack"], 8))
         ray.get(queue.weights_taken.remote(round_))
@@ -76,15 +76,15 @@ def test_values_of_trained_samples_leave_the_drivers_memory(ray_cluster):
         *groups, done = scorer.score.options(num_returns=N + 1).remote(N)
         ray.get(done)
         samples = sample_refs(groups, 1, [(1, 1)] * N)
-        keeper.keep(indices, samples)
+        references.hold(indices, samples)
         assert all(ray.get(queue.put.remote(indices, round_, samples)))
-        del groups, samples, done  # from here on only the queue and the keeper know them
+        del groups, samples, done  # from here on only the queue and the references know them
         assert ray.get(rank.train.remote(round_)) == N
         ray.get(queue.committed.remote(round_ + 1))
 
     deadline = time.monotonic() + 30
     while core.get_memory_store_size() > before + N and time.monotonic() < deadline:
-        keeper.committed(ROUNDS)
+        references.committed(ROUNDS)
         time.sleep(0.2)
     assert core.get_memory_store_size() <= before + N
     for actor in (queue, scorer, rank):
