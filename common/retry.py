@@ -1,6 +1,7 @@
-"""Waiting for room in Ray's object store: a role that finds it full waits, and uses up none of its attempts.
+"""Repeating what failed: a limited number of attempts, and pauses while Ray's object store is full.
 
-Ray moves objects that do not fit to disk and back by itself. Where the disk is full too (above
+A role that finds the object store full waits, and uses up none of its attempts. Ray moves objects that do not fit to
+disk and back by itself. Where the disk is full too (above
 `local_fs_capacity_threshold`, 95 %), what an actor returns cannot be stored, and its call fails. A call with several
 outputs fails as a whole: Ray stores the outputs in order, and the small value that an actor pool waits for comes last.
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import time
 
-from opdlm.common.errors import OpdlmError
+from opdlm.common.errors import OpdlmError, last_line
 
 LONGEST_PAUSE_SECONDS = 60.0
 _FULL = {"ObjectStoreFullError", "OutOfDiskError"}
@@ -24,6 +25,30 @@ def store_is_full(error: BaseException | None) -> bool:
             return True
         error = getattr(error, "cause", None)
     return False
+
+
+class Attempts:
+    """Counts the failed attempts at one operation.
+
+    Args:
+        what: names the operation in the error.
+        limit: attempts in all (`resources.sample_attempts`).
+    """
+
+    def __init__(self, what: str, limit: int) -> None:
+        self.what, self.limit = what, limit
+        self.failed = 0
+
+    def note(self, error: BaseException) -> None:
+        """Counts a failure.
+
+        Raises:
+            OpdlmError: it was the last attempt.
+        """
+        self.failed += 1
+        if self.failed >= self.limit:
+            reason = last_line(error)
+            raise OpdlmError(f"{self.what} failed {self.failed} times (resources.sample_attempts): {reason}") from error
 
 
 class StoreWait:

@@ -71,13 +71,16 @@ def chain_teacher(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(ray_cluster, chain_teacher, tmp_path_factory) -> Path:
-    """Directory of an unbroken run of `tests.system.runs.run_config`, with a checkpoint of each round."""
+    """Directory of an unbroken run of `tests.system.runs.run_config`, with checkpoint and rollouts of each round."""
     from rich.console import Console
 
     from opdlm.deploy.run.train import train
     from tests.system.runs import ROUNDS, losses, run_config
 
     folder = tmp_path_factory.mktemp("unbroken") / "whole"
-    assert train(run_config(chain_teacher, folder), resume=False, console=Console(quiet=True)) == 0
+    assert (
+        train(run_config(chain_teacher, folder, run={"dump_rollouts": True}), resume=False, console=Console(quiet=True))
+        == 0
+    )
     assert len(losses(folder)) == 2 * ROUNDS
     return folder

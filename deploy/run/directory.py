@@ -65,7 +65,7 @@ def open_run(config: OpdlmConfig, resume: bool, data_digest: str) -> Checkpoint 
                 f"run.dir: {root} already holds a run ({held}); continue it with --resume, or give another run.dir"
             )
         root.mkdir(parents=True, exist_ok=True)
-        file.write_text(dump_config(config))
+        write_text(file, dump_config(config))
         return None
     if not file.exists():
         raise ConfigError(f"run.dir: --resume, but {root} holds no run; start it without --resume")

@@ -23,6 +23,7 @@ from opdlm.common.data.prompts import Prompt
 from opdlm.common.errors import ConfigError, OpdlmError, first_line, last_line
 from opdlm.common.files import atomic_file
 from opdlm.common.model.shards import weights_fingerprint
+from opdlm.common.retry import Attempts
 
 log = logging.getLogger("opdlm.offline")
 
@@ -174,23 +175,17 @@ async def generate_responses(
 async def _ask(
     config: OpdlmConfig, teachers: ActorPool, chunk: Sequence[Prompt], max_new_tokens: int, seed: int
 ) -> list[np.ndarray]:
-    offline, attempts = config.offline, config.resources.sample_attempts
-    ids = [p.ids for p in chunk]
-    for attempt in range(1, attempts + 1):
+    offline, first = config.offline, chunk[0].prompt_id
+    what = f"the teacher's responses to {len(chunk)} prompts (the first is {first})"
+    attempts = Attempts(what, config.resources.sample_attempts)
+    arguments = ([p.ids for p in chunk], max_new_tokens, offline.batch_size, offline.temperature, seed)
+    while True:
         try:
-            _, (responses, _) = await teachers.call(
-                "generate", ids, max_new_tokens, offline.batch_size, offline.temperature, seed
-            )
+            _, (responses, _) = await teachers.call("generate", *arguments)
             return responses
         except RayError as error:
-            reason = last_line(error)
-            log.warning("teacher responses from %s on, attempt %d: %s", chunk[0].prompt_id, attempt, reason)
-            if attempt == attempts:
-                raise OpdlmError(
-                    f"the teacher's responses to {len(chunk)} prompts (the first is {chunk[0].prompt_id}) failed "
-                    f"{attempts} times (resources.sample_attempts): {reason}"
-                ) from error
-    raise AssertionError("resources.sample_attempts is at least 1")
+            attempts.note(error)
+            log.warning("%s, attempt %d: %s", what, attempts.failed, last_line(error))
 
 
 def _write(file: Path, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.types import WeightHandle
 from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.observe.records import RunRecords
-from opdlm.deploy.run.recovery import Attempts, learner_events
+from opdlm.deploy.run.recovery import Repetition, learner_events
 from opdlm.deploy.run.sample_references import SampleReferences
 from opdlm.deploy.run.sources import SampleSource
 
@@ -43,13 +43,13 @@ class Loops:
         self.records, self.on_weights = records, on_weights
         self.stopping = False
         """Whether an end with a checkpoint was asked for."""
-        self._attempts = Attempts(config, roles.queue, records)
+        self._calls = Repetition(config, roles.queue, records)
         self._references = SampleReferences(config.rollout.prompts_per_round)
 
     @property
     def weights(self) -> WeightHandle | None:
         """The newest version that every rollout actor has loaded; None before the first one."""
-        return self._attempts.weights
+        return self._calls.weights
 
     async def produce(self) -> None:
         """Makes samples whenever slots are free, until the learner has ended."""
@@ -65,7 +65,7 @@ class Loops:
             self._references.hold(indices, samples)
             await self.roles.queue.put.remote(indices, version, samples)
 
-        await self._attempts.until_done(make, self.weights, f"samples {indices[0]} to {indices[-1]}", indices)
+        await self._calls.until_done(make, self.weights, f"samples {indices[0]} to {indices[-1]}", indices)
 
     def _prompts_per_call(self) -> int:
         """At most an equal share of a round for each actor that serves at the moment."""
@@ -79,12 +79,12 @@ class Loops:
         while published := await queue.next_weights.remote(self.weights.version if self.weights else -1):
             started = time.perf_counter()
             what = f"loading weights of version {published.version}"
-            loaded = await self._attempts.until_done(self._load, published, what)
+            loaded = await self._calls.until_done(self._load, published, what)
             if loaded is None:  # the learner has ended
                 return
-            self._attempts.weights = loaded
+            self._calls.weights = loaded
             self.records.pushed(loaded, time.perf_counter() - started)
-            await self._attempts.until_done(self.on_weights, loaded, f"evaluating version {loaded.version}")
+            await self._calls.until_done(self.on_weights, loaded, f"evaluating version {loaded.version}")
             await queue.weights_taken.remote(loaded.version)
 
     async def _load(self, handle: WeightHandle) -> None:

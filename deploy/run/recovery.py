@@ -1,9 +1,9 @@
 """What happens in a run when something dies, is lost or comes too late. The loops (`loops.py`) do not show it.
 
 a rollout or teacher actor dies     its call goes to another actor (`actors/pool.py`)
-a call fails                        `Attempts` repeats it, `resources.sample_attempts` times in all
-the object store is full            `Attempts` waits for room
-published weights are lost          `Attempts` waits until the restarted learner publishes them again
+a call fails                        `Repetition` repeats it, `resources.sample_attempts` times in all
+the object store is full            `Repetition` waits for room
+published weights are lost          `Repetition` waits until the restarted learner publishes them again
 a learner rank dies                 Ray Train restarts the group from its last checkpoint (`learner/group.py`)
 the learner hangs                   `learner_events` raises `LearnerSilent`
 a loop fails, or a stop is asked    the other loops end, and the learner saves (`ending.py`)
@@ -28,7 +28,7 @@ from opdlm.actors.queue.actor import NAME, start_queue
 from opdlm.common.checkpoint import latest_checkpoint
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.errors import OpdlmError, WeightsLost, first_line, last_line
-from opdlm.common.retry import StoreWait, store_is_full
+from opdlm.common.retry import Attempts, StoreWait, store_is_full
 from opdlm.common.types import WeightHandle
 from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.observe.records import RunRecords
@@ -48,8 +48,8 @@ class LearnerSilent(OpdlmError):
     """The learner hangs, so nothing waits for its end."""
 
 
-class Attempts:
-    """Repeats calls of one set of loops until they succeed."""
+class Repetition:
+    """Repeats the calls of one set of loops until they succeed."""
 
     def __init__(self, config: OpdlmConfig, queue: Any, records: RunRecords) -> None:
         self._config, self._queue, self._records = config, queue, records
@@ -81,7 +81,7 @@ class Attempts:
             RayActorError: the queue died. (The pools handle the deaths of their own actors.)
         """
         resources = self._config.resources
-        attempt, store = 1, StoreWait(resources.call_timeout_seconds)
+        attempts, store = Attempts(what, resources.sample_attempts), StoreWait(resources.call_timeout_seconds)
         handle: WeightHandle | None = weights
         while handle is not None:
             try:
@@ -91,13 +91,11 @@ class Attempts:
             except WeightsLost as error:
                 handle = await self._published_again(handle, error)
             except RayError as error:
-                reason = self._note_failure(indices, attempt, error)
+                self._note_failure(indices, attempts.failed + 1, error)
                 if store_is_full(error):  # not the fault of the samples: the learner must let go of some first
                     await asyncio.sleep(store.pause(what))
                     continue
-                if attempt == resources.sample_attempts:
-                    raise OpdlmError(f"{what} failed {attempt} times (resources.sample_attempts): {reason}") from error
-                attempt += 1
+                attempts.note(error)
                 if self.weights is not None and self.weights.version > handle.version:
                     handle = self.weights
             else:

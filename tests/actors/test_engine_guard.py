@@ -100,6 +100,7 @@ def test_both_roles_are_guarded(exits, chain_teacher, student) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_actors_with_a_dead_engine_come_back_and_work(ray_cluster, chain_teacher, student) -> None:
     import ray
 

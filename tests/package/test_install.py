@@ -156,6 +156,7 @@ def test_an_actor_imports_the_checkout(install, hostile) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_of_the_wheel_ends_well(install, hostile, chain_teacher) -> None:
     """`opdlm train`, one round: driver, actors, the learner's rank and the tasks that load nothing but the wheel."""
     config = run_config(

@@ -68,6 +68,7 @@ def test_a_learner_rank_dies(chain_teacher, whole, victims, tmp_path) -> None:
     assert losses(run_dir) == losses(whole)
 
 
+@pytest.mark.slow
 def test_the_queue_dies(chain_teacher, whole, victims, tmp_path) -> None:
     """The run goes back to its last checkpoint with a new queue and new ranks; the other actors stay."""
     run_dir = tmp_path / "run"

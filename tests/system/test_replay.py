@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -18,48 +19,43 @@ from opdlm.deploy.run.preflight import preflight
 from opdlm.deploy.run.train import train
 from opdlm.learner.rollout_files import RolloutFacts, load_samples, round_file, save_round
 from tests.learner.test_rollout_files import scored
-from tests.system.runs import losses, run_config
-
-ROUNDS = 3
+from tests.system.runs import ROUNDS, losses, run_config
 
 
 @pytest.mark.ray
-def test_replay_gives_the_losses_of_the_live_run(ray_cluster, chain_teacher, tmp_path) -> None:
+def test_replay_gives_the_losses_of_the_live_run(whole, chain_teacher, tmp_path) -> None:
     """They are equal to the bit. Where a round is missing, nothing starts."""
     from ray.util import list_named_actors
 
-    def configured(name: str, **sections) -> OpdlmConfig:
-        run = {"rounds": ROUNDS} | sections.pop("run", {})
-        learner = {"workers": 1}
-        return run_config(chain_teacher, tmp_path / name, run=run, learner=learner, **sections)
+    def configured(name: str, rollouts: Path, **sections) -> OpdlmConfig:
+        return run_config(chain_teacher, tmp_path / name, run={"replay": str(rollouts)}, **sections)
 
-    live, saved = tmp_path / "live", tmp_path / "live" / "rollouts"
-    kept = configured("live", run={"dump_rollouts": True}, evaluation={"final_problems": 0})
-    assert train(kept, resume=False, console=Console(quiet=True)) == 0
+    saved = whole / "rollouts"
     files = sorted(saved.iterdir())
     assert [f.name for f in files] == [f"round-{r:06d}.safetensors" for r in range(ROUNDS)]
     indices = [s.trajectory.index for r, f in enumerate(files) for s in load_samples(f, range(8 * r, 8 * r + 8))]
     assert indices == list(range(8 * ROUNDS))
 
     text = io.StringIO()
-    again = configured("again", run={"replay": str(saved)}, rollout={"gpus_per_actor": 1, "actors": 7})
+    again = configured("again", saved, rollout={"gpus_per_actor": 1, "actors": 7})
     assert train(again, resume=False, console=Console(file=text, width=200)) == 0
-    assert losses(tmp_path / "again") == losses(live)
-    assert len(losses(live)) == 2 * ROUNDS
+    assert losses(tmp_path / "again") == losses(whole)
     assert "replay: no rollout and no teacher actors, so no evaluation" in text.getvalue()
     records = read_records(tmp_path / "again")
     assert "evaluation" not in {r["kind"] for r in records}
     assert all(r["staleness_max"] == 0 for r in records if r["kind"] == "round")
-    report = json.loads((tmp_path / "again" / "report.json").read_text())
-    assert report["rollout_tokens"] == json.loads((live / "report.json").read_text())["rollout_tokens"]
-    assert (tmp_path / "again" / "student" / "model.safetensors").read_bytes() == (
-        live / "student" / "model.safetensors"
-    ).read_bytes()
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "again", whole)]
+    assert reports[0]["rollout_tokens"] == reports[1]["rollout_tokens"]
+    students = [(folder / "student" / "model.safetensors").read_bytes() for folder in (tmp_path / "again", whole)]
+    assert students[0] == students[1]
 
-    files[1].unlink()
+    incomplete = tmp_path / "incomplete"
+    shutil.copytree(saved, incomplete)
+    (incomplete / files[1].name).unlink()
     before = list_named_actors(all_namespaces=True)
-    with pytest.raises(ConfigError, match=r"lacks 1 of the run's 3 rounds, the first is round-000001.safetensors"):
-        train(configured("never", run={"replay": str(saved)}), resume=False, console=Console(quiet=True))
+    message = rf"lacks 1 of the run's {ROUNDS} rounds, the first is round-000001.safetensors"
+    with pytest.raises(ConfigError, match=message):
+        train(configured("never", incomplete), resume=False, console=Console(quiet=True))
     assert not (tmp_path / "never").exists()
     assert list_named_actors(all_namespaces=True) == before
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -19,7 +20,7 @@ from opdlm.deploy.observe.records import read_records
 from opdlm.deploy.observe.timeline import read_spans
 from opdlm.deploy.run.directory import open_run
 from opdlm.deploy.run.train import train
-from tests.system.runs import ROUNDS, losses, run_config, run_until
+from tests.system.runs import PROMPTS_PER_ROUND, ROUNDS, losses, run_config, run_until
 
 pytestmark = pytest.mark.ray
 
@@ -54,48 +55,65 @@ def test_two_rounds_with_staleness(ray_cluster, chain_teacher, tmp_path) -> None
     assert any(not before[name].equal(after[name]) for name in before)
 
 
-def test_given_responses_are_generated_once_and_trained_on(ray_cluster, chain_teacher, tmp_path) -> None:
-    """`cft` has the teacher answer every prompt. `off_policy_kd` reads the same file and has its responses scored."""
-    cache = tmp_path / "responses.parquet"
-    for kind, cached in (("cft", False), ("off_policy_kd", True)):
-        config = run_config(
-            chain_teacher,
-            tmp_path / kind,
-            run={"rounds": 2},
-            objective={"kind": kind, "exclude_eos": False},
-            offline={"cache": str(cache)},
-            learner={"workers": 1},
-            evaluation={"final_problems": 0},
-        )
-        assert train(config, resume=False, console=Console(quiet=True)) == 0
-        records = read_records(tmp_path / kind)
-        (given,) = [r for r in records if r["kind"] == "offline"]
-        assert (given["responses"], given["cached"]) == (20, cached)
-        rounds = [r for r in records if r["kind"] == "round"]
-        assert [r["round"] for r in rounds] == [1, 2]
-        assert all(r["rollout_forward_tokens"] == 0 for r in rounds), "nothing is decoded"
-        assert all((r["teacher_forward_tokens"] > 0) == (kind == "off_policy_kd") for r in rounds)
-        assert 0 < given["compute_flops"] < rounds[0]["compute_flops"] < rounds[1]["compute_flops"]
-        assert all(r["loss"] > 0 for r in records if r["kind"] == "step")
+@pytest.mark.parametrize("kind", ["off_policy_kd", pytest.param("cft", marks=pytest.mark.slow)])
+def test_given_responses_are_generated_and_trained_on(
+    kind, given_responses, ray_cluster, chain_teacher, tmp_path
+) -> None:
+    """The first run has the teacher answer every prompt; a later run reads the file. `off_policy_kd` scores them."""
+    cached = given_responses.exists()
+    config = run_config(
+        chain_teacher,
+        tmp_path / kind,
+        run={"rounds": 2},
+        objective={"kind": kind, "exclude_eos": False},
+        offline={"cache": str(given_responses)},
+        learner={"workers": 1},
+        evaluation={"final_problems": 0},
+    )
+    assert train(config, resume=False, console=Console(quiet=True)) == 0
+    records = read_records(tmp_path / kind)
+    (given,) = [r for r in records if r["kind"] == "offline"]
+    assert (given["responses"], given["cached"]) == (20, cached)
+    rounds = [r for r in records if r["kind"] == "round"]
+    assert [r["round"] for r in rounds] == [1, 2]
+    assert all(r["rollout_forward_tokens"] == 0 for r in rounds), "nothing is decoded"
+    assert all((r["teacher_forward_tokens"] > 0) == (kind == "off_policy_kd") for r in rounds)
+    assert 0 < given["compute_flops"] < rounds[0]["compute_flops"] < rounds[1]["compute_flops"]
+    assert all(r["loss"] > 0 for r in records if r["kind"] == "step")
 
 
-def test_stop_kill_and_resume_give_the_losses_of_an_unbroken_run(chain_teacher, whole, tmp_path) -> None:
-    """SIGTERM, then SIGKILL to the driver, each followed by --resume: the loss of every step is equal to the bit."""
-    broken, expected = tmp_path / "broken", losses(whole)
+@pytest.fixture(scope="module")
+def given_responses(tmp_path_factory) -> Path:
+    """The file of the teacher's responses, which the runs of this module share."""
+    return tmp_path_factory.mktemp("given") / "responses.parquet"
 
+
+def test_kill_and_resume_give_the_losses_of_an_unbroken_run(chain_teacher, whole, tmp_path) -> None:
+    """SIGKILL to the driver, then --resume: the loss of every step is equal to the bit."""
+    broken = tmp_path / "broken"
+    code = run_until(run_config(chain_teacher, broken), resume=False, rounds=2, send=signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    finish_like(whole, broken, chain_teacher)
+
+
+@pytest.mark.slow
+def test_stop_and_resume_give_the_losses_of_an_unbroken_run(chain_teacher, whole, tmp_path) -> None:
+    """SIGTERM to the driver ends with a checkpoint; --resume goes on from there, equal to the bit."""
+    broken = tmp_path / "broken"
     code = run_until(run_config(chain_teacher, broken), resume=False, rounds=1, send=signal.SIGTERM)
     assert code == 128 + signal.SIGTERM
-    stopped_at = latest_checkpoint(broken / "checkpoints").rounds
-    assert 1 <= stopped_at < ROUNDS
+    assert 1 <= latest_checkpoint(broken / "checkpoints").rounds < ROUNDS
+    finish_like(whole, broken, chain_teacher)
 
-    code = run_until(run_config(chain_teacher, broken), resume=True, rounds=stopped_at + 1, send=signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    assert train(run_config(chain_teacher, broken), resume=True, console=Console(quiet=True)) == 0
-    assert losses(broken) == expected
+
+def finish_like(whole: Path, broken: Path, teacher: Path) -> None:
+    """Resumes a run to its end; its losses, student and state must be those of the unbroken run."""
+    assert train(run_config(teacher, broken), resume=True, console=Console(quiet=True)) == 0
+    assert losses(broken) == losses(whole)
     ours, theirs = (load_model(root / "student").state_dict() for root in (broken, whole))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
     state = latest_checkpoint(broken / "checkpoints").state
-    assert (state["rounds"], state["next_sample"]) == (ROUNDS, ROUNDS * 8)
+    assert (state["rounds"], state["next_sample"]) == (ROUNDS, ROUNDS * PROMPTS_PER_ROUND)
 
 
 @pytest.mark.slow
