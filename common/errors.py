@@ -23,6 +23,6 @@ def first_line(error: BaseException) -> str:
 def last_line(error: BaseException) -> str:
     """Returns the last line of an error's text.
 
-    A Ray error quotes the traceback of the actor; its last line gives the reason.
+    A Ray error quotes the traceback of the actor; its last line gives the reason. An error without text gives its kind.
     """
-    return str(error).strip().splitlines()[-1]
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

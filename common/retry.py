@@ -1,8 +1,8 @@
 """Repeating what failed: a limited number of attempts, and pauses while Ray's object store is full.
 
-A role that finds the object store full waits, and uses up none of its attempts. Ray moves objects that do not fit to
-disk and back by itself. Where the disk is full too (above
-`local_fs_capacity_threshold`, 95 %), what an actor returns cannot be stored, and its call fails. A call with several
+A loop whose call finds the object store full waits, and uses up none of its attempts. Ray moves objects that do not
+fit to disk and back by itself. Where the disk is full too (above `local_fs_capacity_threshold`, 95 %), what an actor
+returns cannot be stored, and its call fails. A call with several
 outputs fails as a whole: Ray stores the outputs in order, and the small value that an actor pool waits for comes last.
 
 Ray's errors are recognised by their class names, because `common` does not import ray.

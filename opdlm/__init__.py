@@ -4,8 +4,8 @@
 
     print(opdlm.load("runs/demo/student").generate(["47+8-3="], threshold=0.9)[0].text)
 
-`docs/python-api.md` has examples. The rooms `opdlm.common`, `opdlm.actors`, `opdlm.learner` and `opdlm.deploy` are the
-folders of these names in the repository, to which this folder links. Importing `opdlm` loads neither torch nor ray.
+`docs/python-api.md` has examples. The packages `opdlm.common`, `opdlm.actors`, `opdlm.learner` and `opdlm.deploy` are
+links to the folders of these names in the repository. Importing `opdlm` loads neither torch nor ray.
 """
 
 from __future__ import annotations

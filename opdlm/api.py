@@ -76,7 +76,8 @@ def evaluate(
     actors: int = 0,
     gpus_per_actor: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Answers questions of a built-in task or a file, and marks the answers. The arguments are those of `opdlm eval`.
+    """Answers questions of a built-in task or a file, and marks the answers. The arguments are those of `opdlm eval`,
+    which by default compares two strategies.
 
     Returns: a row per strategy: `decoding`, `right` (share), `unanswered`, `tokens_per_step`, `tokens_per_second`.
 
@@ -99,7 +100,7 @@ def train(config: OpdlmConfig, resume: bool = False) -> int:
     """Runs `opdlm train` in this process, which joins or starts Ray; returns 0, or 128 + signal after a stop.
 
     Args:
-        config: of `opdlm.load_config("run.yaml", ["run.dir=runs/mine"])`.
+        config: as from `opdlm.load_config("run.yaml", ["run.dir=runs/mine"])`.
 
     Raises:
         OpdlmError: a setting, a file or the cluster cannot be used.

@@ -35,7 +35,7 @@ def evaluate(
         int | None, typer.Option(min=0, help="lm-eval: examples in the prompt. Default: the task's.")
     ] = None,
 ) -> None:
-    """Share of right answers, tokens per denoising step and tokens per second; AR and student alike.
+    """Print the share of right answers, tokens per denoising step and tokens per second of a student or AR checkpoint.
 
     Examples:
 
@@ -58,7 +58,12 @@ def evaluate(
             from opdlm.deploy.evaluate.lm_eval import HarnessOptions, run_harness
 
             harness = HarnessOptions(
-                lm_eval.split(","), include_path, limit, fewshot, questions.chat, questions.thinking
+                [name.strip() for name in lm_eval.split(",")],
+                include_path,
+                limit,
+                fewshot,
+                questions.chat,
+                questions.thinking,
             )
             run_harness(checkpoint, harness, options, decoding, out)
             return

@@ -55,7 +55,7 @@ def trace(
 
 @app.command()
 def scale(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a run that goes on.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a running run.")],
     rollout: Annotated[int | None, typer.Option(help="Rollout actors from now on.")] = None,
     teacher: Annotated[int | None, typer.Option(help="Teacher actors from now on.")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the run's answer.")] = 600.0,

@@ -103,14 +103,14 @@ def compare(
 @app.command()
 def pretrain(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New checkpoint folder.")],
-    task: Annotated[str | None, typer.Option(help="Built-in task: chain.")] = None,
+    task: Annotated[str | None, typer.Option(help="Built-in task, such as chain; several joined by +.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text file to learn instead, character by character.")] = None,
     hidden_size: Annotated[int, typer.Option(help="Width of the model.")] = 96,
     layers: Annotated[int, typer.Option(help="Depth of the model.")] = 3,
     heads: Annotated[int, typer.Option(help="Attention heads; half as many key/value heads.")] = 4,
     context: Annotated[int, typer.Option(help="Longest sequence, in tokens.")] = 128,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 600,
-    batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
 ) -> None:

@@ -68,7 +68,11 @@ class ActorDecoder(Decoder):
     def __enter__(self) -> ActorDecoder:
         """Waits until every actor has loaded the folder, so that `Answers.seconds` measures decoding only."""
         arguments: tuple[Any, ...] = ("decode", [], None, self.base, 1) if self.is_student else ("ready",)
-        self._runner.run(self._pool.broadcast(*arguments))
+        try:
+            self._runner.run(self._pool.broadcast(*arguments))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

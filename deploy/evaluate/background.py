@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from opdlm.common.errors import WeightsLost
+from opdlm.common.errors import OpdlmError, WeightsLost, last_line
 from opdlm.common.types import WeightHandle
 
 MOST_WAITING = 2
@@ -37,7 +37,7 @@ class BackgroundEvaluations:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def submit(self, handle: WeightHandle) -> None:
-        """Adds a version; waits only where the queue is full. Raises what an earlier evaluation raised."""
+        """Adds a version; waits only where the queue is full. Raises `OpdlmError` if an earlier evaluation failed."""
         self._raise_failure()
         await self._places.acquire()
         try:
@@ -48,8 +48,9 @@ class BackgroundEvaluations:
         self._tasks.append(asyncio.create_task(self._run(handle)))
 
     async def finish(self) -> None:
-        """Waits for all evaluations. Raises what one of them raised."""
-        await asyncio.gather(*self._tasks)
+        """Waits for all evaluations. Raises `OpdlmError` if one of them failed."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._raise_failure()
 
     def drop(self) -> None:
         """Cancels all evaluations: the weights that they need are gone."""
@@ -70,4 +71,4 @@ class BackgroundEvaluations:
     def _raise_failure(self) -> None:
         for task in self._tasks:
             if task.done() and not task.cancelled() and (error := task.exception()):
-                raise error
+                raise OpdlmError(f"an evaluation beside the run failed: {last_line(error)}") from error

@@ -119,11 +119,11 @@ def evaluate(
     return rows
 
 
-def check_output(file: Path | None) -> None:
+def check_output(file: Path | None, option: str = "--output") -> None:
     """Raises `OpdlmError` where a result could not be written, before anything is decoded."""
     if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
         found = "is a folder" if file.is_dir() else f"lies in {file.parent}, which does not exist"
-        raise OpdlmError(f"--output: {file} {found}; give a new file in an existing folder")
+        raise OpdlmError(f"{option}: {file} {found}; give a new file in an existing folder")
 
 
 def write_results(file: Path, content: Any, console: Console, default: Callable[[Any], Any] | None = None) -> None:

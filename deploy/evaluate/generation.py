@@ -71,6 +71,8 @@ class Model(CheckpointDecoder):
         Raises:
             OpdlmError: a prompt is empty or too long, or an option does not fit the checkpoint.
         """
+        if not prompts:
+            return []
         if thinking is not None and not chat:
             raise OpdlmError("thinking: found without chat; only a chat template knows it")
         texts = [chat_prompt(self.tokenizer, prompt, thinking) if chat else prompt for prompt in prompts]

@@ -27,7 +27,7 @@ class EvaluationResult:
     """Response tokens per second of one actor."""
     by_task: dict[str, dict[str, float]]
     """By task: `exact_match`, `tokens_per_step`, and `token_match`, the share of the solution's tokens that the
-    response has at the same places. It shows what is left of a skill when no answer is right as a whole."""
+    response has at the same positions. It shows how much of a skill remains where no whole answer is right."""
 
 
 class HeldOutProblems:

@@ -41,11 +41,15 @@ class OpdlmLM(LM):
 
     Args (lm-eval's `model_args`):
         pretrained: checkpoint folder; or, from Python, a `Decoder`.
-        strategy: remasking strategy. threshold: of `low_confidence_dynamic`. block_size: None takes the checkpoint's.
+        strategy: remasking strategy.
+        threshold: confidence threshold of `low_confidence_dynamic`.
+        block_size: None takes the checkpoint's own, else 4.
         batch_size: sequences decoded side by side; it overrides `--batch_size`, whose default is 1.
         max_new_tokens: longest response where neither the task nor `--gen_kwargs` sets `max_gen_toks`.
-        chat_template: Jinja file in place of the tokenizer's own. enable_thinking: passed to the template.
-        seed: of sampling, where a task samples. device: by default cuda if there is one.
+        chat_template: Jinja file that replaces the tokenizer's template.
+        enable_thinking: passed to the template.
+        seed: seed of sampling, for tasks that sample.
+        device: by default cuda if there is one.
 
     Raises:
         OpdlmError: names an unknown argument, or one with an impossible value.

@@ -20,7 +20,7 @@ Thinking = Annotated[
 class QuestionOptions:
     """Where questions with known answers come from: a built-in task, or a file of prompts."""
 
-    task: Annotated[str | None, typer.Option(help="Built-in task, as chain.")] = None
+    task: Annotated[str | None, typer.Option(help="Built-in task, such as chain; several joined by +.")] = None
     data: Annotated[
         Path | None, typer.Option("--data", help="JSONL or parquet file of prompts with reference answers.")
     ] = None

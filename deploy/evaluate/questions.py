@@ -33,7 +33,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """The share of right answers."""
+    """How responses were marked."""
 
     right: float
     """Share of right answers."""

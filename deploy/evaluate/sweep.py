@@ -65,7 +65,8 @@ def run_sweep(
     picture = out or folder.resolve().parent / "sweep.png"
     if picture.suffix != ".png":
         raise OpdlmError(f"--out: found {picture}; expected a .png (the .json goes beside it)")
-    check_output(picture)
+    for file in (picture, picture.with_suffix(".json")):
+        check_output(file, "--out")
     with open_decoder(folder, decoding) as decoder:
         if not decoder.is_student:
             raise OpdlmError(f"sweep: {folder} is autoregressive; it has neither blocks nor thresholds (opdlm eval)")

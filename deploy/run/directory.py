@@ -1,7 +1,7 @@
 """The run directory: what a run writes there, and whether a run may start or resume there.
 
-RUN/config.yaml  metrics.jsonl  timeline.json  tensorboard/  checkpoints/  student_init/  student/  rollouts/
-    report.json  report.png
+RUN/config.yaml  metrics.jsonl  timeline.json  tensorboard/  checkpoints/  student_init/  student/  adapter/
+    rollouts/  offline_responses.parquet  report.json  report.png
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MAY_CHANGE = (
     "run.wandb_project",
     "offline.cache",
 )
-"""Settings that may differ when a run is resumed: they change where work is done, not its results."""
+"""Settings that may differ when a run is resumed: they change how work is done and observed, not what is learned."""
 
 
 def open_run(config: OpdlmConfig, resume: bool, data_digest: str) -> Checkpoint | None:
@@ -59,7 +59,7 @@ def open_run(config: OpdlmConfig, resume: bool, data_digest: str) -> Checkpoint 
     root = Path(config.run.dir)
     file = root / "config.yaml"
     if not resume:
-        if (root / "checkpoints").exists() or (root / "metrics.jsonl").exists():
+        if holds_run(root):
             held = f"{len(list_checkpoints(root / 'checkpoints'))} checkpoints"
             raise ConfigError(
                 f"run.dir: {root} already holds a run ({held}); continue it with --resume, or give another run.dir"
@@ -80,8 +80,13 @@ def open_run(config: OpdlmConfig, resume: bool, data_digest: str) -> Checkpoint 
     return checkpoint
 
 
+def holds_run(root: Path) -> bool:
+    """Whether a run was started in a directory."""
+    return (root / "checkpoints").exists() or (root / "metrics.jsonl").exists()
+
+
 def held_config(root: Path) -> dict[str, Any]:
-    """The config of the run in a directory; settings that did not exist when it was written have their defaults."""
+    """The config of the run in a directory; a setting that is missing in its config.yaml has its default."""
     return config_from_dict(read_yaml(root / "config.yaml")).model_dump(mode="json")
 
 

@@ -55,7 +55,7 @@ async def run_together(loops: Loops, learn: Callable[[], None]) -> None:
 async def _wait_for_learner(
     learner: asyncio.Future[Any], recording: asyncio.Task[None], queue: Any, limit_seconds: float
 ) -> None:
-    """After a loop failed: waits for the end of the learner, which was told to stop, as long as it gives signs."""
+    """After a loop failed: waits for the learner, which was told to stop, to end, as long as it sends events."""
     if recording.done():
         recording = asyncio.create_task(_take_events(queue, limit_seconds))
     await asyncio.wait([learner, recording], return_when=asyncio.FIRST_COMPLETED)
@@ -64,7 +64,7 @@ async def _wait_for_learner(
     reason = str(recording.exception())
     if not isinstance(recording.exception(), LearnerSilent):  # the learner has just ended, or the queue is dead
         await asyncio.wait([learner], timeout=limit_seconds)
-        reason = f"learner: it has not ended {limit_seconds:g} s after the replay queue {NO_SIGN}"
+        reason = f"learner: it has not ended within {limit_seconds:g} s of the replay queue's death {NO_SIGN}"
     if not learner.done():
         log.error("the run ends without a last checkpoint: %s", reason)
 

@@ -25,7 +25,7 @@ from opdlm.common.files import atomic_file
 from opdlm.common.model.shards import weights_fingerprint
 from opdlm.common.retry import Attempts
 
-log = logging.getLogger("opdlm.offline")
+log = logging.getLogger("opdlm.given_responses")
 
 _CALLS_PER_BATCH = 4
 _KEY = b"opdlm"
@@ -112,11 +112,11 @@ def read_responses(file: Path, expected: Recipe) -> GivenResponses | None:
         responses = [np.array(r, dtype=np.int32) for r in table.column("response_ids").to_pylist()]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         reason = first_line(error)
-        raise ConfigError(f"offline.cache: {file} is not a file of teacher responses of ours: {reason}") from None
+        raise ConfigError(f"offline.cache: {file} is no file of teacher responses from opdlm: {reason}") from None
     differing = [f"{k} (there {held.get(k)!r}, here {v!r})" for k, v in asdict(expected).items() if held.get(k) != v]
     if differing:
         raise ConfigError(
-            f"offline.cache: {file} was made otherwise: {', '.join(differing)}; remove it, or give another"
+            f"offline.cache: {file} was made with other settings: {', '.join(differing)}; remove it, or give another"
             " offline.cache"
         )
     return GivenResponses(dict(zip(ids, responses, strict=True)), forward_tokens, True)
@@ -131,7 +131,7 @@ async def generate_responses(
 ) -> GivenResponses:
     """Has the teacher actors answer every prompt, writes the cache, and returns the responses.
 
-    Answered chunks are kept beside the cache until it is complete, so an interrupted generation goes on where it was.
+    Answered chunks are kept beside the cache until it is complete, so a later call asks only for the missing ones.
 
     Args:
         recipe: what the responses depend on.

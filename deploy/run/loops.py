@@ -1,6 +1,6 @@
 """The loops of a run in the driver: they move references and counts between the actors, never tensors.
 
-`train.py` shows how they play together. What happens when something fails is in `recovery.py`.
+`train.py` shows how they work together. What happens when something fails is in `recovery.py`.
 
 Slots bound staleness: a prompt needs a free slot of the queue, and `push` frees the slots of a round only after every
 rollout actor has the weights that the round helped to make. So `produce` runs at most `queue.max_staleness` rounds
@@ -74,7 +74,7 @@ class Loops:
         return min(rollout.prompts_per_call or share, share)
 
     async def push(self) -> None:
-        """Loads each new version into every rollout actor, evaluates it where due, and frees the slots behind it."""
+        """Loads each new version into every rollout actor, evaluates it where due, then frees its samples' slots."""
         queue: Any = self.roles.queue
         while published := await queue.next_weights.remote(self.weights.version if self.weights else -1):
             started = time.perf_counter()
@@ -92,7 +92,7 @@ class Loops:
         await self.roles.rollouts.broadcast("load_weights", handle)
 
     async def record(self) -> None:
-        """Writes what the learner tells, until it has ended."""
+        """Writes the records of the learner's events, until it has ended."""
         limit = self.config.resources.call_timeout_seconds
         async for events, state in learner_events(self.roles.queue, limit):
             self._references.committed(state.pop("committed_rounds"))

@@ -25,6 +25,7 @@ from opdlm.deploy.cluster.learner_memory import adapter_parameters, learner_memo
 from opdlm.deploy.cluster.memory import Lengths, RoleMemory, model_size, rollout_memory, teacher_memory, to_plain
 from opdlm.deploy.cluster.placement import Demands, demands, placement_lines
 from opdlm.deploy.observe.session import show_refused
+from opdlm.deploy.run.directory import holds_run
 from opdlm.deploy.run.preflight import Preflight, preflight
 
 GIB = 2**30
@@ -61,7 +62,7 @@ class Plan:
         }
 
     def plain(self) -> dict[str, Any]:
-        """The same for JSON; memory in bytes."""
+        """The plan as data for JSON; memory in bytes."""
         asked = {
             kind: {
                 "total": sum(count * each for _, count, each in rows),
@@ -73,7 +74,7 @@ class Plan:
 
 
 def make_plan(config: OpdlmConfig) -> Plan:
-    """Works the plan out.
+    """Makes the plan of a run.
 
     Raises:
         OpdlmError: what `opdlm train` would refuse, too: models, data, settings.
@@ -134,7 +135,7 @@ def show_plan(config: OpdlmConfig, console: Console, json_file: Path | None = No
     if json_file is not None:
         write_json(json_file, plan.plain())
         console.print(f"written: {json_file}", highlight=False, soft_wrap=True)
-    state = "holds a run (needs --resume)" if (Path(config.run.dir) / "checkpoints").exists() else "is free"
+    state = "holds a run (needs --resume)" if holds_run(Path(config.run.dir)) else "is free"
     console.print(f"nothing was started; the run directory {state}", highlight=False)
 
 

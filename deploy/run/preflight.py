@@ -42,7 +42,7 @@ def preflight(config: OpdlmConfig) -> Preflight:
     """Checks a config against the files that it names.
 
     Raises:
-        OpdlmError: the first thing that cannot be right, in one line per mistake.
+        OpdlmError: what the first failing check found, one line per mistake.
     """
     check_job_paths(config)
     teacher = read_facts(config.model.teacher)
@@ -94,15 +94,15 @@ def prepare_student(config: OpdlmConfig) -> str:
 
 def _longest_prompt(config: OpdlmConfig, teacher: ModelFacts, student: ModelFacts) -> int:
     """Longest prompt that leaves room for a whole response, to the end of its last block, in both models."""
-    room = config.rollout.max_new_tokens
-    if evaluated_tasks(config) and (config.evaluation.every_rounds or config.evaluation.final_problems):
-        room = max(room, config.evaluation.max_new_tokens)
+    room, setting = config.rollout.max_new_tokens, "rollout.max_new_tokens"
+    evaluates = evaluated_tasks(config) and (config.evaluation.every_rounds or config.evaluation.final_problems)
+    if evaluates and config.evaluation.max_new_tokens > room:
+        room, setting = config.evaluation.max_new_tokens, "evaluation.max_new_tokens"
     context = min(teacher.context, student.context)
     longest = context - room - (config.rollout.block_size - 1)
     if longest < 1:
         raise ConfigError(
-            f"rollout.max_new_tokens: found {room} (with evaluation.max_new_tokens); the model's context of "
-            f"{context} tokens leaves no room for a prompt"
+            f"{setting}: found {room}; the model's context of {context} tokens leaves no room for a prompt"
         )
     return longest
 
@@ -160,5 +160,5 @@ def _check_grid(config: OpdlmConfig, student: ModelFacts) -> None:
         if theirs is not None and theirs != found:
             raise ConfigError(
                 f"rollout.{field}: found {found!r}, but the student {student.folder} was made for {theirs!r}; "
-                f"set rollout.{field} to that, or convert the teacher anew"
+                f"set rollout.{field} to that, or convert the teacher again"
             )

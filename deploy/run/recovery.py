@@ -1,4 +1,4 @@
-"""What happens in a run when something dies, is lost or comes too late. The loops (`loops.py`) do not show it.
+"""What happens in a run when something dies, is lost or comes too late, so that `loops.py` need not show it.
 
 a rollout or teacher actor dies     its call goes to another actor (`actors/pool.py`)
 a call fails                        `Repetition` repeats it, `resources.sample_attempts` times in all
@@ -38,9 +38,9 @@ log = logging.getLogger("opdlm.recovery")
 _HEARTBEAT_SECONDS = 10.0
 """Longest time between two signs of the driver's life to the learner."""
 _PATIENCE_SECONDS = 60.0
-"""For an answer of the queue, which is never busy."""
+"""Longest wait for an answer of the queue, which is never busy for long."""
 _LOST_PAUSE_SECONDS = 10.0
-"""Between two requests for lost weights."""
+"""Longest wait for lost weights before the call that needs them is tried again."""
 NO_SIGN = "(resources.call_timeout_seconds); is there room in the cluster for its ranks?"
 
 
@@ -138,12 +138,12 @@ class Repetition:
 async def learner_events(
     queue: Any, limit_seconds: float
 ) -> AsyncIterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
-    """Yields events of the learner with the queue's state, at least every few seconds, until the learner has ended.
+    """Yields the learner's events and the queue's state, at least every 10 seconds, until the learner has ended.
 
-    Asking for the next ones tells the queue that the events before were written.
+    Each request for events tells the queue that those of the request before were written.
 
     Raises:
-        LearnerSilent: for `limit_seconds` the learner neither told of anything nor waited for samples.
+        LearnerSilent: for `limit_seconds` the learner neither sent an event nor waited for samples.
     """
     heard = time.monotonic()
     while (events := await queue.take_events.remote(min(_HEARTBEAT_SECONDS, limit_seconds))) is not None:
@@ -153,7 +153,7 @@ async def learner_events(
         if events or waits:
             heard = time.monotonic()
         elif time.monotonic() - heard > limit_seconds:
-            raise LearnerSilent(f"learner: it neither trains nor waits for samples since {limit_seconds:g} s {NO_SIGN}")
+            raise LearnerSilent(f"learner: it has not trained or waited for samples for {limit_seconds:g} s {NO_SIGN}")
 
 
 async def survive_queue_deaths(

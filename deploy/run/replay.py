@@ -30,7 +30,7 @@ _WHERE = {
 
 
 class ReplaySource:
-    """Samples of a run out of the files of an earlier one. No weights are needed: what was decoded was decoded.
+    """Reads the samples of a run from the files of an earlier run. Nothing is decoded, so no weights are needed.
 
     Args:
         folder: where the files are, on every node.
@@ -44,7 +44,7 @@ class ReplaySource:
         self._per_reference = per_reference
 
     async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], int]:
-        """Where the samples are, in order, and the oldest weight version among them, once they are read.
+        """Reads the samples; returns their references, in order, and the oldest weight version among them.
 
         The arrays go from the disk to the object store in a task; they never pass through this process.
         """
@@ -60,7 +60,7 @@ class ReplaySource:
 def check_replay(
     config: OpdlmConfig, folder: Path, teacher: ModelFacts, schedule: TrainingSchedule, data_digest: str
 ) -> None:
-    """Whether a run can be trained on saved rollouts. Objective, optimizer and learner may be others.
+    """Checks that a run can train on saved rollouts. Objective, optimizer and learner may differ from the saved run's.
 
     Raises:
         ConfigError: rounds or samples are missing, or what a trajectory or its targets depend on differs.
@@ -74,7 +74,8 @@ def check_replay(
     if missing:
         raise ConfigError(
             f"run.replay: {folder} lacks {len(missing)} of the run's {schedule.rounds} rounds, the first is "
-            f"{files[missing[0]].name}; run.rounds {missing[0]} would do with what is there"
+            f"{files[missing[0]].name}"
+            + (f"; run.rounds {missing[0]} would do with what is there" if missing[0] else "")
         )
     facts = facts_of(config, teacher.vocab_size, data_digest, weights_fingerprint(teacher.folder))
     hidden_size = read_config(config.model.teacher).hidden_size
@@ -90,7 +91,7 @@ def _check_facts(file: Path, held: RolloutFacts, ours: RolloutFacts) -> None:
     before, now = asdict(held), asdict(ours)
     differing = [f"{_WHERE[key]} was {before[key]!r}, is now {now[key]!r}" for key in now if before[key] != now[key]]
     if differing:
-        raise ConfigError(f"run.replay: {file} is of another run: {', '.join(differing)}; these must agree")
+        raise ConfigError(f"run.replay: {file} belongs to another run: {', '.join(differing)}; these must agree")
 
 
 def _check_samples(
@@ -129,5 +130,5 @@ def _check_targets(file: Path, header: RoundHeader, config: OpdlmConfig, hidden_
         )
     if header.facts.targets == "topk" and narrowest < config.objective.top_k:
         raise ConfigError(
-            f"objective.top_k: found {config.objective.top_k}; {file} holds {narrowest} tokens a position"
+            f"objective.top_k: found {config.objective.top_k}; {file} holds {narrowest} tokens per position"
         )

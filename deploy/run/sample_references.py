@@ -14,13 +14,13 @@ from collections import deque
 from opdlm.common.samples import SampleRef
 
 _GRACE_SECONDS = 10.0
-"""Between a checkpoint that covers a sample and the release here: the borrowers let go at once, but by message."""
+"""Time from a checkpoint that covers a sample to its release here, so that the borrowers' releases arrive first."""
 
 
 class SampleReferences:
     """Holds references from when samples are made until a checkpoint covers them, and `grace_seconds` longer.
 
-    The replay queue holds them as long, so nothing lives longer because of this than the grace.
+    The replay queue holds them until the checkpoint too, so this lengthens a sample's life only by the grace time.
     """
 
     def __init__(self, prompts_per_round: int, grace_seconds: float = _GRACE_SECONDS) -> None:

@@ -174,7 +174,8 @@ def given_trajectory(
 
     A finished response is filled up with its end-of-sequence token. A response that goes on after the limit shows its
     own next tokens, without a loss on them. A response that stops without an end-of-sequence token ends with its last
-    whole block, so that the student never sees a false end.
+    whole block, so that the student sees no false end; if it is shorter than its first block, the block is filled up
+    with end-of-sequence tokens that have no loss.
 
     Args:
         response: `[R] int32`; tokens after its first end-of-sequence token are left out.

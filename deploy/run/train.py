@@ -6,7 +6,7 @@
     learn     whole rounds of the queue   optimizer steps, new weights, checkpoints         a whole round
               (Ray Train's processes)
     push      new weights of the queue    every rollout actor loads them, evaluation,       a new weight version
-                                          the slots of the rounds behind them are free
+                                          the slots of trained rounds become free
     record    the learner's events        metrics.jsonl, TensorBoard, the terminal          an event
 
     produce ──samples──► queue ──rounds──► learn ──weights──► push ──free slots──► produce

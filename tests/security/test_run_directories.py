@@ -102,9 +102,9 @@ def test_given_responses_with_pickles_in_their_metadata_are_refused(tmp_path, ma
     expected = Recipe("t", "p", 4, 1.0, 0)
     file = tmp_path / "responses.parquet"
     file.write_bytes(malicious_pickle)
-    with pytest.raises(ConfigError, match=r"offline.cache: .* is not a file of teacher responses of ours"):
+    with pytest.raises(ConfigError, match=r"offline.cache: .* is no file of teacher responses from opdlm"):
         read_responses(file, expected)
     pq.write_table(table_with_pickles(malicious_pickle), file)
-    with pytest.raises(ConfigError, match=r"offline.cache: .* is not a file of teacher responses of ours") as caught:
+    with pytest.raises(ConfigError, match=r"offline.cache: .* is no file of teacher responses from opdlm") as caught:
         read_responses(file, expected)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what works, and the one line that says what does not.
+"""The command line as a user sees it: commands that work, and the one-line errors for mistakes.
 
 `pytest tests/deploy/cli/test_cli.py`
 """
@@ -25,7 +25,7 @@ runner = CliRunner()
 
 
 def opdlm(*arguments: object, code: int = 0) -> str:
-    """Runs the command line; its output with line breaks folded."""
+    """Runs the command line; returns its output with every line break and run of spaces as one space."""
     result = runner.invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
     text = " ".join(result.output.split())
     assert result.exit_code == code, f"exit code {result.exit_code}: {text} {result.exception!r}"
@@ -122,7 +122,7 @@ def test_given_students_are_checked(run_file, chain_teacher, tmp_path) -> None:
 
 
 def test_students_of_other_teachers(run_file, tmp_path) -> None:
-    """Another size is welcome; other token strings, and more context than the teacher has, are not."""
+    """A student may have another size, but no other token strings and no responses beyond the teacher's context."""
     for name, how in {
         "wide": {"hidden_size": 24},
         "other": {"alphabet": "0123456789*-=;"},
@@ -141,7 +141,7 @@ def test_students_of_other_teachers(run_file, tmp_path) -> None:
     assert "context of 128 tokens leaves no room" in with_student("long", "rollout.max_new_tokens=130", code=2)
 
 
-def test_what_an_extra_needs_is_named(run_file, chain_teacher, tmp_path, monkeypatch) -> None:
+def test_a_missing_package_is_named_with_its_extra(run_file, chain_teacher, tmp_path, monkeypatch) -> None:
     installed = {"vllm": None, "accelerate": None, "nixl": None, "peft": None, "wandb": None}
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: installed.get(n, find_spec(n, *a)))
@@ -176,7 +176,7 @@ def test_teacher_without_tokenizer(run_file, chain_teacher, tmp_path) -> None:
 
 
 def test_pretrain_convert_generate_eval(tmp_path) -> None:
-    """The life of a small model, from scratch to text."""
+    """A small model from random weights to generated text."""
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     size = ("--hidden-size", 16, "--layers", 1, "--heads", 2, "--steps", 3, "--batch-size", 4)
     assert "exact match on 500 held-out problems: 0.0%" in opdlm("pretrain", teacher, "--task", "chain", *size)

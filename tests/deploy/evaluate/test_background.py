@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from opdlm.common.config import config_from_dict
-from opdlm.common.errors import ConfigError, WeightsLost
+from opdlm.common.errors import ConfigError, OpdlmError, WeightsLost
 from opdlm.common.types import WeightHandle
 from opdlm.deploy.cluster.placement import demands
 from opdlm.deploy.evaluate.background import MOST_WAITING, BackgroundEvaluations
@@ -29,7 +29,7 @@ def never(given: WeightHandle, error: WeightsLost) -> None:
 
 
 class Evaluator:
-    """Evaluates when it is told to; notes what it began and ended, and how many were in work together."""
+    """Ends an evaluation when `may_end` is released; records what began and ended, and the most that ran at once."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.begun: list[int] = []
@@ -52,7 +52,7 @@ async def _let_others_run() -> None:
         await asyncio.sleep(0)
 
 
-def test_all_are_done_one_at_a_time_in_order_and_a_full_line_makes_the_next_wait() -> None:
+def test_evaluations_run_one_at_a_time_in_order_and_a_full_queue_makes_the_next_wait() -> None:
     async def scenario() -> None:
         evaluator = Evaluator()
         spare = BackgroundEvaluations(evaluator, never)
@@ -73,7 +73,7 @@ def test_all_are_done_one_at_a_time_in_order_and_a_full_line_makes_the_next_wait
     asyncio.run(scenario())
 
 
-def test_a_version_whose_weights_died_is_a_gap_and_the_next_one_is_evaluated() -> None:
+def test_a_version_whose_weights_are_lost_is_a_gap_and_the_next_one_is_evaluated() -> None:
     async def scenario() -> None:
         evaluated, gaps = [], []
 
@@ -92,7 +92,7 @@ def test_a_version_whose_weights_died_is_a_gap_and_the_next_one_is_evaluated() -
     asyncio.run(scenario())
 
 
-def test_a_failure_ends_the_run_and_begins_no_other() -> None:
+def test_a_failure_ends_the_run_and_no_later_evaluation_starts() -> None:
     async def scenario() -> None:
         evaluator = Evaluator(fail_at=0)
         spare = BackgroundEvaluations(evaluator, never)
@@ -100,17 +100,17 @@ def test_a_failure_ends_the_run_and_begins_no_other() -> None:
         await spare.submit(handle(1))
         evaluator.may_end.release()
         await _let_others_run()
-        with pytest.raises(RuntimeError, match="version 0 broke"):
+        with pytest.raises(OpdlmError, match="version 0 broke"):
             await spare.submit(handle(2))
-        with pytest.raises(RuntimeError, match="version 0 broke"):
+        with pytest.raises(OpdlmError, match="version 0 broke"):
             await spare.finish()
         assert evaluator.begun == [0]
 
     asyncio.run(scenario())
 
 
-def test_the_run_goes_on_to_its_end_while_the_first_evaluation_is_in_work(tmp_path) -> None:
-    """The real driver and queue: all rounds are decoded and trained before the evaluator may answer once."""
+def test_the_run_goes_on_to_its_end_during_the_first_evaluation(tmp_path) -> None:
+    """With the real loops and queue, all rounds are trained before the first evaluation may end."""
 
     async def scenario() -> None:
         run = FakeRun(tmp_path, 0, Rollout(), Teacher())
@@ -142,7 +142,7 @@ def test_the_run_goes_on_to_its_end_while_the_first_evaluation_is_in_work(tmp_pa
     asyncio.run(scenario())
 
 
-def test_spare_actors_are_asked_for_like_rollout_actors() -> None:
+def test_spare_actors_get_the_resources_of_rollout_actors() -> None:
     sizes = {"rollout": {"cpus_per_actor": 2, "gpus_per_actor": 0.5}}
     config = config_from_dict(BASE | sizes | {"evaluation": {"every_rounds": 5, "actors": 3}})
     assert ("evaluation", 3, 2) in demands(config)["CPU"]

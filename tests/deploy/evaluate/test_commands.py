@@ -32,7 +32,7 @@ def _write(file: Path, rows: list[dict]) -> Path:
 
 
 def test_data_with_answers(student, tmp_path) -> None:
-    """References made from the student's own greedy answers: the table must say just how many are right."""
+    """The references are the student's own greedy answers. The first one is changed, so 3 of 4 answers are right."""
     decoder = CheckpointDecoder(student)
     blank = _write(tmp_path / "blank.jsonl", [{"prompt": p, "answer": ""} for p in PROMPTS])
     requests = open_questions(QuestionOptions(None, blank), decoder).requests(12)
@@ -87,7 +87,7 @@ def test_sweep_writes_beside_the_checkpoint(student) -> None:
     assert {"sweep.png", "sweep.json"} <= {file.name for file in student.parent.iterdir()}
 
 
-def test_mistakes(student, chain_teacher, tmp_path) -> None:
+def test_mistakes_are_named(student, chain_teacher, tmp_path) -> None:
     good = _write(tmp_path / "good.jsonl", [{"prompt": "1+2=", "answer": "3"}])
     bad = _write(tmp_path / "bad.jsonl", [{"prompt": "1+2=", "answer": "3"}, {"prompt": "1", "answer": None}])
     for command, arguments, message in [

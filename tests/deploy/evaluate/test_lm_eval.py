@@ -1,4 +1,4 @@
-"""lm-eval itself over our decoders, on a local task. `pytest tests/deploy/evaluate/test_lm_eval.py`"""
+"""The real lm-eval with our decoders, on a local task. `pytest tests/deploy/evaluate/test_lm_eval.py`"""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def student(chain_teacher, tmp_path_factory) -> Path:
 
 
 def asked(contexts: list[str], **gen_kwargs: object) -> list[Instance]:
-    """Requests as lm-eval makes them of documents."""
+    """Requests as lm-eval builds them from documents."""
     return [
         Instance("generate_until", {}, (context, dict(gen_kwargs)), i, metadata=("chain_local", i, 1))
         for i, context in enumerate(contexts)
@@ -43,7 +43,7 @@ def asked(contexts: list[str], **gen_kwargs: object) -> list[Instance]:
 
 
 def direct(folder: Path, limit: int = LIMIT, **settings: object) -> list[str]:
-    """The same prompts decoded without lm-eval, uncut."""
+    """The responses to PROMPTS, decoded without lm-eval and not cut at stop strings."""
     decoder = CheckpointDecoder(folder)
     requests = [_request(decoder, i, limit) for i in range(len(PROMPTS))]
     answers = decoder.answer(requests, replace(decoder.base, **settings), 4)
@@ -55,10 +55,10 @@ def _request(decoder: CheckpointDecoder, i: int, limit: int) -> RolloutRequest:
     return RolloutRequest(i, str(i), decoder.encode(PROMPTS[i]), limit, seed=i)
 
 
-def test_generate_until_is_direct_decoding_with_the_settings_that_were_asked_for(student) -> None:
+def test_generate_until_gives_what_direct_decoding_gives_with_the_same_settings(student) -> None:
     model = get_model("opdlm").create_from_arg_string(
         f"pretrained={student},strategy=low_confidence_dynamic,threshold=0.3,block_size=8,batch_size=4",
-        {"batch_size": 1, "device": "cuda:0", "max_batch_size": None},  # what the plain command always passes
+        {"batch_size": 1, "device": "cuda:0", "max_batch_size": None},  # lm-eval's own command always passes these
     )
     assert (type(model), model.batch_size, model.max_new_tokens) == (OpdlmLM, 4, 256)
     texts = model.generate_until(asked(PROMPTS, until=[], max_gen_toks=LIMIT), disable_tqdm=True)
@@ -74,7 +74,7 @@ def test_each_request_keeps_its_own_limit_and_stop_strings(student) -> None:
     whole = direct(student, strategy="sequential")
     stop = whole[0][3:5]
     first = asked(PROMPTS[:1], until=[stop, "never"], max_gen_toks=LIMIT)
-    rest = asked(PROMPTS[1:])  # neither in the task: the model's own limit
+    rest = asked(PROMPTS[1:])  # the task sets neither, so the model's own limit holds
     texts = model.generate_until([*first, *rest], disable_tqdm=True)
     assert texts[0] == whole[0].split(stop)[0] != whole[0]
     assert texts[1:] == direct(student, 7, strategy="sequential")[1:]
@@ -88,7 +88,7 @@ def test_a_stop_string_that_is_a_special_token_stops_too(student) -> None:
     assert model._text(ids, [tokenizer.pad_token]) == "1+2"
 
 
-def test_sampling_and_what_is_not_there(student, chain_teacher) -> None:
+def test_sampling_and_unsupported_options(student, chain_teacher) -> None:
     model = OpdlmLM(str(student))
     sampled = asked(PROMPTS, do_sample=True, temperature=1.0, top_k=3, max_gen_toks=LIMIT)
     texts = model.generate_until(sampled, disable_tqdm=True)
@@ -118,7 +118,7 @@ def test_likelihoods_are_refused_with_the_reason(student, chain_teacher) -> None
             getattr(OpdlmLM(str(chain_teacher)), method)([])
 
 
-def test_mistakes_in_model_args(student) -> None:
+def test_mistakes_in_model_args_are_named(student) -> None:
     for arguments, message in [
         ({"blok_size": 4}, "model_args: blok_size: unknown; did you mean `block_size`?"),
         ({"strategy": "best"}, "model_args: strategy: found 'best'; known: low_confidence_static"),
@@ -185,7 +185,7 @@ def own_data_cache(tmp_path_factory, monkeypatch) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_task_index() -> Iterator[None]:
-    """lm-eval reads its 14,000 task files at each `TaskManager()`, some 9 s: here once a folder."""
+    """Shares one `TaskManager` per folder: each one reads lm-eval's 14,000 task files, which takes about 9 s."""
     made: dict[str, TaskManager] = {}
 
     def shared(include_path: str | None = None, **others: object) -> TaskManager:
@@ -247,7 +247,7 @@ def test_without_the_package_the_error_names_the_extra(student, monkeypatch) -> 
 
 @pytest.mark.ray
 def test_actors_give_what_one_process_gives(ray_cluster, student, chain_teacher, task_folder, tmp_path) -> None:
-    """The harness over two rollout actors; and the teacher actors' answers of an AR checkpoint."""
+    """lm-eval runs on two rollout actors; an AR checkpoint answers on a teacher actor."""
     file = tmp_path / "results.json"
     local = ("--lm-eval", "chain_local", "--include-path", task_folder, "--batch-size", 2)
     text = opdlm("eval", student, *local, "--actors", 2, "--output", file)

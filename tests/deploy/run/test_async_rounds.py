@@ -1,4 +1,4 @@
-"""What asynchrony is worth, and what it must never cost, in simulated time.
+"""The speed of asynchronous rounds and the guarantees that they keep, in simulated time.
 
 The loops, the pools and the queue are the real ones. The time of a round is exact: see `tests/fakes/virtual_time.py`.
 Run it with `pytest tests/deploy/run/test_async_rounds.py`.
@@ -20,12 +20,12 @@ from tests.fakes import virtual_time
 from tests.fakes.simulated_run import Shape, SimulatedRun, Stages
 
 POOLS = [(1, 1), (2, 2), (4, 2)]
-"""Rollout actors, teacher actors."""
+"""Pairs of (rollout actors, teacher actors)."""
 
 
 @pytest.fixture(autouse=True, scope="module")
 def learner_as_a_coroutine():
-    """No thread and no object store: nothing has a time of its own."""
+    """Runs the learner without a thread and without an object store, so that only simulated time passes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("opdlm.actors.queue.actor.ray.put", lambda pack: pack)
         patch.setattr("opdlm.deploy.run.ending.in_daemon_thread", lambda fit: asyncio.ensure_future(fit()))
@@ -42,10 +42,11 @@ def seconds_per_round(shape: Shape, stages: Stages) -> float:
         return virtual_time.run(scenario(folder))
 
 
-def bound(stages: Stages, staleness: int) -> float:
-    """What no schedule can beat: a role does one thing at a time, and round r needs the weights of r - staleness.
+def lower_bound(stages: Stages, staleness: int) -> float:
+    """The least possible seconds per round.
 
-    A rollout actor that takes weights does not decode.
+    A role does one thing at a time, and round r needs the weights of round r - staleness. A rollout actor does not
+    decode while it loads weights.
     """
     if staleness == 0:
         return stages.total
@@ -62,14 +63,14 @@ def test_strictly_on_policy_a_round_takes_the_sum_of_its_stages(stages, rollouts
 @pytest.mark.parametrize(("rollouts", "teachers"), POOLS)
 @pytest.mark.parametrize("staleness", [1, 2])
 @pytest.mark.parametrize("stages", [Stages(10, 3, 5, 0.5), Stages(5, 10, 3, 0.5), Stages(3, 5, 10, 0.5)])
-def test_beside_each_other_a_round_takes_its_slowest_stage(stages, staleness, rollouts, teachers) -> None:
+def test_with_overlap_a_round_takes_as_long_as_its_slowest_stage(stages, staleness, rollouts, teachers) -> None:
     took = seconds_per_round(Shape(staleness, 36, 16, rollouts, teachers), stages)
     assert 0.999 * 10 <= took <= 1.1 * 10
 
 
 @pytest.mark.parametrize(("rollouts", "teachers"), POOLS)
 def test_equal_stages_need_a_staleness_of_two_or_small_calls(rollouts, teachers) -> None:
-    """Three stages, one after the other, of two rounds on the way: one of three roles always waits."""
+    """At staleness 1 two rounds are in progress at once, too few to keep three roles busy: one always waits."""
     equal, n = Stages(1, 1, 1, 0.05), 32
     assert seconds_per_round(Shape(2, 36, n, rollouts, teachers), equal) <= 1.1
     assert seconds_per_round(Shape(1, 36, n, rollouts, teachers), equal) == pytest.approx(equal.total / 2)
@@ -78,15 +79,15 @@ def test_equal_stages_need_a_staleness_of_two_or_small_calls(rollouts, teachers)
 
 
 @pytest.mark.parametrize(("rollouts", "teachers"), POOLS)
-def test_a_push_waits_for_a_decode_or_goes_beside_it(rollouts, teachers) -> None:
+def test_a_push_waits_for_decoding_or_overlaps_it(rollouts, teachers) -> None:
     slow_push, n = Stages(10, 3, 5, 3), 16
-    for staleness, beside in ((1, slow_push.total / 2), (2, 10)):
+    for staleness, overlapped in ((1, slow_push.total / 2), (2, 10)):
         finish, keep_on = (
             seconds_per_round(Shape(staleness, 36, n, rollouts, teachers, (("on_new_weights", what),)), slow_push)
             for what in ("finish", "continue")
         )
         assert finish == pytest.approx(13)
-        assert keep_on == pytest.approx(beside)
+        assert keep_on == pytest.approx(overlapped)
 
 
 @given(
@@ -96,11 +97,11 @@ def test_a_push_waits_for_a_decode_or_goes_beside_it(rollouts, teachers) -> None
     pools=st.sampled_from(POOLS),
 )
 @settings(max_examples=40, deadline=None)
-def test_no_schedule_would_be_a_tenth_faster(durations, push, staleness, pools) -> None:
+def test_a_round_takes_at_most_a_tenth_longer_than_the_lower_bound(durations, push, staleness, pools) -> None:
     stages = Stages(*durations, push * max(durations))
-    # The steady state repeats itself every staleness + 1 rounds; 24 rounds are whole repeats.
+    # The steady state repeats every staleness + 1 rounds, so the 24 rounds that are measured are whole repeats.
     took = seconds_per_round(Shape(staleness, 48, 8, *pools), stages)
-    best = bound(stages, staleness)
+    best = lower_bound(stages, staleness)
     assert 0.98 * best <= took <= 1.1 * best
 
 
@@ -122,20 +123,20 @@ DEATHS = st.lists(st.sampled_from(["nowhere", "nowhere", "taken", "trained", "pu
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=120, deadline=None)
-def test_every_sample_once_whatever_dies(
+def test_every_sample_is_trained_once_whatever_dies(
     n, rounds, staleness, pools, call, every, on_new_weights, faults, deaths, stops, seed
 ) -> None:
-    """Failed and repeated calls, actors that die, a learner that goes back to its checkpoint, stops and resumes.
+    """Calls fail and are repeated, actors die, the learner goes back to its checkpoint, the run stops and resumes.
 
-    In every surviving history each sample is trained once, in its round; the slots are never exceeded (the fakes check
-    at every decode and every train); no weights are older than allowed.
+    Each sample is trained once, in its round, no more slots are used than there are (the fakes check this at every
+    decode and every train), and no weights are older than allowed.
     """
     remaining, learner_dies, chance = iter(faults), iter(deaths), random.Random(seed)
     trained: dict[int, list[int]] = {}
     decoded: list[tuple[int, int]] = []
 
     async def life(folder: str, first_round: int, stop_at: float | None) -> int:
-        dead: set[str] = set()  # never the last of its kind
+        dead: set[str] = set()  # the last actor of a pool never dies
 
         def fault(name: str) -> None:
             what, role = next(remaining, "none"), name.split("-")[0]

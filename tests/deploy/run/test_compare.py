@@ -1,4 +1,4 @@
-"""Objectives side by side: which runs, what the comparison says. `pytest tests/deploy/run/test_compare.py`"""
+"""`opdlm compare`: which runs it makes, and what its comparison says. `pytest tests/deploy/run/test_compare.py`"""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ def base(teacher: Path, **sections) -> OpdlmConfig:
 
 
 def fake_run(score_of):
-    """Stands in for `train`: writes the records that a run with these scores would, and its report."""
+    """Stands in for `train`: writes the records and the report that a run with these scores would write."""
 
     def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
         folder = Path(config.run.dir)
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(dump_config(absolute_paths(config)))
-        telemetry = RunRecords(folder, Listener(), parameters=(10, 10))
+        records = RunRecords(folder, Listener(), parameters=(10, 10))
 
         def evaluate(row: str, version: int, scores: dict[str, float]) -> None:
             by_task = {t: {"exact_match": s, "token_match": s, "tokens_per_step": 2.0} for t, s in scores.items()}
-            telemetry.evaluated(row, version, EvaluationResult(10, 0.5, 2.0, 9.0, by_task))
+            records.evaluated(row, version, EvaluationResult(10, 0.5, 2.0, 9.0, by_task))
 
         evaluate(report.TEACHER, 0, dict.fromkeys(TASKS, 1.0))
         evaluate(report.BEFORE, 0, dict.fromkeys(TASKS, 0.0))
         evaluate(report.PERIODIC, 0, dict.fromkeys(TASKS, 0.0))
-        telemetry.learned([ROUND | {"round": 1, "step": 1}], QUEUE)
+        records.learned([ROUND | {"round": 1, "step": 1}], QUEUE)
         scores = score_of(config)
         for row in (report.STATIC, report.DYNAMIC):
             evaluate(row, 1, scores)
-        telemetry.close()
+        records.close()
         report.write_report(folder)
         return 0
 
     return train
 
 
-def test_runs_what_is_missing_and_compares(monkeypatch, tmp_path, chain_teacher) -> None:
+def test_missing_runs_are_made_and_compared(monkeypatch, tmp_path, chain_teacher) -> None:
     trained: list[OpdlmConfig] = []
 
     def score_of(config: OpdlmConfig) -> dict[str, float]:
@@ -96,10 +96,10 @@ def test_runs_what_is_missing_and_compares(monkeypatch, tmp_path, chain_teacher)
     stopped = json.loads(report_file.read_text())
     del stopped["by_task"][report.DYNAMIC]
     report_file.write_text(json.dumps(stopped))
-    assert not compare_job._is_done(report_file.parent), "a run without its last evaluation goes on"
+    assert not compare_job._is_done(report_file.parent), "a run without its last evaluation is resumed"
 
 
-def test_mistakes_are_told_before_any_run(monkeypatch, tmp_path, chain_teacher) -> None:
+def test_mistakes_are_named_before_any_run(monkeypatch, tmp_path, chain_teacher) -> None:
     def train(*_):
         raise AssertionError("a run was started")
 

@@ -27,7 +27,7 @@ def test_a_failing_role_ends_the_run_with_its_error(tmp_path) -> None:
 
 @pytest.mark.parametrize("queue_dies", [False, True])
 def test_a_learner_that_hangs_after_another_loop_has_failed_is_not_waited_for(tmp_path, queue_dies, caplog) -> None:
-    """The last teacher is gone; the learner, told to stop, neither ends nor is heard of."""
+    """Every teacher call fails. The learner is told to stop, but neither ends nor reports anything."""
     hangs = threading.Event()
 
     async def scenario() -> None:
@@ -82,7 +82,7 @@ def test_a_stop_does_not_wait_for_what_is_being_decoded(tmp_path) -> None:
     asyncio.run(scenario())
 
 
-def test_metrics_that_cannot_be_written_end_the_run_and_hold_up_nobody(tmp_path) -> None:
+def test_metrics_that_cannot_be_written_end_the_run_without_blocking_the_learner(tmp_path) -> None:
     async def scenario() -> None:
         run = FakeRun(tmp_path, 0, Rollout(), Teacher())
 

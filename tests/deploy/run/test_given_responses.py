@@ -36,7 +36,7 @@ from tests.tiny import EOS, MASK, VOCABULARY, request, save_teacher, tiny_model
 def test_a_given_response_fills_its_last_block_with_end_tokens(kind, prompt_length) -> None:
     grid = BlockGrid(4, kind)
     made = given_trajectory(3, "p", np.arange(prompt_length), np.array([7, 8, 9, EOS, 5]), 99, [EOS], grid, version=2)
-    assert made.response.tolist() == [7, 8, 9, EOS]  # what lies behind the end is left out
+    assert made.response.tolist() == [7, 8, 9, EOS]  # tokens after the end are left out
     assert (made.finish_reason, made.weight_version, made.index) == ("eos", 2, 3)
     assert (prompt_length + grid.offset(prompt_length) + len(made.response_ids)) % 4 == 0
     assert set(made.response_ids[4:].tolist()) <= {EOS}
@@ -50,10 +50,10 @@ def test_a_cut_response_never_shows_a_false_end(kind, prompt_length, limit) -> N
     response = np.array([7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, EOS])
     made = given_trajectory(3, "p", prompt, response, limit, [EOS], grid, version=2)
     assert (made.finish_reason, made.response_length) == ("length", limit)
-    assert made.response_ids.tolist() == response[: len(made.response_ids)].tolist(), "the fill is what came next"
+    assert made.response_ids.tolist() == response[: len(made.response_ids)].tolist(), "the fill continues the response"
     unknown = given_trajectory(3, "p", prompt, response[:11], 11, [EOS], grid, version=2)
     assert unknown.finish_reason == "length"
-    assert 8 <= unknown.response_length == len(unknown.response_ids) <= 11, "to the last whole block"
+    assert 8 <= unknown.response_length == len(unknown.response_ids) <= 11, "it ends with its last whole block"
     assert EOS not in unknown.response_ids
 
 
@@ -95,7 +95,7 @@ def _source(prompts, kind: str, teachers=None) -> GivenSource:
     return GivenSource(config, scoring, PromptOrder(prompts, 0, 1), responses, VOCABULARY, [EOS])
 
 
-def test_off_policy_samples_are_scored_and_belong_to_the_version_of_the_moment() -> None:
+def test_off_policy_samples_are_scored_and_belong_to_the_current_version() -> None:
     prompts = [Prompt(str(i), request(3, i).prompt_ids, response=np.array([4, 5, i, EOS])) for i in (6, 7, 8)]
     asked: list[tuple] = []
 
@@ -115,7 +115,7 @@ def test_off_policy_samples_are_scored_and_belong_to_the_version_of_the_moment()
 
 
 class Teachers:
-    """Answers as a tiny teacher does; fails at some calls."""
+    """Answers with a tiny teacher. The calls in `fail_at`, counted from 1, fail."""
 
     def __init__(self, fail_at: tuple[int, ...] = ()) -> None:
         self.model, self.calls, self.fail_at = tiny_model(vocab_size=17), 0, fail_at
@@ -130,7 +130,7 @@ class Teachers:
 
 @pytest.fixture
 def cached(tmp_path):
-    """A config with a cache of answers by a tiny teacher, and what made it."""
+    """A config whose cache holds the responses of a tiny teacher, the prompts, and the responses."""
     save_teacher(tmp_path / "teacher")
     config = _config(
         model={"teacher": str(tmp_path / "teacher")},
@@ -155,20 +155,22 @@ def test_the_cache_gives_back_what_the_teacher_said(cached) -> None:
     assert list(offline.cache_file(config).parent.iterdir()) == [offline.cache_file(config)]
 
 
-def test_a_cache_of_something_else_is_refused(cached) -> None:
+def test_a_cache_of_another_recipe_is_refused(cached) -> None:
     config, prompts, _ = cached
-    with pytest.raises(ConfigError, match=r"offline.cache: .* was made otherwise: prompts \(there 'digest', here 'o"):
+    with pytest.raises(
+        ConfigError, match=r"offline.cache: .* was made with other settings: prompts \(there 'digest', here 'o"
+    ):
         offline.known_responses(config, prompts, "other")
     file = offline.cache_file(config)
     other = replace(offline.response_recipe(config, "digest"), max_new_tokens=99)
     with pytest.raises(ConfigError, match=r"max_new_tokens \(there 12, here 99\); remove it"):
         offline.read_responses(file, other)
     file.write_bytes(b"nonsense")
-    with pytest.raises(ConfigError, match="is not a file of teacher responses of ours"):
+    with pytest.raises(ConfigError, match="is no file of teacher responses from opdlm"):
         offline.known_responses(config, prompts, "digest")
 
 
-def test_generation_retries_and_goes_on_where_it_was(cached, tmp_path) -> None:
+def test_generation_retries_and_keeps_the_chunks_that_are_answered(cached, tmp_path) -> None:
     config, prompts, expected = cached
     config = config.model_copy(
         update={"offline": config.offline.model_copy(update={"cache": str(tmp_path / "again.parquet")})}
@@ -196,7 +198,7 @@ def test_ends_inside_a_response_are_counted() -> None:
     assert offline.GivenResponses({"a": inner, "b": plain}, 0, False).cut_at_inner_end([EOS]) == 1
 
 
-def test_another_training_is_another_fingerprint(tmp_path) -> None:
+def test_other_weights_have_another_fingerprint(tmp_path) -> None:
     one, two = (save_teacher(tmp_path / str(seed), seed) for seed in (0, 1))
     assert weights_fingerprint(one) != weights_fingerprint(two)
     assert weights_fingerprint(one) == weights_fingerprint(save_teacher(tmp_path / "again", 0))
@@ -212,7 +214,7 @@ def test_sampling_at_a_temperature_is_seeded() -> None:
     assert drawn(1, 0.0) == drawn(2, 0.0)
 
 
-def test_the_folders_own_generation_settings_do_not_reshape_the_teacher() -> None:
+def test_generation_settings_in_the_folder_do_not_change_the_teachers_responses() -> None:
     model, prompts = tiny_model(), [request(4, i).prompt_ids for i in range(8)]
     plain = [r.tolist() for r in generate(model, prompts, 10, [EOS], 8)]
     model.generation_config.repetition_penalty = 1.9

@@ -1,4 +1,4 @@
-"""The loops of a run with fake actors: every sample once, in order. `pytest tests/deploy/run/test_loops.py`"""
+"""The loops of a run with fake actors train every sample once, in order. `pytest tests/deploy/run/test_loops.py`"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.fakes.actors import ROUNDS, FakeRun, N, Rollout, Teacher
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])
-def test_every_sample_once_in_order_and_fresh_enough(tmp_path, staleness) -> None:
+def test_every_sample_is_trained_once_in_order_and_never_too_stale(tmp_path, staleness) -> None:
     async def scenario() -> None:
         rollout = Rollout()
         run = FakeRun(tmp_path, staleness, rollout, Teacher())

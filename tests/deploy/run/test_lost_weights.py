@@ -1,6 +1,6 @@
 """Published weights whose holder, a rank of the learner, has died. `pytest tests/deploy/run/test_lost_weights.py`
 
-Fakes instead of Ray; real processes: `tests/system/test_weight_transport.py`.
+These tests use fakes instead of Ray; `tests/system/test_weight_transport.py` uses real processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOST, AGAIN = ["reference of a dead rank"], ["reference of its successor"]
 
 
 class Reader(Rollout):
-    """Reads from whom the handle names; `restarts`: loses what it had before each decoding."""
+    """Reads weights from their holder: when they are pushed, or, with `restarts`, before each decoding."""
 
     def __init__(self, restarts: bool) -> None:
         super().__init__()
@@ -38,14 +38,14 @@ class Reader(Rollout):
 
 
 def read(handle: WeightHandle) -> None:
-    """As an actor that has not the version yet."""
+    """Reads weights as an actor does that does not hold the version yet; raises if their holder is dead."""
     if handle.pack == LOST:
         lost = WeightsLost(f"weights of version {handle.version}: the owner has exited")
         raise RayTaskError("decode", f"Traceback ...\n{lost}", lost).as_instanceof_cause()
 
 
 def _learn(run: FakeRun, lost: int, comes_back: bool) -> None:
-    """A learner whose version `lost` dies once; its successor publishes it, or nothing."""
+    """A learner that loses version `lost` once, and after its restart publishes it again only if it `comes_back`."""
 
     ask = run.ask
     for version in range(ROUNDS + 1):
@@ -66,7 +66,7 @@ def _learn(run: FakeRun, lost: int, comes_back: bool) -> None:
 @pytest.mark.parametrize("restarts", [False, True])
 @pytest.mark.parametrize("lost", [0, 2, ROUNDS])
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_they_are_taken_when_the_learner_has_come_to_them_again(tmp_path, staleness, lost, restarts) -> None:
+def test_lost_weights_are_loaded_when_the_learner_has_published_them_again(tmp_path, staleness, lost, restarts) -> None:
     async def scenario() -> None:
         rollout = Reader(restarts)
         run = FakeRun(tmp_path, staleness, rollout, Teacher())
@@ -82,7 +82,7 @@ def test_they_are_taken_when_the_learner_has_come_to_them_again(tmp_path, stalen
         assert failures
 
 
-def test_an_evaluation_that_finds_them_lost_is_made_again(tmp_path) -> None:
+def test_an_evaluation_that_finds_its_weights_lost_is_repeated(tmp_path) -> None:
     async def scenario() -> None:
         run, evaluated = FakeRun(tmp_path, 0, Reader(True), Teacher()), []
 
@@ -97,7 +97,7 @@ def test_an_evaluation_that_finds_them_lost_is_made_again(tmp_path) -> None:
     asyncio.run(scenario())
 
 
-def test_weights_that_do_not_come_again_end_the_run(tmp_path) -> None:
+def test_weights_that_are_not_published_again_end_the_run(tmp_path) -> None:
     async def scenario() -> None:
         run = FakeRun(tmp_path, 0, Reader(False), Teacher(), timeout_seconds=0.5)
         message = r"weights of version 2: the owner has exited; not published again within 0\.5 s"

@@ -1,4 +1,4 @@
-"""`opdlm plan`: its figures, and the command as a user meets it. `pytest tests/deploy/run/test_plan.py`"""
+"""`opdlm plan`: its figures, and the command as a user sees it. `pytest tests/deploy/run/test_plan.py`"""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_mistakes_are_named(run_file, tmp_path) -> None:  # noqa: F811
     assert "model folder /no does not exist" in opdlm("plan", run_file, "--set", "model.teacher=/no", code=2)
 
 
-def test_the_plan_knows_lengths_and_the_mask_tokens_row(run_file) -> None:  # noqa: F811
+def test_the_plan_counts_the_longest_sequence_and_the_mask_tokens_row(run_file) -> None:  # noqa: F811
     plan = make_plan(load_config(run_file))
     student, teacher = (next(t.nbytes for t in plan.memory[i].terms if t.what == "weights") for i in (0, 1))
     # float32 against bfloat16, and the mask token's row of 16 in embedding and output matrix

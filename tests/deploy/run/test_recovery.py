@@ -15,7 +15,7 @@ from opdlm.deploy.observe.records import read_records
 from tests.fakes.actors import ROUNDS, FakeRun, N, Rollout, Teacher, value_of_sample
 
 
-def test_a_score_that_fails_is_tried_again_and_told(tmp_path) -> None:
+def test_a_score_that_fails_is_repeated_and_recorded(tmp_path) -> None:
     async def scenario() -> None:
         run = FakeRun(tmp_path, 0, Rollout(), Teacher(fail_at=N, times=2))
         await run.run()
@@ -29,8 +29,8 @@ def test_a_score_that_fails_is_tried_again_and_told(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_samples_whose_data_died_are_decoded_and_scored_again(tmp_path, staleness) -> None:
-    """Also in the last round, when nothing else is left to decode."""
+def test_samples_whose_data_is_lost_are_decoded_and_scored_again(tmp_path, staleness) -> None:
+    """This holds in the last round too, when nothing else is left to decode."""
 
     async def scenario() -> None:
         rollout = Rollout()
@@ -58,7 +58,7 @@ def test_a_learner_that_hangs_is_named(tmp_path) -> None:
         run = FakeRun(tmp_path, 0, Rollout(), Teacher(), timeout_seconds=0.2)
         hanging = threading.Event()
         try:
-            with pytest.raises(OpdlmError, match=r"learner: it neither trains nor waits for samples since 0\.2 s"):
+            with pytest.raises(OpdlmError, match=r"learner: it has not trained or waited for samples for 0\.2 s"):
                 await run.run(lambda: hanging.wait(60))
         finally:
             hanging.set()
@@ -67,7 +67,7 @@ def test_a_learner_that_hangs_is_named(tmp_path) -> None:
 
 
 def store_full() -> RayTaskError:
-    """As it arrives from an actor whose outputs found no room."""
+    """The error of a call whose outputs found no room in the object store, as the driver gets it."""
     return RayTaskError("score", "Traceback ...", OutOfDiskError("Local disk is full"))
 
 
@@ -108,7 +108,7 @@ def test_a_store_that_stays_full_ends_the_run(tmp_path, monkeypatch) -> None:
     asyncio.run(scenario())
 
 
-def test_a_push_that_fails_once_is_tried_again_and_one_that_always_fails_ends_the_run(tmp_path) -> None:
+def test_a_push_that_fails_is_repeated_and_one_that_fails_too_often_ends_the_run(tmp_path) -> None:
     class Forgetful(Rollout):
         def __init__(self, times: int) -> None:
             super().__init__()

@@ -20,10 +20,10 @@ N, ROUNDS = 16, 12
 
 
 class Sample:
-    """Something that can be watched going away."""
+    """An object that a weak reference can point to, to see when it is freed."""
 
 
-def test_samples_are_kept_until_their_grace_after_a_checkpoint_is_over():
+def test_samples_are_held_until_the_grace_time_after_a_checkpoint_is_over():
     references = SampleReferences(prompts_per_round=2, grace_seconds=0.05)
     samples = [Sample() for _ in range(4)]
     watched = [weakref.ref(sample) for sample in samples]
@@ -34,7 +34,7 @@ def test_samples_are_kept_until_their_grace_after_a_checkpoint_is_over():
     references.committed(0)
     references.committed(1)
     gc.collect()
-    assert all(sample() for sample in watched)  # the grace has only begun
+    assert all(sample() for sample in watched)  # the grace time has only begun
     time.sleep(0.06)
     references.committed(1)
     gc.collect()
@@ -78,7 +78,7 @@ def test_values_of_trained_samples_leave_the_drivers_memory(ray_cluster):
         samples = sample_refs(groups, 1, [(1, 1)] * N)
         references.hold(indices, samples)
         assert all(ray.get(queue.put.remote(indices, round_, samples)))
-        del groups, samples, done  # from here on only the queue and the references know them
+        del groups, samples, done  # from here on only the queue and `references` hold them
         assert ray.get(rank.train.remote(round_)) == N
         ray.get(queue.committed.remote(round_ + 1))
 
