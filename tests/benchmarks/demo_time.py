@@ -4,8 +4,7 @@
 
 Runs `opdlm train deploy/demo.yaml` and watches its processes. The parts of a round come from the run's records. CPU
 seconds are those that the kernel counts for each process; they are read twice a second, so the last half second of a
-process may be missing. `opdlm plan deploy/demo.yaml --rates runs/bench/demo` estimates what more rollout actors would
-change, and `runs/bench/demo/timeline.json` has every span of the run.
+process may be missing. `runs/bench/demo/timeline.json` has every span of the run.
 """
 
 from __future__ import annotations
