@@ -146,6 +146,7 @@ def _text(wheel: Path, name: str) -> str:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_an_actor_imports_the_checkout(install, hostile) -> None:
     """Ray puts the folder of the driver's script on the path of its workers, which start in the working directory."""
     installed = install(checkout)

@@ -57,6 +57,7 @@ def test_a_rollout_actor_and_a_teacher_actor_die(chain_teacher, whole, victims, 
     assert [r["role"] for r in records_of(run_dir, "actor_death")] == ["rollout", "teacher"]
 
 
+@pytest.mark.slow
 def test_a_learner_rank_dies(chain_teacher, whole, victims, tmp_path) -> None:
     """Ray Train restarts the ranks from the last checkpoint, and the queue gives them the same rounds again."""
     run_dir = tmp_path / "run"
