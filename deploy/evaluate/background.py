@@ -38,7 +38,6 @@ class BackgroundEvaluations:
 
     async def submit(self, handle: WeightHandle) -> None:
         """Adds a version; waits only where the queue is full. Raises `OpdlmError` if an earlier evaluation failed."""
-        self._raise_failure()
         await self._places.acquire()
         try:
             self._raise_failure()
