@@ -30,7 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> OpdlmConfig:
     """
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"run file: {file} does not exist; give a YAML file such as deploy/demo.yaml")
+        raise ConfigError(f"run file: {file} does not exist; give a YAML file such as `opdlm recipes demo` prints")
     try:
         raw = read_yaml(file)
     except OpdlmError as error:

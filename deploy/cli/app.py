@@ -16,10 +16,11 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 
+import opdlm
 from opdlm.common.errors import OpdlmError
+from opdlm.deploy.run.recipes import find_run_file
 
 app = typer.Typer(
-    help="Turn an autoregressive language model into a diffusion language model, on a Ray cluster.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
@@ -27,13 +28,39 @@ app = typer.Typer(
 out = Console()
 
 CheckpointFolder = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder in Hugging Face layout.")]
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file; see deploy/*.yaml.")]
+RunFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN.yaml",
+        help="Run file, or the name of a bundled one; `opdlm recipes` lists them.",
+        callback=lambda given: _run_file(given),
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting; repeatable.")
 ]
 
-
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"opdlm {opdlm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Turn an autoregressive language model into a diffusion language model, on a Ray cluster."""
+
+
+def _run_file(given: Path) -> Path:
+    with clear_errors():
+        return find_run_file(given)
 
 
 @contextlib.contextmanager

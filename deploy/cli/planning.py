@@ -1,4 +1,4 @@
-"""`opdlm plan`."""
+"""`opdlm plan`, `recipes`: what a run file will do, and the run files that come with the package."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from opdlm.deploy.cli.app import Overrides, RunFile, app, clear_errors, out
+from opdlm.deploy.run.recipes import read_recipe, recipes
 
 
 @app.command()
@@ -33,3 +36,27 @@ def plan(
         from opdlm.deploy.run.plan import show_plan
 
         show_plan(load_config(run, override or []), out, json_file)
+
+
+@app.command(name="recipes")
+def show_recipes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this one as it is.")] = None,
+) -> None:
+    """List the run files that come with the package, or print one, to be changed.
+
+    Every command that takes a run file takes these names too: `opdlm plan demo`.
+
+    Examples:
+
+        opdlm recipes
+
+        opdlm recipes one-gpu > mine.yaml
+    """
+    with clear_errors():
+        if name is not None:
+            print(read_recipe(name), end="")
+            return
+        table = Table.grid(padding=(0, 2))
+        for recipe, purpose in recipes().items():
+            table.add_row(recipe, Text(purpose))
+        out.print(table)

@@ -23,7 +23,7 @@ def trace(
         Path | None,
         typer.Option(help="Student folder. Default: RUN/student, else the newest checkpoint, else the start."),
     ] = None,
-    strategy: Annotated[Strategy | None, typer.Option(help="Remasking strategy. Default: the run's.")] = None,
+    strategy: Annotated[Strategy, typer.Option(help="Remasking strategy.")] = "low_confidence_dynamic",
     threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Threshold of low_confidence_dynamic. Default: the run's.")
     ] = None,
@@ -42,7 +42,7 @@ def trace(
 
         opdlm trace runs/demo
 
-        opdlm trace runs/demo --prompt '47+8-3=' --strategy low_confidence_dynamic --temperature 0
+        opdlm trace runs/demo --prompt '47+8-3=' --strategy low_confidence_static --temperature 0
     """
     with clear_errors():
         from opdlm.deploy.tools.trace.command import TraceOptions, run_trace
@@ -66,9 +66,11 @@ def scale(
     until the run ends; a resumed run has those of its run file. Learner workers need a resume: `opdlm train RUN.yaml
     --resume --set learner.workers=N`.
 
+    A local Ray has room for the actors that the run began with; give it more with `--set resources.local_cpus=12`.
+
     Example:
 
-        opdlm scale runs/demo --rollout 6 --teacher 2
+        opdlm scale runs/mine --rollout 3 --teacher 2
     """
     with clear_errors():
         from opdlm.deploy.cluster.scaling import request_scale

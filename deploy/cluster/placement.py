@@ -85,7 +85,7 @@ def check_demands(demanded: Demands, where: str) -> None:
         if asked > there + _TOLERANCE:
             raise ConfigError(
                 f"{where}: the run asks for {asked:g} {plural(kind)} ({terms(rows)}), the cluster has {there:g}; "
-                "lower the actor counts or add nodes"
+                "lower the actor counts, add nodes, or give a local Ray more (resources.local_cpus)"
             )
 
 

@@ -39,12 +39,15 @@ _SAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class TraceOptions:
-    """The options of the command line. None: the run's own setting."""
+    """The options of the command line. None: the run's own setting.
+
+    The strategy is not the run's: rollouts of `low_confidence_static` would not show how a finished student decodes.
+    """
 
     student: Path | None
     prompts: list[str]
     samples: int | None
-    strategy: Strategy | None
+    strategy: Strategy
     threshold: float | None
     temperature: float | None
     max_new_tokens: int | None

@@ -15,6 +15,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from opdlm import __version__
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.deploy.cli import app
@@ -57,6 +58,7 @@ COMMANDS = [
     "lm-eval",
     "trace",
     "plan",
+    "recipes",
     "scale",
 ]
 
@@ -66,6 +68,22 @@ def test_every_command_has_help_with_an_example(command) -> None:
     text = opdlm(command, "--help")
     assert f"opdlm {command} " in text
     assert "Example" in text
+
+
+def test_the_version_is_shown() -> None:
+    assert opdlm("--version") == f"opdlm {__version__}"
+
+
+def test_recipes_are_listed_and_printed() -> None:
+    assert "one-gpu All roles on one GPU" in opdlm("recipes")
+    assert opdlm("recipes", "demo").startswith("# The whole loop on two cores")
+    assert "recipe: found 'dmeo'; known: demo," in opdlm("recipes", "dmeo", code=2)
+
+
+def test_a_bundled_run_file_is_found_in_any_folder(chain_teacher, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "deploy/demo.yaml"):
+        assert "plan of runs/demo " in opdlm("plan", name, "--set", f"model.teacher={chain_teacher}")
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(run_file, tmp_path) -> None:
@@ -101,7 +119,9 @@ def test_mistakes_are_named_before_anything_starts(run_file, tmp_path, settings,
 
 
 def test_missing_run_file_and_empty_data(run_file, tmp_path) -> None:
-    assert "does not exist; give a YAML file such as deploy/demo.yaml" in opdlm("train", tmp_path / "no.yaml", code=2)
+    assert "does not exist; give a YAML file, or the name of a bundled one" in opdlm(
+        "train", tmp_path / "no.yaml", code=2
+    )
     (tmp_path / "empty.jsonl").touch()
     text = opdlm("train", run_file, "--set", "data.task=null", "--set", f"data.path={tmp_path}/empty.jsonl", code=2)
     assert "data: found no prompt to train on in" in text

@@ -9,15 +9,24 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from opdlm.common.checkpoint import save_checkpoint
 from opdlm.common.config import dump_config, load_config
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.load import load_model
+from opdlm.deploy.cli import app
 from opdlm.deploy.tools.trace.command import run_trace
 from opdlm.learner.lora import add_adapters, merged_parameters
 from tests.deploy.tools.trace.traced_run import make_run, options, page_data
+
+
+def test_dynamic_decoding_is_shown_whatever_the_rollouts_do(tmp_path, chain_teacher) -> None:
+    run = make_run(tmp_path, chain_teacher, "response")
+    done = CliRunner().invoke(app, ["trace", str(run), "--prompt", "12+3-4="])
+    assert done.exit_code == 0, done.output
+    assert page_data(run / "trace.html")["settings"]["strategy"] == "low_confidence_dynamic"
 
 
 def test_an_unfinished_run_shows_its_newest_checkpoint(tmp_path, chain_teacher) -> None:

@@ -16,7 +16,14 @@ from opdlm.deploy.tools.trace.command import TraceOptions
 
 
 def options(**changed) -> TraceOptions:
-    given = {"student": None, "prompts": [], "samples": None, "strategy": None, "threshold": None, "temperature": None}
+    given = {
+        "student": None,
+        "prompts": [],
+        "samples": None,
+        "strategy": "low_confidence_dynamic",
+        "threshold": None,
+        "temperature": None,
+    }
     return TraceOptions(**given | {"max_new_tokens": None, "top": 4, "out": None} | changed)
 
 
