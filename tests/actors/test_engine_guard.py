@@ -16,6 +16,7 @@ from opdlm.actors.teacher.actor import TeacherActor, start_teacher_actor
 from opdlm.common.config.schema import TeacherConfig
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.convert import convert_checkpoint
+from tests.patience import PATIENCE
 from tests.tiny import request, tiny_model, trajectory
 
 CONFIG = TeacherConfig(targets="logits", dtype="float32")
@@ -109,13 +110,13 @@ def test_actors_with_a_dead_engine_come_back_and_work(ray_cluster, chain_teacher
     rollout = start_rollout_actor("guarded-rollout", student, "float32", 1, 0, restarts=1)
 
     def pid(actor) -> int:
-        return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=300)
+        return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=PATIENCE)
 
     def break_engine(actor, find) -> None:
         def act(self) -> None:  # runs in the actor, which cannot import a function of this test module
             find(self).model.embed_tokens.weight = torch.nn.Parameter(torch.empty(0, 3))
 
-        ray.get(actor.__ray_call__.remote(act), timeout=300)
+        ray.get(actor.__ray_call__.remote(act), timeout=PATIENCE)
 
     score = ("score", [trajectory([5, 6, 7], [8, 9], [1, 2])], 1)
     decode = ("decode", [request(3, vocab=10)], None, DecodeSettings(), 1)

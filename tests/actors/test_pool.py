@@ -10,6 +10,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError,
 
 from opdlm.actors.pool import DEATHS, ActorPool
 from opdlm.common.errors import OpdlmError
+from tests.patience import PATIENCE
 
 
 class FakeActor:
@@ -112,7 +113,7 @@ def test_a_broadcast_does_not_wait_for_an_actor_that_restarts() -> None:
         pool, deaths = pool_of(one, two)
         one.die()
         await pool.broadcast("work", 0)  # finds the actor dead
-        await asyncio.wait_for(pool.broadcast("work", 0), timeout=10)
+        await asyncio.wait_for(pool.broadcast("work", 0), timeout=PATIENCE)
         assert deaths == ["one"], "a death is reported once"
         assert await work(pool, 2) == [(0, "two"), (1, "two")]
 

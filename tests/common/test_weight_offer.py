@@ -15,6 +15,7 @@ from opdlm.actors.queue.actor import ReplayQueueActor
 from opdlm.common.types import WeightPack
 from opdlm.common.weights import WeightPacker
 from opdlm.learner.queue_client import QueueClient
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.ray
 
@@ -44,11 +45,11 @@ def test_a_pack_outlives_the_rank_that_offered_it(ray_cluster) -> None:
     queue = ray.remote(ReplayQueueActor).options(num_cpus=0).remote(1, 0, 1, 0)
     rank = Rank.remote(queue)
     ray.get(rank.start.remote())
-    handle = ray.get(queue.next_weights.remote(-1), timeout=60)
+    handle = ray.get(queue.next_weights.remote(-1), timeout=PATIENCE)
     while not ray.get(rank.finished.remote()):
         pass
     ray.kill(rank)
-    pack: WeightPack = ray.get(handle.pack[0], timeout=60)
+    pack: WeightPack = ray.get(handle.pack[0], timeout=PATIENCE)
     assert (handle.version, handle.nbytes) == (0, 4 << 16)
     assert np.array_equal(pack.buffers["float32"], np.arange(1 << 16, dtype=np.float32))
     ray.kill(queue)

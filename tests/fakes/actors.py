@@ -21,6 +21,7 @@ from opdlm.deploy.observe.records import RunRecords
 from opdlm.deploy.run.ending import run_together
 from opdlm.deploy.run.loops import Loops
 from opdlm.deploy.run.sources import OnPolicySource, Scoring
+from tests.patience import PATIENCE
 
 N, ROUNDS = 4, 5
 """Prompts per round, and rounds, of a `FakeRun`."""
@@ -104,7 +105,9 @@ class FakeRun:
         self.loop = loop
         self.queue = ReplayQueueActor(N, staleness, N * ROUNDS, 0)
         self.trained: list[list[int]] = []
-        pools = [ActorPool({n: Remote(a, loop)}, 30, 0) for n, a in (("rollout-0", rollout), ("teacher-0", teacher))]
+        pools = [
+            ActorPool({n: Remote(a, loop)}, PATIENCE, 0) for n, a in (("rollout-0", rollout), ("teacher-0", teacher))
+        ]
         config = config_from_dict(
             {
                 "model": {"teacher": "t"},
@@ -126,12 +129,12 @@ class FakeRun:
         self.pushed.append(handle.version)
 
     async def run(self, learn: Callable[[], None] | None = None) -> None:
-        """Runs the loops and a learner (`learn`, or this class's own) to their end, for at most 30 s."""
-        await asyncio.wait_for(run_together(self.loops, learn or self.learn), timeout=30)
+        """Runs the loops and a learner (`learn`, or this class's own) to their end, for at most `PATIENCE` seconds."""
+        await asyncio.wait_for(run_together(self.loops, learn or self.learn), timeout=PATIENCE)
 
     def ask(self, coroutine):
         """The result of a coroutine, for the learner's thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=30)
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=PATIENCE)
 
     def learn(self) -> None:
         """The learner, in its thread: takes each round, notes its samples, publishes the next weight version."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tests import REPOSITORY
 from tests.package.source_files import ROOMS
+from tests.patience import PATIENCE
 
 ENTRY_POINT = (
     "from importlib.metadata import distribution;"
@@ -48,7 +49,7 @@ class Installation:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=PATIENCE,
         )
 
 
@@ -129,5 +130,7 @@ def _environment() -> dict[str, str]:
 
 
 def _run(command: list[str], cwd: Path) -> None:
-    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stdout[-4000:]

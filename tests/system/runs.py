@@ -17,6 +17,7 @@ from opdlm.common.config import OpdlmConfig, config_from_dict, dump_config
 from opdlm.deploy.observe.ledger import read_ledger
 from opdlm.deploy.observe.records import read_records
 from tests import REPOSITORY
+from tests.patience import PATIENCE, wait_until
 
 ROUNDS, PROMPTS_PER_ROUND = 6, 8
 
@@ -72,7 +73,7 @@ def run_until(config: OpdlmConfig, resume: bool, rounds: int, send: signal.Signa
     try:
         wait_for_rounds(Path(config.run.dir), rounds, process)
         process.send_signal(send)
-        return process.wait(timeout=300)
+        return process.wait(timeout=PATIENCE)
     finally:
         process.kill()
         process.wait()
@@ -80,20 +81,23 @@ def run_until(config: OpdlmConfig, resume: bool, rounds: int, send: signal.Signa
 
 def wait_for_rounds(run_dir: Path, rounds: int, process: subprocess.Popen) -> None:
     """Waits until `rounds` rounds are trained and a checkpoint of at least `rounds - 1` rounds is saved."""
-    limit = time.monotonic() + 400
-    while time.monotonic() < limit:
+
+    def there() -> bool:
         assert process.poll() is None, f"the run ended with {process.returncode} before round {rounds}"
         records = read_records(run_dir)
-        if any(r["kind"] == "checkpoint" and r["round"] >= rounds - 1 for r in records) and any(
+        return any(r["kind"] == "checkpoint" and r["round"] >= rounds - 1 for r in records) and any(
             r["kind"] == "round" and r["round"] >= rounds for r in records
-        ):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no round {rounds} in 400 s")
+        )
+
+    wait_until(there, f"round {rounds}", pause=0.05)
 
 
 def wait_until_still(run_dir: Path, seconds: float = 5.0) -> None:
-    """Waits until the run has recorded nothing for a while, because everything in it waits for a stopped process."""
+    """Waits until the run has recorded nothing for a while, because everything in it waits for a stopped process.
+
+    On a machine so busy that nothing is recorded for that long anyway, the process is not in a call yet when the wait
+    ends; what a test then sees of its death is the same.
+    """
     records, still_since = -1, time.monotonic()
     while time.monotonic() - still_since < seconds:
         if len(found := read_records(run_dir)) != records:

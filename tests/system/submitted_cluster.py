@@ -6,12 +6,12 @@ code that the working directory brought there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ import psutil
 
 from tests import REPOSITORY
 from tests.package.environments import environment_without_opdlm
+from tests.patience import PATIENCE, wait_until
 
 RUNTIME_ENV = "deploy/cluster_files/runtime_env.yaml"
 CPUS_PER_NODE = 3
@@ -95,7 +96,7 @@ class SubmittedCluster:
             finally:
                 family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
                 process.terminate()
-                for left in psutil.wait_procs([*family, process], timeout=60)[1]:
+                for left in psutil.wait_procs([*family, process], timeout=PATIENCE)[1]:
                     left.kill()
                 process.wait()
         raise AssertionError(f"ray start ended {START_ATTEMPTS} times:\n{file.read_text()[-2000:]}")
@@ -116,7 +117,7 @@ class SubmittedCluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=900,
+            timeout=PATIENCE,
         )
 
     def ask(self, path: str) -> Any:
@@ -146,14 +147,11 @@ def _free_ports(count: int) -> list[int]:
             each.close()
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 900) -> Any:
-    """Waits until a condition is true; returns its value. An OSError means that a server has not started yet."""
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        try:
-            if found := condition():
-                return found
-        except OSError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"no {what} in {seconds:g} s")
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    """`wait_until` for a condition that may raise OSError, which means that a server has not started yet."""
+
+    def asked() -> Any:
+        with contextlib.suppress(OSError):
+            return condition()
+
+    return wait_until(asked, what)

@@ -7,7 +7,6 @@ The driver's death is in `test_run.py`. `make chaos` kills all roles at random, 
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from opdlm.common.errors import OpdlmError
 from opdlm.deploy.cluster.scaling import request_scale
 from opdlm.deploy.observe.ledger import read_ledger
 from opdlm.deploy.observe.records import read_records
+from tests.patience import PATIENCE, wait_until
 from tests.system.runs import (
     PROMPTS_PER_ROUND,
     assert_sound,
@@ -51,7 +51,7 @@ def test_a_rollout_actor_and_a_teacher_actor_die(chain_teacher, whole, victims, 
             victim = victims.find(role)
             wait_for_rounds(run_dir, rounds, process)
             kill_during_a_call(victim, run_dir)
-        assert process.wait(timeout=400) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     assert_sound(run_dir)
     assert losses(run_dir) == losses(whole)
     assert [r["role"] for r in records_of(run_dir, "actor_death")] == ["rollout", "teacher"]
@@ -64,7 +64,7 @@ def test_a_learner_rank_dies(chain_teacher, whole, victims, tmp_path) -> None:
     with running(run_config(chain_teacher, run_dir, checkpoint={"every_rounds": 2})) as process:
         wait_for_rounds(run_dir, 3, process)
         victims.kill("learner")
-        assert process.wait(timeout=400) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     assert assert_sound(run_dir)["learner_restart"] == 1
     assert losses(run_dir) == losses(whole)
 
@@ -79,7 +79,7 @@ def test_the_queue_dies(chain_teacher, whole, victims, tmp_path) -> None:
         victims.kill("queue")
         wait_for_rounds(run_dir, 3, process)
         assert actors <= {(role, p.pid) for role, p in victims.all()}
-        assert process.wait(timeout=400) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     assert assert_sound(run_dir)["queue_death"] == 1
     assert losses(run_dir) == losses(whole)
 
@@ -93,7 +93,7 @@ def test_a_node_dies(cluster, chain_teacher, tmp_path) -> None:
     with running(run_config(chain_teacher, run_dir, **more, evaluation={"final_problems": 0})) as process:
         wait_for_rounds(run_dir, 1, process)
         cluster.remove_node(node, allow_graceful=False)
-        assert process.wait(timeout=500) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     kinds = assert_sound(run_dir)
     assert kinds["actor_death"] + kinds["learner_restart"] >= 1, "no process of the run was on the node"
 
@@ -119,28 +119,25 @@ def test_actors_are_added_and_removed_and_the_last_one_dies(ray_cluster, chain_t
         alive = Counter(role for role, _ in victims.all())
         return {role: alive[role] for role in ("rollout", "teacher")}
 
-    def wait_until(count: Callable[[], dict[str, int]], **wanted: int) -> None:
-        limit = time.monotonic() + 600
-        while count() != wanted:
-            assert time.monotonic() < limit, f"{count()} instead of {wanted}"
-            time.sleep(0.2)
+    def wait_for(count: Callable[[], dict[str, int]], **wanted: int) -> None:
+        wait_until(lambda: count() == wanted, f"{wanted}")
 
     with pytest.raises(OpdlmError, match="holds no run"):
         request_scale(run_dir, {"rollout": 2}, 1)
     with running(config) as process:
         wait_for_rounds(run_dir, 1, process)
-        assert request_scale(run_dir, {"rollout": 3, "teacher": 2}, 300) == {"rollout": [1, 3], "teacher": [1, 2]}
-        wait_until(serving, rollout=3, teacher=2)
+        assert request_scale(run_dir, {"rollout": 3, "teacher": 2}, PATIENCE) == {"rollout": [1, 3], "teacher": [1, 2]}
+        wait_for(serving, rollout=3, teacher=2)
         with pytest.raises(
             OpdlmError, match=r"opdlm scale: the run asks for 42 CPUs \(rollout 40 x 1 \+ teacher 1 x 1"
         ):
-            request_scale(run_dir, {"rollout": 40, "teacher": 1}, 300)
-        assert request_scale(run_dir, {"rollout": 1}, 300) == {"rollout": [3, 1]}
-        wait_until(serving, rollout=1, teacher=2)
-        wait_until(processes, rollout=1, teacher=2)
+            request_scale(run_dir, {"rollout": 40, "teacher": 1}, PATIENCE)
+        assert request_scale(run_dir, {"rollout": 1}, PATIENCE) == {"rollout": [3, 1]}
+        wait_for(serving, rollout=1, teacher=2)
+        wait_for(processes, rollout=1, teacher=2)
         assert not records_of(run_dir, "actor_death"), "an actor that is removed on request did not die"
         victims.kill("rollout")
-        assert process.wait(timeout=300) == 2, (
+        assert process.wait(timeout=PATIENCE) == 2, (
             "with resources.actor_restarts 0, the last rollout actor is gone for good"
         )
     ledger = read_ledger(read_records(run_dir), PROMPTS_PER_ROUND, rounds * PROMPTS_PER_ROUND)

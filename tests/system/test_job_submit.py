@@ -16,6 +16,7 @@ import pytest
 
 from opdlm.common.checkpoint import latest_checkpoint, list_checkpoints
 from opdlm.deploy.run.paths import inside_job_copy
+from tests.patience import PATIENCE
 from tests.system.runs import records_of
 from tests.system.submitted_cluster import SubmittedCluster, wait_for
 
@@ -94,7 +95,7 @@ def test_a_job_uses_both_nodes_saves_a_checkpoint_when_stopped_and_resumes(clust
             return bool(rounds(run_dir))
 
         wait_for(trained_a_round, "round")
-        output, _ = stop.communicate("\n", timeout=900)
+        output, _ = stop.communicate("\n", timeout=PATIENCE)
     finally:
         stop.kill()
         stop.wait()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from opdlm.common.types import HiddenTargets, ScoredTrajectory
 from opdlm.learner.queue_client import QueueClient
 from opdlm.learner.round_samples import RoundSamples
 from tests.common.test_weight_offer import Rank
+from tests.patience import PATIENCE, wait_until
 from tests.tiny import trajectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -32,13 +32,14 @@ def test_weights_outlive_the_node_of_the_rank_that_published_them(two_nodes) -> 
     queue = start_queue(prompts_per_round=1, max_staleness=0, total=1, first_round=0)
     rank = Rank.options(resources={"second": 1}).remote(queue)
     ray.get(rank.start.remote())
-    handle = ray.get(queue.next_weights.remote(-1), timeout=60)
-    deadline = time.monotonic() + 60
-    while len(ray.experimental.get_object_locations(handle.pack)[handle.pack[0]]["node_ids"]) < 2:
-        assert time.monotonic() < deadline, "no second copy"
-        time.sleep(0.1)
+    handle = ray.get(queue.next_weights.remote(-1), timeout=PATIENCE)
+
+    def copies() -> int:
+        return len(ray.experimental.get_object_locations(handle.pack)[handle.pack[0]]["node_ids"])
+
+    wait_until(lambda: copies() == 2, "a second copy")
     two_nodes.remove_node(two_nodes.second, allow_graceful=False)
-    pack = ray.get(handle.pack[0], timeout=60)
+    pack = ray.get(handle.pack[0], timeout=PATIENCE)
     assert np.array_equal(pack.buffers["float32"], np.arange(1 << 16, dtype=np.float32))
     ray.kill(queue)
 
@@ -66,7 +67,7 @@ def test_samples_that_were_lost_with_a_node_are_made_again(two_nodes) -> None:
 
     producing = threading.Thread(target=produce)
     producing.start()
-    rank = QueueClient(queue, 0, timeout_seconds=120)
+    rank = QueueClient(queue, 0, timeout_seconds=PATIENCE)
     taken, _ = rank.take_round(0)
     samples = RoundSamples(taken, 0, rank)
     assert [s.trajectory.index for s in samples.fetch([3, 0, 1])] == [3, 0, 1]

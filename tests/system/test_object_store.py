@@ -16,6 +16,7 @@ from opdlm.common.config import OpdlmConfig, dump_config
 from opdlm.deploy.observe.records import read_records
 from opdlm.deploy.run.train import train
 from tests import REPOSITORY
+from tests.patience import PATIENCE
 from tests.system.runs import losses, run_config
 from tests.tiny import save_teacher
 
@@ -62,7 +63,7 @@ def run_with(config: OpdlmConfig, environment: dict[str, str]) -> str:
     file = Path(config.run.dir).with_suffix(".yaml")
     file.write_text(dump_config(config))
     command = [sys.executable, "-m", "opdlm", "train", str(file)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.patience import PATIENCE
 from tests.system.runs import (
     assert_sound,
     losses,
@@ -34,7 +35,7 @@ def test_losses_are_the_same_also_when_the_rank_that_holds_the_weights_dies(
         wait_until_still(run_dir)  # the actor is in the middle of decoding
         victims.kill("learner")
         rollout.kill()
-        assert process.wait(timeout=400) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     kinds = assert_sound(run_dir)
     assert kinds["learner_restart"] == 1
     assert [r["role"] for r in records_of(run_dir, "actor_death")] == ["rollout"]

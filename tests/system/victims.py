@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
 import psutil
+
+from tests.patience import wait_until
 
 TITLES = {
     "rollout": ("RolloutActor", "rollout-"),
@@ -43,15 +44,9 @@ class Victims:
                     if title.startswith("ray::") and any(part in title for part in titles):
                         yield role, process
 
-    def find(self, role: str, patience_seconds: float = 120) -> psutil.Process:
+    def find(self, role: str) -> psutil.Process:
         """Returns one process of a role; waits until there is one."""
-        limit = time.monotonic() + patience_seconds
-        while time.monotonic() < limit:
-            for found, process in self.all():
-                if found == role:
-                    return process
-            time.sleep(0.1)
-        raise AssertionError(f"no process of role {role} in {patience_seconds} s")
+        return wait_until(lambda: next((p for found, p in self.all() if found == role), None), f"a process of {role}")
 
     def kill(self, role: str) -> int:
         """Sends SIGKILL to one process of a role; returns its process id."""

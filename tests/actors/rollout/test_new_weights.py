@@ -26,6 +26,7 @@ from opdlm.common.model.load import load_model
 from opdlm.common.types import RolloutRequest, Trajectory, WeightHandle
 from opdlm.common.weights import WeightPacker
 from tests.oracles import uncached_decode
+from tests.patience import PATIENCE
 from tests.tiny import EOS, MASK, request, tiny_model
 
 MODELS = [tiny_model(seed) for seed in range(20, 23)]
@@ -169,19 +170,19 @@ def test_a_push_reaches_an_actor_that_decodes(student, monkeypatch) -> None:
         forwards.append(1)
         if len(forwards) == 5:
             in_forward.set()
-            assert pushed.wait(timeout=300)
+            assert pushed.wait(timeout=PATIENCE)
 
     actor._model.lm_head.register_forward_pre_hook(wait_in_the_fifth)
     decoding = threading.Thread(target=lambda: answers.append(actor.decode(requests_of(student), old, SETTINGS, 5)))
     decoding.start()
-    assert in_forward.wait(timeout=300)
+    assert in_forward.wait(timeout=PATIENCE)
     before = [parameter.clone() for parameter in actor._model.parameters()]
     actor.load_weights(new)
     assert actor._version == 0
     assert all(a.equal(b) for a, b in zip(before, actor._model.parameters(), strict=True)), "a forward still runs"
     actor.load_weights(old)  # it arrives late, and an older version changes nothing
     pushed.set()
-    decoding.join(timeout=300)
+    decoding.join(timeout=PATIENCE)
     trajectories, stats = answers[0]
     assert actor._version == 1
     assert tokens_and_versions(trajectories) == expected_after(student, 5)
@@ -232,13 +233,14 @@ def test_a_push_reaches_a_ray_actor_that_decodes(ray_cluster, student) -> None:
             WeightHandle(version, [ray.put(handle.pack[0])], handle.nbytes)
             for version, (_, handle) in ((v, weights(student, v)) for v in (0, 1))
         )
-        ray.get(actor.__ray_call__.remote(wait_for_the_push), timeout=300)
-        ray.get(actor.load_weights.remote(old), timeout=300)
+        ray.get(actor.__ray_call__.remote(wait_for_the_push), timeout=PATIENCE)
+        ray.get(actor.load_weights.remote(old), timeout=PATIENCE)
         decoding = actor.decode.remote(requests_of(student), old, SETTINGS, 5)
-        while ray.get(actor.__ray_call__.remote(lambda self: self.forwards), timeout=300) < 5:
+        while ray.get(actor.__ray_call__.remote(lambda self: self.forwards), timeout=PATIENCE) < 5:
             pass  # a push before the fifth forward would look the same as one at the start of the decoding call
-        ray.get(actor.load_weights.remote(new), timeout=300)  # would never return if it waited for the decoding call
-        trajectories, stats = ray.get(decoding, timeout=300)
+        # This would never return if it waited for the decoding call.
+        ray.get(actor.load_weights.remote(new), timeout=PATIENCE)
+        trajectories, stats = ray.get(decoding, timeout=PATIENCE)
         assert tokens_and_versions(trajectories) == expected_after(student, 5)
         assert stats.continued_sequences == 5
     finally:

@@ -23,6 +23,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from opdlm.common.config import load_config
 from opdlm.deploy.cluster.placement import demands
 from tests import REPOSITORY
+from tests.patience import PATIENCE
 
 DEPLOY = REPOSITORY / "deploy"
 FILES = DEPLOY / "cluster_files"
@@ -159,7 +160,7 @@ def test_the_slurm_script_is_a_script() -> None:
 def test_the_slurm_script_starts_head_workers_and_the_run(slurm) -> None:
     start, calls, tokens = slurm
     process = start("run.yaml", "--resume")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 5, output  # opdlm's own
     lines = calls.read_text().splitlines()
     head, worker = (line for line in lines if line.startswith("ray start"))
@@ -177,7 +178,7 @@ def test_slurms_term_lets_the_run_save(slurm) -> None:
     while process.poll() is None and "opdlm train" not in (calls.read_text() if calls.exists() else ""):
         signal.sigtimedwait([], 0.1)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143, output
     lines = calls.read_text().splitlines()
     assert "opdlm saved" in lines
@@ -187,7 +188,7 @@ def test_slurms_term_lets_the_run_save(slurm) -> None:
 def test_the_slurm_script_needs_a_run_file(slurm) -> None:
     start, calls, _ = slurm
     process = start()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "usage: sbatch" in output
     assert not calls.exists()
@@ -196,7 +197,7 @@ def test_the_slurm_script_needs_a_run_file(slurm) -> None:
 def test_a_head_that_does_not_start_ends_the_job(slurm) -> None:
     start, calls, tokens = slurm
     process = start("run.yaml", BROKEN="1")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "slurm.sh: Ray ended on a node before the run" in output
     assert "opdlm" not in calls.read_text()

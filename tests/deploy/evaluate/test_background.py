@@ -16,6 +16,7 @@ from opdlm.deploy.observe.records import read_records
 from opdlm.deploy.observe.report import PERIODIC
 from opdlm.learner.schedule import TrainingSchedule
 from tests.fakes.actors import ROUNDS, FakeRun, N, Rollout, Teacher
+from tests.patience import PATIENCE
 
 BASE = {"model": {"teacher": "t"}, "data": {"task": "chain", "prompts": 10}}
 
@@ -57,16 +58,16 @@ def test_evaluations_run_one_at_a_time_in_order_and_a_full_queue_makes_the_next_
         evaluator = Evaluator()
         spare = BackgroundEvaluations(evaluator, never)
         for version in range(MOST_WAITING + 1):
-            await asyncio.wait_for(spare.submit(handle(version)), timeout=10)  # none of these waits
+            await asyncio.wait_for(spare.submit(handle(version)), timeout=PATIENCE)  # none of these waits
         last = asyncio.create_task(spare.submit(handle(99)))
         await _let_others_run()
         assert evaluator.begun == [0]
         assert not last.done()
         evaluator.may_end.release()
-        await asyncio.wait_for(last, timeout=10)
+        await asyncio.wait_for(last, timeout=PATIENCE)
         for _ in range(MOST_WAITING + 1):
             evaluator.may_end.release()
-        await asyncio.wait_for(spare.finish(), timeout=10)
+        await asyncio.wait_for(spare.finish(), timeout=PATIENCE)
         assert evaluator.ended == [*range(MOST_WAITING + 1), 99]
         assert evaluator.most_together == 1
 
@@ -135,7 +136,7 @@ def test_the_run_goes_on_to_its_end_during_the_first_evaluation(tmp_path) -> Non
         assert evaluator.ended == []
         for _ in range(3):
             evaluator.may_end.release()
-        await asyncio.wait_for(spare.finish(), timeout=30)
+        await asyncio.wait_for(spare.finish(), timeout=PATIENCE)
         written = [r for r in read_records(tmp_path) if r["kind"] == "evaluation"]
         assert [(r["round"], r["step"]) for r in written] == [(0, 0), (2, 4), (4, 8)]
 

@@ -10,7 +10,6 @@ import re
 import shutil
 import socket
 import subprocess
-import time
 import urllib.parse
 import urllib.request
 
@@ -22,6 +21,7 @@ from tests import REPOSITORY
 from tests.deploy.observe.all_reports import report_everything
 from tests.deploy.observe.fake_metrics import replace_ray_metrics
 from tests.deploy.observe.test_records import Listener
+from tests.patience import PATIENCE, wait_until
 
 DASHBOARD = REPOSITORY / "deploy" / "grafana" / "opdlm.json"
 RUN = "metrics-run"
@@ -64,15 +64,6 @@ def test_panels_are_complete_and_do_not_overlap() -> None:
 # --- with real Ray and real Prometheus ------------------------------------------------------------------------------
 
 
-def _wait_for(ask, what: str):
-    """Returns `ask()` once it is true; Ray exports metrics every 10 s."""
-    end = time.monotonic() + 120
-    while not (answer := ask()):
-        assert time.monotonic() < end, f"waited 120 s for {what}"
-        time.sleep(0.5)
-    return answer
-
-
 @pytest.fixture(scope="module")
 def endpoint(ray_cluster, tmp_path_factory) -> str:
     """`host:port` of the Ray agent that serves this process's metrics, after all reports of a run."""
@@ -104,7 +95,7 @@ def _scrape(endpoint: str) -> dict[str, list[str]]:
 
 @pytest.mark.ray
 def test_ray_serves_every_metric_of_the_dashboard(endpoint) -> None:
-    _wait_for(
+    wait_until(
         lambda: metric_names() <= _scrape(endpoint).keys(), f"{sorted(metric_names() - _scrape(endpoint).keys())}"
     )
     served = _scrape(endpoint)
@@ -143,8 +134,8 @@ def test_prometheus_answers_every_panel(endpoint, tmp_path) -> None:
 
     try:
         for query in queries():
-            _wait_for(lambda query=query: answers(query), f"an answer to {query}")
+            wait_until(lambda query=query: answers(query), f"an answer to {query}")
         assert not answers("ray_opdlm_no_such_metric")
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(timeout=PATIENCE)

@@ -11,6 +11,7 @@ from ray.exceptions import ActorDiedError
 from opdlm.actors.queue.actor import ReplayQueueActor
 from opdlm.common.errors import OpdlmError
 from tests.fakes.actors import FakeRun, N, Rollout, Teacher
+from tests.patience import PATIENCE
 from tests.system.full_disk import no_file_above
 
 
@@ -31,11 +32,11 @@ def test_a_learner_that_hangs_after_another_loop_has_failed_is_not_waited_for(tm
     hangs = threading.Event()
 
     async def scenario() -> None:
-        run = FakeRun(tmp_path, 0, Rollout(), Teacher(fail_at=0, times=10**9), timeout_seconds=0.2)
+        run = FakeRun(tmp_path, 0, Rollout(), Teacher(fail_at=0, times=10**9), timeout_seconds=3)
 
         def learn() -> None:
             run.ask(run.queue.publish(0, ["pack"], 8))
-            hangs.wait(60)
+            hangs.wait(PATIENCE)
 
         async def dead(*_: object) -> None:
             raise ActorDiedError
@@ -76,7 +77,7 @@ def test_a_stop_does_not_wait_for_what_is_being_decoded(tmp_path) -> None:
         while not run.pushed:
             await asyncio.sleep(0.01)
         await run.loops.stop()
-        await asyncio.wait_for(running, timeout=30)
+        await asyncio.wait_for(running, timeout=PATIENCE)
         assert run.trained == []
 
     asyncio.run(scenario())

@@ -13,6 +13,7 @@ from opdlm.common.retry import StoreWait
 from opdlm.common.types import WeightHandle
 from opdlm.deploy.observe.records import read_records
 from tests.fakes.actors import ROUNDS, FakeRun, N, Rollout, Teacher, value_of_sample
+from tests.patience import PATIENCE
 
 
 def test_a_score_that_fails_is_repeated_and_recorded(tmp_path) -> None:
@@ -55,11 +56,11 @@ def test_samples_whose_data_is_lost_are_decoded_and_scored_again(tmp_path, stale
 
 def test_a_learner_that_hangs_is_named(tmp_path) -> None:
     async def scenario() -> None:
-        run = FakeRun(tmp_path, 0, Rollout(), Teacher(), timeout_seconds=0.2)
+        run = FakeRun(tmp_path, 0, Rollout(), Teacher(), timeout_seconds=3)
         hanging = threading.Event()
         try:
-            with pytest.raises(OpdlmError, match=r"learner: it has not trained or waited for samples for 0\.2 s"):
-                await run.run(lambda: hanging.wait(60))
+            with pytest.raises(OpdlmError, match=r"learner: it has not trained or waited for samples for 3 s"):
+                await run.run(lambda: hanging.wait(PATIENCE))
         finally:
             hanging.set()
 

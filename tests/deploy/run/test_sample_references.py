@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import ray
 from opdlm.actors.queue.actor import ReplayQueueActor
 from opdlm.common.samples import SampleRef, distinct_groups, sample_refs
 from opdlm.deploy.run.sample_references import SampleReferences
+from tests.patience import wait_until
 
 N, ROUNDS = 16, 12
 
@@ -23,8 +24,10 @@ class Sample:
     """An object that a weak reference can point to, to see when it is freed."""
 
 
-def test_samples_are_held_until_the_grace_time_after_a_checkpoint_is_over():
-    references = SampleReferences(prompts_per_round=2, grace_seconds=0.05)
+def test_samples_are_held_until_the_grace_time_after_a_checkpoint_is_over(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("opdlm.deploy.run.sample_references.time", SimpleNamespace(monotonic=lambda: now[0]))
+    references = SampleReferences(prompts_per_round=2, grace_seconds=10.0)
     samples = [Sample() for _ in range(4)]
     watched = [weakref.ref(sample) for sample in samples]
     references.hold([3, 0], [SampleRef(samples[i], 0, 1, 1) for i in (3, 0)])
@@ -35,7 +38,7 @@ def test_samples_are_held_until_the_grace_time_after_a_checkpoint_is_over():
     references.committed(1)
     gc.collect()
     assert all(sample() for sample in watched)  # the grace time has only begun
-    time.sleep(0.06)
+    now[0] += 10.0
     references.committed(1)
     gc.collect()
     assert [sample() is not None for sample in watched] == [False, False, True, True]
@@ -82,10 +85,10 @@ def test_values_of_trained_samples_leave_the_drivers_memory(ray_cluster):
         assert ray.get(rank.train.remote(round_)) == N
         ray.get(queue.committed.remote(round_ + 1))
 
-    deadline = time.monotonic() + 30
-    while core.get_memory_store_size() > before + N and time.monotonic() < deadline:
+    def gone() -> bool:
         references.committed(ROUNDS)
-        time.sleep(0.2)
-    assert core.get_memory_store_size() <= before + N
+        return core.get_memory_store_size() <= before + N
+
+    wait_until(gone, "the samples to leave the driver's memory")
     for actor in (queue, scorer, rank):
         ray.kill(actor)
