@@ -18,7 +18,12 @@ def cluster() -> Iterator[Any]:
     """A Ray cluster on this machine with eight logical CPUs and no GPU. RAY_ADDRESS has its address."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 0, "include_dashboard": False})
+    from opdlm.deploy.cluster.local_ray import WORKER_ENVIRONMENT, defaults_in_environment
+
+    with defaults_in_environment(WORKER_ENVIRONMENT):
+        cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 0, "include_dashboard": False}
+        )
     os.environ["RAY_ADDRESS"] = cluster.address
     yield cluster
     import ray

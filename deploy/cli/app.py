@@ -67,6 +67,7 @@ def _run_file(given: Path) -> Path:
 def clear_errors() -> Iterator[None]:
     """A user's mistake, or a full disk, is printed as it is, without a traceback, and exits with 2."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see `deploy/cluster/local_ray.py`
     try:
         yield
     except OpdlmError as error:

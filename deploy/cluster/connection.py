@@ -11,6 +11,7 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.checks import is_loopback
 from opdlm.common.config.schema import ResourcesConfig
 from opdlm.common.errors import ConfigError, OpdlmError, first_line
+from opdlm.deploy.cluster.local_ray import start_local_ray
 from opdlm.deploy.cluster.placement import Demands, check_room, demands
 
 log = logging.getLogger("opdlm.connection")
@@ -59,8 +60,7 @@ def join_or_start(resources: ResourcesConfig, asked: Demands) -> None:
             reason = first_line(error)
             raise OpdlmError(f"resources.ray_address: no cluster answers at {address}: {reason}") from None
     else:
-        ray.init(
-            address="local",
+        start_local_ray(
             num_cpus=resources.local_cpus or int(sum(count * each for _, count, each in asked["CPU"])) + 1,
             include_dashboard=resources.local_dashboard,
             dashboard_host=resources.dashboard_host,

@@ -1,10 +1,12 @@
 """The demo's wall time by part of a round and its CPU seconds by role, until 97 % exact match and for the whole run.
 
     make bench        # or: python -m tests.benchmarks.demo_time [--rounds 80]
+    python -m tests.benchmarks.demo_time --beside 2    # alone, then beside two busy processes, and the ratio
 
 Runs `opdlm train deploy/demo.yaml` and watches its processes. The parts of a round come from the run's records. CPU
 seconds are those that the kernel counts for each process; they are read twice a second, so the last half second of a
-process may be missing. `runs/bench/demo/timeline.json` has every span of the run.
+process may be missing. `runs/bench/demo/timeline.json` has every span of the run. The busy processes are those of
+`stress-ng --cpu N` (Debian's package `stress-ng`); where it is not installed, as many endless loops.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,22 +75,42 @@ def parts_of(records: list[dict[str, Any]], until: float) -> dict[str, float]:
     return parts
 
 
-def main() -> None:
-    """Measures, prints a table, writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, help="rounds to train, if not as many as the run file has")
-    chosen = parser.parse_args()
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Keeps that many cores busy with other work while the block runs."""
+    if not processes:
+        yield
+        return
+    stress = shutil.which("stress-ng")
+    one = [sys.executable, "-c", "while True: pass"]
+    commands = [[stress, "--quiet", "--cpu", str(processes)]] if stress else [one] * processes
+    started = [subprocess.Popen(command) for command in commands]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait()
+
+
+def measure(rounds: int | None, beside: int) -> dict[str, Any]:
+    """Runs the demo beside `beside` busy processes; prints where its time went.
+
+    Returns: its seconds: `wall`, `cpu` by role, `parts` by name of the column, `reached` (to the target, or None).
+    """
     shutil.rmtree(RUN, ignore_errors=True)
     OUT.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "opdlm", "train", str(RUN_FILE), "--set", f"run.dir={RUN}"]
-    command += ["--set", f"run.rounds={chosen.rounds}"] if chosen.rounds else []
+    command += ["--set", f"run.rounds={rounds}"] if rounds else []
     started = time.perf_counter()
-    cpu = watched(command, OUT / "demo_time.log")
+    with busy(beside):
+        cpu = watched(command, OUT / "demo_time.log")
     wall, records = time.perf_counter() - started, read_records(RUN)
     curve = [r for r in records if r["kind"] == "evaluation" and r["row"] == "student"]
     reached = next((r["wall_seconds"] for r in curve if r["exact_match"] >= TARGET), None)
     last = records[-1]["wall_seconds"]
-    table = Table(title=f"{RUN_FILE}: {wall:.0f} s wall, {sum(cpu.values()):.0f} s CPU")
+    where = f" beside {beside} busy processes" if beside else ""
+    table = Table(title=f"{RUN_FILE}{where}: {wall:.0f} s wall, {sum(cpu.values()):.0f} s CPU")
     table.add_column("wall seconds")
     columns = {"whole run": parts_of(records, last)}
     if reached:
@@ -101,8 +125,21 @@ def main() -> None:
         roles.add_column(role, justify="right")
     roles.add_row(*(f"{seconds:.0f}" for seconds in cpu.values()))
     Console(width=130).print(table, roles)
-    content = {"wall": wall, "cpu": cpu, "parts": columns, "reached": reached}
-    Console(width=130).print(f"written: {write_json('demo_time', content)}")
+    return {"wall": wall, "cpu": cpu, "parts": columns, "reached": reached}
+
+
+def main() -> None:
+    """Measures, prints a table, writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, help="rounds to train, if not as many as the run file has")
+    parser.add_argument("--beside", type=int, default=0, help="measure again beside so many busy processes")
+    chosen = parser.parse_args()
+    console, content = Console(width=130), measure(chosen.rounds, 0)
+    if chosen.beside:
+        content["beside"] = measure(chosen.rounds, chosen.beside)
+        times = content["beside"]["wall"] / content["wall"]
+        console.print(f"beside {chosen.beside} busy processes: {times:.2f} times as long")
+    console.print(f"written: {write_json('demo_time', content)}")
 
 
 if __name__ == "__main__":
