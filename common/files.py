@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,10 +88,51 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def refuse_existing(command: str, destination: Path) -> None:
-    """Raises `OpdlmError` where the destination of a command exists."""
-    if destination.exists():
+def check_new_folder(command: str, destination: Path) -> None:
+    """Raises `OpdlmError` where the destination of a command exists, or where `atomic_folder` could not write it."""
+    if os.path.lexists(destination):
         raise OpdlmError(f"{command}: {destination} exists; give a new folder (nothing was written)")
+    _try_to_write(destination.parent, _staging(destination).name, destination, command)
+
+
+def check_folder(folder: Path, what: str) -> None:
+    """Checks that files can be made in a folder, which may not exist yet. Leaves nothing behind.
+
+    Args:
+        what: setting or option that names the folder, for the error.
+
+    Raises:
+        OpdlmError: they cannot be made.
+    """
+    _try_to_write(folder, ".opdlm", folder, what)
+
+
+def check_file(file: Path, what: str) -> None:
+    """The same for a file that `atomic_file` writes; its parents may be missing."""
+    if os.path.isdir(file):
+        raise OpdlmError(f"{what}: {file} is a folder; give a file")
+    _try_to_write(file.parent, _staging(file).name, file, what)
+
+
+def _try_to_write(folder: Path, name: str, shown: Path, what: str) -> None:
+    """Makes an empty file `name` as in `folder`, but with missing folders below a temporary one.
+
+    So nothing that another process could see or use appears and goes away again. Permissions, read-only disks, names
+    that are too long, links that lead nowhere: only a trial finds them all.
+    """
+    existing = folder
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    try:
+        if not os.path.isdir(existing):
+            raise NotADirectoryError(0, f"{existing} is not a folder")
+        with tempfile.TemporaryDirectory(prefix=".opdlm-", dir=existing) as trial:
+            inside = Path(trial, folder.relative_to(existing))
+            inside.mkdir(parents=True, exist_ok=True)
+            (inside / name).touch()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OpdlmError(f"{what}: {shown} cannot be written: {reason}; give a place that can be written") from None
 
 
 def sync(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from opdlm.common.errors import OpdlmError
 from opdlm.common.export.card import Card, write_card
 from opdlm.common.export.names import LayoutName
-from opdlm.common.files import atomic_folder, refuse_existing
+from opdlm.common.files import atomic_folder, check_new_folder
 from opdlm.common.model.config import read_config
 from opdlm.common.model.convert import check_tensors, tied_copies, write_config, write_generation_config
 from opdlm.common.model.facts import read_facts, require_mask
@@ -82,7 +82,7 @@ def export(source: str | Path, destination: str | Path, layout: LayoutName, base
             destination exists.
     """
     source, destination, target = Path(source), Path(destination), LAYOUTS[layout]
-    refuse_existing("export", destination)
+    check_new_folder("export", destination)
     config, facts = read_config(source), read_facts(source)
     if config.model_type != target.family:
         fitting = ", ".join(name for name, other in LAYOUTS.items() if other.family == config.model_type)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from opdlm.common.errors import OpdlmError
-from opdlm.common.files import atomic_folder, refuse_existing
+from opdlm.common.files import atomic_folder, check_new_folder
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
 from opdlm.common.model.shards import Shards, copy_shards, read_shards
 from opdlm.common.model.tokenizer import load_tokenizer
@@ -39,7 +39,7 @@ def convert_checkpoint(source: str | Path, destination: str | Path, block_size: 
         OpdlmError: the source cannot be used, or the destination exists.
     """
     destination = Path(destination)
-    refuse_existing("convert", destination)
+    check_new_folder("convert", destination)
     config, tokenizer, shards = read_config(source), load_tokenizer(source), read_shards(source)
     check_tensors(config, shards)
     if tokenizer.mask_token_id is None:

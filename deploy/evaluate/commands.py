@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
-from opdlm.common.files import write_json
+from opdlm.common.files import check_file, write_json
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder, Decoder
 from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions
 from opdlm.deploy.evaluate.questions import Questions, open_questions
@@ -121,9 +122,12 @@ def evaluate(
 
 def check_output(file: Path | None, option: str = "--output") -> None:
     """Raises `OpdlmError` where a result could not be written, before anything is decoded."""
-    if file is not None and (file.is_dir() or not file.resolve().parent.is_dir()):
-        found = "is a folder" if file.is_dir() else f"lies in {file.parent}, which does not exist"
+    if file is None:
+        return
+    if os.path.isdir(file) or not os.path.isdir(file.absolute().parent):
+        found = "is a folder" if os.path.isdir(file) else f"lies in {file.parent}, which does not exist"
         raise OpdlmError(f"{option}: {file} {found}; give a new file in an existing folder")
+    check_file(file, option)
 
 
 def write_results(file: Path, content: Any, console: Console, default: Callable[[Any], Any] | None = None) -> None:

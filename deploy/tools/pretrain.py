@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from opdlm.actors.teacher.generation import generate
 from opdlm.common.data.tasks import Task, get_task, problems
 from opdlm.common.errors import OpdlmError
-from opdlm.common.files import refuse_existing
+from opdlm.common.files import check_new_folder
 from opdlm.common.model.char_tokenizer import build_char_tokenizer
 from opdlm.common.model.convert import save_model
 from opdlm.deploy.evaluate.held_out import HeldOutProblems
@@ -58,7 +58,7 @@ def run_pretrain(
     """
     if (task_name is None) == (text is None):
         raise OpdlmError("pretrain: give exactly one of --task (e.g. chain) and --text FILE")
-    refuse_existing("pretrain", destination)
+    check_new_folder("pretrain", destination)
     if settings.hidden_size % settings.heads:
         raise OpdlmError(
             f"pretrain: --hidden-size {settings.hidden_size} is not a multiple of --heads {settings.heads}"

@@ -26,6 +26,7 @@ from opdlm.common.files import write_text
 from opdlm.common.model.facts import check_vocabularies, read_facts, require_mask
 from opdlm.common.model.load import load_model
 from opdlm.common.types import HiddenTargets, RolloutRequest, Trajectory
+from opdlm.deploy.evaluate.commands import check_output
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder
 from opdlm.deploy.evaluate.held_out import HeldOutProblems
 from opdlm.deploy.tools.trace.page import render_page
@@ -63,8 +64,7 @@ def run_trace(run: Path, options: TraceOptions, console: Console) -> None:
     """
     config = _run_config(run)
     page = options.out or run / "trace.html"
-    if page.is_dir() or not page.parent.is_dir():
-        raise OpdlmError(f"--out {page}: expected a file name in a folder that exists")
+    check_output(page, "--out")
     student, student_name = _student(run, config, options.student)
     teacher_facts = read_facts(config.model.teacher)
     check_vocabularies(teacher_facts, student.facts)

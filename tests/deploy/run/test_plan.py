@@ -35,7 +35,8 @@ def test_the_command_prints_and_writes_the_same(run_file, tmp_path) -> None:  # 
 def test_mistakes_are_named(run_file, tmp_path) -> None:  # noqa: F811
     assert "does not exist; give a YAML" in opdlm("plan", tmp_path / "no.yaml", code=2)
     text = opdlm("plan", run_file, "--json", tmp_path / "none" / "plan.json", code=2)
-    assert "--json: the folder" in text
+    assert "--json:" in text
+    assert "which does not exist" in text
     assert "memory of one" not in text
     assert "model folder /no does not exist" in opdlm("plan", run_file, "--set", "model.teacher=/no", code=2)
 

@@ -83,7 +83,7 @@ def test_mistakes_are_named_and_leave_no_page(tmp_path, chain_teacher) -> None:
         (run, {"prompts": [""]}, "--prompt '': 0 tokens"),
         (run, {"max_new_tokens": 500}, "--max-new-tokens: 500 leaves no room for a prompt"),
         (run, {"student": chain_teacher}, "has no mask token; convert it first"),
-        (run, {"out": tmp_path / "no" / "page.html"}, "--out .*: expected a file name in a folder that exists"),
+        (run, {"out": tmp_path / "no" / "page.html"}, "--out: .*page.html lies in .*, which does not exist"),
     ]:
         with pytest.raises(OpdlmError, match=message):
             run_trace(folder, options(**changed), Console(quiet=True))
