@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +55,7 @@ def train(
         if dry_run:
             from opdlm.deploy.run.plan import show_plan
 
-            show_plan(config, out)
+            show_plan(config, out, resume=resume)
             return
         from opdlm.deploy.run.train import train as run_training
 
@@ -94,7 +95,7 @@ def compare(
             config,
             [name.strip() for name in objectives.split(",")],
             [int(seed) for seed in seeds.split(",")],
-            (destination or Path(config.run.dir)).resolve(),
+            Path(os.path.realpath(destination or config.run.dir)),
             out,
         )
     raise typer.Exit(code)

@@ -80,6 +80,8 @@ class RunRecords:
         self._view = view
         self._started = time.perf_counter() - (earlier[-1]["wall_seconds"] if earlier else 0.0)
         self._round, self._step = first_round, first_step
+        self.before_write: Callable[[], None] = lambda: None
+        """Called before each record is written; ends the process where the run directory is no longer its own."""
         self._begin_round()
 
     def _begin_round(self) -> None:
@@ -203,6 +205,7 @@ class RunRecords:
         if self._learner_starts == 1:
             return
         lost_steps = self._step - step
+        self.before_write()
         self._file.close()
         # Evaluations stay: their weight versions are not pushed a second time.
         truncate_metrics(self._path, round_, HISTORY | {"evaluation"})
@@ -230,6 +233,7 @@ class RunRecords:
         self._write({"kind": kind, "round": self._round, "step": self._step, **figures})
 
     def _write(self, record: dict[str, Any]) -> None:
+        self.before_write()
         record = {"wall_seconds": round(self.wall_seconds, 3), **record}
         try:
             self._file.write(json.dumps(record) + "\n")

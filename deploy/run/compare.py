@@ -15,9 +15,11 @@ from rich.console import Console
 
 from opdlm.common.config import OpdlmConfig, config_from_dict
 from opdlm.common.errors import OpdlmError
+from opdlm.common.files import check_folder
 from opdlm.deploy.observe.comparison import write_comparison
 from opdlm.deploy.observe.report import DYNAMIC, STATIC
-from opdlm.deploy.run.directory import check_same_config, held_config
+from opdlm.deploy.run.directory import check_run, check_same_config, held_config
+from opdlm.deploy.run.lock import RunLock, check_unlocked
 from opdlm.deploy.run.paths import absolute_paths
 from opdlm.deploy.run.preflight import preflight
 from opdlm.deploy.run.train import train
@@ -44,7 +46,8 @@ def run_comparison(
     """Makes the runs that are missing and writes the comparison; returns an exit code (128 + signal after a stop).
 
     Raises:
-        OpdlmError: an unknown objective, or a config that one of the runs would refuse; before any run starts.
+        OpdlmError: an unknown objective, another process that works in `out`, or a config or directory that one of the
+            runs would refuse; before any run starts.
     """
     for name in objectives:
         if name not in OBJECTIVES:
@@ -59,8 +62,17 @@ def run_comparison(
             f"evaluation.tasks: found {base.evaluation.tasks}, none of data.task {base.data.task}; add them"
         )
     runs = [(name, seed, _config(base, name, seed, out)) for seed in seeds for name in objectives]
+    check_folder(out, "--out")
+    check_unlocked(out)
     for _, _, config in runs:
+        if not _is_done(root := Path(config.run.dir)):
+            check_run(absolute_paths(config), resume=(root / "config.yaml").exists())
         preflight(config)
+    with RunLock(out):
+        return _run_all(runs, out, _trained(base), console)
+
+
+def _run_all(runs: Sequence[tuple[str, int, OpdlmConfig]], out: Path, trained: Sequence[str], console: Console) -> int:
     for number, (name, seed, config) in enumerate(runs, start=1):
         root = Path(config.run.dir)
         if (root / "config.yaml").exists():
@@ -72,7 +84,7 @@ def run_comparison(
         code = train(config, resume=(root / "config.yaml").exists(), console=console)
         if code:
             return code
-    for table in write_comparison(out, [(name, seed, Path(c.run.dir)) for name, seed, c in runs], _trained(base)):
+    for table in write_comparison(out, [(name, seed, Path(c.run.dir)) for name, seed, c in runs], trained):
         console.print(table)
     console.print(f"written: {out}/compare.json, compare.png, retention.png", highlight=False, soft_wrap=True)
     return 0

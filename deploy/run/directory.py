@@ -1,20 +1,22 @@
 """The run directory: what a run writes there, and whether a run may start or resume there.
 
 RUN/config.yaml  metrics.jsonl  timeline.json  tensorboard/  checkpoints/  student_init/  student/  adapter/
-    rollouts/  offline_responses.parquet  report.json  report.png
+    rollouts/  offline_responses.parquet  report.json  report.png  lock.json (while a process works there)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from opdlm.common.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
 from opdlm.common.config import OpdlmConfig, config_from_dict, dump_config
 from opdlm.common.errors import ConfigError
-from opdlm.common.files import read_yaml, write_text
+from opdlm.common.files import check_file, check_folder, read_yaml, write_text
+from opdlm.deploy.run.lock import check_unlocked
 
 _MAY_CHANGE = (
     "resources",
@@ -46,43 +48,76 @@ _MAY_CHANGE = (
 """Settings that may differ when a run is resumed: they change how work is done and observed, not what is learned."""
 
 
-def open_run(config: OpdlmConfig, resume: bool, data_digest: str) -> Checkpoint | None:
-    """Makes or reopens the run directory; returns the checkpoint from which the run goes on, or None.
+def check_run(config: OpdlmConfig, resume: bool) -> None:
+    """Checks what can be known of the run directory before models and data are read. Changes nothing.
+
+    Raises:
+        OpdlmError: the directory holds a run and `resume` is off, its run has another config, there is nothing to
+            resume, another process works there, or it cannot be written.
+    """
+    root = Path(config.run.dir)
+    if not resume or os.path.exists(root / "config.yaml"):
+        check_folder(root, "run.dir")
+        check_unlocked(root)
+    _check_cache(config)
+    _check_held_run(config, root, resume)
+
+
+def _check_cache(config: OpdlmConfig) -> None:
+    """Where the teacher has yet to write responses, they must find room in their cache. A full cache is only read."""
+    offline = config.offline
+    writes = config.objective.kind != "opd" and offline.responses == "teacher"
+    if writes and offline.cache is not None and not os.path.exists(offline.cache):
+        check_file(Path(offline.cache), "offline.cache")
+
+
+def _check_held_run(config: OpdlmConfig, root: Path, resume: bool) -> None:
+    if resume:
+        if not os.path.exists(root / "config.yaml"):
+            raise ConfigError(f"run.dir: --resume, but {root} holds no run; start it without --resume")
+        check_same_config(held_config(root), config.model_dump(mode="json"), root)
+    elif holds_run(root):
+        held = f"{len(list_checkpoints(root / 'checkpoints'))} checkpoints"
+        raise ConfigError(
+            f"run.dir: {root} already holds a run ({held}); continue it with --resume, or give another run.dir"
+        )
+
+
+def find_checkpoint(config: OpdlmConfig, resume: bool, data_digest: str) -> Checkpoint | None:
+    """The checkpoint from which a run goes on: the newest whole one; None for a new run. Changes nothing.
+
+    Call it while holding the lock of the run directory.
 
     Args:
         data_digest: fingerprint of the prompts; a run is not resumed on other prompts.
 
     Raises:
-        ConfigError: the directory holds a run and `resume` is off, its run has another config or other prompts, or
-            there is nothing to resume. In each case nothing is changed.
+        OpdlmError: as `check_run`, or the run has other prompts, or no checkpoint is whole.
     """
     root = Path(config.run.dir)
-    file = root / "config.yaml"
-    if not resume:
-        if holds_run(root):
-            held = f"{len(list_checkpoints(root / 'checkpoints'))} checkpoints"
-            raise ConfigError(
-                f"run.dir: {root} already holds a run ({held}); continue it with --resume, or give another run.dir"
-            )
-        root.mkdir(parents=True, exist_ok=True)
-        write_text(file, dump_config(config))
-        return None
-    if not file.exists():
-        raise ConfigError(f"run.dir: --resume, but {root} holds no run; start it without --resume")
-    check_same_config(held_config(root), config.model_dump(mode="json"), root)
-    checkpoint = latest_checkpoint(root / "checkpoints")
+    _check_held_run(config, root, resume)  # again: another process may have worked here since `check_run`
+    checkpoint = latest_checkpoint(root / "checkpoints") if resume else None
     if checkpoint and checkpoint.state["data_digest"] != data_digest:
         raise ConfigError(
             f"data: the prompts are not those that {root} was started with (fingerprint {data_digest}, was "
             f"{checkpoint.state['data_digest']}); restore the data, or start in another run.dir"
         )
-    truncate_metrics(root / "metrics.jsonl", checkpoint.rounds if checkpoint else 0)
     return checkpoint
+
+
+def open_run(config: OpdlmConfig, resume: bool, checkpoint: Checkpoint | None) -> None:
+    """Makes the run directory, or opens it again at a checkpoint: the records of later rounds are removed."""
+    root = Path(config.run.dir)
+    if resume:
+        truncate_metrics(root / "metrics.jsonl", checkpoint.rounds if checkpoint else 0)
+    else:
+        root.mkdir(parents=True, exist_ok=True)
+        write_text(root / "config.yaml", dump_config(config))
 
 
 def holds_run(root: Path) -> bool:
     """Whether a run was started in a directory."""
-    return (root / "checkpoints").exists() or (root / "metrics.jsonl").exists()
+    return os.path.exists(root / "checkpoints") or os.path.exists(root / "metrics.jsonl")
 
 
 def held_config(root: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ nothing of the others, and Ray deletes them when no job uses them any more. Noth
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from opdlm.common.config import OpdlmConfig
@@ -20,7 +21,7 @@ def absolute_paths(config: OpdlmConfig) -> OpdlmConfig:
     """The config with absolute paths of the teacher, the student, the run directory, kept rollouts and responses."""
 
     def absolute(path: str | None) -> str | None:
-        return str(Path(path).resolve()) if path else path
+        return os.path.realpath(path) if path else path  # Path.resolve() raises where a link leads to itself
 
     model, run, offline = config.model, config.run, config.offline
     return config.model_copy(
@@ -57,7 +58,7 @@ def check_job_paths(config: OpdlmConfig) -> None:
 
 def inside_job_copy(path: Path) -> Path | None:
     """The path relative to the job's copy that it lies in; None for a path outside of such a copy."""
-    parts = path.resolve().parts
+    parts = Path(os.path.realpath(path)).parts
     for i in range(len(parts) - len(_COPIES)):
         if parts[i : i + len(_COPIES)] == _COPIES:
             return Path(*parts[i + len(_COPIES) + 1 :])

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.curriculum import length_limit
-from opdlm.common.errors import OpdlmError
 from opdlm.common.files import write_json
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.config import read_config
@@ -24,8 +23,10 @@ from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.deploy.cluster.learner_memory import adapter_parameters, learner_memory
 from opdlm.deploy.cluster.memory import Lengths, RoleMemory, model_size, rollout_memory, teacher_memory, to_plain
 from opdlm.deploy.cluster.placement import Demands, demands, placement_lines
+from opdlm.deploy.evaluate.commands import check_output
 from opdlm.deploy.observe.session import show_refused
-from opdlm.deploy.run.directory import holds_run
+from opdlm.deploy.run.directory import check_run, find_checkpoint, holds_run
+from opdlm.deploy.run.paths import absolute_paths
 from opdlm.deploy.run.preflight import Preflight, preflight
 
 GIB = 2**30
@@ -112,15 +113,21 @@ def longest_sequences(checked: Preflight) -> Lengths:
     return Lengths(max(len(p.ids) for p in checked.prompts.prompts), max(ends), max(rows))
 
 
-def show_plan(config: OpdlmConfig, console: Console, json_file: Path | None = None) -> None:
+def show_plan(config: OpdlmConfig, console: Console, json_file: Path | None = None, resume: bool | None = None) -> None:
     """Prints the plan, and writes it to `json_file`.
 
+    Args:
+        resume: checks also that the run can start (False) or go on (True) in its directory.
+
     Raises:
-        OpdlmError: see `make_plan`; or the folder of `json_file` does not exist.
+        OpdlmError: see `make_plan`, `check_run`, `find_checkpoint`; or `json_file` cannot be written.
     """
+    check_output(json_file, "--json")
+    if resume is not None:
+        check_run(absolute_paths(config), resume)
     plan = make_plan(config)
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise OpdlmError(f"--json: the folder {json_file.parent} does not exist; make it, or give another file")
+    if resume is not None:
+        find_checkpoint(absolute_paths(config), resume, plan.checked.order.digest)
     width = min(console.width, _WIDTH)
     console.print(_steps(plan), width=width)
     show_refused(plan.checked.prompts, console)

@@ -30,9 +30,10 @@ from opdlm.deploy.evaluate.during_run import RunEvaluations
 from opdlm.deploy.observe.records import RunRecords
 from opdlm.deploy.observe.session import open_records, show_end, show_refused, show_start
 from opdlm.deploy.observe.terminal import open_view
-from opdlm.deploy.run.directory import config_digest, open_run
+from opdlm.deploy.run.directory import check_run, config_digest, find_checkpoint, open_run
 from opdlm.deploy.run.ending import run_together
 from opdlm.deploy.run.given_responses import GivenResponses, known_responses
+from opdlm.deploy.run.lock import RunLock
 from opdlm.deploy.run.loops import Loops
 from opdlm.deploy.run.paths import absolute_paths
 from opdlm.deploy.run.preflight import Preflight, preflight, prepare_student
@@ -45,25 +46,32 @@ from opdlm.learner.setup import LearnerSetup
 
 def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
     """Runs a job to its end; returns the exit code (0 done, 128 + signal after a stop with a checkpoint)."""
-    checked = preflight(absolute_paths(config))
-    config, schedule = checked.config, checked.schedule
+    config = absolute_paths(config)
+    check_run(config, resume)
+    checked = preflight(config)
+    schedule = checked.schedule
     show_refused(checked.prompts, console)
     responses = known_responses(config, checked.prompts.prompts, checked.order.digest)
-    connect(config)
-    checkpoint = open_run(config, resume, checked.order.digest)
-    show_start(config, checkpoint, schedule.rounds, console)
-    first_round, student = checkpoint.rounds if checkpoint else 0, prepare_student(config)
-    roles = start_roles(config, student, schedule.total, first_round)
-    try:
-        with (
-            open_view(console, schedule.rounds, first_round) as view,
-            open_records(config, student, checkpoint, roles.pools(), view) as records,
-        ):
-            records.data(len(checked.prompts.prompts), checked.prompts.refused, checked.order.digest)
-            code = asyncio.run(_run(checked, roles, records, student, responses))
-    finally:
-        roles.stop()
-    show_end(Path(config.run.dir), (schedule.prompts_per_round, schedule.total), stopped=code != 0, console=console)
+    with RunLock(Path(config.run.dir)) as lock:
+        checkpoint = find_checkpoint(config, resume, checked.order.digest)
+        connect(config)
+        open_run(config, resume, checkpoint)
+        show_start(config, checkpoint, schedule.rounds, console)
+        first_round, student = checkpoint.rounds if checkpoint else 0, prepare_student(config)
+        roles = start_roles(config, student, schedule.total, first_round)
+        try:
+            with (
+                open_view(console, schedule.rounds, first_round) as view,
+                open_records(config, student, checkpoint, roles.pools(), view) as records,
+            ):
+                records.before_write = lock.verify
+                records.data(len(checked.prompts.prompts), checked.prompts.refused, checked.order.digest)
+                code = asyncio.run(_run(checked, roles, records, student, responses))
+        finally:
+            roles.stop()
+        lock.verify()
+        samples = schedule.prompts_per_round, schedule.total
+        show_end(Path(config.run.dir), samples, stopped=code != 0, console=console)
     return code
 
 

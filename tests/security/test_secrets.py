@@ -57,7 +57,7 @@ def test_no_secret_of_the_environment_gets_into_a_run_or_an_export(model, tmp_pa
     config = config_from_dict(
         {"model": {"teacher": str(model)}, "data": {"task": "chain", "prompts": 8}, "run": {"dir": str(run)}}
     )
-    open_run(config, resume=False, data_digest="d")
+    open_run(config, resume=False, checkpoint=None)
     records = RunRecords(run, PlainView(Console(file=(run / "console.log").open("w")), 1))
     records.failed([0], 1, "the actor died", "ActorDiedError")
     step = {"kind": "step", "round": 0, "step": 1, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}

@@ -125,9 +125,8 @@ def test_rounds_are_trained_again_though_a_checkpoint_of_them_appears_after_the_
     shutil.copytree(whole, run_dir, ignore=shutil.ignore_patterns("student", late, f"round-{ROUNDS:06d}"))
 
     def open_before_the_last_save(*arguments):
-        found = open_run(*arguments)
+        open_run(*arguments)
         shutil.copytree(whole / "checkpoints" / late, run_dir / "checkpoints" / late)
-        return found
 
     monkeypatch.setattr("opdlm.deploy.run.train.open_run", open_before_the_last_save)
     assert train(run_config(chain_teacher, run_dir), resume=True, console=Console(quiet=True)) == 0
