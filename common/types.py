@@ -169,3 +169,5 @@ class DecodeStats:
     """Response tokens of these sequences that were revealed after a change of weights."""
     version_spread_max: int = 0
     """Largest difference between the weight versions of two tokens of one sequence."""
+    weight_versions: tuple[int, ...] = ()
+    """Oldest weight version that decoded each sequence, in the order of the requests."""

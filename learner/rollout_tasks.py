@@ -23,8 +23,8 @@ from opdlm.learner.rollout_files import RolloutFacts, load_samples, save_round
 class ReadFacts:
     """What is known of samples that a task has read."""
 
-    oldest_version: int
-    """Oldest weight version that decoded one of them."""
+    weight_versions: list[int]
+    """Oldest weight version that decoded each sample."""
     lengths: list[tuple[int, int]]
     """(prompt tokens, response tokens) of each sample."""
 
@@ -57,5 +57,5 @@ def _dump(file: Path, samples: list[SampleRef], facts: RolloutFacts) -> None:
 def _read(file: Path, indices: Sequence[int], per_reference: int) -> tuple[list[ScoredTrajectory] | ReadFacts, ...]:
     samples = load_samples(file, indices)
     lengths = [sample.trajectory.lengths for sample in samples]
-    oldest = min(sample.trajectory.weight_version for sample in samples)
-    return (*in_groups(samples, per_reference), ReadFacts(oldest, lengths))
+    versions = [sample.trajectory.weight_version for sample in samples]
+    return (*in_groups(samples, per_reference), ReadFacts(versions, lengths))

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from opdlm.actors.queue.rules import ReplayQueue
+from opdlm.actors.queue.rules import Answer, ReplayQueue
 from opdlm.common.errors import first_line
 from opdlm.common.types import WeightHandle
 from opdlm.common.weight_offer import WeightOffer
@@ -82,12 +82,18 @@ class ReplayQueueActor:
             return []
         return queue.lease_lost(most) if self._stop_requested else queue.lease(most)
 
-    async def put(self, indices: list[int], weight_version: int, samples: list[Any]) -> list[bool]:
-        """Takes in finished samples (one `SampleRef` each); returns for each whether it was accepted."""
-        accepted = [self._queue.put(i, weight_version, s) for i, s in zip(indices, samples, strict=True)]
-        self._accepted_at |= {i: time.monotonic() for i, yes in zip(indices, accepted, strict=True) if yes}
+    async def put(self, indices: list[int], weight_versions: list[int], samples: list[Any]) -> list[Answer]:
+        """Takes in finished samples (one `SampleRef` each); returns the answer to each, see `ReplayQueue.put`.
+
+        Args:
+            weight_versions: of each sample, the oldest weights that decoded it.
+        """
+        made = zip(indices, weight_versions, samples, strict=True)
+        answers = [self._queue.put(index, version, sample) for index, version, sample in made]
+        accepted = [index for index, answer in zip(indices, answers, strict=True) if answer == "accepted"]
+        self._accepted_at |= dict.fromkeys(accepted, time.monotonic())
         self._wake()
-        return accepted
+        return answers
 
     async def next_weights(self, after: int) -> WeightHandle | None:
         """Waits for a weight version newer than `after` and returns it; None once the learner has ended without one."""

@@ -11,6 +11,8 @@ A sample is known by its index in the run's order of prompts; round r is the ind
        ▲ a free slot      │ lose                                 (weights r+1 exist)   (a checkpoint covers it)
        └──────────────────┘ its data died with a node: it is made again in its slot
 
+A sample that comes with weights that are too old is refused. It stays leased, and its producer makes it again.
+
 Slots bound staleness: round r may be leased only after the rollout actors took weights of version r - max_staleness
 or newer. There are `(max_staleness + 1) x N` slots, so the queue is bounded by construction and never drops a sample.
 Taken samples are kept until a checkpoint covers them. A learner that dies before that trains the same samples again
@@ -19,7 +21,9 @@ from the last checkpoint, and each sample counts exactly once in the weights tha
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+
+Answer = Literal["accepted", "duplicate", "stale"]
 
 
 class ReplayQueue:
@@ -128,17 +132,21 @@ class ReplayQueue:
         """The accepted sample of an index; None while there is none, or once a checkpoint covers it."""
         return self._samples.get(index, (0, None))[1]
 
-    def put(self, index: int, weight_version: int, sample: Any) -> bool:
-        """Accepts a finished sample. Returns False, and counts the refusal, for a duplicate or a sample too stale."""
+    def put(self, index: int, weight_version: int, sample: Any) -> Answer:
+        """Accepts a finished sample, or refuses it and counts the refusal.
+
+        `duplicate`: there is a sample of this index. `stale`: it was decoded with weights that are too old; its index
+        stays leased, so its producer must make it again with newer weights.
+        """
         if index not in self._leased:
             self.refused["duplicate"] += 1
-            return False
+            return "duplicate"
         if self.round_of(index) - weight_version > self.max_staleness:
             self.refused["stale"] += 1
-            return False
+            return "stale"
         self._leased.remove(index)
         self._samples[index] = (weight_version, sample)
-        return True
+        return "accepted"
 
     def is_ready(self, round_: int) -> bool:
         """Whether the queue holds every sample of the round."""

@@ -111,6 +111,7 @@ class BlockDecoder:
             continued_sequences=len(continued),
             continued_tokens=sum(int((v[: t.response_length] > t.weight_version).sum()) for t, v in continued),
             version_spread_max=max((int(v.max()) - t.weight_version for t, v in continued), default=0),
+            weight_versions=tuple(t.weight_version for t in trajectories),
         )
         return trajectories, stats
 

@@ -18,7 +18,7 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.types import WeightHandle
 from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.observe.records import RunRecords
-from opdlm.deploy.run.recovery import Repetition, learner_events
+from opdlm.deploy.run.recovery import Repetition, SamplesStale, learner_events
 from opdlm.deploy.run.sample_references import SampleReferences
 from opdlm.deploy.run.sources import SampleSource
 
@@ -60,12 +60,17 @@ class Loops:
     async def _make_samples(self, indices: list[int]) -> None:
         assert self.weights is not None, "slots are free only after the first push"
 
-        async def make(weights: WeightHandle) -> None:
-            samples, version = await self.source.sample(indices, weights)
-            self._references.hold(indices, samples)
-            await self.roles.queue.put.remote(indices, version, samples)
+        missing = list(indices)
 
-        await self._calls.until_done(make, self.weights, f"samples {indices[0]} to {indices[-1]}", indices)
+        async def make(weights: WeightHandle) -> None:
+            samples, versions = await self.source.sample(missing, weights)
+            self._references.hold(missing, samples)
+            answers = await self.roles.queue.put.remote(missing, versions, samples)
+            missing[:] = [index for index, answer in zip(missing, answers, strict=True) if answer == "stale"]
+            if missing:
+                raise SamplesStale(missing, min(versions))
+
+        await self._calls.until_done(make, self.weights, f"samples {indices[0]} to {indices[-1]}", missing)
 
     def _prompts_per_call(self) -> int:
         """At most an equal share of a round for each actor that serves at the moment."""

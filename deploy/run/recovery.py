@@ -2,6 +2,7 @@
 
 a rollout or teacher actor dies     its call goes to another actor (`actors/pool.py`)
 a call fails                        `Repetition` repeats it, `resources.sample_attempts` times in all
+samples come too late for a round   `Repetition` has those of them made again with the newest weights
 the object store is full            `Repetition` waits for room
 published weights are lost          `Repetition` waits until the restarted learner publishes them again
 a learner rank dies                 Ray Train restarts the group from its last checkpoint (`learner/group.py`)
@@ -41,11 +42,24 @@ _PATIENCE_SECONDS = 60.0
 """Longest wait for an answer of the queue, which is never busy for long."""
 _LOST_PAUSE_SECONDS = 10.0
 """Longest wait for lost weights before the call that needs them is tried again."""
+_STALE_SHOWN = 5
+"""Most indices in an error about stale samples."""
 NO_SIGN = "(resources.call_timeout_seconds); is there room in the cluster for its ranks?"
 
 
 class LearnerSilent(OpdlmError):
     """The learner hangs, so nothing waits for its end."""
+
+
+class SamplesStale(OpdlmError):
+    """The queue refused samples because the weights that decoded them are too old."""
+
+    def __init__(self, indices: Sequence[int], version: int) -> None:
+        shown = ", ".join(map(str, indices[:_STALE_SHOWN])) + (", ..." if len(indices) > _STALE_SHOWN else "")
+        super().__init__(
+            f"{len(indices)} samples ({shown}) were decoded with weights of version {version} or newer, too old for "
+            "their rounds (queue.max_staleness)"
+        )
 
 
 class Repetition:
@@ -90,7 +104,7 @@ class Repetition:
                 raise
             except WeightsLost as error:
                 handle = await self._published_again(handle, error)
-            except RayError as error:
+            except (RayError, SamplesStale) as error:
                 self._note_failure(indices, attempts.failed + 1, error)
                 if store_is_full(error):  # not the fault of the samples: the learner must let go of some first
                     await asyncio.sleep(store.pause(what))

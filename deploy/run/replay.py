@@ -43,8 +43,8 @@ class ReplaySource:
         self._prompts_per_round = prompts_per_round
         self._per_reference = per_reference
 
-    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], int]:
-        """Reads the samples; returns their references, in order, and the oldest weight version among them.
+    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], list[int]]:
+        """Reads the samples; returns their references and weight versions, in order.
 
         The arrays go from the disk to the object store in a task; they never pass through this process.
         """
@@ -54,7 +54,7 @@ class ReplaySource:
         facts: list[ReadFacts] = await asyncio.gather(*(facts for _, facts in read))
         made = zip((groups for groups, _ in read), (of.lengths for of in facts), strict=True)
         samples = [sample for groups, lengths in made for sample in sample_refs(groups, size, lengths)]
-        return samples, min(of.oldest_version for of in facts)
+        return samples, [version for of in facts for version in of.weight_versions]
 
 
 def check_replay(

@@ -37,8 +37,8 @@ from opdlm.deploy.run.replay import ReplaySource
 class SampleSource(Protocol):
     """Makes the samples of given indices in the run's order of prompts. After a failure the same call is repeated."""
 
-    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], int]:
-        """Returns (a reference to the `ScoredTrajectory` of each index, the weight version they belong to)."""
+    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], list[int]]:
+        """Returns (a reference to the `ScoredTrajectory` of each index, the oldest weight version that decoded each)."""
         ...
 
 
@@ -92,7 +92,7 @@ class OnPolicySource:
         self.config, self.rollouts, self.scoring, self.order = config, rollouts, scoring, order
         self.settings = DecodeSettings.from_config(config.rollout)
 
-    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], int]:
+    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], list[int]]:
         """See `SampleSource`."""
         batch = self.config.rollout.batch_size
         requests = [rollout_request(self.config, self.order, index) for index in indices]
@@ -101,7 +101,7 @@ class OnPolicySource:
         )
         samples = await self.scoring.score(trajectories, len(indices))
         self.scoring.records.decoded(decoded)
-        return samples, decoded.weight_version
+        return samples, list(decoded.weight_versions)
 
 
 def rollout_request(config: OpdlmConfig, order: PromptOrder, index: int) -> RolloutRequest:
@@ -139,14 +139,14 @@ class GivenSource:
         self.responses, self.vocab_size, self.eos_ids = responses, vocab_size, tuple(eos_ids)
         self.grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
 
-    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], int]:
+    async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], list[int]]:
         """See `SampleSource`. Given responses are never stale: they count as made with the given weights."""
         trajectories = [self._trajectory(index, weights.version) for index in indices]
         if self.config.objective.kind != "cft":
-            return await self.scoring.score(trajectories, len(indices)), weights.version
+            return await self.scoring.score(trajectories, len(indices)), [weights.version] * len(indices)
         samples, size = [ScoredTrajectory(t, self._one_hot(t)) for t in trajectories], self.scoring.per_reference
         groups = [ray.put(group) for group in in_groups(samples, size)]
-        return sample_refs(groups, size, [t.lengths for t in trajectories]), weights.version
+        return sample_refs(groups, size, [t.lengths for t in trajectories]), [weights.version] * len(indices)
 
     def _trajectory(self, index: int, version: int) -> Trajectory:
         prompt, round_ = self.order[index], index // self.config.rollout.prompts_per_round

@@ -75,7 +75,7 @@ class Rollout:
     async def decode(self, requests, handle, settings, batch_size):
         await asyncio.sleep(self.seconds)
         self.decoded += [(r.index, self.version) for r in requests]
-        return [r.index for r in requests], DecodeStats(self.version, len(requests), 1, 1, 1, 1, 0.1)
+        return [r.index for r in requests], stats_of(self.version, len(requests))
 
 
 class Teacher:
@@ -146,6 +146,11 @@ class FakeRun:
                 return
             self.trained.append([ask(value_of_sample(s)) for s in taken[0]])
             ask(self.queue.publish(round_ + 1, ["pack"], 8))
+
+
+def stats_of(version: int, sequences: int) -> DecodeStats:
+    """Statistics of a call that decoded all its sequences with one weight version."""
+    return DecodeStats(version, sequences, 1, 1, 1, 1, 0.1, weight_versions=(version,) * sequences)
 
 
 async def value_of_sample(sample):

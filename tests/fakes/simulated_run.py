@@ -22,13 +22,13 @@ from opdlm.actors.teacher.actor import ScoreStats
 from opdlm.common.batches import in_groups
 from opdlm.common.config import config_from_dict
 from opdlm.common.data.prompts import Prompt, PromptOrder
-from opdlm.common.types import DecodeStats, RolloutRequest, WeightHandle
+from opdlm.common.types import RolloutRequest, WeightHandle
 from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.observe.records import RunRecords
 from opdlm.deploy.run.ending import run_together
 from opdlm.deploy.run.loops import Loops
 from opdlm.deploy.run.sources import OnPolicySource, Scoring
-from tests.fakes.actors import Remote
+from tests.fakes.actors import Remote, stats_of
 
 Fault = Callable[[str], None]
 """Called with an actor's name at the end of each of its calls. If it raises an exception, the call fails with it."""
@@ -97,7 +97,7 @@ class SimulatedRollout:
             await self.run.take_time(self.run.stages.decode, len(requests), self.run.shape.rollouts)
             self.run.fault(self.name)
             self.run.decoded += [(r.index, version) for r in requests]
-            return [r.index for r in requests], DecodeStats(version, len(requests), 1, 1, 1, 1, 0.1)
+            return [r.index for r in requests], stats_of(version, len(requests))
 
     async def ready(self) -> None:
         raise RayActorError  # the pool asks an actor that died: Ray does not restart it

@@ -55,7 +55,7 @@ def test_samples_that_were_lost_with_a_node_are_made_again(two_nodes) -> None:
     groups = [here.remote(0), there.remote(1, 2), there.remote(3), here.remote(4)]
     ray.wait(groups, num_returns=4, fetch_local=False)
     places = [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0)]
-    ray.get(queue.put.remote([0, 1, 2, 3, 4], 0, [SampleRef(groups[g], place, 2, 2) for g, place in places]))
+    ray.get(queue.put.remote([0, 1, 2, 3, 4], [0] * 5, [SampleRef(groups[g], place, 2, 2) for g, place in places]))
 
     two_nodes.remove_node(two_nodes.second, allow_graceful=False)
     made_again = []
@@ -63,7 +63,7 @@ def test_samples_that_were_lost_with_a_node_are_made_again(two_nodes) -> None:
     def produce() -> None:
         while indices := ray.get(queue.lease.remote(1)):
             made_again.extend(indices)
-            ray.get(queue.put.remote(indices, 0, [SampleRef(make.remote(i), 0, 2, 2) for i in indices]))
+            ray.get(queue.put.remote(indices, [0], [SampleRef(make.remote(i), 0, 2, 2) for i in indices]))
 
     producing = threading.Thread(target=produce)
     producing.start()

@@ -22,7 +22,7 @@ def test_a_full_queue_blocks_leasing_until_weights_are_taken() -> None:
         await actor.weights_taken(0)
         assert await waiting == [0, 1]
         blocked = asyncio.create_task(actor.lease(9))
-        assert await actor.put([0, 1], 0, ["a", "b"]) == [True, True]
+        assert await actor.put([0, 1], [0, 0], ["a", "b"]) == ["accepted", "accepted"]
         samples, staleness = await actor.take_round(0)
         assert (samples, staleness) == (["a", "b"], [0, 0])
         await actor.publish(1, ["pack 1"], 8)
@@ -50,7 +50,7 @@ def test_state_counts_slots_in_use_and_the_wait_of_samples(monkeypatch) -> None:
         await actor.lease(3)
         for index, second in ((2, 101.0), (3, 105.0), (2, 109.0)):  # the last is a duplicate
             now[0] = second
-            await actor.put([index], 1, ["sample"])
+            await actor.put([index], [1], ["sample"])
         now[0] = 107.0
         await actor.take_round(1)
         now[0] = 999.0
@@ -71,7 +71,7 @@ def test_after_a_stop_a_begun_round_is_finished_on_every_rank() -> None:
         await actor.publish(0, ["pack 0"], 8)
         await actor.weights_taken(0)
         await actor.lease(2)
-        await actor.put([0, 1], 0, ["a", "b"])
+        await actor.put([0, 1], [0, 0], ["a", "b"])
         assert (await actor.take_round(0))[0] == ["a"]
         await actor.request_stop()
         assert (await actor.take_round(0))[0] == ["a"], "the second rank must get what the first one got"
@@ -92,7 +92,7 @@ def test_after_a_stop_a_begun_round_waits_for_its_lost_sample() -> None:
         queue = ReplayQueueActor(2, 0, 4, 0)
         await queue.publish(0, ["pack 0"], 8)
         await queue.weights_taken(0)
-        await queue.put(await queue.lease(2), 0, ["a", "b"])
+        await queue.put(await queue.lease(2), [0, 0], ["a", "b"])
         await queue.take_round(0)
         replacing = asyncio.create_task(queue.remade_sample(1, "b"))
         await asyncio.sleep(0)
@@ -101,7 +101,7 @@ def test_after_a_stop_a_begun_round_waits_for_its_lost_sample() -> None:
         await asyncio.sleep(0.01)
         assert not again.done()
         assert await queue.lease(2) == [1]
-        await queue.put([1], 0, ["new b"])
+        await queue.put([1], [0], ["new b"])
         assert await again == (["a", "new b"], [0, 0])
         assert await replacing == "new b"
         assert await queue.take_round(1) is None

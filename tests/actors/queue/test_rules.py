@@ -44,7 +44,7 @@ class QueueMachine(RuleBasedStateMachine):
     def finish(self, data) -> None:
         index = data.draw(st.sampled_from(sorted(self.decoding)))
         version = self.decoding.pop(index)
-        assert self.queue.put(index, version, f"sample {index}")
+        assert self.queue.put(index, version, f"sample {index}") == "accepted"
         self.accepted[index] = version
 
     @precondition(lambda self: self.accepted)
@@ -52,7 +52,7 @@ class QueueMachine(RuleBasedStateMachine):
     def finish_twice(self, data) -> None:
         index = data.draw(st.sampled_from(sorted(self.accepted)))
         refused = self.queue.refused["duplicate"]
-        assert not self.queue.put(index, self.accepted[index], "again")
+        assert self.queue.put(index, self.accepted[index], "again") == "duplicate"
         assert self.queue.refused["duplicate"] == refused + 1
 
     @precondition(lambda self: self.learner_round < self.queue.rounds and self.queue.is_ready(self.learner_round))
@@ -124,7 +124,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.push_weights()
             self.lease(100)
             for index in sorted(self.decoding):
-                assert self.queue.put(index, self.decoding[index], f"sample {index}")
+                assert self.queue.put(index, self.decoding[index], f"sample {index}") == "accepted"
                 self.accepted[index] = self.decoding[index]
             self.decoding = {}
             while self.learner_round < self.queue.rounds and self.queue.is_ready(self.learner_round):
@@ -147,9 +147,9 @@ def test_stale_samples_are_refused_and_counted() -> None:
     queue.published(1)
     queue.weights_taken(1)
     assert queue.lease(5) == [2]
-    assert not queue.put(2, 0, "decoded with weights two rounds old")
+    assert queue.put(2, 0, "decoded with weights two rounds old") == "stale"
     assert queue.refused["stale"] == 1
-    assert queue.put(2, 1, "decoded again")
+    assert queue.put(2, 1, "decoded again") == "accepted"
 
 
 def test_misuse_is_named() -> None:

@@ -55,12 +55,12 @@ async def _queue_state() -> dict:
     queue = ReplayQueueActor(4, 1, 12, 0)
     await queue.weights_taken(0)
     assert await queue.lease(8) == list(range(8))
-    assert await queue.put([0, 1, 2, 3], 0, list("abcd")) == [True] * 4
-    assert await queue.put([0], 0, ["a"]) == [False]
-    assert await queue.put([4], -1, ["e"]) == [False]
+    assert await queue.put([0, 1, 2, 3], [0] * 4, list("abcd")) == ["accepted"] * 4
+    assert await queue.put([0], [0], ["a"]) == ["duplicate"]
+    assert await queue.put([4], [-1], ["e"]) == ["stale"]
     await queue.take_round(0)
     waiting = asyncio.ensure_future(queue.remade_sample(2, "c"))
     assert await queue.lease(8) == [2]
-    assert await queue.put([2], 0, ["c"]) == [True]
+    assert await queue.put([2], [0], ["c"]) == ["accepted"]
     assert await waiting == "c"
     return await queue.state()

@@ -105,9 +105,9 @@ def test_off_policy_samples_are_scored_and_belong_to_the_current_version() -> No
             return ["first", "second"], ScoreStats(12, 18, 0.1, 0, ((3, 4), (3, 5), (3, 3)))
 
     source = _source(prompts, "off_policy_kd", Teachers())
-    samples, version = asyncio.run(source.sample([0, 1, 2], WeightHandle(5, [], 0)))
+    samples, versions = asyncio.run(source.sample([0, 1, 2], WeightHandle(5, [], 0)))
     assert samples == [SampleRef("first", 0, 3, 4), SampleRef("first", 1, 3, 5), SampleRef("second", 0, 3, 3)]
-    assert version == 5
+    assert versions == [5, 5, 5]
     ((method, trajectories, per_reference, outputs),) = asked
     assert (method, per_reference, outputs) == ("score", 2, 2)
     order = source.order

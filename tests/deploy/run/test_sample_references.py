@@ -80,7 +80,8 @@ def test_values_of_trained_samples_leave_the_drivers_memory(ray_cluster):
         ray.get(done)
         samples = sample_refs(groups, 1, [(1, 1)] * N)
         references.hold(indices, samples)
-        assert all(ray.get(queue.put.remote(indices, round_, samples)))
+        answers = ray.get(queue.put.remote(indices, [round_] * len(indices), samples))
+        assert answers == ["accepted"] * len(indices)
         del groups, samples, done  # from here on only the queue and `references` hold them
         assert ray.get(rank.train.remote(round_)) == N
         ray.get(queue.committed.remote(round_ + 1))
