@@ -12,6 +12,7 @@ import functools
 
 import torch
 
+_WORD_BYTES = 8
 _BLOCK = 1 << 16
 """Words that are multiplied in one call: 512 KiB, which fit into a core's cache."""
 _STEP, _GOLDEN = 0x100000001B3, 0x9E3779B97F4A7C15
@@ -26,10 +27,12 @@ def checksum(tensor: torch.Tensor, running: int = 0) -> int:
         running: checksum of the tensors before this one; the result then covers all of them.
     """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    whole = data.numel() // 8 * 8
+    if data.storage_offset() % _WORD_BYTES:  # a view into a flat buffer, say; torch reads words at whole words only
+        data = data.clone()
+    whole = data.numel() // _WORD_BYTES * _WORD_BYTES
     words = [data[:whole].view(torch.int64)] if whole else []
     if rest := data.numel() - whole:
-        words.append(torch.nn.functional.pad(data[whole:], (0, 8 - rest)).view(torch.int64))
+        words.append(torch.nn.functional.pad(data[whole:], (0, _WORD_BYTES - rest)).view(torch.int64))
     factors = _factors(tensor.device)
     product = torch.empty_like(factors)
     sums = [

@@ -52,3 +52,21 @@ def test_the_order_of_values_and_of_tensors_matters() -> None:
 def test_the_layout_in_memory_does_not_matter() -> None:
     tensor = torch.randn(30, 40)
     assert checksum(tensor.T.contiguous().T) == checksum(tensor)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_the_place_in_memory_does_not_matter(dtype) -> None:
+    """ZeRO keeps the parameters as views into one flat buffer, where they begin anywhere."""
+    flat = (torch.arange(40_000) % 113).to(dtype)
+    for start in range(9):
+        for size in (0, 1, 3, 7, 8, 1001, 33_333):
+            view = flat[start : start + size]
+            assert checksum(view) == checksum(view.clone()) == _by_hand(view.clone().view(torch.uint8).numpy().tobytes())
+
+
+def test_tensors_of_every_shape_have_a_checksum() -> None:
+    flat = torch.arange(600, dtype=torch.bfloat16)
+    for tensor in (flat[3], flat[5:5], flat[1:].view(-1)[:598].view(2, 13, 23), flat[1::2], flat[7:27].view(4, 5).T):
+        assert checksum(tensor) == checksum(tensor.clone(memory_format=torch.contiguous_format))
+    assert checksum(flat[5:5], running=17) == 17
+    assert checksum(flat[1].expand(3, 4)) == checksum(torch.ones(3, 4, dtype=torch.bfloat16))
