@@ -110,6 +110,12 @@ def latest_checkpoint(root: Path, rounds: int | None = None) -> Checkpoint | Non
     return None
 
 
+def read_checkpoint(root: Path, rounds: int) -> Checkpoint:
+    """The checkpoint of so many rounds, which another process has just found whole."""
+    folder = root / _name(rounds)
+    return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+
+
 def _name(rounds: int) -> str:
     return f"round-{rounds:06d}"
 
@@ -123,6 +129,9 @@ def damage(folder: Path) -> str | None:
     """Returns what is wrong with a checkpoint, or None where it is whole."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
+        unnamed = {file.name for file in folder.iterdir()} - manifest.keys() - {_MANIFEST}
+        if "state.json" not in manifest or unnamed:
+            return f"{_MANIFEST} does not name {', '.join(sorted(unnamed)) or 'state.json'}"
         for name, expected in manifest.items():
             found = _fingerprint(folder / name)
             if found != expected:
@@ -130,8 +139,10 @@ def damage(folder: Path) -> str | None:
             if name.endswith(".safetensors"):
                 with safe_open(folder / name, "np"):  # reads the header, in case another kind of file was written
                     pass
-        json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        rounds = json.loads((folder / "state.json").read_text())["rounds"]
+        if folder.name != _name(rounds):
+            return f"state.json is of {_name(rounds)}"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

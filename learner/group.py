@@ -19,6 +19,10 @@ _QUEUE_TIMEOUT_SECONDS = 60.0
 """Longest wait for an answer of the queue actor, which answers at once."""
 
 
+class LearnerBehind(OpdlmError):
+    """The newest checkpoint is damaged: the run goes back to an older one, with a new replay queue."""
+
+
 def fit(setup: LearnerSetup, experiment: str) -> None:
     """Runs the worker group until training ends; blocks. Restarts it up to `learner.max_failures` times.
 
@@ -26,6 +30,7 @@ def fit(setup: LearnerSetup, experiment: str) -> None:
         experiment: name of the Ray Train run.
 
     Raises:
+        LearnerBehind: the replay queue has let go of rounds that must be trained again.
         OpdlmError: the group itself ended the run, for a reason that a restart would not remove.
     """
     import ray
@@ -55,8 +60,11 @@ def fit(setup: LearnerSetup, experiment: str) -> None:
         ),
     )
     trainer.fit()
-    if reason := ray.get(setup.queue.reason_to_give_up.remote(), timeout=config.resources.call_timeout_seconds):
+    limit = config.resources.call_timeout_seconds
+    if reason := ray.get(setup.queue.reason_to_give_up.remote(), timeout=limit):
         raise OpdlmError(reason)
+    if reason := ray.get(setup.queue.reason_to_go_back.remote(), timeout=limit):
+        raise LearnerBehind(reason)
 
 
 def train_loop(arguments: dict[str, LearnerSetup]) -> None:

@@ -113,6 +113,11 @@ class QueueClient:
         self.wait_until_written()
         self.wait_for(self._queue.give_up.remote(reason), "giving up")
 
+    def go_back(self, reason: str) -> None:
+        """Has the driver start again from an older checkpoint than the queue's, once every record is written."""
+        self.wait_until_written()
+        self.wait_for(self._queue.go_back.remote(reason), "going back")
+
     def tell(self, event: dict[str, Any]) -> None:
         """Sends a record for the metrics, with the present time. A step's record may wait for the next record."""
         self._untold.append({"told_at": time.time(), **event})

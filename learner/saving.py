@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from opdlm.common.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from opdlm.common.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
 from opdlm.common.config.schema import ModelConfig
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.convert import save_model
@@ -30,10 +30,16 @@ log = logging.getLogger("opdlm.saving")
 
 _DISK_ERRORS = (OSError, SafetensorError)
 """What a full or broken disk raises; safetensors has an error type of its own for it."""
+_NONE, _NOTHING_WHOLE = -1, -2
+"""In place of a checkpoint's rounds: there is no checkpoint, or there are only damaged ones."""
 
 
 class GiveUp(OpdlmError):
     """Ends the run. Every rank raises it, for a reason that a restart of the group would not remove."""
+
+
+class BehindQueue(OpdlmError):
+    """Ends the group. Every rank raises it: the queue has let go of rounds that must be trained again."""
 
 
 class Saver:
@@ -54,21 +60,40 @@ class Saver:
         """Loads the newest checkpoint of at most `committed_rounds` rounds into the engine. A collective call.
 
         A newer checkpoint than the queue knows of was written by a group that outlived its driver for a moment. This
-        run's records begin before it, so it is passed over.
+        run's records begin before it, so it is passed over. The first rank decides for all.
 
         Returns: the checkpoint; None at the start of a run.
 
         Raises:
-            OpdlmError: the queue knows of a checkpoint, and there is none.
+            BehindQueue: the checkpoint that the queue knows of is damaged or gone, and there is an older one.
+            GiveUp: there is no older one.
         """
-        checkpoint = latest_checkpoint(self.root, committed_rounds)
-        if checkpoint is None and committed_rounds > 0:
-            raise OpdlmError(
-                f"the checkpoint of round {committed_rounds} in {self.root} is gone; does another process work in this "
-                "run directory? Once it has ended, go on with --resume"
+        rounds, reason = _NOTHING_WHOLE, "see rank 0"
+        if dist.get_rank() == 0:
+            try:
+                found = latest_checkpoint(self.root, committed_rounds)
+                rounds = found.rounds if found else _NONE
+            except OpdlmError as error:
+                reason = str(error)
+        agreed = torch.tensor([rounds], dtype=torch.int64, device=self.engine.device)
+        dist.broadcast(agreed, 0)
+        rounds = int(agreed)
+        if rounds == _NONE and committed_rounds > 0:
+            raise GiveUp(
+                f"the checkpoint of round {committed_rounds} in {self.root} is gone; restore it from a backup, or "
+                "start in another run.dir"
             )
-        if checkpoint is not None:
-            zero.load_state(self.engine, checkpoint.folder)
+        if rounds == _NOTHING_WHOLE:
+            raise GiveUp(reason)
+        if rounds == _NONE:
+            return None
+        if rounds < committed_rounds:
+            raise BehindQueue(
+                f"the checkpoint of round {committed_rounds} in {self.root} is damaged or gone; going on from the one "
+                f"of round {rounds}"
+            )
+        checkpoint = read_checkpoint(self.root, rounds)
+        zero.load_state(self.engine, checkpoint.folder)
         return checkpoint
 
     def save(self, state: dict[str, Any]) -> str | None:

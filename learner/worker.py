@@ -28,7 +28,7 @@ from opdlm.learner import zero
 from opdlm.learner.distill import DistillModule
 from opdlm.learner.queue_client import QueueClient
 from opdlm.learner.round_training import RoundTrainer
-from opdlm.learner.saving import GiveUp, Saver
+from opdlm.learner.saving import BehindQueue, GiveUp, Saver
 from opdlm.learner.schedule import Progress, TrainingSchedule
 from opdlm.learner.setup import LearnerSetup
 from opdlm.learner.targets import load_teacher_head
@@ -36,12 +36,17 @@ from opdlm.learner.train_step import TrainStep
 
 
 def run_rank(setup: LearnerSetup) -> None:
-    """Runs one rank from its start to its end. `GiveUp` is reported to the queue, not raised: no restart would help."""
+    """Runs one rank from its start to its end.
+
+    `GiveUp` and `BehindQueue` are reported to the queue, not raised: a restart of the group would not help.
+    """
     learner = Learner(setup)
     try:
         learner.run()
     except GiveUp as reason:
         learner.give_up(str(reason))
+    except BehindQueue as reason:
+        learner.go_back(str(reason))
 
 
 class Learner:
@@ -105,6 +110,12 @@ class Learner:
         """Has the driver end the run as a failure with this reason, once every record so far is written."""
         if self.rank == 0:
             self.queue.give_up(reason)
+        dist.barrier()
+
+    def go_back(self, reason: str) -> None:
+        """Has the driver start again from an older checkpoint, with a new queue."""
+        if self.rank == 0:
+            self.queue.go_back(reason)
         dist.barrier()
 
     def _restore(self) -> int | None:

@@ -61,6 +61,8 @@ class ReplayQueueActor:
         self._learner_ended = False
         self._failure: str | None = None
         """Why the learner ended the run as a failure."""
+        self._behind: str | None = None
+        """Why the learner must go back to rounds before those that are committed."""
         self._changed = asyncio.Event()
         """Set by `_wake` and then replaced by a new event; `_until` waits for it."""
 
@@ -255,6 +257,14 @@ class ReplayQueueActor:
     async def reason_to_give_up(self) -> str | None:
         """Why the learner ended the run as a failure; None if it did not."""
         return self._failure
+
+    async def go_back(self, reason: str) -> None:
+        """Notes that the learner must train rounds again whose samples this queue has forgotten."""
+        self._behind = reason
+
+    async def reason_to_go_back(self) -> str | None:
+        """Why the learner needs a new queue that begins at an older checkpoint; None if it does not."""
+        return self._behind
 
     async def tell(self, events: list[dict[str, Any]]) -> None:
         """Takes in events: records for the metrics."""

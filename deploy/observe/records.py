@@ -2,8 +2,8 @@
 
 A record has a `kind`: `data`, `step` (one optimizer step), `round`, `publish`, `checkpoint`, `evaluation`, `failure`,
 `offline` (given responses), `skipped_step` (the gradient was not finite), `failed_save` (of a checkpoint),
-`actor_death`, `learner_restart`, `queue_death`, `scale` (actors were added or removed). `metrics.jsonl` has each round
-and step once: training a round again replaces its earlier records.
+`actor_death`, `learner_restart`, `queue_death`, `damaged_checkpoint`, `scale` (actors were added or removed).
+`metrics.jsonl` has each round and step once: training a round again replaces its earlier records.
 The figures are measured where the work is done (the decoder, the train step, ...) and only collected here.
 """
 
@@ -154,9 +154,17 @@ class RunRecords:
 
     def queue_died(self, reason: str) -> None:
         """The replay queue died; the run goes back to its last checkpoint."""
+        self._start_new_queue()
+        self._record("queue_death", deaths=1, reason=reason)
+
+    def went_back(self, reason: str) -> None:
+        """The newest checkpoint is damaged; the run goes back to the one before it."""
+        self._start_new_queue()
+        self._record("damaged_checkpoint", checkpoints=1, reason=reason)
+
+    def _start_new_queue(self) -> None:
         self._dead_queues_totals.update(self._queue_totals)
         self._queue_totals = {}
-        self._record("queue_death", deaths=1, reason=reason)
 
     def scaled(self, **figures: Any) -> None:
         """A request of `opdlm scale` was carried out or refused."""
@@ -200,9 +208,12 @@ class RunRecords:
         self._for_each_writer(lambda writer: writer.close())
 
     def _learner_started(self, round_: int, step: int) -> None:
-        """The learner started from a checkpoint. On a restart, the records of the rounds after it are dropped."""
+        """The learner started from a checkpoint. On a restart, the records of the rounds after it are dropped.
+
+        So they are if its first start finds the newest checkpoint damaged since the driver looked.
+        """
         self._learner_starts += 1
-        if self._learner_starts == 1:
+        if self._learner_starts == 1 and round_ == self._round:
             return
         lost_steps = self._step - step
         self.before_write()

@@ -117,6 +117,8 @@ def warning_line(record: dict[str, Any]) -> str | None:
         return f"{record['actor']} died: {record['reason']}"
     if record["kind"] == "queue_death":
         return f"replay-queue died: {record['reason']}; going back to the last checkpoint"
+    if record["kind"] == "damaged_checkpoint":
+        return str(record["reason"])
     if record["kind"] == "learner_restart":
         again = f"{record['lost_steps']} optimizer steps are done again"
         return f"the learner begins again after round {record['round']}; {again}"

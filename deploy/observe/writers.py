@@ -77,6 +77,7 @@ INCREMENTS = {
     "skipped_step": {"steps"},
     "actor_death": {"deaths"},
     "queue_death": {"deaths"},
+    "damaged_checkpoint": {"checkpoints"},
     "learner_restart": {"restarts", "lost_steps"},
     "failed_save": {"saves"},
 }

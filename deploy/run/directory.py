@@ -155,7 +155,9 @@ def config_digest(config: OpdlmConfig) -> str:
     return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
 
 
-HISTORY = frozenset({"failure", "actor_death", "learner_restart", "queue_death", "failed_save", "scale"})
+HISTORY = frozenset(
+    {"failure", "actor_death", "learner_restart", "queue_death", "damaged_checkpoint", "failed_save", "scale"}
+)
 """Kinds of records about what happened to the run, not what it learned. They stay when rounds are trained again."""
 
 

@@ -9,6 +9,7 @@ a learner rank dies                 Ray Train restarts the group from its last c
 the learner hangs                   `learner_events` raises `LearnerSilent`
 a loop fails, or a stop is asked    the other loops end, and the learner saves (`ending.py`)
 the replay queue dies               `survive_queue_deaths` goes back to the last checkpoint with a new queue
+the newest checkpoint is damaged    `survive_queue_deaths` goes back to the one before it with a new queue
 the driver dies                     `opdlm train --resume`
 """
 
@@ -33,6 +34,7 @@ from opdlm.common.retry import Attempts, StoreWait, store_is_full
 from opdlm.common.types import WeightHandle
 from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.observe.records import RunRecords
+from opdlm.learner.group import LearnerBehind
 
 log = logging.getLogger("opdlm.recovery")
 
@@ -178,41 +180,46 @@ async def survive_queue_deaths(
     run_loops: Callable[[], Awaitable[None]],
     stop_asked: Callable[[], bool],
 ) -> None:
-    """Awaits `run_loops()`, and again with a new queue in `roles` each time that the queue dies.
+    """Awaits `run_loops()`, and again with a new queue in `roles` each time that the queue dies or is of no use.
 
     The queue's process holds the ledger of what is decoded and not yet in a checkpoint. When it dies, the run goes back
     to its last checkpoint, as `--resume` would, within the same driver: the rollout and teacher actors keep their
-    models, and work again once the learner has published the checkpoint's weights.
+    models, and work again once the learner has published the checkpoint's weights. The same happens when a restarted
+    learner finds the newest checkpoint damaged: the queue has let go of the samples since the one before it.
 
     Args:
         total: samples in the run.
 
     Raises:
-        OpdlmError: the queue died more often than `resources.actor_restarts` allows.
+        OpdlmError: this happened more often than `resources.actor_restarts` allows, or no checkpoint is whole.
         Exception: whatever `run_loops` raised while the queue was alive.
     """
-    for deaths in itertools.count(1):
+    for times in itertools.count(1):
         try:
             await run_loops()
             return
+        except LearnerBehind as error:
+            records.went_back(reason := str(error))
+            what = "checkpoints: damaged"
         except Exception as error:
-            reason = await _death_of(roles.queue)
-            if reason is None:
+            death = await _death_of(roles.queue)
+            if death is None:
                 raise
-            log.warning("replay-queue died (%s): %s", reason, error)
-        records.queue_died(reason)
+            log.warning("replay-queue died (%s): %s", death, error)
+            records.queue_died(reason := death)
+            what = "replay-queue: died"
         if stop_asked():
             return
-        if deaths > config.resources.actor_restarts:
+        if times > config.resources.actor_restarts:
             raise OpdlmError(
-                f"replay-queue: died more often than resources.actor_restarts {config.resources.actor_restarts} "
+                f"{what} more often than resources.actor_restarts {config.resources.actor_restarts} "
                 f"allows: {reason}; go on from the last checkpoint with --resume"
             )
         checkpoint = latest_checkpoint(Path(config.run.dir) / "checkpoints")
         first_round = checkpoint.rounds if checkpoint else 0
         stop_actors([roles.queue])  # a queue that hangs is not dead yet, and Ray frees a dead one's name late
         limits = (config.rollout.prompts_per_round, config.queue.max_staleness, total, first_round)
-        roles.queue = start_queue(*limits, name=f"{NAME}-{deaths + 1}")
+        roles.queue = start_queue(*limits, name=f"{NAME}-{times + 1}")
         for pool in (roles.rollouts, roles.evaluators):
             if pool is not None:
                 await pool.broadcast("forget_weights")

@@ -38,7 +38,7 @@ class SampleSource(Protocol):
     """Makes the samples of given indices in the run's order of prompts. After a failure the same call is repeated."""
 
     async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], list[int]]:
-        """Returns (a reference to the `ScoredTrajectory` of each index, the oldest weight version that decoded each)."""
+        """Returns (a reference to the `ScoredTrajectory` of each index, the oldest weights that decoded each)."""
         ...
 
 

@@ -58,6 +58,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, file
     assert "round-000002 is damaged" in caplog.text
 
 
+def test_a_manifest_that_names_too_little_and_a_checkpoint_of_other_rounds_are_damaged(tmp_path) -> None:
+    whole = _save(tmp_path, 1)
+    for rounds, content in ((2, "{}"), (3, "[]"), (4, ""), (5, None)):
+        newest = _save(tmp_path, rounds, keep=9)
+        if content is None:
+            (newest / "more.safetensors").write_bytes((newest / "weights.safetensors").read_bytes())
+        else:
+            (newest / "manifest.json").write_text(content)
+        assert damage(newest) is not None
+        assert latest_checkpoint(tmp_path).folder == whole
+    whole.rename(tmp_path / "round-000009")
+    with pytest.raises(OpdlmError, match="no whole checkpoint among 5"):
+        latest_checkpoint(tmp_path)
+
+
 def test_it_is_an_error_if_all_checkpoints_are_damaged(tmp_path) -> None:
     (_save(tmp_path, 1) / "state.json").unlink()
     with pytest.raises(OpdlmError, match="no whole checkpoint among 1"):

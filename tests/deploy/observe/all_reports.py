@@ -34,6 +34,7 @@ def report_everything(records: RunRecords) -> None:
     records.learned([skipped | place, unsaved | place, unsaved | place | {"in_a_row": 2}], state)
     records.actor_died("rollout-1", "killed")
     records.queue_died("killed")
+    records.went_back("the checkpoint of round 2 is damaged")
     records.failed([0, 1, 2], 1, "ValueError: no such thing", "RayTaskError(ValueError)")
     step = {"kind": "step", "learning_rate": 1e-3, **asdict(StepResult(1.5, 2.0, 7, 1, 30, 800, 50, 0.2))}
     for round_ in (1, 2):

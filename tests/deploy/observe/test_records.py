@@ -220,3 +220,17 @@ def test_metrics_survive_a_disk_that_is_full_when_a_run_is_resumed(tmp_path) -> 
     truncate_metrics(file, 15)
     assert file.read_text() == "".join(lines[:15])
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_records_after_the_checkpoint_of_the_first_start_are_dropped_too(tmp_path) -> None:
+    """The driver resumed at round 2; its learner finds that checkpoint damaged, and goes on from round 1."""
+    _run(tmp_path, Listener())
+    records = RunRecords(tmp_path, Listener(), first_round=2, first_step=2)
+    records.went_back("the checkpoint of round 2 is damaged")
+    records.learned([{"kind": "learner_start", "round": 1, "step": 1}], QUEUE)
+    records.learned([STEP | {"round": 1, "step": 2}, ROUND | {"round": 2, "step": 2}], QUEUE)
+    records.close()
+    found = read_records(tmp_path)
+    assert [r["step"] for r in found if r["kind"] == "step"] == [1, 2]
+    assert [r["round"] for r in found if r["kind"] == "round"] == [1, 2]
+    assert [r["reason"] for r in found if r["kind"] == "damaged_checkpoint"] == ["the checkpoint of round 2 is damaged"]

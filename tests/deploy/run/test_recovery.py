@@ -8,10 +8,15 @@ import threading
 import pytest
 from ray.exceptions import OutOfDiskError, RayTaskError
 
+from opdlm.common.checkpoint import save_checkpoint
+from opdlm.common.config import config_from_dict
 from opdlm.common.errors import OpdlmError
 from opdlm.common.retry import StoreWait
 from opdlm.common.types import WeightHandle
+from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.observe.records import read_records
+from opdlm.deploy.run import recovery
+from opdlm.learner.group import LearnerBehind
 from tests.fakes.actors import ROUNDS, FakeRun, N, Rollout, Teacher, value_of_sample
 from tests.patience import PATIENCE
 
@@ -135,3 +140,45 @@ def test_a_push_that_fails_is_repeated_and_one_that_fails_too_often_ends_the_run
         OpdlmError, match=r"loading weights of version 1 failed 3 times .resources.sample_attempts.: CUDA"
     ):
         asyncio.run(scenario(3))
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_learner_behind_its_queue_goes_on_with_a_new_queue_from_the_older_checkpoint(
+    tmp_path, monkeypatch, times
+) -> None:
+    """The newest checkpoint is damaged, and the queue has let go of the samples since the one before it."""
+    for rounds in (2, 4):
+        save_checkpoint(tmp_path / "checkpoints", {"rounds": rounds}, lambda folder: None, keep=9)
+    (tmp_path / "checkpoints" / "round-000004" / "state.json").unlink()
+    started, stopped, forgotten = [], [], []
+    monkeypatch.setattr(recovery, "start_queue", lambda *limits, name: started.append((limits, name)) or name)
+    monkeypatch.setattr(recovery, "stop_actors", stopped.extend)
+
+    class Records:
+        def went_back(self, reason: str) -> None:
+            told.append(reason)
+
+    class Pool:
+        async def broadcast(self, method: str) -> None:
+            forgotten.append(method)
+
+    told: list[str] = []
+    raw = {"model": {"teacher": "t"}, "data": {"path": "p"}, "resources": {"actor_restarts": 2}}
+    config = config_from_dict(raw | {"run": {"dir": str(tmp_path)}, "rollout": {"prompts_per_round": 8}})
+    roles = Roles("first queue", Pool(), Pool())
+    left = [LearnerBehind("the checkpoint of round 4 is damaged")] * times
+
+    async def run_loops() -> None:
+        if left:
+            raise left.pop()
+
+    survive = recovery.survive_queue_deaths(config, roles, 48, Records(), run_loops, lambda: False)
+    if times > 2:
+        message = "checkpoints: damaged more often than resources.actor_restarts 2 allows: the checkpoint of round 4"
+        with pytest.raises(OpdlmError, match=message):
+            asyncio.run(survive)
+        return
+    asyncio.run(survive)
+    assert started == [((8, 0, 48, 2), "replay-queue-2")]
+    assert (stopped, roles.queue, forgotten) == (["first queue"], "replay-queue-2", ["forget_weights"])
+    assert told == ["the checkpoint of round 4 is damaged"]
