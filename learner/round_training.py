@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from opdlm.common.model.facts import read_facts
 from opdlm.common.model.shards import weights_fingerprint
 from opdlm.common.samples import SampleRef
 from opdlm.learner.queue_client import QueueClient
-from opdlm.learner.rollout_files import facts_of, round_file
+from opdlm.learner.rollout_files import RolloutFacts, facts_of, round_file
 from opdlm.learner.rollout_tasks import start_dump
 from opdlm.learner.round_samples import RoundSamples
 from opdlm.learner.saving import GiveUp, Saver
@@ -110,10 +111,14 @@ class RoundTrainer:
         """Starts writing the round's samples to its file, on rank 0 of a run with `run.dump_rollouts`; else None."""
         if dist.get_rank() != 0 or not self.config.run.dump_rollouts:
             return None
+        file = round_file(Path(self.config.run.dir) / "rollouts", self.progress.rounds)
+        return start_dump(file, samples, self._rollout_facts)
+
+    @cached_property
+    def _rollout_facts(self) -> RolloutFacts:
+        """What all rounds' saved rollouts say of the run. The teacher's files are read once for it."""
         teacher = self.config.model.teacher
-        vocab_size, fingerprint = read_facts(teacher).vocab_size, weights_fingerprint(teacher)
-        facts = facts_of(self.config, vocab_size, self.data_digest, fingerprint)
-        return start_dump(round_file(Path(self.config.run.dir) / "rollouts", self.progress.rounds), samples, facts)
+        return facts_of(self.config, read_facts(teacher).vocab_size, self.data_digest, weights_fingerprint(teacher))
 
     def _work(self, samples: list[SampleRef]) -> list[float]:
         """`training_work` as rank 0 knows it, on every rank. A collective call.

@@ -13,7 +13,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from opdlm.common.model.char_tokenizer import build_char_tokenizer
-from opdlm.common.types import RolloutRequest, Trajectory
+from opdlm.common.tensors import tensor_to_array
+from opdlm.common.types import (
+    HiddenTargets,
+    LogitsTargets,
+    RolloutRequest,
+    ScoredTrajectory,
+    TeacherTargets,
+    TopKTargets,
+    Trajectory,
+)
 
 MASK, EOS = 31, 2
 VOCABULARY = 32
@@ -126,3 +135,35 @@ def save_teacher(
     teacher.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def scored(index: int, kind: str, seed: int, prompt: int = 3, kept: int = 8, length: int = 6) -> ScoredTrajectory:
+    """A scored trajectory with random contents.
+
+    Args:
+        kind: of its targets: `hidden`, `topk` or `logits`.
+        prompt, kept, length: tokens of the prompt, of the response with its filled last block, and of the response.
+    """
+    rng = np.random.default_rng([seed, index])
+    targets: TeacherTargets
+    if kind == "hidden":
+        states = torch.from_numpy(rng.normal(size=(length, 5)))
+        targets = HiddenTargets(tensor_to_array(states.to(torch.bfloat16 if index % 2 else torch.float32)))
+    elif kind == "topk":
+        tokens = rng.integers(0, 11, (length, 2)).astype(np.int32)
+        targets = TopKTargets(tokens, rng.normal(size=(length, 2)).astype(np.float32), 11)
+    else:
+        targets = LogitsTargets(rng.normal(size=(length, 11)).astype(np.float32))
+    trajectory = Trajectory(
+        index=index,
+        prompt_id=f"données/{index} \"'<\n",
+        prompt_ids=rng.integers(0, 11, prompt).astype(np.int32),
+        response_ids=rng.integers(0, 11, kept).astype(np.int32),
+        reveal_step=rng.integers(1, 9, kept).astype(np.int16),
+        response_length=length,
+        weight_version=int(rng.integers(0, 5)),
+        finish_reason="eos" if seed % 2 else "length",
+        denoising_steps=int(rng.integers(1, 9)),
+        token_versions=rng.integers(5, 9, kept).astype(np.int32) if (seed + index) % 3 == 0 else None,
+    )
+    return ScoredTrajectory(trajectory, targets)

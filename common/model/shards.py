@@ -27,6 +27,20 @@ SINGLE_FILE = "model.safetensors"
 _COPY_BYTES = 1 << 24
 _SAMPLE_BYTES = 1 << 12
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}  # other dtypes have 1 byte
+_SETTINGS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Files of a checkpoint besides config.json that decide what a model does."""
 _FORMAT = {"format": "pt"}  # transformers refuses files without it
 
 
@@ -183,4 +197,13 @@ def weights_fingerprint(folder: str | Path) -> str:
                 for place in (start, (start + end) // 2, max(end - _SAMPLE_BYTES, start)):
                     stream.seek(place)
                     running.update(stream.read(min(_SAMPLE_BYTES, end - place)))
+    return running.hexdigest()[:16]
+
+
+def model_fingerprint(folder: str | Path) -> str:
+    """Returns a fingerprint of a checkpoint folder: `weights_fingerprint`, tokenizer, template and end tokens."""
+    running = hashlib.sha256(weights_fingerprint(folder).encode())
+    for file in (Path(folder, name) for name in _SETTINGS):
+        if file.is_file():
+            running.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
     return running.hexdigest()[:16]

@@ -1,7 +1,7 @@
 """The run directory: what a run writes there, and whether a run may start or resume there.
 
-RUN/config.yaml  metrics.jsonl  timeline.json  tensorboard/  checkpoints/  student_init/  student/  adapter/
-    rollouts/  offline_responses.parquet  report.json  report.png  lock.json (while a process works there)
+RUN/config.yaml  models.json  metrics.jsonl  timeline.json  tensorboard/  checkpoints/  student_init/  student/
+    adapter/  rollouts/  offline_responses.parquet  report.json  report.png  lock.json (while a process works there)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from opdlm.common.config import OpdlmConfig, config_from_dict, dump_config
 from opdlm.common.errors import ConfigError
 from opdlm.common.files import check_file, check_folder, read_yaml, write_text
 from opdlm.deploy.run.lock import check_unlocked
+from opdlm.deploy.run.start_models import check_models
 
 _MAY_CHANGE = (
     "resources",
@@ -92,11 +93,15 @@ def find_checkpoint(config: OpdlmConfig, resume: bool, data_digest: str) -> Chec
         data_digest: fingerprint of the prompts; a run is not resumed on other prompts.
 
     Raises:
-        OpdlmError: as `check_run`, or the run has other prompts, or no checkpoint is whole.
+        OpdlmError: as `check_run`, or the run has other prompts or models, or no checkpoint is whole.
     """
     root = Path(config.run.dir)
     _check_held_run(config, root, resume)  # again: another process may have worked here since `check_run`
-    checkpoint = latest_checkpoint(root / "checkpoints") if resume else None
+    if not resume:
+        return None
+    if holds_run(root):  # a start that failed has nothing that depends on the models
+        check_models(config)
+    checkpoint = latest_checkpoint(root / "checkpoints")
     if checkpoint and checkpoint.state["data_digest"] != data_digest:
         raise ConfigError(
             f"data: the prompts are not those that {root} was started with (fingerprint {data_digest}, was "
@@ -117,7 +122,7 @@ def open_run(config: OpdlmConfig, resume: bool, checkpoint: Checkpoint | None) -
 
 def holds_run(root: Path) -> bool:
     """Whether a run was started in a directory."""
-    return os.path.exists(root / "checkpoints") or os.path.exists(root / "metrics.jsonl")
+    return any(os.path.exists(root / name) for name in ("checkpoints", "metrics.jsonl", "student", "adapter"))
 
 
 def held_config(root: Path) -> dict[str, Any]:

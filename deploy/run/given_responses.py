@@ -23,7 +23,7 @@ from opdlm.common.data.prompts import Prompt
 from opdlm.common.errors import ConfigError, OpdlmError, first_line, last_line
 from opdlm.common.files import atomic_file
 from opdlm.common.model.shards import weights_fingerprint
-from opdlm.common.retry import Attempts
+from opdlm.common.retry import Attempts, StoreWait, store_is_full
 
 log = logging.getLogger("opdlm.given_responses")
 
@@ -138,7 +138,8 @@ async def generate_responses(
         progress: called with (prompts answered, prompts in all).
 
     Raises:
-        OpdlmError: the cache's folder cannot be written, or a chunk failed `resources.sample_attempts` times.
+        OpdlmError: the cache's folder cannot be written, a chunk failed `resources.sample_attempts` times, or the
+            object store was full for `resources.call_timeout_seconds`.
     """
     file = cache_file(config)
     parts = file.with_name(f".{file.name}.{recipe.digest}.parts")
@@ -178,14 +179,18 @@ async def _ask(
     offline, first = config.offline, chunk[0].prompt_id
     what = f"the teacher's responses to {len(chunk)} prompts (the first is {first})"
     attempts = Attempts(what, config.resources.sample_attempts)
+    store = StoreWait(config.resources.call_timeout_seconds)
     arguments = ([p.ids for p in chunk], max_new_tokens, offline.batch_size, offline.temperature, seed)
     while True:
         try:
             _, (responses, _) = await teachers.call("generate", *arguments)
             return responses
         except RayError as error:
-            attempts.note(error)
-            log.warning("%s, attempt %d: %s", what, attempts.failed, last_line(error))
+            log.warning("%s, attempt %d: %s", what, attempts.failed + 1, last_line(error))
+            if store_is_full(error):
+                await asyncio.sleep(store.pause(what))
+            else:
+                attempts.note(error)
 
 
 def _write(file: Path, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], recipe: Recipe) -> None:

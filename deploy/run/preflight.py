@@ -15,7 +15,6 @@ from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import ConfigError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.config import A2D_PREFIX
-from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import ModelFacts, check_vocabularies, read_facts
 from opdlm.common.model.shards import read_shards
 from opdlm.common.model.tokenizer import check_tokenizers, load_tokenizer
@@ -80,16 +79,6 @@ def preflight(config: OpdlmConfig) -> Preflight:
 def evaluated_tasks(config: OpdlmConfig) -> list[str]:
     """Names of the tasks on which the run evaluates."""
     return config.evaluation.tasks or ([config.data.task] if config.data.task else [])
-
-
-def prepare_student(config: OpdlmConfig) -> str:
-    """The folder of the student's first weights; without a given student, the teacher is converted into it."""
-    if config.model.student:
-        return str(Path(config.model.student).resolve())
-    folder = Path(config.run.dir).resolve() / "student_init"
-    if not folder.exists():
-        convert_checkpoint(config.model.teacher, folder, config.rollout.block_size, config.rollout.block_grid)
-    return str(folder)
 
 
 def _longest_prompt(config: OpdlmConfig, teacher: ModelFacts, student: ModelFacts) -> int:

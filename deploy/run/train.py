@@ -36,9 +36,10 @@ from opdlm.deploy.run.given_responses import GivenResponses, known_responses
 from opdlm.deploy.run.lock import RunLock
 from opdlm.deploy.run.loops import Loops
 from opdlm.deploy.run.paths import absolute_paths
-from opdlm.deploy.run.preflight import Preflight, preflight, prepare_student
+from opdlm.deploy.run.preflight import Preflight, preflight
 from opdlm.deploy.run.recovery import survive_queue_deaths
 from opdlm.deploy.run.sources import open_source
+from opdlm.deploy.run.start_models import prepare_student
 from opdlm.deploy.run.stop import StopRequest
 from opdlm.learner.group import fit
 from opdlm.learner.setup import LearnerSetup

@@ -13,38 +13,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from opdlm.common.errors import OpdlmError
-from opdlm.common.tensors import array_to_tensor, tensor_to_array
-from opdlm.common.types import HiddenTargets, LogitsTargets, ScoredTrajectory, TeacherTargets, TopKTargets, Trajectory
+from opdlm.common.tensors import array_to_tensor
 from opdlm.learner.rollout_files import RolloutFacts, load_samples, read_header, round_file, save_round
+from tests.tiny import scored
 
 FACTS = RolloutFacts(4, 4, "absolute", 11, "hidden", "feed", "abc float32")
-
-
-def scored(index: int, kind: str, seed: int, prompt: int = 3, kept: int = 8, length: int = 6) -> ScoredTrajectory:
-    """A trajectory with random contents."""
-    rng = np.random.default_rng([seed, index])
-    targets: TeacherTargets
-    if kind == "hidden":
-        states = torch.from_numpy(rng.normal(size=(length, 5)))
-        targets = HiddenTargets(tensor_to_array(states.to(torch.bfloat16 if index % 2 else torch.float32)))
-    elif kind == "topk":
-        tokens = rng.integers(0, 11, (length, 2)).astype(np.int32)
-        targets = TopKTargets(tokens, rng.normal(size=(length, 2)).astype(np.float32), 11)
-    else:
-        targets = LogitsTargets(rng.normal(size=(length, 11)).astype(np.float32))
-    trajectory = Trajectory(
-        index=index,
-        prompt_id=f"données/{index} \"'<\n",
-        prompt_ids=rng.integers(0, 11, prompt).astype(np.int32),
-        response_ids=rng.integers(0, 11, kept).astype(np.int32),
-        reveal_step=rng.integers(1, 9, kept).astype(np.int16),
-        response_length=length,
-        weight_version=int(rng.integers(0, 5)),
-        finish_reason="eos" if seed % 2 else "length",
-        denoising_steps=int(rng.integers(1, 9)),
-        token_versions=rng.integers(5, 9, kept).astype(np.int32) if (seed + index) % 3 == 0 else None,
-    )
-    return ScoredTrajectory(trajectory, targets)
 
 
 def same(one: object, other: object) -> bool:

@@ -14,7 +14,7 @@ from opdlm.common.samples import SampleRef
 from opdlm.common.types import HiddenTargets, ScoredTrajectory
 from opdlm.learner.queue_client import QueueClient
 from opdlm.learner.round_samples import RoundSamples
-from tests.common.test_weight_offer import Rank
+from tests.fakes.publisher import Rank
 from tests.patience import PATIENCE, wait_until
 from tests.tiny import trajectory
 

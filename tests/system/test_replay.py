@@ -18,8 +18,8 @@ from opdlm.deploy.observe.records import read_records
 from opdlm.deploy.run.preflight import preflight
 from opdlm.deploy.run.train import train
 from opdlm.learner.rollout_files import RolloutFacts, load_samples, round_file, save_round
-from tests.learner.test_rollout_files import scored
 from tests.system.runs import ROUNDS, losses, run_config
+from tests.tiny import scored
 
 
 @pytest.mark.ray

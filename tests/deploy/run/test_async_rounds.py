@@ -19,17 +19,10 @@ from ray.exceptions import RayActorError, RayError
 from tests.fakes import virtual_time
 from tests.fakes.simulated_run import Shape, SimulatedRun, Stages
 
+pytestmark = pytest.mark.usefixtures("learner_as_a_coroutine")
+
 POOLS = [(1, 1), (2, 2), (4, 2)]
 """Pairs of (rollout actors, teacher actors)."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def learner_as_a_coroutine():
-    """Runs the learner without a thread and without an object store, so that only simulated time passes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("opdlm.actors.queue.actor.ray.put", lambda pack: pack)
-        patch.setattr("opdlm.deploy.run.ending.in_daemon_thread", lambda fit: asyncio.ensure_future(fit()))
-        yield
 
 
 def seconds_per_round(shape: Shape, stages: Stages) -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import OutOfDiskError, RayError, RayTaskError
 
 from opdlm.actors.teacher.actor import ScoreStats
 from opdlm.actors.teacher.generation import generate
@@ -20,6 +20,7 @@ from opdlm.common.grid import BlockGrid
 from opdlm.common.masks import training_mask
 from opdlm.common.model.load import hidden_states
 from opdlm.common.model.shards import weights_fingerprint
+from opdlm.common.retry import StoreWait
 from opdlm.common.samples import SampleRef
 from opdlm.common.types import ScoredTrajectory, WeightHandle
 from opdlm.deploy.run import given_responses as offline
@@ -117,14 +118,15 @@ def test_off_policy_samples_are_scored_and_belong_to_the_current_version() -> No
 class Teachers:
     """Answers with a tiny teacher. The calls in `fail_at`, counted from 1, fail."""
 
-    def __init__(self, fail_at: tuple[int, ...] = ()) -> None:
+    def __init__(self, fail_at: tuple[int, ...] = (), error: Exception | None = None) -> None:
         self.model, self.calls, self.fail_at = tiny_model(vocab_size=17), 0, fail_at
+        self.error = error or RayError("out of memory")
 
     async def call(self, method, ids, limit, batch, temperature, seed):
         assert method == "generate"
         self.calls += 1
         if self.calls in self.fail_at:
-            raise RayError("out of memory")
+            raise self.error
         return None, (generate(self.model, ids, limit, [EOS], batch, temperature, seed), 0.1)
 
 
@@ -191,6 +193,27 @@ def test_generation_retries_and_keeps_the_chunks_that_are_answered(cached, tmp_p
     assert {k: v.tolist() for k, v in given.by_prompt.items()} == {k: v.tolist() for k, v in expected.by_prompt.items()}
     assert [f.name for f in tmp_path.glob("*again*")] == ["again.parquet"]
     assert not list(tmp_path.glob(".again*"))
+
+
+def test_a_full_object_store_uses_up_no_attempts(cached, tmp_path, monkeypatch) -> None:
+    """The answers of other calls leave the store by and by. Only a store that stays full ends the run."""
+    config, prompts, expected = cached
+    full = RayTaskError("generate", "Traceback ...", OutOfDiskError("Local disk is full"))
+    made_of = offline.response_recipe(config, "digest")
+
+    def run(name: str, seconds: float, fail_at: tuple[int, ...]):
+        monkeypatch.setattr(offline, "StoreWait", lambda _: StoreWait(seconds, first_seconds=0.001))
+        cache = config.offline.model_copy(update={"cache": str(tmp_path / name)})
+        return asyncio.run(
+            offline.generate_responses(
+                config.model_copy(update={"offline": cache}), prompts, Teachers(fail_at, full), made_of, lambda *_: None
+            )
+        )
+
+    given = run("patient.parquet", 60.0, tuple(range(2, 9)))
+    assert {k: v.tolist() for k, v in given.by_prompt.items()} == {k: v.tolist() for k, v in expected.by_prompt.items()}
+    with pytest.raises(OpdlmError, match=r"Ray's object store and its disk were full for 0.02 s"):
+        run("impatient.parquet", 0.02, tuple(range(2, 10**5)))
 
 
 def test_ends_inside_a_response_are_counted() -> None:

@@ -15,9 +15,10 @@ from opdlm.common.errors import OpdlmError
 from opdlm.common.samples import SampleRef, sample_refs
 from opdlm.common.types import WeightHandle
 from opdlm.deploy.observe.records import read_records
-from tests.deploy.run.test_async_rounds import learner_as_a_coroutine  # noqa: F401  a fixture that all tests use
 from tests.fakes import virtual_time
 from tests.fakes.simulated_run import Shape, SimulatedRun, Stages
+
+pytestmark = pytest.mark.usefixtures("learner_as_a_coroutine")
 
 N, ROUNDS, STALENESS = 4, 6, 1
 EVERYTHING = {r: list(range(r * N, (r + 1) * N)) for r in range(ROUNDS)}

@@ -1,0 +1,80 @@
+"""The models that a run starts from: RUN/models.json says which they are, RUN/student_init is the student made of them.
+
+A start that failed leaves a student behind. The next start in the same directory uses it only if it was made of the
+same teacher in the same way. A run that has begun is not resumed with other models.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from opdlm.common.checkpoint import list_checkpoints
+from opdlm.common.config import OpdlmConfig
+from opdlm.common.errors import ConfigError, OpdlmError
+from opdlm.common.files import read_json, write_json
+from opdlm.common.model.convert import MASK_TOKEN, convert_checkpoint
+from opdlm.common.model.shards import model_fingerprint
+
+_FILE = "models.json"
+_FORMAT = 1
+"""Raise it when conversion makes another student of the same teacher, or the fingerprints change."""
+
+
+def check_models(config: OpdlmConfig) -> None:
+    """Checks that a run that has begun goes on with the models that it started with.
+
+    Raises:
+        ConfigError: the files of the teacher or the student have changed.
+    """
+    root = Path(config.run.dir)
+    held = _held(root)
+    if held is None or held.get("format") != _FORMAT:  # a run of another version
+        return
+    now = _models(config)
+    for name in ("teacher", "student"):
+        if held.get(name) != now[name]:
+            raise ConfigError(
+                f"model.{name}: {getattr(config.model, name)} has changed since {root} was started with it "
+                f"(fingerprint {now[name]}, was {held.get(name)}); restore it, or start in another run.dir"
+            )
+
+
+def prepare_student(config: OpdlmConfig) -> str:
+    """The folder of the student's first weights; without a given student, the teacher is converted into it.
+
+    Call it while holding the lock of the run directory. A student that an earlier start made of another teacher, or in
+    another way, is made anew, unless the run has checkpoints, which belong to it.
+    """
+    root = Path(config.run.dir).resolve()
+    models, folder = _models(config), root / "student_init"
+    if config.model.student:
+        folder = Path(config.model.student).resolve()
+    elif not folder.exists() or (_held(root) != models and not list_checkpoints(root / "checkpoints")):
+        (root / _FILE).unlink(missing_ok=True)  # first: a folder without it counts as made of something else
+        for old in (folder, *root.glob(".student_init.*")):  # also what a process that was killed has left half made
+            shutil.rmtree(old, ignore_errors=True)
+        convert_checkpoint(config.model.teacher, folder, config.rollout.block_size, config.rollout.block_grid)
+    write_json(root / _FILE, models)
+    return str(folder)
+
+
+def _models(config: OpdlmConfig) -> dict[str, Any]:
+    model, rollout = config.model, config.rollout
+    return {
+        "format": _FORMAT,
+        "teacher": model_fingerprint(model.teacher),
+        "student": model_fingerprint(model.student) if model.student else None,
+        "block_size": rollout.block_size,
+        "block_grid": rollout.block_grid,
+        "mask_token": MASK_TOKEN,
+    }
+
+
+def _held(root: Path) -> dict[str, Any] | None:
+    """What models.json says; None where it is missing (a run of an earlier version) or damaged."""
+    try:
+        return read_json(root / _FILE)
+    except (OSError, OpdlmError):
+        return None
