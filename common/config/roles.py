@@ -253,7 +253,8 @@ class ResourcesConfig(Section):
     """Show the log lines of the actors on this terminal. They are kept in Ray's session folder in any case."""
     actor_restarts: NonNegativeInt = 3
     """Number of times that each rollout actor, each teacher actor and the replay queue may die and be started again.
-    After that the run goes on without the actor; it ends with the last actor of a pool, or with the queue."""
+    After that the run goes on without the actor; it ends with the last actor of a pool, or with the queue. Going back
+    to an older checkpoint because the newest is damaged counts with the deaths of the queue."""
     sample_attempts: PositiveInt = 3
     """Number of times that a call to decode or score prompts is tried before the run ends with a checkpoint."""
     call_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0

@@ -68,7 +68,7 @@ class RunConfig(Section):
 
     dir: str = "runs/run"
     """Run directory, for the resolved config, metrics, checkpoints, the trained student and the report. On a cluster, a
-    path that every node can reach."""
+    path that every node can reach. One process at a time works in it (`lock.json`)."""
     seed: NonNegativeInt = 0
     """Seed of the order of the data, of sampling, and of the selection of states. Two runs with one seed and the same
     numbers of actors and workers, on the same kind of machine, give the same results."""
