@@ -100,13 +100,19 @@ def latest_checkpoint(root: Path, rounds: int | None = None) -> Checkpoint | Non
         OpdlmError: there are checkpoints, but none is whole. Starting over without a word would lose the run's work.
     """
     folders = [f for f in list_checkpoints(root) if rounds is None or f.name <= _name(rounds)]
+    damaged: list[tuple[Path, str]] = []
     for folder in reversed(folders):
         problem = damage(folder)
         if problem is None:
+            for newer, why in damaged:
+                log.warning("checkpoint %s is damaged (%s); using %s", newer, why, folder.name)
             return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
-        log.warning("checkpoint %s is damaged (%s); using the one before it", folder, problem)
-    if folders:
-        raise OpdlmError(f"no whole checkpoint among {len(folders)} in {root}; the newest: {damage(folders[-1])}")
+        damaged.append((folder, problem))
+    if damaged:
+        raise OpdlmError(
+            f"no whole checkpoint among {len(damaged)} in {root}; the newest: {damaged[0][1]}; restore one from a "
+            "backup, or start in another run.dir"
+        )
     return None
 
 

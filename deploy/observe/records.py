@@ -81,7 +81,7 @@ class RunRecords:
         self._started = time.perf_counter() - (earlier[-1]["wall_seconds"] if earlier else 0.0)
         self._round, self._step = first_round, first_step
         self.before_write: Callable[[], None] = lambda: None
-        """Called before each record is written; ends the process where the run directory is no longer its own."""
+        """Called before anything is written; ends the process where the run directory is no longer its own."""
         self._begin_round()
 
     def _begin_round(self) -> None:
@@ -103,6 +103,7 @@ class RunRecords:
 
     def called(self, actor: str, method: str, seconds: float) -> None:
         """An actor of a pool answered a call."""
+        self.before_write()
         self._timeline.span(actor, method, seconds)
 
     def failed(self, indices: list[int], attempt: int, reason: str, error: str) -> None:
@@ -144,6 +145,7 @@ class RunRecords:
 
     def pushed(self, handle: WeightHandle, seconds: float) -> None:
         """A weight version reached every rollout actor."""
+        self.before_write()
         self._reports.push_seconds, self._reports.push_bytes = seconds, handle.nbytes
         self._timeline.span("push", f"version {handle.version}", seconds)
 
@@ -176,6 +178,7 @@ class RunRecords:
         Args:
             queue_state: the queue's figures and the numbers of actors at this time; they go into a `round` record.
         """
+        self.before_write()
         self._queue_totals = {name: queue_state[name] for name in QUEUE_TOTALS if name in queue_state}
         queue_state = queue_state | {n: total + self._dead_queues_totals[n] for n, total in self._queue_totals.items()}
         now = time.time()
@@ -216,7 +219,6 @@ class RunRecords:
         if self._learner_starts == 1 and round_ == self._round:
             return
         lost_steps = self._step - step
-        self.before_write()
         self._file.close()
         # Evaluations stay: their weight versions are not pushed a second time.
         truncate_metrics(self._path, round_, HISTORY | {"evaluation"})

@@ -73,10 +73,15 @@ def test_a_manifest_that_names_too_little_and_a_checkpoint_of_other_rounds_are_d
         latest_checkpoint(tmp_path)
 
 
-def test_it_is_an_error_if_all_checkpoints_are_damaged(tmp_path) -> None:
-    (_save(tmp_path, 1) / "state.json").unlink()
-    with pytest.raises(OpdlmError, match="no whole checkpoint among 1"):
+def test_it_is_an_error_if_all_checkpoints_are_damaged(tmp_path, caplog) -> None:
+    """One line says so, and nothing is removed."""
+    for rounds in (1, 2):
+        (_save(tmp_path, rounds) / "state.json").unlink()
+    with pytest.raises(OpdlmError, match=r"no whole checkpoint among 2 in .*; restore one from a backup") as caught:
         latest_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert caplog.text == ""
+    assert len(list_checkpoints(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("calls_before_crash", range(12))
