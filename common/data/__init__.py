@@ -14,8 +14,11 @@ __getattr__, __all__ = lazy_exports(
     __name__,
     {
         "answers": ["ANSWER_CHECKS", "ANSWER_KINDS", "AnswerCheck", "AnswerKind", "exact_check", "math_check"],
-        "chat": ["ChatTemplate", "chat_prompt", "require_template"],
+        "chat": ["ChatRefused", "ChatTemplate", "chat_prompt", "require_template"],
+        "conversation": ["ROLES", "Conversation", "read_conversation"],
         "prompts": ["Prompt", "PromptOrder", "PromptSet", "load_prompts"],
-        "rows": ["Conversation", "Question", "Row", "Text", "read_questions", "read_rows"],
+        "records": ["read_records"],
+        "rows": ["Question", "Row", "Text", "read_questions", "read_rows"],
+        "unknown": ["UnknownCharacters"],
     },
 )

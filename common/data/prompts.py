@@ -11,13 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.common.config.schema import DataConfig
-from opdlm.common.data.chat import ChatTemplate
+from opdlm.common.data.chat import EMPTY, ChatRefused, ChatTemplate
+from opdlm.common.data.conversation import blank_message
 from opdlm.common.data.rows import Row, read_rows
+from opdlm.common.data.unknown import UnknownCharacters
 from opdlm.common.errors import ConfigError
+
+_LARGEST_ID = 2**31 - 1
+"""Token ids are int32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,10 @@ class PromptSet:
     prompts: list[Prompt]
     refused: list[str]
     """One line per refused row: its name and the reason."""
+    unknown_characters: int = 0
+    """Characters of prompts and responses that the tokenizer does not know."""
+    unknown: str | None = None
+    """One line about them, with the first; None where there are none."""
 
 
 def load_prompts(
@@ -48,12 +56,13 @@ def load_prompts(
 ) -> PromptSet:
     """Reads the prompts of an epoch from the data, or has the task make them.
 
-    A prompt that is empty, or longer than `longest` or `data.max_prompt_tokens`, is refused, never cut.
+    A prompt that is empty or has an empty user message, or is longer than `longest` or `data.max_prompt_tokens`, is
+    refused, never cut.
 
     Args:
         longest: the longest prompt, in tokens, that leaves room for its response in the model's context.
         seed: seed of a task's problems.
-        vocab_size: the teacher's vocabulary size, which every token id must lie below. None: ids are not checked.
+        vocab_size: the teacher's vocabulary size, which every token id must lie below. None: it is not known.
 
     Raises:
         ConfigError: the data cannot be read, a row is broken, a token id is out of range, or no prompt is left.
@@ -62,7 +71,11 @@ def load_prompts(
     encode = _encoder(data, tokenizer)
     kept: list[Prompt] = []
     refused: list[str] = []
+    unknown = UnknownCharacters(tokenizer)
     for row in itertools.islice(read_rows(data, seed), data.prompts):
+        if reason := _blank(row, data):
+            refused.append(f"{row.name}: {reason}")
+            continue
         ids = encode(row)
         _check_ids(row, ids, "prompt", vocab_size)
         if not 0 < len(ids) <= limit:
@@ -73,10 +86,13 @@ def load_prompts(
             _check_ids(row, response or [], "response", vocab_size)
             response_ids = None if response is None else np.array(response, dtype=np.int32)
             kept.append(Prompt(row.name, prompt_ids, row.domain, row.max_new_tokens, response_ids))
+            unknown.note(row.name, row.prompt, ids)
+            if response is not None:
+                unknown.note(row.name, row.response or "", response)
     if not kept:
         reason = f"; first refusal: {refused[0]}" if refused else ""
         raise ConfigError(f"data: found no prompt to train on in {data.path or data.task}{reason}")
-    return PromptSet(kept, refused)
+    return PromptSet(kept, refused, unknown.characters, unknown.line())
 
 
 class PromptOrder:
@@ -122,21 +138,28 @@ def _encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[
         if chat is not None:
             try:
                 return chat.ids(row.prompt)
-            except (TemplateError, TypeError) as error:  # raised by the template's code for content it cannot format
-                raise ConfigError(
-                    f"data.chat_template: {row.name}: the template refuses it: {error}; correct the row's messages"
-                ) from None
+            except ChatRefused as error:
+                raise ConfigError(f"data.chat_template: {row.name}: {error}") from None
         return list(tokenizer(row.prompt, add_special_tokens=False)["input_ids"])
 
     return encode
 
 
+def _blank(row: Row, data: DataConfig) -> str | None:
+    """Why a row asks nothing: without a chat template white space is text as any other. None: it asks something."""
+    if isinstance(row.prompt, str):
+        return EMPTY if data.chat_template and not row.prompt.strip() else None
+    if not isinstance(row.prompt, list) and (number := blank_message(row.prompt)) is not None:
+        return f"message {number} (user) is empty"
+    return None
+
+
 def _check_ids(row: Row, ids: Sequence[int], column: str, vocab_size: int | None) -> None:
-    if vocab_size is not None and ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+    above = _LARGEST_ID if vocab_size is None else vocab_size - 1
+    if ids and not (min(ids) >= 0 and max(ids) <= above):
         found = min(ids) if min(ids) < 0 else max(ids)
-        raise ConfigError(
-            f"data.{column}_field: {row.name} has token id {found}; the teacher's are 0 to {vocab_size - 1}"
-        )
+        whose = "possible ids" if vocab_size is None else "the teacher's"
+        raise ConfigError(f"data.{column}_field: {row.name} has token id {found}; {whose} are 0 to {above}")
 
 
 def _response(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

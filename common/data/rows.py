@@ -1,29 +1,25 @@
-"""Reads rows of data: prompts from a built-in task, a JSONL or parquet file, a `datasets` folder or a hub id.
+"""Rows of data with checked values: prompts of a built-in task or of a data set, and questions to evaluate on.
 
 Each row is named `file:number`, counted from 1, so that an error or a refusal can say which row it means.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import math
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from opdlm.common.config.schema import DataConfig
+from opdlm.common.data.conversation import Conversation, are_messages, read_conversation
+from opdlm.common.data.records import read_records
 from opdlm.common.data.tasks import get_task, problems
-from opdlm.common.errors import ConfigError, first_line
-
-_UNSUPPORTED_SUFFIXES = (".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst")
-"""Endings of data files that are not read; a name with one of them is not taken for a hub id."""
+from opdlm.common.errors import ConfigError
+from opdlm.common.text import text_fault
 
 Text = str | list[int]
 """Text, or its token ids."""
-Conversation = tuple[Mapping[str, str], ...]
-"""Chat messages; each has `role` and `content`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +38,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row to evaluate on: a prompt and its reference answer, both text."""
+    """One row to evaluate on: a prompt, and its reference answer as text."""
 
     name: str
     """`file:number`."""
-    prompt: str
+    prompt: str | Conversation
     answer: str
 
 
@@ -63,7 +59,8 @@ def read_rows(data: DataConfig, seed: int) -> Iterator[Row]:
         for number, problem in enumerate(problems(get_task(data.task), "train", seed)):
             yield Row(f"{data.task}/{number}", problem.prompt, problem.solution, problem.task or data.task)
         return
-    for name, record in _records(data):
+    needed = [data.prompt_field, *([data.response_field] if data.response_field else [])]
+    for name, record in read_records(data, needed, [data.domain_field, data.max_new_tokens_field]):
         yield _row(name, record, data)
 
 
@@ -75,90 +72,61 @@ def read_questions(data: DataConfig) -> Iterator[Question]:
     Raises:
         ConfigError: the data does not exist, a line is broken, a column is missing, or a value has a wrong type.
     """
-    for name, record in _records(data):
-        prompt = _column(name, record, data.prompt_field, "data.prompt_field")
-        if not isinstance(prompt, str):
-            raise _wrong_type("data.prompt_field", name, data.prompt_field, prompt, "text")
-        answer_field = str(data.response_field)
+    answer_field = str(data.response_field)
+    for name, record in read_records(data, [data.prompt_field, answer_field]):
+        prompt = _prompt(name, record, data, "text or chat messages")
+        if isinstance(prompt, list):
+            raise _wrong_type("data.prompt_field", name, data.prompt_field, prompt, "text or chat messages")
         answer = _column(name, record, answer_field, "data.response_field")
-        if not isinstance(answer, (str, int, float)) or isinstance(answer, bool):
+        finite = not isinstance(answer, float) or math.isfinite(answer)
+        if not isinstance(answer, str | int | float) or isinstance(answer, bool) or not finite:
             raise _wrong_type("data.response_field", name, answer_field, answer, "text or a number")
+        _check_text("data.response_field", name, answer_field, answer)
         yield Question(name, prompt, str(answer))
 
 
-def _records(data: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields (`file:number`, columns) for each row of `data.path`."""
-    file = Path(str(data.path))
-    for number, record in _jsonl(file) if file.suffix == ".jsonl" else _table(data, file):
-        yield f"{file.name}:{number}", record
-
-
-def _jsonl(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if not file.is_file():
-        raise ConfigError(f"data.path: {file} does not exist; expected a JSONL file of prompts")
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except ValueError as error:  # not UTF-8, or not JSON
-                    raise ConfigError(f"data.path: {file.name}:{number} is not JSON: {error}") from None
-                if not isinstance(record, dict):
-                    raise ConfigError(
-                        f"data.path: {file.name}:{number} holds a {type(record).__name__}; expected an object"
-                    )
-                yield number, record
-
-
-def _table(data: DataConfig, file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Reads a parquet file, a folder of `datasets.save_to_disk` or a hub id, as an Arrow table that stays on disk."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        if file.suffix == ".parquet":
-            if not file.is_file():
-                raise ConfigError(f"data.path: {file} does not exist; expected a parquet file of prompts")
-            table = datasets.Dataset.from_parquet(str(file))
-        elif file.is_dir():
-            table = datasets.load_from_disk(str(file))
-            if isinstance(table, datasets.DatasetDict):
-                table = _split(table, data)
-        elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(file)) or file.suffix in _UNSUPPORTED_SUFFIXES:
-            raise ConfigError(f"data.path: found {file}; expected a .jsonl or .parquet file, a folder, or a hub id")
-        else:
-            table = datasets.load_dataset(str(file), data.subset, split=data.split)
-    except ConfigError:
-        raise
-    except Exception as error:  # `datasets` and the hub raise errors of many classes; the user gets one line
-        reason = first_line(error)
-        raise ConfigError(f"data.path: {file} could not be read as a data set: {reason}") from error
-    yield from enumerate(table, start=1)
-
-
-def _split(table: Any, data: DataConfig) -> Any:
-    if data.split not in table:
-        raise ConfigError(f"data.split: found {data.split!r}; {data.path} has: {', '.join(table)}")
-    return table[data.split]
-
-
 def _row(name: str, record: Mapping[str, Any], data: DataConfig) -> Row:
-    prompt = _column(name, record, data.prompt_field, "data.prompt_field")
-    if _is_messages(prompt):
-        _check_conversation(name, prompt, data)
-        prompt = tuple(prompt)
-    elif not _is_text(prompt):
-        expected = "text, token ids or chat messages"
-        raise _wrong_type("data.prompt_field", name, data.prompt_field, prompt, expected)
+    prompt = _prompt(name, record, data, "text, token ids or chat messages")
     response = None
     if data.response_field:
         response = _column(name, record, data.response_field, "data.response_field")
         if not _is_text(response):
             raise _wrong_type("data.response_field", name, data.response_field, response, "text or token ids")
+        _check_text("data.response_field", name, data.response_field, response)
+    return Row(name, prompt, response, _domain(name, record, data), _limit(name, record, data))
+
+
+def _prompt(name: str, record: Mapping[str, Any], data: DataConfig, expected: str) -> Text | Conversation:
+    prompt = _column(name, record, data.prompt_field, "data.prompt_field")
+    if are_messages(prompt):
+        try:
+            messages = read_conversation(prompt)
+        except ValueError as error:
+            raise ConfigError(f"data.prompt_field: {name}: {error}") from None
+        _check_conversation(name, messages, data)
+        return messages
+    if not _is_text(prompt):
+        raise _wrong_type("data.prompt_field", name, data.prompt_field, prompt, expected)
+    _check_text("data.prompt_field", name, data.prompt_field, prompt)
+    return prompt
+
+
+def _domain(name: str, record: Mapping[str, Any], data: DataConfig) -> str | None:
+    domain = record.get(data.domain_field)
+    if domain is not None and not isinstance(domain, str):
+        raise _wrong_type("data.domain_field", name, data.domain_field, domain, "text, or no value")
+    _check_text("data.domain_field", name, data.domain_field, domain)
+    return domain
+
+
+def _limit(name: str, record: Mapping[str, Any], data: DataConfig) -> int | None:
     limit = record.get(data.max_new_tokens_field)
-    if limit is not None and not (isinstance(limit, int) and limit > 0):
-        raise ConfigError(f"data.max_new_tokens_field: {name}: found {limit!r}; expected a number of tokens")
-    return Row(name, prompt, response, record.get(data.domain_field), limit)
+    if isinstance(limit, float) and limit.is_integer():  # a column with empty places, as pandas writes it
+        limit = int(limit)
+    if limit is not None and not (type(limit) is int and limit > 0):
+        found = reprlib.repr(limit)
+        raise ConfigError(f"data.max_new_tokens_field: {name}: found {found}; expected a number of tokens")
+    return limit
 
 
 def _column(name: str, record: Mapping[str, Any], field: str, setting: str) -> Any:
@@ -171,7 +139,13 @@ def _wrong_type(setting: str, name: str, field: str, value: Any, expected: str) 
     return ConfigError(f"{setting}: {name}: `{field}` is {reprlib.repr(value)}; expected {expected}")
 
 
-def _check_conversation(name: str, messages: list[dict[str, str]], data: DataConfig) -> None:
+def _check_text(setting: str, name: str, field: str, value: Any) -> None:
+    """Raises `ConfigError` for a string that is no text."""
+    if isinstance(value, str) and (fault := text_fault(value)):
+        raise ConfigError(f"{setting}: {name}: `{field}` holds {fault}; correct the text")
+
+
+def _check_conversation(name: str, messages: Conversation, data: DataConfig) -> None:
     if not data.chat_template:
         raise ConfigError(
             f"data.chat_template: {name}: `{data.prompt_field}` holds chat messages; set data.chat_template to true"
@@ -181,7 +155,9 @@ def _check_conversation(name: str, messages: list[dict[str, str]], data: DataCon
             f"data.prompt_field: {name}: the conversation ends with the assistant's answer; end it with the user's "
             "message and put the answer into data.response_field"
         )
-    if data.system_prompt is not None and messages[0]["role"] == "system":
+    if not any(message["role"] == "user" for message in messages):
+        raise ConfigError(f"data.prompt_field: {name}: the conversation has no message of the user; add one")
+    if data.system_prompt is not None and messages[0]["role"] in ("system", "developer"):
         raise ConfigError(
             f"data.system_prompt: {name}: the conversation has a system message of its own; give one or the other"
         )
@@ -189,9 +165,3 @@ def _check_conversation(name: str, messages: list[dict[str, str]], data: DataCon
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(type(item) is int for item in value))
-
-
-def _is_messages(value: Any) -> bool:
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)

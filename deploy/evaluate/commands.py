@@ -68,6 +68,7 @@ def run_eval(
     check_output(options.output)
     with open_decoder(folder, decoding, options.block_size) as decoder:
         questions = open_questions(asked, decoder)
+        tell_unknown(questions, console)
         with console.status("decoding ...") as status:
             rows = evaluate(decoder, questions, options, decoding, lambda way: status.update(f"decoding: {way} ..."))
     table = Table(title=f"{folder}: {questions.title}")
@@ -118,6 +119,12 @@ def evaluate(
             }
         )
     return rows
+
+
+def tell_unknown(questions: Questions, console: Console) -> None:
+    """Says which characters of the questions the model cannot read or write."""
+    if questions.unknown is not None:
+        console.print(questions.unknown, highlight=False, soft_wrap=True, markup=False)
 
 
 def check_output(file: Path | None, option: str = "--output") -> None:

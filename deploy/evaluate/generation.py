@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,8 +10,10 @@ import numpy as np
 
 from opdlm.actors.rollout.observation import StepObservation
 from opdlm.common.config.schema import Strategy
-from opdlm.common.data.chat import chat_prompt
+from opdlm.common.data.chat import EMPTY, ChatRefused, chat_prompt
+from opdlm.common.data.unknown import UnknownCharacters
 from opdlm.common.errors import OpdlmError
+from opdlm.common.text import text_fault
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder
 
@@ -69,13 +72,14 @@ class Model(CheckpointDecoder):
             observer: sees every denoising step of a student.
 
         Raises:
-            OpdlmError: a prompt is empty or too long, or an option does not fit the checkpoint.
+            OpdlmError: a prompt is empty, too long or no text, or an option does not fit the checkpoint.
         """
         if not prompts:
             return []
         if thinking is not None and not chat:
             raise OpdlmError("thinking: found without chat; only a chat template knows it")
-        texts = [chat_prompt(self.tokenizer, prompt, thinking) if chat else prompt for prompt in prompts]
+        _check_prompts(prompts)
+        texts = [self._text(prompt, thinking) if chat else prompt for prompt in prompts]
         settings = replace(
             self.base,
             block_size=block_size or self.base.block_size,
@@ -86,7 +90,7 @@ class Model(CheckpointDecoder):
             top_p=top_p,
         )
         requests = [
-            RolloutRequest(i, f"prompt {prompt[:30]!r}", self.encode(text), max_new_tokens, seed=seed + i)
+            RolloutRequest(i, _name(prompt), self.encode(text), max_new_tokens, seed=seed + i)
             for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
         ]
         self.check_room(requests, settings.block_size)
@@ -108,6 +112,35 @@ class Model(CheckpointDecoder):
             for prompt, ids in zip(prompts, responses, strict=True)
         ]
 
+    def unknown_characters(self, prompts: Sequence[str]) -> str | None:
+        """One line about the characters of prompts that the tokenizer does not know; None: it knows them all."""
+        unknown = UnknownCharacters(self.tokenizer)
+        for prompt in prompts:
+            unknown.note(_name(prompt), prompt, self.encode(prompt).tolist())
+        return unknown.line()
+
+    def _text(self, prompt: str, thinking: bool | None) -> str:
+        try:
+            return chat_prompt(self.tokenizer, prompt, thinking)
+        except ChatRefused as error:
+            raise OpdlmError(f"{_name(prompt)}: {error}") from None
+
     def _generation(self, prompt: str, ids: np.ndarray, reveal_step: np.ndarray, steps: int) -> Generation:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return Generation(prompt, text, ids, reveal_step, steps)
+
+
+def _name(prompt: str) -> str:
+    return f"prompt {prompt[:30]!r}"
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str):
+        raise OpdlmError("prompts: found one text; expected a list of texts")
+    for number, prompt in enumerate(prompts, start=1):
+        if not isinstance(prompt, str):
+            raise OpdlmError(f"prompts: prompt {number} is {reprlib.repr(prompt)}; expected text")
+        if fault := text_fault(prompt):
+            raise OpdlmError(f"{_name(prompt)} holds {fault}; give text in UTF-8")
+        if not prompt:
+            raise OpdlmError(f"{_name(prompt)}: {EMPTY}; a response needs a token before it")

@@ -12,9 +12,11 @@ import numpy as np
 
 from opdlm.common.config.schema import DataConfig
 from opdlm.common.data.answers import ANSWER_CHECKS, AnswerCheck, AnswerKind
-from opdlm.common.data.chat import chat_prompt
+from opdlm.common.data.chat import EMPTY, ChatRefused, chat_prompt
+from opdlm.common.data.conversation import Conversation
 from opdlm.common.data.rows import Question, read_questions
 from opdlm.common.data.tasks import get_task
+from opdlm.common.data.unknown import UnknownCharacters
 from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.evaluate.decoders import Decoder
@@ -27,8 +29,11 @@ _OPTIONS = {
     "data.path:": "--data:",
     "data.prompt_field:": "--prompt-field:",
     "data.response_field:": "--answer-field:",
+    "data.chat_template:": "--chat:",
+    "set data.chat_template to true": "give --chat",
+    "put the answer into data.response_field": "put the answer into the column of --answer-field",
 }
-"""How an error of `read_questions` begins: the setting that it names -> the option that sets it here."""
+"""What errors of `read_questions` say of settings -> the same for the options that set them here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,8 @@ class Questions(Protocol):
     title: str
     figure: str
     """Name of `Marks.right` in tables."""
+    unknown: str | None
+    """One line about characters of prompts and answers that the tokenizer does not know; None: it knows them all."""
 
     def requests(self, max_new_tokens: int) -> list[RolloutRequest]:
         """The prompts as decode requests."""
@@ -80,6 +87,10 @@ class TaskQuestions:
             [get_task(str(asked.task))], decoder.tokenizer, asked.problems or TASK_PROBLEMS
         )
         self.requests = self._problems.requests
+        unknown = UnknownCharacters(decoder.tokenizer)
+        for i, ((_, problem), ids) in enumerate(zip(self._problems.problems, self._problems.prompt_ids, strict=True)):
+            _note(unknown, f"{asked.task}/test/{i}", problem.prompt, ids, problem.solution, decoder)
+        self.unknown = unknown.line()
         self.title = f"{len(self._problems.problems)} held-out problems of {asked.task}"
 
     def mark(self, responses: Sequence[np.ndarray]) -> Marks:
@@ -97,12 +108,11 @@ class DataQuestions:
         self._decoder = decoder
         self._names = [question.name for question in questions]
         self._checks = [_answer_check(asked.answer, question) for question in questions]
-        self._prompts = [
-            decoder.encode(
-                chat_prompt(decoder.tokenizer, question.prompt, asked.thinking) if asked.chat else question.prompt
-            )
-            for question in questions
-        ]
+        self._prompts = [decoder.encode(_prompt_text(asked, question, decoder)) for question in questions]
+        unknown = UnknownCharacters(decoder.tokenizer)
+        for question, ids in zip(questions, self._prompts, strict=True):
+            _note(unknown, question.name, question.prompt, ids, question.answer, decoder)
+        self.unknown = unknown.line()
 
     def requests(self, max_new_tokens: int) -> list[RolloutRequest]:
         """The rows as decode requests."""
@@ -116,9 +126,34 @@ class DataQuestions:
         return Marks(sum(verdict is True for verdict in verdicts) / len(verdicts), verdicts.count(None))
 
 
+def _prompt_text(asked: QuestionOptions, question: Question, decoder: Decoder) -> str:
+    if not question.prompt:
+        raise OpdlmError(f"--prompt-field: {question.name}: {EMPTY}; give every row a prompt")
+    if not asked.chat:
+        return str(question.prompt)  # `read_questions` takes messages with --chat only
+    try:
+        return chat_prompt(decoder.tokenizer, question.prompt, asked.thinking)
+    except ChatRefused as error:
+        raise OpdlmError(f"--chat: {question.name}: {error}") from None
+
+
+def _note(
+    unknown: UnknownCharacters,
+    name: str,
+    prompt: str | Conversation,
+    ids: np.ndarray,
+    answer: str,
+    decoder: Decoder,
+) -> None:
+    """Counts the unknown characters of a prompt and of its answer, which no response could equal."""
+    unknown.note(name, prompt, ids.tolist())
+    unknown.note(name, answer, decoder.encode(answer).tolist())
+
+
 def _read(asked: QuestionOptions, file: Path) -> list[Question]:
     """Reads the questions of a file; an error names the command's option in place of the run file's setting."""
-    data = DataConfig(path=str(file), prompt_field=asked.prompt_field, response_field=asked.answer_field)
+    prompt, answer = asked.prompt_field, asked.answer_field
+    data = DataConfig(path=str(file), chat_template=asked.chat, prompt_field=prompt, response_field=answer)
     try:
         questions = list(itertools.islice(read_questions(data), asked.problems))
     except ConfigError as error:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
-from opdlm.deploy.evaluate.commands import check_output, open_decoder, write_results
+from opdlm.deploy.evaluate.commands import check_output, open_decoder, tell_unknown, write_results
 from opdlm.deploy.evaluate.decoders import Decoder
 from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions
 from opdlm.deploy.evaluate.questions import Questions, open_questions
@@ -78,6 +78,7 @@ def run_sweep(
             for threshold in (thresholds if strategy == _DYNAMIC else [None])
         ]
         questions = open_questions(asked, decoder)
+        tell_unknown(questions, console)
         requests = questions.requests(decoding.max_new_tokens)
         for block in blocks:
             decoder.check_room(requests, block)

@@ -115,9 +115,15 @@ class RunRecords:
         """
         self._record("failure", samples=len(indices), attempt=attempt, reason=reason, error=error)
 
-    def data(self, kept: int, refused: list[str], digest: str) -> None:
-        """The prompts were read: `kept` of them are used, those in `refused` are not. `digest`: their fingerprint."""
-        self._record("data", prompts_kept=kept, prompts_refused=len(refused), data_digest=digest, refused=refused)
+    def data(self, kept: int, refused: list[str], digest: str, unknown_characters: int = 0) -> None:
+        """The prompts were read: `kept` of them are used, those in `refused` are not.
+
+        Args:
+            digest: their fingerprint.
+            unknown_characters: characters in them and in their responses that the tokenizer does not know.
+        """
+        counts = {"prompts_kept": kept, "prompts_refused": len(refused), "unknown_characters": unknown_characters}
+        self._record("data", **counts, data_digest=digest, refused=refused)
 
     def given(self, responses: int, forward_tokens: int, cached: bool, cut: int = 0) -> None:
         """The given responses are available.

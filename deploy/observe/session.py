@@ -21,11 +21,13 @@ _REFUSED_SHOWN = 10
 
 
 def show_refused(prompts: PromptSet, console: Console) -> None:
-    """Names the first prompts that the run leaves out, and counts all of them."""
+    """Names the first prompts that the run leaves out, counts all of them, and tells of unknown characters."""
     for line in prompts.refused[:_REFUSED_SHOWN]:
-        console.print(f"refused prompt {line}", highlight=False, soft_wrap=True)
+        console.print(f"refused prompt {line}", highlight=False, soft_wrap=True, markup=False)
     if prompts.refused:
         console.print(f"prompts refused: {len(prompts.refused)}, kept: {len(prompts.prompts)}")
+    if prompts.unknown is not None:
+        console.print(prompts.unknown, highlight=False, soft_wrap=True, markup=False)
 
 
 def show_start(config: OpdlmConfig, checkpoint: Checkpoint | None, rounds: int, console: Console) -> None:

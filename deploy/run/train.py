@@ -66,7 +66,8 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
                 open_records(config, student, checkpoint, roles.pools(), view) as records,
             ):
                 records.before_write = lock.verify
-                records.data(len(checked.prompts.prompts), checked.prompts.refused, checked.order.digest)
+                prompts = checked.prompts
+                records.data(len(prompts.prompts), prompts.refused, checked.order.digest, prompts.unknown_characters)
                 code = asyncio.run(_run(checked, roles, records, student, responses))
         finally:
             roles.stop()

@@ -31,6 +31,8 @@ def run_generate(
     started = time.perf_counter()
     generations = model.generate(prompts, **how, **observing)
     seconds = time.perf_counter() - started
+    if (line := model.unknown_characters(prompts)) is not None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     for generation in generations:
         console.print(Text.assemble((generation.prompt, "bold"), generation.text), soft_wrap=True)
     tokens = sum(len(generation.ids) for generation in generations)

@@ -123,12 +123,13 @@ def test_unreadable_rows_and_unknown_token_ids_are_named(tmp_path, row, message)
     [
         ([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}], {}, "ends with the assistant's an"),
         ([{"role": "system", "content": "1"}, {"role": "user", "content": "2"}], {"system_prompt": "x"}, "of its own"),
-        ([{"role": "user", "content": None}], {}, r"data.chat_template: d.jsonl:1: the template refuses it"),
+        ([{"role": "user", "content": "1"}, {"role": "tool", "content": "2"}], {}, "1: the template refuses it: no!"),
+        ([{"role": "system", "content": "1"}], {}, r"1: the conversation has no message of the user"),
     ],
 )
 def test_conversations_that_contradict_the_settings_are_named(tmp_path, messages, settings, message) -> None:
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": messages}))
-    strict = "{% for m in messages %}{{ m.content + '' }}{% endfor %}"
+    strict = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no!') }}{% endif %}{% endfor %}"
     with pytest.raises(ConfigError, match=message):
         load_prompts(
             DataConfig(path=str(tmp_path / "d.jsonl"), chat_template=True, **settings), tokenizer(strict), 50, 0
@@ -140,7 +141,7 @@ def test_hub_ids_may_hold_dots(tmp_path, monkeypatch) -> None:
 
     def load(path, subset, split):
         asked.append((path, subset, split))
-        return [{"prompt": "1+2="}]
+        return datasets.Dataset.from_list([{"prompt": "1+2="}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     found = load_prompts(DataConfig(path="nvidia/Set-v1.1", subset="math"), tokenizer(), longest=10, seed=0)
