@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Set
 
 from opdlm.common.config.schema import OpdlmConfig, Schedule
+
+_DOMAINS_SHOWN = 10
 
 
 def scheduled(schedule: Schedule, round_: int) -> float:
@@ -34,6 +38,25 @@ def length_limit(config: OpdlmConfig, round_: int, domain: str | None = None, pr
     if domain is not None and domain in config.curriculum.max_new_tokens_per_domain:
         limits.append(config.curriculum.max_new_tokens_per_domain[domain])
     return min(limits)
+
+
+def unused_domain_limits(config: OpdlmConfig, domains: Set[str | None]) -> str | None:
+    """One line about names in `curriculum.max_new_tokens_per_domain` that no row has; None: every name is used.
+
+    A recipe may name more domains than the data have, so it is no error; a name that is mistyped looks the same.
+
+    Args:
+        domains: those of the run's prompts; None stands for rows without one.
+    """
+    held = sorted(domain for domain in domains if domain is not None)
+    unused = sorted(config.curriculum.max_new_tokens_per_domain.keys() - set(held))
+    if not unused:
+        return None
+    shown = ", ".join(held[:_DOMAINS_SHOWN]) + (", ..." if len(held) > _DOMAINS_SHOWN else "")
+    found = f"the rows' domains are {shown}" if held else "no row has a domain (data.domain_field)"
+    close = [match for name in unused for match in difflib.get_close_matches(name, held, n=1)]
+    hint = f"; did you mean `{close[0]}`?" if close else ""
+    return f"curriculum.max_new_tokens_per_domain: no row has the domain {', '.join(unused)}; {found}{hint}"
 
 
 def dynamic_threshold(config: OpdlmConfig, round_: int) -> float:

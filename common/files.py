@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from opdlm.common.errors import OpdlmError
+from opdlm.common.plain_yaml import parse_yaml
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -22,9 +21,10 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         OpdlmError: the file is not JSON (a pickle, say), or holds no object.
     """
+    text = read_text(file)
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also what is not text
+        held = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise OpdlmError(f"{file} is not JSON: {error}") from None
     if not isinstance(held, dict):
         raise OpdlmError(f"{file} holds a {type(held).__name__}; expected an object")
@@ -35,15 +35,45 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file, empty for an empty file; tags that would build Python objects are refused.
 
     Raises:
-        OpdlmError: the file is not plain YAML, or holds no mapping.
+        OpdlmError: the file is not plain YAML, has a key twice, or holds no mapping.
     """
+    text = read_text(file)
     try:
-        held = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise OpdlmError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+        held = parse_yaml(text)
+    except OpdlmError as error:
+        raise OpdlmError(f"{file} is not YAML: {error}") from None
+    if held is None:
+        return {}
     if not isinstance(held, dict):
         raise OpdlmError(f"{file} holds a {type(held).__name__}; expected sections such as `model:`")
     return held
+
+
+def home_path(path: str) -> str:
+    """The path with a leading `~` or `~user` replaced by that home folder.
+
+    Raises:
+        OpdlmError: there is no such user.
+    """
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        user = whole.partition("/")[0]
+        raise OpdlmError(f"{path}: there is no home folder {user}; write ./{path} for a folder of that name")
+    return whole
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        OpdlmError: it cannot be read, or it is no text.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise OpdlmError(f"{file} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise OpdlmError(f"{file} is not text: {error}") from None
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def load(folder: str | Path, device: str | None = None) -> Model:
     """
     from opdlm.deploy.evaluate.generation import Model
 
-    return Model(Path(folder), device=device)
+    return Model(_path(folder), device=device)
 
 
 def convert(
@@ -41,7 +41,7 @@ def convert(
     """
     from opdlm.common.model.convert import convert_checkpoint
 
-    return convert_checkpoint(source, destination, block_size, block_grid)
+    return convert_checkpoint(_path(source), _path(destination), block_size, block_grid)
 
 
 def export(
@@ -54,7 +54,7 @@ def export(
     """
     from opdlm.common.export import export as write_export
 
-    return write_export(Path(checkpoint), Path(destination), layout, base_model)
+    return write_export(_path(checkpoint), _path(destination), layout, base_model)
 
 
 def evaluate(
@@ -88,11 +88,11 @@ def evaluate(
     from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions
     from opdlm.deploy.evaluate.questions import open_questions
 
-    file = None if data is None else Path(data)
+    file = None if data is None else _path(data)
     asked = QuestionOptions(task, file, prompt_field, answer_field, answer, problems, chat, thinking)
     options = commands.EvalOptions(commands.known_strategies(strategies), threshold, block_size)
     decoding = DecodingOptions(max_new_tokens, batch_size, actors, gpus_per_actor)
-    with commands.open_decoder(Path(folder), decoding, block_size) as decoder:
+    with commands.open_decoder(_path(folder), decoding, block_size) as decoder:
         return commands.evaluate(decoder, open_questions(asked, decoder), options, decoding)
 
 
@@ -110,3 +110,9 @@ def train(config: OpdlmConfig, resume: bool = False) -> int:
     from opdlm.deploy.run.train import train as run_training
 
     return run_training(config, resume, Console())
+
+
+def _path(given: str | Path) -> Path:
+    from opdlm.common.files import home_path
+
+    return Path(home_path(str(given)))

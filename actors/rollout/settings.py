@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from opdlm.common.config.schema import Grid, RolloutConfig, Strategy
+from opdlm.common.errors import OpdlmError
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,15 @@ class DecodeSettings:
     top_k: int = 0
     top_p: float = 1.0
     ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises `OpdlmError` for a number that no distribution has; the command line and YAML are checked before."""
+        for name, most in (("temperature", math.inf), ("entropy_budget", math.inf), ("threshold", 1), ("top_p", 1)):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value <= most or value == math.inf:
+                expected = "a finite number from 0" if most == math.inf else "a number within 0 and 1"
+                raise OpdlmError(f"{name}: found {value!r}; expected {expected}")
 
     @property
     def steps_per_block(self) -> int:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from opdlm.common.errors import OpdlmError
+from opdlm.common.files import home_path
 
 Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "sequential", "random"]
 Grid = Literal["absolute", "response"]
@@ -15,9 +19,51 @@ DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
 OnNewWeights = Literal["finish", "continue"]
 Attention = Literal["auto", "sdpa", "flex_attention"]
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+def _no_bool(value: Any) -> Any:
+    """Python counts true as 1; a run file that says true where a number belongs is mistaken."""
+    if isinstance(value, bool):
+        raise ValueError("input should be a number")
+    return value
+
+
+def _whole(value: Any) -> Any:
+    """A whole number in the form of `1.0` or `1e3`, which YAML 1.1 takes for text, is a whole number."""
+    try:
+        number = float(value) if isinstance(value, float | str) else math.nan
+    except ValueError:
+        return value  # the error comes from pydantic
+    is_short = math.isfinite(number) and abs(number) < 2**53  # a float holds larger whole numbers only roughly
+    return int(number) if is_short and number.is_integer() else value
+
+
+def _in_64_bits(value: int) -> int:
+    if value >= 2**64:  # pydantic's own bound would name it with the digits that a float holds
+        raise ValueError(f"input should be at most {2**64 - 1}, the largest number of 64 bits")
+    return value
+
+
+def _path(value: str) -> str:
+    try:
+        return home_path(value)
+    except OpdlmError as error:
+        raise ValueError(str(error)) from None
+
+
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+"""A finite number."""
+Whole = Annotated[int, BeforeValidator(_whole), BeforeValidator(_no_bool)]
+"""A whole number."""
+PositiveInt = Annotated[Whole, Field(ge=1)]
+NonNegativeInt = Annotated[Whole, Field(ge=0)]
+Seed = Annotated[NonNegativeInt, AfterValidator(_in_64_bits)]
+"""64 bits, as torch takes them."""
+ZeroStage = Annotated[Literal[1, 2, 3], BeforeValidator(_whole), BeforeValidator(_no_bool)]
+Probability = Annotated[Number, Field(ge=0.0, le=1.0)]
+Switch = Annotated[bool, Field(strict=True)]
+"""true or false; neither a number nor text counts."""
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+"""A path; `~` and `~user` become the home folder."""
 
 
 class Section(BaseModel):

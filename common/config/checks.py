@@ -12,6 +12,7 @@ from typing import Any
 from opdlm.common.config.redact import holds_credentials, redact_credentials
 from opdlm.common.config.schema import OpdlmConfig, Schedule
 from opdlm.common.errors import ConfigError
+from opdlm.common.text import text_fault
 
 
 def check_config(config: OpdlmConfig) -> None:
@@ -21,9 +22,26 @@ def check_config(config: OpdlmConfig) -> None:
         ConfigError: with one line per mistake, which names the setting by its path.
     """
     checks = (_run, _data, _objective, _rollout, _teacher, _targets, _learner, _curriculum, _resources)
-    problems = [*_secrets(config.model_dump()), *(problem for check in checks for problem in check(config))]
+    problems = [
+        *_texts(config.model_dump()),
+        *_secrets(config.model_dump()),
+        *(problem for check in checks for problem in check(config)),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _texts(value: Any, path: str = "") -> Iterator[str]:
+    """Finds names and values that are no text: paths, columns and messages that nothing could use."""
+    if isinstance(value, dict):
+        for key, held in value.items():
+            yield from _texts(key, path)
+            yield from _texts(held, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for held in value:
+            yield from _texts(held, path)
+    elif isinstance(value, str) and (fault := text_fault(value)):
+        yield f"{path}: {value!r} holds {fault}; correct the text"
 
 
 def _secrets(section: dict[str, Any], path: str = "") -> Iterator[str]:

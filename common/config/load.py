@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +15,18 @@ from opdlm.common.config.checks import check_config
 from opdlm.common.config.redact import redact_credentials
 from opdlm.common.config.schema import OpdlmConfig
 from opdlm.common.errors import ConfigError, OpdlmError
-from opdlm.common.files import read_yaml
+from opdlm.common.files import home_path, read_yaml
+from opdlm.common.plain_yaml import parse_yaml
+
+_HINTS = {
+    "string_type": ' (write it in quotes: "...")',
+    "bool": " (true or false)",
+}
+"""What an error of pydantic's types that begin so does not say."""
+_SHOWN = 100
+"""Characters of an override that an error quotes."""
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 2, 10, 10, 1000, 200
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> OpdlmConfig:
@@ -28,13 +40,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> OpdlmConfig:
     Raises:
         ConfigError: with one line per mistake, which names the setting by its path in the file.
     """
-    file = Path(path)
-    if not file.is_file():
+    file = Path(home_path(str(path)))
+    if file.is_dir():
+        raise ConfigError(f"run file: {file} is a folder; give a YAML file")
+    if not file.exists():
         raise ConfigError(f"run file: {file} does not exist; give a YAML file such as `opdlm recipes demo` prints")
     try:
         raw = read_yaml(file)
     except OpdlmError as error:
         raise ConfigError(f"run file: {error}") from None
+    _check_overrides(overrides)
     for override in overrides:
         apply_override(raw, override)
     return config_from_dict(raw)
@@ -73,9 +88,23 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {parent} is a value, not a section; give section.field=value")
         node = child
     try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from None
+        node[last] = parse_yaml(value)
+    except OpdlmError as error:
+        shown = override if len(override) <= _SHOWN else f"{override[:_SHOWN]}..."
+        raise ConfigError(f"--set {shown}: the value is not YAML: {error}") from None
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Refuses two overrides of which the later one would undo the earlier one."""
+    given: list[list[str]] = []
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        path = key.split(".")
+        for earlier in given:
+            if earlier[: len(path)] == path:
+                which = "it is given twice" if earlier == path else f"it would undo --set {'.'.join(earlier)}"
+                raise ConfigError(f"--set {key}: {which}; leave one out")
+        given.append(path)
 
 
 def dump_config(config: OpdlmConfig) -> str:
@@ -93,7 +122,16 @@ def _describe(item: Any) -> str:
         return f"{location}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{location}: missing; it has no default"
-    return f"{location}: {item['msg'][0].lower()}{item['msg'][1:]}; found {redact_credentials(repr(item['input']))}"
+    message = item["msg"].removeprefix("Value error, ")
+    hint = next((hint for kind, hint in _HINTS.items() if item["type"].startswith(kind)), "")
+    if item["input"] is None:
+        hint = " (or leave it out)"
+    return f"{location}: {message[0].lower()}{message[1:]}{hint}; found {redact_credentials(_found(item['input']))}"
+
+
+def _found(value: Any) -> str:
+    """A value as Python writes it, of bounded length: anchors can make a few lines of YAML a huge value."""
+    return repr(value) if isinstance(value, str) else _SHORT.repr(value)
 
 
 def _fields_at(parents: Sequence[str]) -> list[str]:

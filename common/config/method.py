@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from opdlm.common.config.base import NonNegativeInt, PositiveInt, Probability, Section
+from opdlm.common.config.base import (
+    NonNegativeInt,
+    Number,
+    PathText,
+    PositiveInt,
+    Probability,
+    Section,
+    Switch,
+)
 
 Kind = Literal["opd", "off_policy_kd", "cft"]
 Selection = Literal["one_state_per_block", "one_state_per_response", "all_states", "random_mask"]
@@ -32,7 +40,7 @@ class ObjectiveConfig(Section):
     reverse_weight: Probability = 0.0
     """With `divergence: kl`, the weight w in (1-w) forward KL + w reverse KL. 0 (the default, the paper's) is forward
     KL alone, 1 is reverse KL alone."""
-    jsd_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    jsd_alpha: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """With `divergence: jsd`, the weight of the teacher in the mixture distribution, between 0 and 1 exclusive."""
     top_k: NonNegativeInt = 0
     """Number of tokens that the divergence sums over. 0 is the full vocabulary (paper: at 0.6B and 1.7B); K is the
@@ -41,7 +49,7 @@ class ObjectiveConfig(Section):
     tail: Literal["drop", "bucket"] = "drop"
     """With `top_k` above 0, what becomes of the probability outside the top K. `drop`: it is left out, as in the public
     release. `bucket`: it counts as one more outcome, so that the loss is a true divergence, never negative."""
-    exclude_eos: bool = True
+    exclude_eos: Switch = True
     """Take no loss at the end-of-sequence token (the release's default). Set it to false to train where responses end
     as well, as `deploy/demo.yaml` does."""
     reduction: Literal["row", "token"] = "row"
@@ -67,12 +75,12 @@ class OfflineConfig(Section):
     responses: Literal["teacher", "data"] = "teacher"
     """`teacher`: the teacher actors generate the responses once, before training, and keep them in a parquet file.
     `data`: the responses are those of `data.response_field`, or the solutions of `data.task`."""
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[Number, Field(ge=0)] = 1.0
     """Sampling temperature of the teacher's responses; 0 is greedy decoding. Used with `responses: teacher`."""
     batch_size: PositiveInt = 64
     """Number of responses that one teacher actor generates at the same time. Lower it where the actor runs out of
     memory."""
-    cache: str | None = None
+    cache: PathText | None = None
     """Parquet file of the teacher's responses. The run generates the responses and writes the file if it does not
     exist. Empty: `offline_responses.parquet` in the run directory. Give a path to share the file between runs. A file
     that was made from another teacher, other prompts, another length limit, temperature or seed is refused."""
@@ -84,9 +92,9 @@ class Schedule(Section):
     kind: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the change. `constant`: the value is always `start`. `linear`: a straight line (the paper's). `cosine`:
     `start + (end - start)(1 - cos(pi/2 r/rounds))` in round r, slow at first (the release's)."""
-    start: float
+    start: Number
     """Value in round 0."""
-    end: float | None = None
+    end: Number | None = None
     """Value from round `rounds` on. Required for `linear` and `cosine`; leave it empty for `constant`."""
     rounds: PositiveInt | None = None
     """Number of rounds until `end` is reached. Required for `linear` and `cosine`; leave it empty for `constant`."""

@@ -10,12 +10,17 @@ from opdlm.common.config.base import (
     Dtype,
     Grid,
     NonNegativeInt,
+    Number,
     OnNewWeights,
     PositiveInt,
     Probability,
     Section,
     Strategy,
+    Switch,
+    ZeroStage,
 )
+
+DecayRate = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class PlacementConfig(Section):
@@ -27,7 +32,7 @@ class PlacementConfig(Section):
     accelerator_type: str | None = None
     """Kind of GPU that the nodes must have, by Ray's name for it, for example `H100` (`ray status -v` lists the names).
     Empty: any kind."""
-    node_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    node_resources: dict[str, Annotated[Number, Field(gt=0)]] = Field(default_factory=dict)
     """Custom Ray resources that one process takes, so that it runs only on nodes that have them: `{decode: 1}` for
     nodes that were started with `ray start --resources='{"decode": 8}'`. Empty: none."""
     group: Literal["none", "pack", "spread", "strict_pack", "strict_spread"] = "none"
@@ -49,9 +54,9 @@ class RolloutConfig(Section):
 
     actors: PositiveInt = 1
     """Number of rollout actors. Each holds a copy of the student."""
-    cpus_per_actor: Annotated[float, Field(ge=0)] = 1
+    cpus_per_actor: Annotated[Number, Field(ge=0)] = 1
     """Logical CPUs that Ray reserves for one actor, and the number of threads that torch uses in it."""
-    gpus_per_actor: Annotated[float, Field(ge=0)] = 0
+    gpus_per_actor: Annotated[Number, Field(ge=0)] = 0
     """GPUs that Ray reserves for one actor: 0 decodes on the CPU, 1 gives it a GPU of its own, a part of 1 shares a GPU
     with other processes."""
     placement: PlacementConfig = PlacementConfig()
@@ -85,15 +90,15 @@ class RolloutConfig(Section):
     threshold: Probability = 0.9
     """With `low_confidence_dynamic`, the confidence above which a position is revealed, between 0 and 1. Lower values
     reveal more tokens per step. `curriculum.threshold` replaces it where it is set."""
-    entropy_budget: Annotated[float, Field(ge=0)] = 0.1
+    entropy_budget: Annotated[Number, Field(ge=0)] = 0.1
     """With `entropy_bounded`, the sum of the entropies, in nats, of the positions that one step may reveal. Higher
     values reveal more tokens per step."""
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[Number, Field(ge=0)] = 1.0
     """Sampling temperature of the candidate tokens; 0 is greedy decoding. Confidence is always taken from the softmax
     without temperature."""
     top_k: NonNegativeInt = 0
     """Candidates are drawn from the k likeliest tokens only. 0: from all tokens."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """Candidates are drawn from the smallest set of tokens whose probabilities sum to this value. 1: from all
     tokens."""
     on_new_weights: OnNewWeights = "finish"
@@ -107,7 +112,7 @@ class RolloutConfig(Section):
     nodes; works everywhere. `nixl` (Ray Direct Transport; needs the extra `opdlm-ray[nixl]`): each actor reads them
     from the GPU of the learner's first rank, over NVLink, InfiniBand or whatever else UCX finds; that rank keeps a copy
     of each version that an actor may still read."""
-    cuda_graphs: bool = False
+    cuda_graphs: Switch = False
     """Run denoising steps as CUDA graphs. Batches are rounded up to a few shapes, and the forward of each shape is
     recorded when it first occurs and replayed afterwards. Turn it on for models that are so small that the GPU finishes
     a forward before Python has launched it. In bfloat16 the rounded shapes may give slightly different logits."""
@@ -128,9 +133,9 @@ class TeacherConfig(Section):
     device_map: Literal["none", "auto"] = "none"
     """With `backend: transformers`, how the teacher uses an actor's GPUs. `none`: it is on one device. `auto`: its
     layers are spread over the actor's GPUs, all on one node (needs the extra `opdlm-ray[device-map]`)."""
-    cpus_per_actor: Annotated[float, Field(ge=0)] = 1
+    cpus_per_actor: Annotated[Number, Field(ge=0)] = 1
     """Logical CPUs that Ray reserves for one actor, and the number of threads that torch uses in it."""
-    gpus_per_actor: Annotated[float, Field(ge=0)] = 0
+    gpus_per_actor: Annotated[Number, Field(ge=0)] = 0
     """GPUs that Ray reserves for one actor: 0 scores on the CPU, 1 gives it a GPU of its own, a part of 1 shares a GPU
     with other processes (`vllm` then takes the same part of the GPU's memory). More than 1 needs `device_map: auto` or
     `tensor_parallel`."""
@@ -163,7 +168,7 @@ class QueueConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
 
-    lr: Annotated[float, Field(gt=0)] = 1e-5
+    lr: Annotated[Number, Field(gt=0)] = 1e-5
     """Peak learning rate, reached after the warm-up (paper: 1e-5)."""
     min_lr_ratio: Probability = 0.1
     """With `schedule: cosine`, the learning rate at the end of the run as a share of `lr` (paper: 0.1, so 1e-6)."""
@@ -172,25 +177,25 @@ class OptimizerConfig(Section):
     last step of the run. `constant`: it stays at `lr`."""
     warmup_steps: NonNegativeInt = 5
     """Number of optimizer steps in which the learning rate rises linearly to `lr` (paper: 5)."""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment (paper: 0.9, 0.999)."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[Number, Field(gt=0)] = 1e-8
     """AdamW's epsilon, added to the denominator of the update."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay; 0 is none (paper: none)."""
-    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    grad_clip: Annotated[Number, Field(ge=0)] = 1.0
     """Largest global gradient norm; a larger gradient is scaled down to it (paper: 1.0). 0 turns clipping off."""
 
 
 class ZeroConfig(Section):
     """DeepSpeed ZeRO: what the learner's ranks share out among them, and what is kept in host memory."""
 
-    stage: Literal[1, 2, 3] = 2
+    stage: ZeroStage = 2
     """ZeRO stage. 1 shards the optimizer's state over the ranks, 2 also the gradients, 3 also the weights. Raise it
     where a rank runs out of GPU memory; 3 costs the most communication."""
-    offload_optimizer: bool = False
+    offload_optimizer: Switch = False
     """Keep the optimizer's state in host memory: less GPU memory, slower steps. A learner on the CPU ignores it."""
-    offload_weights: bool = False
+    offload_weights: Switch = False
     """Keep the sharded weights in host memory; needs `stage: 3`. A learner on the CPU ignores it."""
 
 
@@ -199,9 +204,9 @@ class LearnerConfig(Section):
 
     workers: PositiveInt = 1
     """Number of ranks: worker processes that train together, each with a share of every batch."""
-    cpus_per_worker: Annotated[float, Field(ge=0)] = 1
+    cpus_per_worker: Annotated[Number, Field(ge=0)] = 1
     """Logical CPUs that Ray reserves for one rank, and the number of threads that torch uses in it."""
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    gpus_per_worker: Annotated[Number, Field(ge=0)] = 0
     """GPUs that Ray reserves for one rank: 0 trains on the CPU, 1 gives it a GPU of its own. A part of 1 is possible
     with `workers: 1` only, so that all roles can share one GPU."""
     placement: PlacementConfig = PlacementConfig()
@@ -220,7 +225,7 @@ class LearnerConfig(Section):
     logits_chunk: PositiveInt = 1024
     """Number of loss positions whose full-vocabulary logits are in memory at the same time. Lower it where a rank runs
     out of memory; the result does not depend on it."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Switch = False
     """Recompute each layer in the backward pass instead of keeping its activations: the same gradients with less memory
     and more computation."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -243,13 +248,13 @@ class ResourcesConfig(Section):
     RAY_ADDRESS, which Ray sets in a submitted job; without that variable, a local Ray is started."""
     local_cpus: PositiveInt | None = None
     """Number of logical CPUs of a local Ray; it may exceed the real number. Empty: as many as the run asks for."""
-    local_dashboard: bool = True
+    local_dashboard: Switch = True
     """Start the dashboard of a local Ray."""
     dashboard_host: str = "127.0.0.1"
     """Address on which the dashboard of a local Ray listens. The default is reachable from this machine only. Any other
     address needs Ray's token authentication (on unless RAY_AUTH_MODE says otherwise), because everyone who reaches the
     dashboard can run code."""
-    worker_logs: bool = False
+    worker_logs: Switch = False
     """Show the log lines of the actors on this terminal. They are kept in Ray's session folder in any case."""
     actor_restarts: NonNegativeInt = 3
     """Number of times that each rollout actor, each teacher actor and the replay queue may die and be started again.
@@ -257,6 +262,6 @@ class ResourcesConfig(Section):
     to an older checkpoint because the newest is damaged counts with the deaths of the queue."""
     sample_attempts: PositiveInt = 3
     """Number of times that a call to decode or score prompts is tried before the run ends with a checkpoint."""
-    call_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    call_timeout_seconds: Annotated[Number, Field(gt=0)] = 1800.0
     """Longest wait for an answer of an actor, in seconds. After it the run ends with an error that names the actor.
     Raise it where one call takes longer, as with long responses."""

@@ -16,10 +16,14 @@ from opdlm.common.config.base import (
     Dtype,
     Grid,
     NonNegativeInt,
+    Number,
     OnNewWeights,
+    PathText,
     PositiveInt,
     Section,
+    Seed,
     Strategy,
+    Switch,
 )
 from opdlm.common.config.method import CurriculumConfig, Kind, ObjectiveConfig, OfflineConfig, Schedule, Selection
 from opdlm.common.config.roles import (
@@ -66,21 +70,21 @@ __all__ = [
 class RunConfig(Section):
     """The run directory, the length of the run, and its reproducibility."""
 
-    dir: str = "runs/run"
+    dir: PathText = "runs/run"
     """Run directory, for the resolved config, metrics, checkpoints, the trained student and the report. On a cluster, a
     path that every node can reach. One process at a time works in it (`lock.json`)."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of the order of the data, of sampling, and of the selection of states. Two runs with one seed and the same
-    numbers of actors and workers, on the same kind of machine, give the same results."""
+    numbers of actors and workers, on the same kind of machine, give the same results. 0 to 2^64 - 1."""
     rounds: PositiveInt | None = None
     """Number of rounds to train, whatever `data.epochs` says. Empty: as many as `data.epochs` needs."""
-    deterministic: bool = False
+    deterministic: Switch = False
     """Use only deterministic torch kernels in the learner. Some are slower, and an operation that has none ends the run
     with an error. Turn it on to repeat a run on GPUs to the bit."""
-    dump_rollouts: bool = False
+    dump_rollouts: Switch = False
     """Keep every scored trajectory that is trained on, one file per round, in `rollouts/` of the run directory, for
     `run.replay` of another run."""
-    replay: str | None = None
+    replay: PathText | None = None
     """Folder of rollouts that an earlier run kept with `dump_rollouts`. The run then trains on them and starts no
     rollout and no teacher actors. Empty: decode and score."""
     wandb_project: str | None = None
@@ -93,7 +97,7 @@ class LoraConfig(Section):
 
     rank: PositiveInt = 16
     """Rank of each adapter. A higher rank can learn more and has more parameters."""
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: Annotated[Number, Field(gt=0)] = 32
     """Scaling: the output of an adapter is multiplied by `alpha / rank`."""
     target_modules: list[str] = Field(
         default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
@@ -104,9 +108,9 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The frozen teacher, and the student that is trained."""
 
-    teacher: str
+    teacher: PathText
     """Folder of the autoregressive teacher, in Hugging Face layout. It has no default."""
-    student: str | None = None
+    student: PathText | None = None
     """Folder of a converted model whose weights the student starts from. Empty: the teacher is converted, and a mask
     token added where it has none."""
     dtype: Dtype = "bfloat16"
@@ -128,7 +132,7 @@ class DataConfig(Section):
     task: str | None = None
     """Built-in task that makes the prompts and checks answers: `chain`, `add`, `sub`, `sort`, `copy` or `reverse`.
     Several names joined by `+` are mixed in equal shares (`add+sort`). Empty: prompts are read from `path`."""
-    path: str | None = None
+    path: PathText | None = None
     """Data with prompts: a .jsonl or .parquet file, a folder that `datasets` saved, or the id of a data set on the
     Hugging Face hub. Empty: `task` makes the prompts."""
     subset: str | None = None
@@ -136,7 +140,8 @@ class DataConfig(Section):
     split: str = "train"
     """Split of a `datasets` folder or of a data set on the hub."""
     prompt_field: str = "prompt"
-    """Column with the prompt: text, a list of token ids, or a list of chat messages (`role`, `content`)."""
+    """Column with the prompt: text, a list of token ids, or a list of chat messages. A message has a `role` (system,
+    developer, user, assistant, tool) and a `content`: text, or a list of text parts, which are joined."""
     response_field: str | None = None
     """Column with the response, as text or token ids; required with `offline.responses: data` and a `path`. Empty: none
     is read."""
@@ -145,12 +150,12 @@ class DataConfig(Section):
     responses. The data need not have it."""
     max_new_tokens_field: str = "max_new_tokens"
     """Column with a row's own limit of its response, in tokens. The data need not have it."""
-    chat_template: bool = False
+    chat_template: Switch = False
     """Put each prompt through the tokenizer's chat template. A prompt that is text becomes one user message; token ids
     stay as they are."""
     system_prompt: str | None = None
     """System message at the start of every conversation; needs `chat_template: true`. Empty: none."""
-    thinking: bool | None = None
+    thinking: Switch | None = None
     """Value of `enable_thinking` for the chat template (Qwen3 has it); needs `chat_template: true`. Empty: the
     template's default."""
     prompts: PositiveInt | None = None

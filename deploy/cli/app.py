@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import functools
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,9 +19,40 @@ from rich.console import Console
 
 import opdlm
 from opdlm.common.errors import OpdlmError
+from opdlm.common.files import home_path
 from opdlm.deploy.run.recipes import find_run_file
 
-app = typer.Typer(
+
+class CheckedTyper(typer.Typer):
+    """A typer app whose commands expand `~` in paths (no shell does in `--out=~/x`) and refuse nan and infinity."""
+
+    def command(self, *args: Any, **settings: Any) -> Any:
+        """See `typer.Typer.command`."""
+        register = super().command(*args, **settings)
+
+        def decorate(function: Callable[..., None]) -> Callable[..., None]:
+            @functools.wraps(function)
+            def checked(**given: Any) -> None:
+                with clear_errors():
+                    given = {name: _checked(name, value) for name, value in given.items()}
+                function(**given)
+
+            register(checked)
+            return function
+
+        return decorate
+
+
+def _checked(name: str, value: Any) -> Any:
+    """An argument as its command gets it."""
+    if isinstance(value, Path):
+        return Path(home_path(str(value)))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise OpdlmError(f"--{name.replace('_', '-')}: found {value}; expected a finite number")
+    return value
+
+
+app = CheckedTyper(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
@@ -40,6 +72,7 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting; repeatable.")
 ]
 
+LARGEST_SEED = 2**64 - 1
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -60,7 +93,7 @@ def main(
 
 def _run_file(given: Path) -> Path:
     with clear_errors():
-        return find_run_file(given)
+        return find_run_file(Path(home_path(str(given))))
 
 
 @contextlib.contextmanager

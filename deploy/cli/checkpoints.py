@@ -10,7 +10,7 @@ import typer
 
 from opdlm.common.config.schema import Strategy
 from opdlm.common.export.names import LayoutName
-from opdlm.deploy.cli.app import CheckpointFolder, app, clear_errors, out
+from opdlm.deploy.cli.app import LARGEST_SEED, CheckpointFolder, app, clear_errors, out
 from opdlm.deploy.evaluate.options import Chat, Thinking
 
 
@@ -78,7 +78,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 is all.")] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="1 is all.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of sampling.")] = 0,
     chat: Chat = False,
     thinking: Thinking = None,
     trace: Annotated[

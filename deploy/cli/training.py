@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from opdlm.deploy.cli.app import Overrides, RunFile, app, clear_errors, out
+from opdlm.deploy.cli.app import LARGEST_SEED, Overrides, RunFile, app, clear_errors, out
 
 
 @app.command()
@@ -89,12 +89,13 @@ def compare(
         from opdlm.deploy.run.compare import run_comparison
 
         config = load_config(run, override or [])
-        if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+        given = [seed.strip() for seed in seeds.split(",")]
+        if not all(seed.isascii() and seed.isdigit() and len(seed) <= 20 for seed in given):
             raise OpdlmError(f"--seeds: found {seeds!r}; expected numbers such as 0,1,2")
         code = run_comparison(
             config,
             [name.strip() for name in objectives.split(",")],
-            [int(seed) for seed in seeds.split(",")],
+            [int(seed) for seed in given],
             Path(os.path.realpath(destination or config.run.dir)),
             out,
         )
@@ -106,14 +107,14 @@ def pretrain(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New checkpoint folder.")],
     task: Annotated[str | None, typer.Option(help="Built-in task, such as chain; several joined by +.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text file to learn instead, character by character.")] = None,
-    hidden_size: Annotated[int, typer.Option(help="Width of the model.")] = 96,
-    layers: Annotated[int, typer.Option(help="Depth of the model.")] = 3,
-    heads: Annotated[int, typer.Option(help="Attention heads; half as many key/value heads.")] = 4,
-    context: Annotated[int, typer.Option(help="Longest sequence, in tokens.")] = 128,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 600,
-    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 64,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 96,
+    layers: Annotated[int, typer.Option(min=1, help="Depth of the model.")] = 3,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads; half as many key/value heads.")] = 4,
+    context: Annotated[int, typer.Option(min=1, help="Longest sequence, in tokens.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 600,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 64,
+    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 3e-3,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights and data.")] = 0,
 ) -> None:
     """Train a small autoregressive teacher from scratch: a Qwen3, plain next-token cross-entropy.
 

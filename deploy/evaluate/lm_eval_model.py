@@ -27,6 +27,7 @@ from opdlm.common.batches import in_groups
 from opdlm.common.config.schema import Strategy
 from opdlm.common.data.chat import chat_prompt, require_template
 from opdlm.common.errors import OpdlmError
+from opdlm.common.files import home_path, read_text
 from opdlm.common.model.facts import read_facts
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder, Decoder
@@ -82,16 +83,19 @@ class OpdlmLM(LM):
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             device = None  # lm-eval's default is cuda:0, whatever is there
         self.decoder = (
-            pretrained if isinstance(pretrained, Decoder) else CheckpointDecoder(Path(pretrained), block_size, device)
+            pretrained
+            if isinstance(pretrained, Decoder)
+            else CheckpointDecoder(Path(home_path(pretrained)), block_size, device)
         )
         self.settings = replace(self.decoder.base.greedy(strategy), threshold=float(threshold))
         self.seed, self._thinking = seed, enable_thinking
         self._tokens = self._steps = 0
         self._seconds = 0.0
         if chat_template is not None:
-            if not Path(chat_template).is_file():
-                raise OpdlmError(f"model_args: chat_template: {chat_template} does not exist; expected a Jinja file")
-            self.decoder.tokenizer.chat_template = Path(chat_template).read_text()
+            file = Path(home_path(chat_template))
+            if not file.is_file():
+                raise OpdlmError(f"model_args: chat_template: {file} does not exist; expected a Jinja file")
+            self.decoder.tokenizer.chat_template = read_text(file)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> OpdlmLM:
@@ -188,7 +192,7 @@ class OpdlmLM(LM):
             )
         if not self.decoder.is_student and (top_k, top_p) != (0, 1.0):
             raise OpdlmError(f"gen_kwargs: {self.decoder.folder} is autoregressive; it samples without top_k and top_p")
-        return replace(self.settings, temperature=float(temperature), top_k=int(top_k), top_p=float(top_p))
+        return replace(self.settings, temperature=temperature, top_k=_whole("top_k", top_k), top_p=top_p)
 
     def _text(self, ids: np.ndarray, until: list[str]) -> str:
         tokenizer = self.decoder.tokenizer
@@ -229,3 +233,9 @@ def _count(name: str, value: Any) -> int:
     if not isinstance(value, int) or value < 1:
         raise OpdlmError(f"model_args: {name}: found {value!r}; expected a whole number from 1")
     return value
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, int | float) or isinstance(value, bool) or value < 0 or value != int(value):
+        raise OpdlmError(f"gen_kwargs: {name}: found {value!r}; expected a whole number from 0")
+    return int(value)

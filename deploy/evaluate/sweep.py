@@ -46,7 +46,7 @@ def numbers(text: str, kind: type[int] | type[float], flag: str, least: float, m
         raise OpdlmError(
             f"{flag}: found {text!r}; expected numbers with commas between, as {least:g},{most:g}"
         ) from None
-    if values[0] < least or values[-1] > most:
+    if not all(least <= value <= most for value in values):  # also what is not a number
         raise OpdlmError(f"{flag}: found {text!r}; each has to lie within {least:g} and {most:g}")
     return values
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from opdlm.actors.pool import ActorPool
 from opdlm.common.checkpoint import Checkpoint, list_checkpoints
 from opdlm.common.config import OpdlmConfig
+from opdlm.common.curriculum import unused_domain_limits
 from opdlm.common.data.prompts import PromptSet
 from opdlm.common.model.facts import count_parameters
 from opdlm.deploy.observe.records import RunRecords, View
@@ -20,14 +21,17 @@ from opdlm.deploy.observe.writers import WandbWriter
 _REFUSED_SHOWN = 10
 
 
-def show_refused(prompts: PromptSet, console: Console) -> None:
-    """Names the first prompts that the run leaves out, counts all of them, and tells of unknown characters."""
+def show_data(config: OpdlmConfig, prompts: PromptSet, console: Console) -> None:
+    """Names the first prompts that the run leaves out and counts all of them; tells of what the data do not match:
+    characters that the tokenizer does not know, and limits for domains that no row has."""
     for line in prompts.refused[:_REFUSED_SHOWN]:
         console.print(f"refused prompt {line}", highlight=False, soft_wrap=True, markup=False)
     if prompts.refused:
         console.print(f"prompts refused: {len(prompts.refused)}, kept: {len(prompts.prompts)}")
-    if prompts.unknown is not None:
-        console.print(prompts.unknown, highlight=False, soft_wrap=True, markup=False)
+    unused = unused_domain_limits(config, {prompt.domain for prompt in prompts.prompts})
+    for told in (prompts.unknown, unused):
+        if told is not None:
+            console.print(told, highlight=False, soft_wrap=True, markup=False)
 
 
 def show_start(config: OpdlmConfig, checkpoint: Checkpoint | None, rounds: int, console: Console) -> None:

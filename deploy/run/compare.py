@@ -46,12 +46,16 @@ def run_comparison(
     """Makes the runs that are missing and writes the comparison; returns an exit code (128 + signal after a stop).
 
     Raises:
-        OpdlmError: an unknown objective, another process that works in `out`, or a config or directory that one of the
-            runs would refuse; before any run starts.
+        OpdlmError: an unknown objective, one or a seed that is given twice, another process that works in `out`, or a
+            config or directory that one of the runs would refuse; before any run starts.
     """
     for name in objectives:
         if name not in OBJECTIVES:
             raise OpdlmError(f"--objectives: found {name!r}; known: {', '.join(OBJECTIVES)}")
+    for option, given in (("--objectives", objectives), ("--seeds", seeds)):
+        if len(set(given)) < len(given):
+            found = ",".join(str(each) for each in given)
+            raise OpdlmError(f"{option}: found {found}; a run counts once, so give each of them once")
     if not base.data.task or not base.evaluation.final_problems or base.run.replay is not None:
         raise OpdlmError(
             "compare: needs prompts of a task (data.task) and a final evaluation (evaluation.final_problems), and no "

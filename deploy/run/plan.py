@@ -24,7 +24,7 @@ from opdlm.deploy.cluster.learner_memory import adapter_parameters, learner_memo
 from opdlm.deploy.cluster.memory import Lengths, RoleMemory, model_size, rollout_memory, teacher_memory, to_plain
 from opdlm.deploy.cluster.placement import Demands, demands, placement_lines
 from opdlm.deploy.evaluate.commands import check_output
-from opdlm.deploy.observe.session import show_refused
+from opdlm.deploy.observe.session import show_data
 from opdlm.deploy.run.directory import check_run, find_checkpoint, holds_run
 from opdlm.deploy.run.paths import absolute_paths
 from opdlm.deploy.run.preflight import Preflight, preflight
@@ -130,7 +130,7 @@ def show_plan(config: OpdlmConfig, console: Console, json_file: Path | None = No
         find_checkpoint(absolute_paths(config), resume, plan.checked.order.digest)
     width = min(console.width, _WIDTH)
     console.print(_steps(plan), width=width)
-    show_refused(plan.checked.prompts, console)
+    show_data(config, plan.checked.prompts, console)
     console.print(_resources(plan.demands), width=width)
     for line in placement_lines(config):
         console.print(line, width=width, highlight=False)

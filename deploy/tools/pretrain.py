@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from opdlm.actors.teacher.generation import generate
 from opdlm.common.data.tasks import Task, get_task, problems
 from opdlm.common.errors import OpdlmError
-from opdlm.common.files import check_new_folder
+from opdlm.common.files import check_new_folder, read_text
 from opdlm.common.model.char_tokenizer import build_char_tokenizer
 from opdlm.common.model.convert import save_model
+from opdlm.common.text import text_fault
 from opdlm.deploy.evaluate.held_out import HeldOutProblems
 
 _HELD_OUT_PROBLEMS = 500
@@ -64,12 +65,11 @@ def run_pretrain(
             f"pretrain: --hidden-size {settings.hidden_size} is not a multiple of --heads {settings.heads}"
         )
     task = get_task(task_name) if task_name else None
-    if text is not None and not text.is_file():
-        raise OpdlmError(f"pretrain: --text {text} does not exist")
-    tokenizer = build_char_tokenizer(task.alphabet if task else text.read_text() if text else "")
+    content = "" if text is None else _read(text)
+    tokenizer = build_char_tokenizer(task.alphabet if task else content)
     tokenizer.model_max_length = settings.context
     model = build_model(settings, tokenizer)
-    batches = task_batches(task, tokenizer, settings) if task else text_batches(Path(str(text)), tokenizer, settings)
+    batches = task_batches(task, tokenizer, settings) if task else text_batches(content, str(text), tokenizer, settings)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
         f"training {parameters:,} parameters, vocabulary {len(tokenizer)}, {settings.steps} steps", highlight=False
@@ -173,16 +173,25 @@ def task_batches(task: Task, tokenizer: PreTrainedTokenizerFast, settings: Pretr
         yield _padded(rows, longest, tokenizer.pad_token_id), _padded(labels, longest, _IGNORED)
 
 
-def text_batches(file: Path, tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings) -> Batches:
-    """Random windows of a text file; the loss is on every token.
+def _read(file: Path) -> str:
+    if not file.is_file():
+        raise OpdlmError(f"pretrain: --text {file} {'is no file' if file.exists() else 'does not exist'}")
+    content = read_text(file)
+    if fault := text_fault(content):
+        raise OpdlmError(f"pretrain: --text {file} holds {fault}; give a text file")
+    return content
+
+
+def text_batches(text: str, name: str, tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings) -> Batches:
+    """Random windows of a text, which errors call `name`; the loss is on every token.
 
     Raises:
         OpdlmError: the text is not longer than one window.
     """
-    ids = np.array(tokenizer(file.read_text())["input_ids"], dtype=np.int64)
+    ids = np.array(tokenizer(text)["input_ids"], dtype=np.int64)
     length = settings.context
     if len(ids) <= length:
-        raise OpdlmError(f"pretrain: {file} has {len(ids)} characters; more than --context {length} are needed")
+        raise OpdlmError(f"pretrain: {name} has {len(ids)} characters; more than --context {length} are needed")
     rng = np.random.default_rng(settings.seed)
     while True:
         starts = rng.integers(0, len(ids) - length, size=settings.batch_size)
