@@ -18,8 +18,8 @@ _GROUP_BYTES = 1 << 20
 """Largest size of a list of samples that share one reference, unless it holds a single sample."""
 _PROMPT_BYTES = 4
 """Bytes of a prompt token: its id."""
-_TRAJECTORY_BYTES = 10
-"""Bytes of a response token in a trajectory: id (4), reveal step (2), weight version (4)."""
+_TRAJECTORY_BYTES = 12
+"""Bytes of a response token in a trajectory: id (4), reveal step (4), weight version (4)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,8 @@ class RolloutRequest:
     max_new_tokens: int
     """Longest response in tokens; it is never exceeded."""
     seed: int
-    """Seed of this sequence alone, so that its tokens do not depend on the other sequences of its batch."""
+    """Seed of this sequence alone, so that its tokens do not depend on the other sequences of its batch. Any integer;
+    the decoder takes its lowest 64 bits."""
     threshold: float | None = None
     """Confidence threshold of the round (`curriculum.threshold`). None: the threshold of the decoder's settings."""
 
@@ -52,7 +53,7 @@ class Trajectory:
     prompt_id: str
     prompt_ids: np.ndarray  # [P] int32
     response_ids: np.ndarray  # [R'] int32
-    reveal_step: np.ndarray  # [R'] int16, counted from 1 over the whole response, not anew in each block
+    reveal_step: np.ndarray  # [R'] int32, counted from 1 over the whole response, not anew in each block
     response_length: int
     weight_version: int
     """Weight version that decoded it. If weights changed meanwhile (`rollout.on_new_weights: continue`), the oldest."""

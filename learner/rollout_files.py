@@ -127,6 +127,7 @@ def load_samples(file: Path, indices: Sequence[int]) -> list[ScoredTrajectory]:
         for index in indices:
             optional = [_VERSIONS] if f"{index}.{_VERSIONS}" in names else []
             arrays = {name: tensors.get_tensor(f"{index}.{name}") for name in [*_array_names(target_type), *optional]}
+            arrays["reveal_step"] = _widened(arrays["reveal_step"], file, index)
             fields = {_VERSIONS: None} | plain[index] | arrays
             trajectory = Trajectory(**_pick(Trajectory, fields))
             samples.append(ScoredTrajectory(trajectory, target_type(**_pick(target_type, fields))))
@@ -148,6 +149,16 @@ def read_header(file: Path) -> RoundHeader:
             target_widths={index: tensors.get_slice(f"{index}.{target}").get_shape()[-1] for index in plain},
             visited_states=all(fields["denoising_steps"] > 0 for fields in plain.values()),
         )
+
+
+def _widened(reveal_step: np.ndarray, file: Path, index: int) -> np.ndarray:
+    """Reveal steps as int32. Files of earlier versions have int16, in which steps from 32,768 on became negative."""
+    if reveal_step.size and reveal_step.min() < 0:
+        raise OpdlmError(
+            f"saved rollouts: {file}: sample {index} has more than 32,767 denoising steps, which the version that "
+            "wrote it could not keep; decode it again"
+        )
+    return reveal_step.astype(np.int32)
 
 
 def _open(file: Path) -> Any:

@@ -44,7 +44,7 @@ def trajectory_of(row: dict[str, Any], case: dict[str, Any], index: int = 0) -> 
         prompt_id=str(row["sample"]),
         prompt_ids=np.array(row["prompt_ids"], dtype=np.int32),
         response_ids=response,
-        reveal_step=np.array(row["reveal_step"], dtype=np.int16),
+        reveal_step=np.array(row["reveal_step"], dtype=np.int32),
         response_length=int(stops[0]) + 1 if stops.size else len(response),
         weight_version=0,
         finish_reason="eos" if stops.size else "length",

@@ -107,7 +107,7 @@ def trajectory(prompt: list[int], response: list[int], steps: list[int], length:
         prompt_id="test/0",
         prompt_ids=np.array(prompt, dtype=np.int32),
         response_ids=np.array(response, dtype=np.int32),
-        reveal_step=np.array(steps, dtype=np.int16),
+        reveal_step=np.array(steps, dtype=np.int32),
         response_length=length,
         weight_version=0,
         finish_reason="eos" if response[length - 1] == EOS else "length",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from opdlm.common.seeds import as_int64
+
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the increment of splitmix64
 _MULTIPLY_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MULTIPLY_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -25,7 +27,7 @@ def hashed_uniform(seed: torch.Tensor, *counters: torch.Tensor | int) -> torch.T
     state = _mix(seed + _GOLDEN)
     for counter in counters:
         # An int stays an int: copying it to a GPU as a tensor would wait for all work queued there.
-        step = _as_int64((counter + 1) * _GOLDEN) if isinstance(counter, int) else (counter + 1) * _GOLDEN
+        step = as_int64((counter + 1) * _GOLDEN) if isinstance(counter, int) else (counter + 1) * _GOLDEN
         state = _mix(state + step)
     return _shift_right(state, 11).to(torch.float64) * 2.0**-53
 
@@ -68,11 +70,6 @@ def draw_candidates(
     cumulative = probabilities.to(torch.float64).cumsum(dim=-1)
     point = uniform[..., None] * cumulative[..., -1:]
     return torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-
-
-def _as_int64(number: int) -> int:
-    """The int wrapped around into int64's range, as arithmetic on int64 tensors wraps."""
-    return (number + 2**63) % 2**64 - 2**63
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from opdlm.actors.rollout import attention
 from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.common.grid import BlockGrid
+from opdlm.common.seeds import as_int64
 from opdlm.common.types import RolloutRequest, Trajectory
 
 _SORT_COST = 4
@@ -117,7 +118,8 @@ class Slots:
         for row, request in enumerate(fresh):
             length = request.prompt_ids.size
             tokens[row, :length] = request.prompt_ids
-            numbers[row, [_PROMPT, _END, _SEED]] = length, length + request.max_new_tokens, request.seed
+            end, seed = length + request.max_new_tokens, as_int64(request.seed)
+            numbers[row, [_PROMPT, _END, _SEED]] = length, end, seed
             numbers[row, _START] = grid.first_block_start(length)
         thresholds = [threshold if request.threshold is None else request.threshold for request in fresh]
         self._tokens[first:last] = torch.from_numpy(tokens)
@@ -167,7 +169,7 @@ class Slots:
         request = self.requests[row]
         start, end = request.prompt_ids.size, int(reveal.nonzero()[0][-1]) + 1
         response = tokens[start:end].astype(np.int32)
-        reveal = reveal[start:end].astype(np.int16)
+        reveal = reveal[start:end].astype(np.int32)
         versions = self._versions_of(row, reveal)
         stop = None if ignore_eos else _first_of(response[: request.max_new_tokens], eos_ids)
         return Trajectory(

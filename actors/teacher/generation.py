@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from opdlm.common.model.load import input_device
+from opdlm.common.seeds import wrapped
 
 
 @torch.inference_mode()
@@ -32,7 +33,7 @@ def generate(
     """
     generation = GenerationConfig(eos_token_id=list(eos_ids), pad_token_id=eos_ids[0], do_sample=False)
     if temperature > 0:
-        torch.manual_seed(seed)  # transformers draws from the global generator
+        torch.manual_seed(wrapped(seed))  # transformers draws from the global generator
         generation.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     # transformers would merge in the settings of the model's folder (a repetition penalty, say) and change the
     # distribution, so the model gets ours for the time of the call.

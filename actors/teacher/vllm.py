@@ -100,7 +100,7 @@ class VllmTeacher:
             self._sampling_params(
                 max_tokens=max_new_tokens,
                 temperature=temperature,
-                seed=seed + index if temperature > 0 else None,
+                seed=(seed + index) % 2**63 if temperature > 0 else None,
                 stop_token_ids=list(self._eos_ids),
                 detokenize=False,
             )

@@ -24,6 +24,7 @@ from opdlm.common.errors import ConfigError, OpdlmError, first_line, last_line
 from opdlm.common.files import atomic_file
 from opdlm.common.model.shards import weights_fingerprint
 from opdlm.common.retry import Attempts, StoreWait, store_is_full
+from opdlm.common.seeds import sample_seed
 
 log = logging.getLogger("opdlm.given_responses")
 
@@ -155,7 +156,7 @@ async def generate_responses(
         part = parts / f"{number:06d}.parquet"
         kept = read_responses(part, recipe)
         if kept is None or list(kept.by_prompt) != [p.prompt_id for p in chunk]:
-            seed = config.run.seed * 1_000_003 + number
+            seed = sample_seed(config.run.seed, number)
             responses = await _ask(config, teachers, chunk, recipe.max_new_tokens, seed)
             _write(part, chunk, responses, recipe)
         else:

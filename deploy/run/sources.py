@@ -26,6 +26,7 @@ from opdlm.common.data.prompts import PromptOrder
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.config import read_config
 from opdlm.common.samples import SampleRef, sample_refs, samples_per_reference
+from opdlm.common.seeds import sample_seed
 from opdlm.common.types import RolloutRequest, ScoredTrajectory, TopKTargets, Trajectory, WeightHandle
 from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.observe.records import RunRecords
@@ -112,7 +113,7 @@ def rollout_request(config: OpdlmConfig, order: PromptOrder, index: int) -> Roll
         prompt_id=prompt.prompt_id,
         prompt_ids=prompt.ids,
         max_new_tokens=length_limit(config, round_, prompt.domain, prompt.max_new_tokens),
-        seed=config.run.seed * 1_000_003 + index,
+        seed=sample_seed(config.run.seed, index),
         threshold=dynamic_threshold(config, round_),
     )
 
@@ -196,7 +197,7 @@ def given_trajectory(
         prompt_id=prompt_id,
         prompt_ids=prompt_ids,
         response_ids=filled,
-        reveal_step=np.ones(kept, dtype=np.int16),
+        reveal_step=np.ones(kept, dtype=np.int32),
         response_length=length,
         weight_version=version,
         finish_reason="eos" if finished else "length",

@@ -53,7 +53,7 @@ def model(hidden: int) -> Qwen3ForCausalLM:
 def row(hidden: int, response: int, head: torch.Tensor) -> tuple[MicroBatch, PositionTargets]:
     """A row with one state of every block of a response, and targets from random hidden states of a teacher."""
     rng = np.random.default_rng(1)
-    steps = np.concatenate([b * S + 1 + rng.permutation(S) for b in range(response // S)]).astype(np.int16)
+    steps = np.concatenate([b * S + 1 + rng.permutation(S) for b in range(response // S)]).astype(np.int32)
     trajectory = Trajectory(
         index=0,
         prompt_id="0",

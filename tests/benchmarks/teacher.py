@@ -38,7 +38,7 @@ def trajectories() -> list[Trajectory]:
             prompt_id=str(index),
             prompt_ids=rng.integers(0, MASK, P).astype(np.int32),
             response_ids=rng.integers(0, MASK, length).astype(np.int32),
-            reveal_step=np.ones(length, np.int16),
+            reveal_step=np.ones(length, np.int32),
             response_length=length,
             weight_version=0,
             finish_reason="length",

@@ -54,7 +54,7 @@ def batches() -> list[list[ScoredTrajectory]]:
                 list(rng.integers(3, 30, 4)), list(rng.integers(3, 30, kept)), list(rng.integers(1, 5, kept))
             )
             batch.append(replace(one, index=5 * step + i))
-        late = np.array([1] + [2] * (len(batch[-1].response_ids) - 1), np.int16)
+        late = np.array([1] + [2] * (len(batch[-1].response_ids) - 1), np.int32)
         batch[-1] = replace(batch[-1], response_length=1, reveal_step=late)  # its second state has no loss position
         result.append(
             [ScoredTrajectory(t, s) for t, s in zip(batch, score(teacher, batch, "hidden", 1, 64), strict=True)]

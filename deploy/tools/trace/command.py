@@ -25,6 +25,7 @@ from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.common.files import write_text
 from opdlm.common.model.facts import check_vocabularies, read_facts, require_mask
 from opdlm.common.model.load import load_model
+from opdlm.common.seeds import sample_seed
 from opdlm.common.types import HiddenTargets, RolloutRequest, Trajectory
 from opdlm.deploy.evaluate.commands import check_output
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder
@@ -206,7 +207,7 @@ def _requests(
         chosen += [(f"{config.data.task}/test/{i}", ids) for i, ids in enumerate(held_out.prompt_ids)]
     elif count:
         first = config.data.model_copy(update={"prompts": count})
-        found = load_prompts(first, student.tokenizer, longest, config.run.seed)
+        found = load_prompts(first, student.tokenizer, longest, config.run.seed, student.facts.vocab_size)
         for line in found.refused:
             console.print(f"refused prompt {line}", highlight=False)
         chosen += [(prompt.prompt_id, prompt.ids) for prompt in found.prompts]
@@ -217,7 +218,7 @@ def _requests(
                 f"--max-new-tokens {limit})"
             )
     return [
-        RolloutRequest(i, name, ids, limit, seed=config.run.seed * 1_000_003 + i)
+        RolloutRequest(i, name, ids, limit, seed=sample_seed(config.run.seed, i))
         for i, (name, ids) in enumerate(chosen)
     ]
 
