@@ -83,7 +83,8 @@ class OfflineConfig(Section):
     cache: PathText | None = None
     """Parquet file of the teacher's responses. The run generates the responses and writes the file if it does not
     exist. Empty: `offline_responses.parquet` in the run directory. Give a path to share the file between runs. A file
-    that was made from another teacher, other prompts, another length limit, temperature or seed is refused."""
+    that was made from another teacher, in another `teacher.dtype`, from other prompts, or with another length limit,
+    temperature or seed is refused."""
 
 
 class Schedule(Section):

@@ -7,6 +7,7 @@ plain `lm_eval` command cannot know of ours; `opdlm lm-eval` is that command wit
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 import json
 from collections import defaultdict
@@ -166,8 +167,10 @@ class OpdlmLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Part of the name of lm-eval's request cache."""
-        return str(self.decoder.folder.resolve()).replace("/", "__")
+        """Part of the name of lm-eval's request cache: the tokenizer and its template by content, not by folder."""
+        tokenizer = self.decoder.tokenizer
+        content = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, self._thinking)
+        return f"{self.decoder.folder.resolve().name}-{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template in use; None where lm-eval asks for none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -30,6 +31,8 @@ log = logging.getLogger("opdlm.given_responses")
 
 _CALLS_PER_BATCH = 4
 _KEY = b"opdlm"
+_TOKENS = pa.large_list(pa.int32())
+"""Lists of token ids with 64-bit offsets: a million long responses have more than 2^31 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class Recipe:
     max_new_tokens: int
     temperature: float
     seed: int
+    dtype: str
+    """Number format in which the teacher computes (`teacher.dtype`)."""
 
     @property
     def digest(self) -> str:
@@ -94,6 +99,7 @@ def response_recipe(config: OpdlmConfig, prompts_digest: str) -> Recipe:
         longest,
         config.offline.temperature,
         config.run.seed,
+        config.teacher.dtype,
     )
 
 
@@ -110,10 +116,11 @@ def read_responses(file: Path, expected: Recipe) -> GivenResponses | None:
         made = json.loads((table.schema.metadata or {})[_KEY])
         held, forward_tokens = dict(made["recipe"]), int(made["forward_tokens"])
         ids = table.column("prompt_id").to_pylist()
-        responses = [np.array(r, dtype=np.int32) for r in table.column("response_ids").to_pylist()]
+        responses = _arrays(table.column("response_ids"))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         reason = first_line(error)
         raise ConfigError(f"offline.cache: {file} is no file of teacher responses from opdlm: {reason}") from None
+    held = {"dtype": expected.dtype} | held  # files of earlier versions do not say it
     differing = [f"{k} (there {held.get(k)!r}, here {v!r})" for k, v in asdict(expected).items() if held.get(k) != v]
     if differing:
         raise ConfigError(
@@ -121,6 +128,17 @@ def read_responses(file: Path, expected: Recipe) -> GivenResponses | None:
             " offline.cache"
         )
     return GivenResponses(dict(zip(ids, responses, strict=True)), forward_tokens, True)
+
+
+def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The lists of a column, `[R] int32` each, without a Python number for every token."""
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) or column.null_count:
+        raise TypeError(f"the column response_ids holds {column.type}; expected lists of token ids")
+    arrays: list[np.ndarray] = []
+    for chunk in column.chunks:
+        offsets, values = chunk.offsets.to_numpy(), chunk.values.to_numpy().astype(np.int32, copy=False)
+        arrays += [values[start:end] for start, end in itertools.pairwise(offsets.tolist())]
+    return arrays
 
 
 async def generate_responses(
@@ -198,7 +216,7 @@ def _write(file: Path, prompts: Sequence[Prompt], responses: Sequence[np.ndarray
     tokens = sum(len(p.ids) + len(r) - 1 for p, r in zip(prompts, responses, strict=True))
     made = {"recipe": asdict(recipe), "forward_tokens": tokens}
     schema = pa.schema(
-        [("prompt_id", pa.string()), ("prompt_ids", pa.list_(pa.int32())), ("response_ids", pa.list_(pa.int32()))],
+        [("prompt_id", pa.large_string()), ("prompt_ids", _TOKENS), ("response_ids", _TOKENS)],
         metadata={_KEY: json.dumps(made)},
     )
     columns = [[p.prompt_id for p in prompts], [p.ids for p in prompts], list(responses)]

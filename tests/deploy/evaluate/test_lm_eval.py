@@ -147,7 +147,11 @@ def test_chat_templates(student, tmp_path) -> None:
     assert model.apply_chat_template(history) == "u1+2=;a-"
     begun = [*history, {"role": "assistant", "content": "1+"}]
     assert model.apply_chat_template(begun, add_generation_prompt=False) == "u1+2=;a1+"
-    assert str(student.name) in model.tokenizer_name
+    name = model.tokenizer_name
+    assert name.startswith(f"{student.name}-")
+    assert name == model.tokenizer_name
+    model.decoder.tokenizer.chat_template = f"{model.decoder.tokenizer.chat_template} "
+    assert name != model.tokenizer_name, "lm-eval would take the requests of another template from its cache"
 
 
 # --- the harness as a whole ---------------------------------------------------------------------------------------

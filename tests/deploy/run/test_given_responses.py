@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ray.exceptions import OutOfDiskError, RayError, RayTaskError
@@ -170,6 +173,32 @@ def test_a_cache_of_another_recipe_is_refused(cached) -> None:
     file.write_bytes(b"nonsense")
     with pytest.raises(ConfigError, match="is no file of teacher responses from opdlm"):
         offline.known_responses(config, prompts, "digest")
+
+
+def test_a_cache_of_another_number_format_is_refused(cached) -> None:
+    config, _, _ = cached
+    file, made_of = offline.cache_file(config), offline.response_recipe(config, "digest")
+    other = config.model_copy(update={"teacher": config.teacher.model_copy(update={"dtype": "float32"})})
+    with pytest.raises(ConfigError, match=r"dtype \(there 'bfloat16', here 'float32'\)"):
+        offline.read_responses(file, offline.response_recipe(other, "digest"))
+    assert offline.response_recipe(other, "digest").digest != made_of.digest
+
+
+def test_caches_of_earlier_versions_are_read(cached, tmp_path) -> None:
+    """They do not say the number format, and have lists with 32-bit offsets."""
+    config, _, given = cached
+    table, made_of = pq.read_table(offline.cache_file(config)), offline.response_recipe(config, "digest")
+    recipe = {name: value for name, value in asdict(made_of).items() if name != "dtype"}
+    old = table.set_column(2, "response_ids", table.column("response_ids").cast(pa.list_(pa.int32())))
+    pq.write_table(
+        old.replace_schema_metadata({b"opdlm": json.dumps({"recipe": recipe, "forward_tokens": 7})}),
+        tmp_path / "old.parquet",
+    )
+    again = offline.read_responses(tmp_path / "old.parquet", made_of)
+    assert {k: v.tolist() for k, v in again.by_prompt.items()} == {k: v.tolist() for k, v in given.by_prompt.items()}
+    pq.write_table(old.set_column(2, "response_ids", [["x"] * len(old)]), tmp_path / "old.parquet")
+    with pytest.raises(ConfigError, match="is no file of teacher responses from opdlm: the column response_ids holds"):
+        offline.read_responses(tmp_path / "old.parquet", made_of)
 
 
 def test_generation_retries_and_keeps_the_chunks_that_are_answered(cached, tmp_path) -> None:
