@@ -45,10 +45,13 @@ def read_records(
 
 def require_file(file: Path, setting: str, expected: str) -> None:
     """Raises `ConfigError` where there is no file that can be read several times, as a pipe cannot."""
-    if file.is_file():
-        return
-    other = "is no regular file" if file.exists() else "does not exist"
-    found = "is a folder" if file.is_dir() else other
+    try:
+        if file.is_file():
+            return
+        other = "is no regular file" if file.exists() else "does not exist"
+        found = "is a folder" if file.is_dir() else other
+    except OSError as error:  # a name that is too long, say
+        found = f"cannot be read ({error.strerror})"
     raise ConfigError(f"{setting}: {file} {found}; expected {expected}")
 
 

@@ -17,6 +17,9 @@ class UnknownCharacters:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        # Byte-level tokenizers know every character; some name the end token as their unknown one.
+        ends = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+        self._unknown = None if tokenizer.unk_token_id in ends else tokenizer.unk_token_id
         self._dropped: dict[str, bool] = {}
         """For every character seen so far, whether it has no token at all."""
         self.characters = 0
@@ -34,7 +37,7 @@ class UnknownCharacters:
             ids: token ids that were made of it.
         """
         texts = [text] if isinstance(text, str) else [item["content"] for item in text if isinstance(item, Mapping)]
-        has_unknown = self._tokenizer.unk_token_id is not None and self._tokenizer.unk_token_id in ids
+        has_unknown = self._unknown is not None and self._unknown in ids
         found = [(one, places) for one in texts if (places := self._places(one, has_unknown))]
         if not found:
             return
@@ -50,8 +53,8 @@ class UnknownCharacters:
         """What the user is told; None where every character is known."""
         if not self.characters:
             return None
-        token = self._tokenizer.unk_token
-        fate = "the tokenizer drops them" if token is None else f"the model reads the unknown token `{token}` instead"
+        reads = f"the model reads the unknown token `{self._tokenizer.unk_token}` instead"
+        fate = "the tokenizer drops them" if self._unknown is None else reads
         return f"unknown characters: {self.characters:,} in {self.texts:,} texts; {fate}; first in {self._first}"
 
     def _places(self, text: str, has_unknown: bool) -> list[int]:
@@ -59,15 +62,20 @@ class UnknownCharacters:
         for character in set(text) - self._dropped.keys():
             self._dropped[character] = self._is_dropped(character)
         places = {place for place, character in enumerate(text) if self._dropped[character]}
-        if has_unknown:
+        if has_unknown and self._tokenizer.is_fast:
             made = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             for token, (start, end) in zip(made["input_ids"], made["offset_mapping"], strict=True):
-                if token == self._tokenizer.unk_token_id:
+                if token == self._unknown and text[start:end] != self._tokenizer.unk_token:
                     places.update(range(start, end))
+        elif has_unknown:  # a tokenizer in Python does not say which characters a token stands for
+            places.update(place for place, character in enumerate(text) if self._unknown in self._ids(character))
         return sorted(places)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _is_dropped(self, character: str) -> bool:
         """White space, marks and control characters do not count: normalisation may merge or strip them."""
         if unicodedata.category(character)[0] not in "LNPS":
             return False
-        return not self._tokenizer(character, add_special_tokens=False)["input_ids"]
+        return not self._ids(character)

@@ -18,14 +18,16 @@ from opdlm.actors.teacher.scoring import score
 from opdlm.common.checkpoint import latest_checkpoint
 from opdlm.common.config import OpdlmConfig, load_config
 from opdlm.common.config.schema import Strategy
-from opdlm.common.data.chat import ChatTemplate
+from opdlm.common.data.chat import ChatRefused, ChatTemplate
 from opdlm.common.data.prompts import load_prompts
 from opdlm.common.data.tasks import get_task
+from opdlm.common.data.unknown import UnknownCharacters
 from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.common.files import write_text
 from opdlm.common.model.facts import check_vocabularies, read_facts, require_mask
 from opdlm.common.model.load import load_model
 from opdlm.common.seeds import sample_seed
+from opdlm.common.text import text_fault
 from opdlm.common.types import HiddenTargets, RolloutRequest, Trajectory
 from opdlm.deploy.evaluate.commands import check_output
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder
@@ -200,7 +202,10 @@ def _requests(
         raise ConfigError(
             f"--max-new-tokens: {limit} leaves no room for a prompt in the student's context of {student.facts.context}"
         )
-    chosen = [(f"--prompt {prompt[:30]!r}", _encode(prompt, config, student)) for prompt in options.prompts]
+    chosen = [(_name(prompt), _encode(prompt, config, student)) for prompt in options.prompts]
+    unknown = UnknownCharacters(student.tokenizer)
+    for prompt, (name, ids) in zip(options.prompts, chosen, strict=True):
+        unknown.note(name, prompt, ids.tolist())
     count = (0 if options.prompts else _SAMPLES) if options.samples is None else options.samples
     if count and config.data.task:
         held_out = HeldOutProblems([get_task(config.data.task)], student.tokenizer, count)
@@ -209,8 +214,12 @@ def _requests(
         first = config.data.model_copy(update={"prompts": count})
         found = load_prompts(first, student.tokenizer, longest, config.run.seed, student.facts.vocab_size)
         for line in found.refused:
-            console.print(f"refused prompt {line}", highlight=False)
+            console.print(f"refused prompt {line}", highlight=False, markup=False)
         chosen += [(prompt.prompt_id, prompt.ids) for prompt in found.prompts]
+        if found.unknown is not None:
+            console.print(found.unknown, highlight=False, soft_wrap=True, markup=False)
+    if (told := unknown.line()) is not None:
+        console.print(told, highlight=False, soft_wrap=True, markup=False)
     for name, ids in chosen:
         if not 0 < len(ids) <= longest:
             raise OpdlmError(
@@ -226,6 +235,16 @@ def _requests(
 def _encode(prompt: str, config: OpdlmConfig, student: CheckpointDecoder) -> np.ndarray:
     """Token ids of a prompt, through the chat template where the run uses one."""
     data = config.data
+    if fault := text_fault(prompt):
+        raise OpdlmError(f"{_name(prompt)} holds {fault}; give text in UTF-8")
     if not data.chat_template:
         return student.encode(prompt)
-    return np.array(ChatTemplate(student.tokenizer, data.system_prompt, data.thinking).ids(prompt), dtype=np.int32)
+    try:
+        ids = ChatTemplate(student.tokenizer, data.system_prompt, data.thinking).ids(prompt)
+    except ChatRefused as error:
+        raise OpdlmError(f"{_name(prompt)}: {error}") from None
+    return np.array(ids, dtype=np.int32)
+
+
+def _name(prompt: str) -> str:
+    return f"--prompt {prompt[:30]!r}"

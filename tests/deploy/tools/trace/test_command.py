@@ -29,6 +29,16 @@ def test_dynamic_decoding_is_shown_whatever_the_rollouts_do(tmp_path, chain_teac
     assert page_data(run / "trace.html")["settings"]["strategy"] == "low_confidence_dynamic"
 
 
+def test_prompts_that_are_no_text_and_unknown_characters(tmp_path, chain_teacher) -> None:
+    run = make_run(tmp_path, chain_teacher, "response")
+    done = CliRunner().invoke(app, ["trace", str(run), "--prompt", "12\udcff"])
+    assert done.exit_code == 2
+    assert "opdlm: --prompt '12\\udcff' holds a lone surrogate" in done.output
+    done = CliRunner().invoke(app, ["trace", str(run), "--prompt", "12×3="], env={"COLUMNS": "300"})
+    assert done.exit_code == 0, done.output
+    assert "unknown characters: 1 in 1 texts" in done.output
+
+
 def test_an_unfinished_run_shows_its_newest_checkpoint(tmp_path, chain_teacher) -> None:
     run = make_run(tmp_path, chain_teacher, "response")
     finished = load_model(run / "student")
