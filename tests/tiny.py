@@ -159,7 +159,7 @@ def scored(index: int, kind: str, seed: int, prompt: int = 3, kept: int = 8, len
         prompt_id=f"données/{index} \"'<\n",
         prompt_ids=rng.integers(0, 11, prompt).astype(np.int32),
         response_ids=rng.integers(0, 11, kept).astype(np.int32),
-        reveal_step=rng.integers(1, 9, kept).astype(np.int16),
+        reveal_step=rng.integers(1, 99_999, kept).astype(np.int32),
         response_length=length,
         weight_version=int(rng.integers(0, 5)),
         finish_reason="eos" if seed % 2 else "length",

@@ -61,7 +61,9 @@ def test_the_place_in_memory_does_not_matter(dtype) -> None:
     for start in range(9):
         for size in (0, 1, 3, 7, 8, 1001, 33_333):
             view = flat[start : start + size]
-            assert checksum(view) == checksum(view.clone()) == _by_hand(view.clone().view(torch.uint8).numpy().tobytes())
+            assert (
+                checksum(view) == checksum(view.clone()) == _by_hand(view.clone().view(torch.uint8).numpy().tobytes())
+            )
 
 
 def test_tensors_of_every_shape_have_a_checksum() -> None:
