@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from opdlm.deploy.cli.app import CheckpointFolder, app, clear_errors, out, with_option_groups
-from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions
+from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_thinking, refuse_data_options
 
 
 @app.command("eval")
@@ -55,6 +55,8 @@ def evaluate(
         if lm_eval:
             given = {"--task": questions.task, "--data": questions.data, "--problems": questions.problems}
             refuse_misplaced("--lm-eval", given)
+            refuse_data_options("--lm-eval", questions)
+            check_thinking(questions)
             from opdlm.deploy.evaluate.lm_eval import HarnessOptions, run_harness
 
             harness = HarnessOptions(

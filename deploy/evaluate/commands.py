@@ -17,7 +17,7 @@ from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import check_file, write_json
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder, Decoder
-from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions
+from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_actors, check_questions
 from opdlm.deploy.evaluate.questions import Questions, open_questions
 
 AUTOREGRESSIVE = "autoregressive, greedy"
@@ -54,6 +54,7 @@ def open_decoder(
     folder: Path, decoding: DecodingOptions, block_size: int | None = None
 ) -> AbstractContextManager[Decoder]:
     """The checkpoint in this process, or over Ray actors."""
+    check_actors(decoding)
     if decoding.actors == 0:
         return contextlib.nullcontext(CheckpointDecoder(folder, block_size))
     from opdlm.deploy.evaluate.actor_decoder import ActorDecoder
@@ -66,6 +67,7 @@ def run_eval(
 ) -> None:
     """Evaluates and prints the table; writes its rows to `options.output`, where given."""
     check_output(options.output)
+    check_questions(asked)
     with open_decoder(folder, decoding, options.block_size) as decoder:
         questions = open_questions(asked, decoder)
         tell_unknown(questions, console)

@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 from opdlm.common.data.answers import AnswerKind
+from opdlm.common.errors import OpdlmError
 
 Chat = Annotated[bool, typer.Option("--chat", help="Put prompts through the tokenizer's chat template.")]
 Thinking = Annotated[
-    bool | None, typer.Option("--thinking/--no-thinking", help="The template's enable_thinking. Default: its own.")
+    bool | None,
+    typer.Option("--thinking/--no-thinking", help="With --chat: the template's enable_thinking. Default: its own."),
 ]
 
 
@@ -28,7 +30,9 @@ class QuestionOptions:
     answer_field: Annotated[str, typer.Option(help="Column of the reference answer in --data.")] = "answer"
     answer: Annotated[
         AnswerKind,
-        typer.Option(help="`exact` text, or `math`: the value of the last \\boxed{} or number (math-verify)."),
+        typer.Option(
+            help="How --data is marked: `exact` text, or `math`: the value of the last \\boxed{} or number (math-verify)."
+        ),
     ] = "exact"
     problems: Annotated[
         int | None, typer.Option(min=1, help="Number of problems. Default: 1,000 of a task, all rows of --data.")
@@ -44,4 +48,47 @@ class DecodingOptions:
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64
     batch_size: Annotated[int, typer.Option(min=1, help="Problems decoded side by side in each process.")] = 128
     actors: Annotated[int, typer.Option(min=0, help="Ray actors that decode; 0 decodes in this process.")] = 0
-    gpus_per_actor: Annotated[float, typer.Option(min=0, help="GPUs of each actor.")] = 0.0
+    gpus_per_actor: Annotated[float, typer.Option(min=0, help="GPUs of each of the --actors.")] = 0.0
+
+
+_DEFAULTS = QuestionOptions()
+
+
+def check_questions(asked: QuestionOptions) -> None:
+    """Checks that there is one source of questions, and that no option is given that means nothing with it.
+
+    Raises:
+        OpdlmError: names the options.
+    """
+    if (asked.task is None) == (asked.data is None):
+        raise OpdlmError(f"found {'neither' if asked.task is None else 'both'} of --task and --data; give one")
+    if asked.task is not None:
+        refuse_data_options("--task", asked)
+    check_thinking(asked)
+
+
+def refuse_data_options(mode: str, asked: QuestionOptions) -> None:
+    """Raises `OpdlmError` for an option about the rows of --data, where `mode` makes the questions."""
+    for name, value, default in (
+        ("--prompt-field", asked.prompt_field, _DEFAULTS.prompt_field),
+        ("--answer-field", asked.answer_field, _DEFAULTS.answer_field),
+        ("--answer", asked.answer, _DEFAULTS.answer),
+    ):
+        if value != default:
+            raise OpdlmError(f"{name}: found {value}; it goes with --data, not with {mode}")
+
+
+def check_thinking(asked: QuestionOptions) -> None:
+    """Raises `OpdlmError` for --thinking or --no-thinking without --chat."""
+    if asked.thinking is not None and not asked.chat:
+        option = "--thinking" if asked.thinking else "--no-thinking"
+        raise OpdlmError(f"{option}: found without --chat; only a chat template knows it")
+
+
+def check_actors(decoding: DecodingOptions) -> None:
+    """Raises `OpdlmError` for GPUs of actors where there are no actors."""
+    if decoding.gpus_per_actor and not decoding.actors:
+        raise OpdlmError(
+            f"--gpus-per-actor: found {decoding.gpus_per_actor:g} with --actors 0; without actors this process "
+            "decodes, on the GPU if it sees one; give --actors 1 or more"
+        )

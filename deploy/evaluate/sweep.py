@@ -16,7 +16,7 @@ from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
 from opdlm.deploy.evaluate.commands import check_output, open_decoder, tell_unknown, write_results
 from opdlm.deploy.evaluate.decoders import Decoder
-from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions
+from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_questions
 from opdlm.deploy.evaluate.questions import Questions, open_questions
 
 _DYNAMIC: Strategy = "low_confidence_dynamic"
@@ -67,6 +67,7 @@ def run_sweep(
         raise OpdlmError(f"--out: found {picture}; expected a .png (the .json goes beside it)")
     for file in (picture, picture.with_suffix(".json")):
         check_output(file, "--out")
+    check_questions(asked)
     with open_decoder(folder, decoding) as decoder:
         if not decoder.is_student:
             raise OpdlmError(f"sweep: {folder} is autoregressive; it has neither blocks nor thresholds (opdlm eval)")
