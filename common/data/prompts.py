@@ -19,6 +19,7 @@ from opdlm.common.data.conversation import blank_message
 from opdlm.common.data.rows import Row, read_rows
 from opdlm.common.data.unknown import UnknownCharacters
 from opdlm.common.errors import ConfigError
+from opdlm.common.model.prompt_encoder import PromptEncoder
 
 _LARGEST_ID = 2**31 - 1
 """Token ids are int32."""
@@ -52,7 +53,12 @@ class PromptSet:
 
 
 def load_prompts(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, longest: int, seed: int, vocab_size: int | None = None
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    seed: int,
+    vocab_size: int | None = None,
+    eos_ids: Sequence[int] = (),
 ) -> PromptSet:
     """Reads the prompts of an epoch from the data, or has the task make them.
 
@@ -63,6 +69,7 @@ def load_prompts(
         longest: the longest prompt, in tokens, that leaves room for its response in the model's context.
         seed: seed of a task's problems.
         vocab_size: the teacher's vocabulary size, which every token id must lie below. None: it is not known.
+        eos_ids: tokens that end a response, beside the tokenizer's own.
 
     Raises:
         ConfigError: the data cannot be read, a row is broken, a token id is out of range, or no prompt is left.
@@ -82,7 +89,7 @@ def load_prompts(
             refused.append(f"{row.name}: {len(ids)} tokens; expected 1 to {limit}")
         else:
             prompt_ids = np.array(ids, dtype=np.int32)
-            response = _response(row, tokenizer)
+            response = _response(row, tokenizer, eos_ids)
             _check_ids(row, response or [], "response", vocab_size)
             response_ids = None if response is None else np.array(response, dtype=np.int32)
             kept.append(Prompt(row.name, prompt_ids, row.domain, row.max_new_tokens, response_ids))
@@ -131,6 +138,7 @@ def _digest(prompts: Sequence[Prompt]) -> str:
 
 def _encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[Row], list[int]]:
     chat = ChatTemplate(tokenizer, data.system_prompt, data.thinking) if data.chat_template else None
+    encode_text = PromptEncoder(tokenizer)
 
     def encode(row: Row) -> list[int]:
         if isinstance(row.prompt, list):
@@ -140,7 +148,8 @@ def _encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[
                 return chat.ids(row.prompt)
             except ChatRefused as error:
                 raise ConfigError(f"data.chat_template: {row.name}: {error}") from None
-        return list(tokenizer(row.prompt, add_special_tokens=False)["input_ids"])
+        assert isinstance(row.prompt, str), "messages without a chat template are refused when they are read"
+        return encode_text(row.prompt)
 
     return encode
 
@@ -162,12 +171,13 @@ def _check_ids(row: Row, ids: Sequence[int], column: str, vocab_size: int | None
         raise ConfigError(f"data.{column}_field: {row.name} has token id {found}; {whose} are 0 to {above}")
 
 
-def _response(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Token ids of the row's response; an end-of-sequence token is added, because a given response is finished."""
+def _response(row: Row, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[int] | None:
+    """Token ids of the row's response. A given response is finished, so it gets an end-of-sequence token if it has none
+    at its end."""
     given = row.response
     if given is None:
         return None
     ids = list(given if isinstance(given, list) else tokenizer(given, add_special_tokens=False)["input_ids"])
-    if not ids or ids[-1] != tokenizer.eos_token_id:
+    if not ids or ids[-1] not in (tokenizer.eos_token_id, *eos_ids):
         ids.append(tokenizer.eos_token_id)
     return ids

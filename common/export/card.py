@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from opdlm.common.files import read_json, read_yaml
+from opdlm.common.model.end_tokens import as_ids, token_names
+from opdlm.common.model.prompt_encoder import PromptEncoder
 
 _PAPER = "https://arxiv.org/abs/2606.06712"
 _PROMPT = "47+8-3="
@@ -19,7 +22,7 @@ from transformers import {auto}, AutoTokenizer
 folder = "."  # this folder, or its id on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = {auto}.from_pretrained(folder, trust_remote_code=True)
-prompt = tokenizer({prompt!r}, add_special_tokens=False, return_tensors="pt")["input_ids"]
+prompt = tokenizer({prompt}, return_tensors="pt")["input_ids"]
 print(tokenizer.decode(model.generate(prompt, max_new_tokens=32, threshold=0.9)[0]))
 """
 
@@ -31,11 +34,12 @@ folder = "."  # this folder, or its id on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)  # not for generate(): that is autoregressive
 size, mask = model.config.block_size, model.config.mask_token_id
-prompt = tokenizer({prompt!r}, add_special_tokens=False, return_tensors="pt")["input_ids"]
+prompt = tokenizer({prompt}, return_tensors="pt")["input_ids"]
+ends = torch.tensor(model.generation_config.eos_token_id)
 length = prompt.shape[1]
 offset = -length % size if model.config.block_grid == "response" else 0
 tokens, start = prompt, length - (length + offset) % size
-while start < length + 32 and tokenizer.eos_token_id not in tokens[0, length:]:
+while start < length + 32 and not torch.isin(tokens[0, length:], ends).any():
     tokens = torch.nn.functional.pad(tokens, (0, start + size - tokens.shape[1]), value=mask)
     block = (torch.arange(start + size) + offset) // size
     seen = (block[None, :] <= block[:, None])[None, None]  # block-causal
@@ -60,6 +64,7 @@ class Card:
     layout: str
     config: Any
     """The student's transformers config."""
+    tokenizer: PreTrainedTokenizerBase
     auto_map: dict[str, str]
     """transformers' Auto class -> `file.Class` of the code in the exported folder; empty without code."""
     base_model: str | None
@@ -88,7 +93,7 @@ def write_card(card: Card, warnings: list[str], file: Path) -> None:
 
 
 def _description(card: Card, base: str | None) -> str:
-    config = card.config
+    config, tokenizer = card.config, card.tokenizer
     made = f"converted from `{base}`" if base else "converted from an autoregressive model"
     facts = {
         "layout": card.layout,
@@ -96,6 +101,7 @@ def _description(card: Card, base: str | None) -> str:
         "block size": f"{config.block_size} tokens",
         "block grid": config.block_grid,
         "mask token id": config.mask_token_id,
+        "end tokens": token_names(as_ids(config.eos_token_id), tokenizer),
         "vocabulary": config.vocab_size,
         "context": f"{config.max_position_embeddings} tokens",
     }
@@ -109,7 +115,7 @@ def _description(card: Card, base: str | None) -> str:
 
 def _usage(card: Card, warnings: list[str]) -> str:
     auto = next((name for name in card.auto_map if name != "AutoConfig"), None)
-    snippet = (_WITH_CODE if auto else _PLAIN).format(auto=auto, prompt=_PROMPT)
+    snippet = (_WITH_CODE if auto else _PLAIN).format(auto=auto, prompt=_prompt_code(card.tokenizer))
     text = "## How to decode\n\nWith opdlm-ray, which caches keys and values and decodes batches:\n\n"
     text += f"```\nopdlm generate THIS_FOLDER --prompt {_PROMPT!r} --trace\n```\n\nWith transformers alone:\n\n"
     text += f"```python\n{snippet}```\n"
@@ -118,6 +124,17 @@ def _usage(card: Card, warnings: list[str]) -> str:
         text += " Mind the differences:\n\n" if warnings else "\n"
         text += "".join(f"- {line}\n" for line in warnings)
     return text
+
+
+def _prompt_code(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Arguments with which the tokenizer encodes the prompt as opdlm does: its beginning tokens, nothing behind it."""
+    encode = PromptEncoder(tokenizer)
+    if not encode.beginning:
+        return f"{_PROMPT!r}, add_special_tokens=False"
+    if list(tokenizer(_PROMPT)["input_ids"]) == encode(_PROMPT):
+        return repr(_PROMPT)
+    beginning = "".join(tokenizer.convert_ids_to_tokens(encode.beginning))
+    return f"{beginning + _PROMPT!r}, add_special_tokens=False"
 
 
 def _run_and_figures(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -153,4 +170,4 @@ def _table(title: str, rows: dict[str, Any]) -> str:
 
 
 def _format(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")  # `<|im_end|>`, say

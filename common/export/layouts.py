@@ -19,7 +19,8 @@ from opdlm.common.export.card import Card, write_card
 from opdlm.common.export.names import LayoutName
 from opdlm.common.files import atomic_folder, check_new_folder
 from opdlm.common.model.config import read_config
-from opdlm.common.model.convert import check_tensors, tied_copies, write_config, write_generation_config
+from opdlm.common.model.convert import check_tensors, tied_copies, write_config
+from opdlm.common.model.end_tokens import as_setting, write_generation_config
 from opdlm.common.model.facts import read_facts, require_mask
 from opdlm.common.model.shards import copy_shards, read_shards
 from opdlm.common.model.tokenizer import load_tokenizer
@@ -95,9 +96,10 @@ def export(source: str | Path, destination: str | Path, layout: LayoutName, base
     config.update(
         {"mask_token_id": mask_id, "block_size": facts.block_size, "block_grid": facts.block_grid or "absolute"}
     )
+    config.eos_token_id = as_setting(facts.eos_ids)
     tokenizer, shards = load_tokenizer(source), read_shards(source)
     check_tensors(config, shards)
-    card = Card(source, layout, config, target.auto_map, base_model)
+    card = Card(source, layout, config, tokenizer, target.auto_map, base_model)
     with atomic_folder(destination) as folder:
         copy_shards(shards, folder, {}, tied_copies(config, shards))
         write_config(config, shards, folder)
@@ -109,7 +111,7 @@ def export(source: str | Path, destination: str | Path, layout: LayoutName, base
             shutil.copyfile(TEMPLATES / name, folder / name)
         warnings = engine_warnings(config) if layout == "sdar" else []
         write_card(card, warnings, folder / "README.md")
-    return warnings
+    return [facts.end_tokens_note, *warnings] if facts.end_tokens_note else warnings
 
 
 def engine_warnings(config: Any) -> list[str]:

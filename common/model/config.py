@@ -11,10 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import read_json
+from opdlm.common.model.end_tokens import GENERATION_KEYS, checked_end_tokens
 
 A2D_PREFIX = "a2d-"
 """How the `model_type` of the public OPDLM and A2D (AR-to-diffusion) checkpoints begins."""
@@ -43,7 +45,8 @@ def read_config(folder: str | Path) -> Any:
 
     Raises:
         OpdlmError: the folder or its config.json does not exist, the folder holds an adapter, the family is not
-            supported, or a setting would make decoding with a cache differ from the training forward.
+            supported, a value has a wrong form, or a setting would make decoding with a cache differ from the training
+            forward.
     """
     path = Path(folder)
     file = path / "config.json"
@@ -61,8 +64,14 @@ def read_config(folder: str | Path) -> Any:
             f"{file}: model_type is {raw.get('model_type')!r}; supported: "
             + ", ".join([*(f"{t}, {A2D_PREFIX}{t}" for t in SUPPORTED_TYPES), SDAR_TYPE])
         )
-    settings = {key: value for key, value in raw.items() if key not in ("model_type", *_IGNORED_KEYS)}
-    config = AutoConfig.for_model(family, **settings)
+    left_out = {"model_type", "eos_token_id", *_IGNORED_KEYS, *GENERATION_KEYS}
+    settings = {key: value for key, value in raw.items() if key not in left_out}
+    try:
+        config = AutoConfig.for_model(family, **settings)
+    except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
+        raise OpdlmError(f"{file} cannot be used: {' '.join(str(error).split())}") from None
+    checked_end_tokens(raw.get("eos_token_id"), file, config.vocab_size)
+    config.eos_token_id = raw.get("eos_token_id")  # a family's default may be an ordinary token of this vocabulary
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise OpdlmError(f"{file}: use_sliding_window is on; expected a model without one, for block-causal masks")
     rope = config.rope_parameters["rope_type"]

@@ -9,17 +9,18 @@ converting a model of any size needs the memory of one matrix. `opdlm.common.exp
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import atomic_folder, check_new_folder
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
+from opdlm.common.model.end_tokens import as_ids, as_setting, write_generation_config
+from opdlm.common.model.facts import read_facts
 from opdlm.common.model.shards import Shards, copy_shards, read_shards
 from opdlm.common.model.tokenizer import load_tokenizer
 
@@ -48,6 +49,8 @@ def convert_checkpoint(source: str | Path, destination: str | Path, block_size: 
     rows = mask_rows(shards, mask_id)
     config.vocab_size += bool(rows)
     config.update({"mask_token_id": mask_id, "block_size": block_size, "block_grid": block_grid})
+    # Both files name all end tokens, so that every program ends a response alike.
+    config.eos_token_id = as_setting(read_facts(source).eos_ids)
     with atomic_folder(destination) as folder:
         copy_shards(shards, folder, rows, tied_copies(config, shards) if rows else frozenset())
         write_config(config, shards, folder)
@@ -57,7 +60,14 @@ def convert_checkpoint(source: str | Path, destination: str | Path, block_size: 
 
 
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase | None, destination: Path) -> None:
-    """Saves a model that is in memory, in Hugging Face layout. The destination appears whole or not at all."""
+    """Saves a model that is in memory, in Hugging Face layout. The destination appears whole or not at all.
+
+    Its config and its generation config get the end-of-sequence tokens of both, and the tokenizer's.
+    """
+    naming = (model.config, model.generation_config, tokenizer)
+    ends = {i for part in naming for i in as_ids(getattr(part, "eos_token_id", None))}
+    if ends:
+        model.config.eos_token_id = model.generation_config.eos_token_id = as_setting(ends)
     with atomic_folder(destination) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
@@ -119,15 +129,6 @@ def write_config(config: Any, shards: Shards, folder: Path) -> None:
         config.dtype = shards.load("model.norm.weight").dtype
     config.save_pretrained(folder)
     finish_config(folder / "config.json")
-
-
-def write_generation_config(source: Path, config: Any, folder: Path) -> None:
-    """Copies the source's generation_config.json; where there is none, writes one from the config."""
-    file = source / "generation_config.json"
-    if file.is_file():
-        shutil.copyfile(file, folder / file.name)
-    else:
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
 def finish_config(file: Path) -> None:

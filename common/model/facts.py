@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerBase
 
 from opdlm.common.errors import OpdlmError
-from opdlm.common.files import read_json
 from opdlm.common.grid import GridKind
 from opdlm.common.model.config import OUTPUT, read_config
+from opdlm.common.model.end_tokens import disagreement, read_end_tokens
 from opdlm.common.model.shards import read_shards
-from opdlm.common.model.tokenizer import load_tokenizer
+from opdlm.common.model.tokenizer import has_tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,8 @@ class ModelFacts:
     context: int
     """Longest sequence in tokens (`max_position_embeddings`)."""
     eos_ids: tuple[int, ...]
-    """Ids of the end-of-sequence tokens, rising; at least one."""
+    """Ids of the end-of-sequence tokens that tokenizer, config.json or generation_config.json name, rising; at least
+    one. A response ends at any of them."""
     mask_id: int | None
     """Id of the mask token. None: an autoregressive model without one."""
     block_size: int | None
@@ -37,24 +37,29 @@ class ModelFacts:
     """Block grid of a student. None where config.json does not give it."""
     is_student: bool
     """Whether config.json marks the model as a block-diffusion student."""
+    end_tokens_note: str | None = None
+    """One line that says which file names which end-of-sequence tokens. None: they agree."""
 
 
 def read_facts(folder: str | Path) -> ModelFacts:
     """Reads the facts about a checkpoint folder from its config and its tokenizer.
 
     Raises:
-        OpdlmError: the folder cannot be used, or names no end-of-sequence token.
+        OpdlmError: the folder cannot be used, or its files name no end-of-sequence token, or an impossible one.
     """
-    config = read_config(folder)
+    folder, config = Path(folder), read_config(folder)
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    ends = read_end_tokens(folder, config.vocab_size, tokenizer)
     return ModelFacts(
-        folder=Path(folder),
+        folder=folder,
         vocab_size=config.vocab_size,
         context=config.max_position_embeddings,
-        eos_ids=_eos_ids(Path(folder), config),
-        mask_id=_mask_id(Path(folder), config),
+        eos_ids=ends.ids,
+        mask_id=_mask_id(config, tokenizer),
         block_size=getattr(config, "block_size", None),
         block_grid=getattr(config, "block_grid", None),
         is_student=config.is_diffusion_student,
+        end_tokens_note=disagreement(ends, folder, tokenizer),
     )
 
 
@@ -86,24 +91,10 @@ def require_mask(facts: ModelFacts) -> int:
     return facts.mask_id
 
 
-def _eos_ids(folder: Path, config: Any) -> tuple[int, ...]:
-    found: list[int | Sequence[int] | None] = [config.eos_token_id]
-    if (folder / "generation_config.json").is_file():
-        found.append(GenerationConfig.from_dict(read_json(folder / "generation_config.json")).eos_token_id)
-    ids = {i for item in found if item is not None for i in ([item] if isinstance(item, int) else item)}
-    if not ids and (folder / "tokenizer_config.json").is_file():
-        ids = {load_tokenizer(folder).eos_token_id}
-    if not ids:
-        raise OpdlmError(f"{folder}/config.json names no end-of-sequence token; set eos_token_id in it")
-    return tuple(sorted(ids))
-
-
-def _mask_id(folder: Path, config: Any) -> int | None:
+def _mask_id(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     if getattr(config, "mask_token_id", None) is not None:
         return int(config.mask_token_id)
-    if (folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(folder).mask_token_id
-    return None
+    return None if tokenizer is None else tokenizer.mask_token_id
 
 
 def count_parameters(folder: str | Path) -> int:

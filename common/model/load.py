@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
+from opdlm.common.model.end_tokens import read_generation_config
 from opdlm.common.model.shards import read_shards
 
 
@@ -39,6 +40,7 @@ def load_model(
             attn_implementation=attention,
             use_safetensors=True,
             device_map=device_map,
+            generation_config=read_generation_config(Path(folder), config),  # transformers refuses some people's files
             trust_remote_code=False,
         )
     except OSError as error:

@@ -29,8 +29,11 @@ def convert(
     """
     with clear_errors():
         from opdlm.common.model.convert import convert_checkpoint
+        from opdlm.common.model.facts import read_facts
 
         mask_id = convert_checkpoint(source, destination, block_size, block_grid)
+        if note := read_facts(source).end_tokens_note:
+            print(f"opdlm: {note}", file=sys.stderr)
         out.print(
             f"{destination}: mask token id {mask_id}, block size {block_size}, {block_grid} grid", highlight=False
         )

@@ -6,6 +6,7 @@ lm-eval take either.
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,8 +24,11 @@ from opdlm.common.errors import OpdlmError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.facts import read_facts, require_mask
 from opdlm.common.model.load import load_model
+from opdlm.common.model.prompt_encoder import PromptEncoder
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory
+
+log = logging.getLogger("opdlm.evaluate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,9 @@ class Decoder(ABC):
         self.folder = folder
         self.facts = read_facts(folder)
         self.tokenizer = load_tokenizer(folder)
+        self._encode_text = PromptEncoder(self.tokenizer)
+        if self.facts.end_tokens_note:
+            log.warning(self.facts.end_tokens_note)
         self.base = DecodeSettings(
             block_size=block_size or self.facts.block_size or 4, block_grid=self.facts.block_grid or "absolute"
         )
@@ -70,9 +77,20 @@ class Decoder(ABC):
         """Whether the folder is a diffusion student."""
         return self.facts.is_student
 
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids `[P] int32` of a prompt."""
-        return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+    def encode(self, text: str, templated: bool = False) -> np.ndarray:
+        """Token ids `[P] int32` of a prompt.
+
+        Args:
+            templated: a chat template has written the text, and with it all special tokens. Else the text gets the
+                beginning tokens that the tokenizer adds.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] if templated else self._encode_text(text)
+        return np.array(ids, dtype=np.int32)
+
+    def text(self, response: np.ndarray) -> str:
+        """The text of a response `[R] int32` up to its first end-of-sequence token, without special tokens."""
+        ends = np.flatnonzero(np.isin(response, self.facts.eos_ids))
+        return self.tokenizer.decode(response[: ends[0]] if ends.size else response, skip_special_tokens=True)
 
     def check_room(self, requests: Sequence[RolloutRequest], block_size: int | None = None) -> None:
         """Raises `OpdlmError` for the first prompt that is empty, or too long for the context with its response."""

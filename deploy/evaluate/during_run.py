@@ -42,9 +42,10 @@ class RunEvaluations:
         """(row, weight version) of what was evaluated before, perhaps by an earlier process of the run."""
         settings = config.evaluation
         tasks = [get_task(name) for name in evaluated_tasks(config)] if config.run.replay is None else []
+        ends = {*checked.teacher.eos_ids, *checked.student.eos_ids}  # both answer
 
         def held_out(count: int | None) -> HeldOutProblems | None:
-            return HeldOutProblems(tasks, checked.tokenizer, count) if tasks and count else None
+            return HeldOutProblems(tasks, checked.tokenizer, count, ends) if tasks and count else None
 
         self._newest: WeightHandle | None = None
         self._final = held_out(settings.final_problems)

@@ -90,7 +90,7 @@ class Model(CheckpointDecoder):
             top_p=top_p,
         )
         requests = [
-            RolloutRequest(i, _name(prompt), self.encode(text), max_new_tokens, seed=seed + i)
+            RolloutRequest(i, _name(prompt), self.encode(text, chat), max_new_tokens, seed=seed + i)
             for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
         ]
         self.check_room(requests, settings.block_size)
@@ -126,8 +126,7 @@ class Model(CheckpointDecoder):
             raise OpdlmError(f"{_name(prompt)}: {error}") from None
 
     def _generation(self, prompt: str, ids: np.ndarray, reveal_step: np.ndarray, steps: int) -> Generation:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Generation(prompt, text, ids, reveal_step, steps)
+        return Generation(prompt, self.text(ids), ids, reveal_step, steps)
 
 
 def _name(prompt: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.common.data.tasks import Problem, Task, problems
+from opdlm.common.model.prompt_encoder import PromptEncoder
 from opdlm.common.types import RolloutRequest
 
 _TEST_SEED = 1
@@ -35,17 +36,23 @@ class HeldOutProblems:
 
     Args:
         count: problems of each task.
+        eos_ids: tokens that end a response. None: the tokenizer's.
     """
 
-    def __init__(self, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        tokenizer: PreTrainedTokenizerBase,
+        count: int,
+        eos_ids: Collection[int] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        self._eos_ids = [tokenizer.eos_token_id] if eos_ids is None else eos_ids
         self.problems: list[tuple[Task, Problem]] = [
             (task, problem) for task in tasks for problem in _distinct_problems(task, count)
         ]
-        self.prompt_ids = [
-            np.array(tokenizer(p.prompt, add_special_tokens=False)["input_ids"], dtype=np.int32)
-            for _, p in self.problems
-        ]
+        encode = PromptEncoder(tokenizer)
+        self.prompt_ids = [np.array(encode(p.prompt), dtype=np.int32) for _, p in self.problems]
 
     def requests(self, max_new_tokens: int) -> list[RolloutRequest]:
         """The problems as decode requests."""
@@ -88,9 +95,8 @@ class HeldOutProblems:
         return [np.array(self.tokenizer(p.solution, add_special_tokens=False)["input_ids"]) for _, p in self.problems]
 
     def _right(self, responses: Sequence[np.ndarray]) -> np.ndarray:
-        eos = self.tokenizer.eos_token_id
         marks = [
-            len(ids) > 0 and ids[-1] == eos and task.is_correct(problem, self.tokenizer.decode(ids[:-1]))
+            len(ids) > 0 and ids[-1] in self._eos_ids and task.is_correct(problem, self.tokenizer.decode(ids[:-1]))
             for (task, problem), ids in zip(self.problems, responses, strict=True)
         ]
         return np.array(marks, dtype=bool)

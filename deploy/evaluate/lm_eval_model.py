@@ -89,7 +89,7 @@ class OpdlmLM(LM):
             else CheckpointDecoder(Path(home_path(pretrained)), block_size, device)
         )
         self.settings = replace(self.decoder.base.greedy(strategy), threshold=float(threshold))
-        self.seed, self._thinking = seed, enable_thinking
+        self.seed, self._thinking, self._templated = seed, enable_thinking, False
         self._tokens = self._steps = 0
         self._seconds = 0.0
         if chat_template is not None:
@@ -121,7 +121,7 @@ class OpdlmLM(LM):
             context, given = instance.args
             how = dict(normalize_gen_kwargs(given, self.max_new_tokens))
             until.append(how.pop("until"))
-            limit, ids = int(how.pop("max_gen_toks")), self.decoder.encode(context)
+            limit, ids = int(how.pop("max_gen_toks")), self.decoder.encode(context, self._templated)
             name = f"{instance.task_name} document {instance.doc_id}"
             groups[json.dumps(how, sort_keys=True)].append(RolloutRequest(i, name, ids, limit, seed=self.seed + i))
         settings = {
@@ -174,11 +174,13 @@ class OpdlmLM(LM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template in use; None where lm-eval asks for none."""
+        self._templated = bool(chat_template)
         name = chat_template if isinstance(chat_template, str) else None
         return require_template(self.decoder.tokenizer, name) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text; without a generation prompt the assistant's last message is continued."""
+        self._templated = True  # lm-eval puts either all contexts through the template or none
         return chat_prompt(self.decoder.tokenizer, chat_history, self._thinking, not add_generation_prompt)
 
     # --- details ------------------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ class OpdlmLM(LM):
         stops = [tokenizer.convert_tokens_to_ids(stop) for stop in until if stop in tokenizer.all_special_tokens]
         ends = np.flatnonzero(np.isin(ids, stops))
         ids = ids[: ends[0]] if ends.size else ids
-        return postprocess_generated_text(tokenizer.decode(ids, skip_special_tokens=True), until, None)
+        return postprocess_generated_text(self.decoder.text(ids), until, None)
 
 
 def no_likelihood(what: str, folder: Path) -> str:

@@ -30,9 +30,7 @@ class QuestionOptions:
     answer_field: Annotated[str, typer.Option(help="Column of the reference answer in --data.")] = "answer"
     answer: Annotated[
         AnswerKind,
-        typer.Option(
-            help="How --data is marked: `exact` text, or `math`: the value of the last \\boxed{} or number (math-verify)."
-        ),
+        typer.Option(help="Marks --data by `exact` text, or `math`: the last \\boxed{} or number (math-verify)."),
     ] = "exact"
     problems: Annotated[
         int | None, typer.Option(min=1, help="Number of problems. Default: 1,000 of a task, all rows of --data.")

@@ -21,7 +21,7 @@ from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.evaluate.decoders import Decoder
 from opdlm.deploy.evaluate.held_out import HeldOutProblems
-from opdlm.deploy.evaluate.options import QuestionOptions
+from opdlm.deploy.evaluate.options import QuestionOptions, check_questions
 
 TASK_PROBLEMS = 1000
 
@@ -70,8 +70,7 @@ def open_questions(asked: QuestionOptions, decoder: Decoder) -> Questions:
     Raises:
         OpdlmError: there is not exactly one source, or it cannot be used; the row is named.
     """
-    if (asked.task is None) == (asked.data is None):
-        raise OpdlmError(f"found {'neither' if asked.task is None else 'both'} of --task and --data; give one")
+    check_questions(asked)
     return TaskQuestions(asked, decoder) if asked.data is None else DataQuestions(asked, asked.data, decoder)
 
 
@@ -84,7 +83,7 @@ class TaskQuestions:
         if asked.chat:
             raise OpdlmError("--chat: built-in tasks have no chat form; it goes with --data or --lm-eval")
         self._problems = HeldOutProblems(
-            [get_task(str(asked.task))], decoder.tokenizer, asked.problems or TASK_PROBLEMS
+            [get_task(str(asked.task))], decoder.tokenizer, asked.problems or TASK_PROBLEMS, decoder.facts.eos_ids
         )
         self.requests = self._problems.requests
         unknown = UnknownCharacters(decoder.tokenizer)
@@ -108,7 +107,9 @@ class DataQuestions:
         self._decoder = decoder
         self._names = [question.name for question in questions]
         self._checks = [_answer_check(asked.answer, question) for question in questions]
-        self._prompts = [decoder.encode(_prompt_text(asked, question, decoder)) for question in questions]
+        self._prompts = [
+            decoder.encode(_prompt_text(asked, question, decoder), templated=asked.chat) for question in questions
+        ]
         unknown = UnknownCharacters(decoder.tokenizer)
         for question, ids in zip(questions, self._prompts, strict=True):
             _note(unknown, question.name, question.prompt, ids, question.answer, decoder)
@@ -121,7 +122,7 @@ class DataQuestions:
 
     def mark(self, responses: Sequence[np.ndarray]) -> Marks:
         """Marks the text of the responses without special tokens."""
-        texts = [self._decoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+        texts = [self._decoder.text(ids) for ids in responses]
         verdicts = [check(text) for check, text in zip(self._checks, texts, strict=True)]
         return Marks(sum(verdict is True for verdict in verdicts) / len(verdicts), verdicts.count(None))
 

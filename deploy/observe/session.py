@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,12 @@ def show_data(config: OpdlmConfig, prompts: PromptSet, console: Console) -> None
     for told in (prompts.unknown, unused):
         if told is not None:
             console.print(told, highlight=False, soft_wrap=True, markup=False)
+
+
+def show_notes(notes: Sequence[str], console: Console) -> None:
+    """Prints what the checks found that the user should know."""
+    for line in notes:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_start(config: OpdlmConfig, checkpoint: Checkpoint | None, rounds: int, console: Console) -> None:

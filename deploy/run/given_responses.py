@@ -23,6 +23,7 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.data.prompts import Prompt
 from opdlm.common.errors import ConfigError, OpdlmError, first_line, last_line
 from opdlm.common.files import atomic_file
+from opdlm.common.model.facts import read_facts
 from opdlm.common.model.shards import weights_fingerprint
 from opdlm.common.retry import Attempts, StoreWait, store_is_full
 from opdlm.common.seeds import sample_seed
@@ -43,6 +44,8 @@ class Recipe:
     """Fingerprint of the teacher's weights."""
     prompts: str
     """Fingerprint of the prompts."""
+    end_tokens: list[int]
+    """Ids at which the teacher ends a response."""
     max_new_tokens: int
     temperature: float
     seed: int
@@ -96,6 +99,7 @@ def response_recipe(config: OpdlmConfig, prompts_digest: str) -> Recipe:
     return Recipe(
         weights_fingerprint(config.model.teacher),
         prompts_digest,
+        list(read_facts(config.model.teacher).eos_ids),
         longest,
         config.offline.temperature,
         config.run.seed,

@@ -13,18 +13,20 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.curriculum import length_limit
 from opdlm.common.files import write_json
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.config import read_config
+from opdlm.common.model.end_tokens import token_names
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.deploy.cluster.learner_memory import adapter_parameters, learner_memory
 from opdlm.deploy.cluster.memory import Lengths, RoleMemory, model_size, rollout_memory, teacher_memory, to_plain
 from opdlm.deploy.cluster.placement import Demands, demands, placement_lines
 from opdlm.deploy.evaluate.commands import check_output
-from opdlm.deploy.observe.session import show_data
+from opdlm.deploy.observe.session import show_data, show_notes
 from opdlm.deploy.run.directory import check_run, find_checkpoint, holds_run
 from opdlm.deploy.run.paths import absolute_paths
 from opdlm.deploy.run.preflight import Preflight, preflight
@@ -32,6 +34,8 @@ from opdlm.deploy.run.preflight import Preflight, preflight
 GIB = 2**30
 _WIDTH = 100
 """Columns that every table fits into."""
+_TOKENS_SHOWN = 20
+"""Tokens of the first prompt that the plan shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,9 @@ class Plan:
         return {
             "teacher": f"{config.model.teacher} (vocabulary {self.checked.teacher.vocab_size:,})",
             "student starts from": config.model.student or "the teacher, converted",
+            "end tokens": token_names(self.checked.student.eos_ids, self.checked.tokenizer),
             "prompts": f"{len(prompts.prompts):,} kept, {len(prompts.refused)} refused",
+            "first prompt": self._first_prompt(),
             "samples": f"{schedule.total:,} in {schedule.rounds:,} rounds of {rollout.prompts_per_round}",
             "optimizer steps": (
                 f"{schedule.steps_before(schedule.rounds):,} of {config.learner.batch_size} trajectories"
@@ -61,6 +67,12 @@ class Plan:
             "decoding": f"block {rollout.block_size}, {rollout.block_grid} grid, {rollout.strategy}",
             "staleness": f"at most {config.queue.max_staleness} rounds",
         }
+
+    def _first_prompt(self) -> str:
+        tokenizer, ids = self.checked.tokenizer, self.checked.prompts.prompts[0].ids.tolist()
+        shown = " ".join(str(token) for token in tokenizer.convert_ids_to_tokens(ids[:_TOKENS_SHOWN]))
+        more = " ..." if len(ids) > _TOKENS_SHOWN else ""
+        return f"{len(ids)} tokens: {shown}{more}"
 
     def plain(self) -> dict[str, Any]:
         """The plan as data for JSON; memory in bytes."""
@@ -130,6 +142,7 @@ def show_plan(config: OpdlmConfig, console: Console, json_file: Path | None = No
         find_checkpoint(absolute_paths(config), resume, plan.checked.order.digest)
     width = min(console.width, _WIDTH)
     console.print(_steps(plan), width=width)
+    show_notes(plan.checked.notes, console)
     show_data(config, plan.checked.prompts, console)
     console.print(_resources(plan.demands), width=width)
     for line in placement_lines(config):
@@ -169,7 +182,7 @@ def sharing(plan: Plan) -> list[str]:
 def _steps(plan: Plan) -> Table:
     table = Table(title=f"plan of {plan.checked.config.run.dir}", show_header=False, title_justify="left")
     for topic, words in plan.steps().items():
-        table.add_row(topic, words)
+        table.add_row(topic, Text(words))  # a token may look like markup
     return table
 
 

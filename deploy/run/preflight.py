@@ -15,6 +15,7 @@ from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import ConfigError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.config import A2D_PREFIX
+from opdlm.common.model.end_tokens import token_names
 from opdlm.common.model.facts import ModelFacts, check_vocabularies, read_facts
 from opdlm.common.model.shards import read_shards
 from opdlm.common.model.tokenizer import check_tokenizers, load_tokenizer
@@ -35,6 +36,8 @@ class Preflight:
     prompts: PromptSet
     order: PromptOrder
     schedule: TrainingSchedule
+    notes: tuple[str, ...]
+    """What the user should know before the run starts, a line each."""
 
 
 def preflight(config: OpdlmConfig) -> Preflight:
@@ -64,7 +67,7 @@ def preflight(config: OpdlmConfig) -> Preflight:
     for task in evaluated_tasks(config):
         get_task(task)
     longest = _longest_prompt(config, teacher, student)
-    prompts = load_prompts(config.data, tokenizer, longest, config.run.seed, teacher.vocab_size)
+    prompts = load_prompts(config.data, tokenizer, longest, config.run.seed, teacher.vocab_size, student.eos_ids)
     per_round = config.rollout.prompts_per_round
     total = config.data.epochs * len(prompts.prompts) if config.run.rounds is None else config.run.rounds * per_round
     epochs = -(-total // len(prompts.prompts))
@@ -73,7 +76,23 @@ def preflight(config: OpdlmConfig) -> Preflight:
     order = PromptOrder(prompts.prompts, config.run.seed, epochs)
     if config.run.replay is not None:
         check_replay(config, Path(config.run.replay), teacher, schedule, order.digest)
-    return Preflight(config, teacher, student, tokenizer, prompts, order, schedule)
+    notes = tuple(end_token_notes(teacher, student, tokenizer))
+    return Preflight(config, teacher, student, tokenizer, prompts, order, schedule, notes)
+
+
+def end_token_notes(teacher: ModelFacts, student: ModelFacts, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Says where files name different end-of-sequence tokens: those of one folder, or teacher and student.
+
+    The student decodes, so its end tokens are the run's.
+    """
+    notes = [note for note in dict.fromkeys((teacher.end_tokens_note, student.end_tokens_note)) if note]
+    if teacher.eos_ids != student.eos_ids:
+        ours, theirs = (token_names(facts.eos_ids, tokenizer) for facts in (student, teacher))
+        notes.append(
+            f"end tokens: the teacher {teacher.folder} has {theirs}; the student {student.folder} has {ours}, and the "
+            f"run takes the student's; to change them, set eos_token_id in {student.folder}/generation_config.json"
+        )
+    return notes
 
 
 def evaluated_tasks(config: OpdlmConfig) -> list[str]:

@@ -69,7 +69,7 @@ async def open_source(
         responses: given responses that are known already. Where the objective needs some and there are none, the
             teacher pool writes them now, which takes as long as it takes.
     """
-    config, teacher = checked.config, checked.teacher
+    config, student = checked.config, checked.student  # the student decodes, so its end tokens are the run's
     longest_prompt = max(len(prompt.ids) for prompt in checked.prompts.prompts)
     per_reference = samples_per_reference(config, read_config(config.model.teacher), longest_prompt)
     if config.run.replay is not None:
@@ -81,9 +81,10 @@ async def open_source(
         recipe = response_recipe(config, checked.order.digest)
         prompts = checked.prompts.prompts
         responses = await generate_responses(config, prompts, roles.teachers, recipe, records.generating)
-    cut = responses.cut_at_inner_end(teacher.eos_ids)
+    cut = responses.cut_at_inner_end(student.eos_ids)
     records.given(len(responses.by_prompt), responses.forward_tokens, responses.cached, cut)
-    return GivenSource(config, scoring, checked.order, responses.by_prompt, teacher.vocab_size, teacher.eos_ids)
+    vocab_size = checked.teacher.vocab_size
+    return GivenSource(config, scoring, checked.order, responses.by_prompt, vocab_size, student.eos_ids)
 
 
 class OnPolicySource:

@@ -28,7 +28,7 @@ from opdlm.deploy.cluster.roles import Roles, start_roles
 from opdlm.deploy.cluster.scaling import Scaler
 from opdlm.deploy.evaluate.during_run import RunEvaluations
 from opdlm.deploy.observe.records import RunRecords
-from opdlm.deploy.observe.session import open_records, show_data, show_end, show_start
+from opdlm.deploy.observe.session import open_records, show_data, show_end, show_notes, show_start
 from opdlm.deploy.observe.terminal import open_view
 from opdlm.deploy.run.directory import check_run, config_digest, find_checkpoint, open_run
 from opdlm.deploy.run.ending import run_together
@@ -51,6 +51,7 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
     check_run(config, resume)
     checked = preflight(config)
     schedule = checked.schedule
+    show_notes(checked.notes, console)
     show_data(config, checked.prompts, console)
     responses = known_responses(config, checked.prompts.prompts, checked.order.digest)
     with RunLock(Path(config.run.dir)) as lock:

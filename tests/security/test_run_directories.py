@@ -99,7 +99,7 @@ def test_kept_rollouts_that_are_or_hold_a_pickle_are_refused(tmp_path, malicious
 
 
 def test_given_responses_with_pickles_in_their_metadata_are_refused(tmp_path, malicious_pickle, marker) -> None:
-    expected = Recipe("t", "p", 4, 1.0, 0)
+    expected = Recipe("t", "p", [1], 4, 1.0, 0)
     file = tmp_path / "responses.parquet"
     file.write_bytes(malicious_pickle)
     with pytest.raises(ConfigError, match=r"offline.cache: .* is no file of teacher responses from opdlm"):

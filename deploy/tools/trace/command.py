@@ -128,7 +128,7 @@ def _entry(student: CheckpointDecoder, trajectory: Trajectory, recorder: Recorde
     return {
         "name": trajectory.prompt_id,
         "prompt": tokenizer.decode(trajectory.prompt_ids),
-        "response": tokenizer.decode(trajectory.response, skip_special_tokens=True),
+        "response": student.text(trajectory.response),
         "prompt_ids": trajectory.prompt_ids.tolist(),
         "response_ids": trajectory.response_ids.tolist(),
         "response_length": trajectory.response_length,
