@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import ray
 
@@ -13,10 +15,13 @@ from opdlm.common.config.schema import ResourcesConfig
 from opdlm.common.errors import ConfigError, OpdlmError, first_line
 from opdlm.deploy.cluster.local_ray import start_local_ray
 from opdlm.deploy.cluster.placement import Demands, check_room, demands
+from opdlm.deploy.cluster.reach import check_reachable, ends_process_after
 
 log = logging.getLogger("opdlm.connection")
 
 _AUTH_MODE = "RAY_AUTH_MODE"
+_JOIN_SECONDS = 60.0
+"""Longest wait to join a cluster whose head has answered."""
 _MINIMUM_RAY = (2, 60)
 """As in pyproject.toml. From this version on, a Ray that is started has token authentication on by default."""
 
@@ -38,27 +43,21 @@ def join_or_start(resources: ResourcesConfig, asked: Demands) -> None:
     `resources.local_cpus` is set.
 
     Raises:
-        OpdlmError: a Ray without token authentication by default, or no cluster at the address.
+        OpdlmError: a Ray without token authentication by default; no cluster at the address, or one that refuses this
+            process (`check_reachable`); a local Ray that does not start (`start_local_ray`).
         ConfigError: a dashboard that other machines can reach without authentication, or a dashboard's address.
     """
     if ray.is_initialized():
         return
     check_security(resources, ray.__version__)
+    # Ray says that token authentication is on, and how to turn it off; that it is off, we say below.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     logs = {"log_to_driver": resources.worker_logs, "logging_level": "warning"}
-    # Not `auto`, which would find a dead cluster of this machine and wait for it.
-    address = resources.ray_address or os.environ.get("RAY_ADDRESS")
-    if address and address.startswith(("http://", "https://")):
-        raise ConfigError(
-            f"{'resources.ray_address' if resources.ray_address else 'RAY_ADDRESS'}: found {address}, a dashboard's "
-            "address, which is for `ray job submit` (--address or RAY_API_SERVER_ADDRESS); to join a cluster, give the "
-            "head's host:port"
-        )
-    if address:
-        try:
-            ray.init(address=address, **logs)
-        except ConnectionError as error:
-            reason = first_line(error)
-            raise OpdlmError(f"resources.ray_address: no cluster answers at {address}: {reason}") from None
+    address, where = resources.ray_address, "resources.ray_address"
+    if address in (None, "", "auto") and os.environ.get("RAY_ADDRESS"):
+        address, where = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
+    if address and address != "local":
+        _join(address, where, logs)
     else:
         start_local_ray(
             num_cpus=resources.local_cpus or int(sum(count * each for _, count, each in asked["CPU"])) + 1,
@@ -72,6 +71,18 @@ def join_or_start(resources: ResourcesConfig, asked: Demands) -> None:
             "(%s=token turns it on, for the head and for every process that joins)",
             _AUTH_MODE,
         )
+
+
+def _join(address: str, where: str, logs: Mapping[str, Any]) -> None:
+    address = check_reachable(address, where)
+    slow = f"{where}: the cluster at {address} has not let this process join within {_JOIN_SECONDS:g} s"
+    with ends_process_after(_JOIN_SECONDS, slow):
+        try:
+            ray.init(address=address, **logs)
+        except Exception as error:  # Ray raises bare `Exception`s too; a ConnectionError's cause says more
+            ray.shutdown()
+            reason = first_line(error.__cause__ or error)
+            raise OpdlmError(f"{where}: the cluster at {address} cannot be joined: {reason}") from None
 
 
 def check_security(resources: ResourcesConfig, version: str) -> None:

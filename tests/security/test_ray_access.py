@@ -65,6 +65,7 @@ def test_a_local_dashboard_is_for_this_machine_and_missing_authentication_is_a_w
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(connection.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(connection.ray, "init", lambda **arguments: calls.append(arguments))
+    monkeypatch.setattr(connection, "check_reachable", lambda address, where: address)
     with caplog.at_level(logging.WARNING):
         connection.join_or_start(ResourcesConfig(ray_address=address), {"CPU": [], "GPU": []})
     (arguments,) = calls
