@@ -33,7 +33,7 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from opdlm.common.errors import OpdlmError, first_line
+from opdlm.common.errors import OpdlmError, first_line, last_line
 
 log = logging.getLogger("opdlm.pool")
 
@@ -199,7 +199,7 @@ class ActorPool:
         self._idle[name].set()
         if name not in self.actors or name in self._starting:
             return  # it is retired, or its death is known already
-        reason = first_line(error)
+        reason = _reason(error)
         log.warning("%s died: %s", name, reason)
         self.on_death(name, reason)
         self._starting[name] = asyncio.create_task(self._wait_until_ready(name))
@@ -224,12 +224,16 @@ class ActorPool:
     def _remove(self, name: str, error: Exception) -> None:
         """Takes out an actor that has no restart left; if it was the last, all calls fail until one is added."""
         del self.actors[name], self._starting[name]
-        log.warning("%s has no restart left: %s; %d actors remain", name, first_line(error), len(self.actors))
-        if not self.actors:
-            self._none_left = OpdlmError(
+        if _could_not_begin(error):
+            end = f"{name}: {last_line(error).partition('OpdlmError: ')[2] or last_line(error)}"
+        else:
+            end = (
                 f"{name}: died more often than resources.actor_restarts {self.restarts} allows, and no other actor of "
                 f"its kind is left: {first_line(error)}"
             )
+        log.warning("%s has no restart left: %s; %d actors remain", name, _reason(error), len(self.actors))
+        if not self.actors:
+            self._none_left = OpdlmError(end)
             self._free.put_nowait(None)
 
     async def _await_answer(self, ref: Any, what: str) -> Any:
@@ -250,6 +254,15 @@ def _is_death(error: BaseException) -> bool:
     A `RayTaskError` comes from a living actor, even if it holds the error of another actor's death.
     """
     return isinstance(error, DEATHS) and not isinstance(error, RayTaskError)
+
+
+def _could_not_begin(error: BaseException) -> bool:
+    """Whether the actor's constructor raised. Ray does not restart such an actor; the error's last line says why."""
+    return isinstance(error, RayActorError) and error.actor_init_failed
+
+
+def _reason(error: BaseException) -> str:
+    return last_line(error) if _could_not_begin(error) else first_line(error)
 
 
 async def value_of(ref: Any) -> Any:

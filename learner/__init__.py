@@ -1,6 +1,6 @@
 """The learner: trains the student on scored trajectories with DeepSpeed ZeRO, publishes its weights, and saves.
 
-    group.py, setup.py                  starting the worker group with Ray Train; its arguments
+    group.py, setup.py, gpu_backend.py  starting the worker group with Ray Train; its arguments; its process group
     worker.py, round_training.py        what each ZeRO rank does; training on one round
     schedule.py                         rounds, optimizer steps, shares of a batch, learning rate
     train_step.py                       one optimizer step

@@ -35,7 +35,7 @@ def fit(setup: LearnerSetup, experiment: str) -> None:
     """
     import ray
     from ray import train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     config = OpdlmConfig.model_validate(setup.config)
     learner = config.learner
@@ -46,7 +46,7 @@ def fit(setup: LearnerSetup, experiment: str) -> None:
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"setup": setup},
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        torch_config=_torch_config(on_gpu),
         scaling_config=train.ScalingConfig(
             num_workers=learner.workers,
             use_gpu=on_gpu,
@@ -65,6 +65,16 @@ def fit(setup: LearnerSetup, experiment: str) -> None:
         raise OpdlmError(reason)
     if reason := ray.get(setup.queue.reason_to_go_back.remote(), timeout=limit):
         raise LearnerBehind(reason)
+
+
+def _torch_config(on_gpu: bool) -> Any:
+    from ray.train.torch import TorchConfig
+
+    if not on_gpu:
+        return TorchConfig(backend="gloo")
+    from opdlm.learner.gpu_backend import GpuConfig
+
+    return GpuConfig()
 
 
 def train_loop(arguments: dict[str, LearnerSetup]) -> None:

@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 
 from opdlm.common.config import OpdlmConfig, config_from_dict
+from opdlm.common.errors import OpdlmError
 from opdlm.common.grid import BlockGrid
+from opdlm.common.model.device import device_for
 from opdlm.common.model.facts import read_facts, require_mask
 from opdlm.common.types import WeightPack
 from opdlm.common.weights import WeightPacker
@@ -40,6 +42,9 @@ def run_rank(setup: LearnerSetup) -> None:
 
     `GiveUp` and `BehindQueue` are reported to the queue, not raised: a restart of the group would not help.
     """
+    if problem := missing_gpu(config_from_dict(setup.config)):
+        _give_up(setup, problem)
+        return
     learner = Learner(setup)
     try:
         learner.run()
@@ -47,6 +52,30 @@ def run_rank(setup: LearnerSetup) -> None:
         learner.give_up(str(reason))
     except BehindQueue as reason:
         learner.go_back(str(reason))
+
+
+def missing_gpu(config: OpdlmConfig) -> str | None:
+    """Why the ranks cannot use the GPUs that Ray reserved for them; None where they can, and the same on each rank."""
+    if config.learner.gpus_per_worker == 0 or dist.get_backend() != "gloo":  # `gpu_backend.py` chooses gloo
+        return None
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, _problem_of_device(config.learner.gpus_per_worker))
+    return next((f"learner rank {rank}: {found}" for rank, found in enumerate(problems) if found), None)
+
+
+def _problem_of_device(gpus: float) -> str | None:
+    try:
+        device_for(gpus, "learner.gpus_per_worker")
+    except OpdlmError as problem:
+        return str(problem)
+    return None
+
+
+def _give_up(setup: LearnerSetup, reason: str) -> None:
+    if dist.get_rank() == 0:
+        limit = config_from_dict(setup.config).resources.call_timeout_seconds
+        QueueClient(setup.queue, 0, limit).give_up(reason)
+    dist.barrier()
 
 
 class Learner:

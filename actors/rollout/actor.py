@@ -25,6 +25,7 @@ from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.config.schema import OnNewWeights
 from opdlm.common.errors import WeightsLost, last_line
+from opdlm.common.model.device import device_for
 from opdlm.common.model.facts import read_facts, require_mask
 from opdlm.common.model.load import load_model
 from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory, WeightHandle, WeightPack
@@ -41,11 +42,13 @@ class RolloutActor:
         threads: int,
         on_new_weights: OnNewWeights = "finish",
         cuda_graphs: bool = False,
+        gpus: float = 0,
+        gpu_setting: str = "rollout.gpus_per_actor",
     ) -> None:
+        device = device_for(gpus, gpu_setting)
         torch.set_num_threads(max(threads, 1))
         facts = read_facts(student)
         self._mask_id, self._eos_ids = require_mask(facts), facts.eos_ids
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_model(student, dtype).to(device)
         self._make_recorder = CudaGraphs if cuda_graphs else None
         self._version = -1
@@ -167,6 +170,7 @@ def start_rollout_actor(
     restarts: int,
     on_new_weights: OnNewWeights = "finish",
     cuda_graphs: bool = False,
+    gpu_setting: str = "rollout.gpus_per_actor",
     **placement: Any,
 ) -> Any:
     """Starts a `RolloutActor` and returns its handle; the pool repeats a call that dies with an actor.
@@ -175,6 +179,7 @@ def start_rollout_actor(
         name: name of the Ray actor.
         student: folder of the student model.
         restarts: how often Ray may restart the actor.
+        gpu_setting: what says `gpus`, for errors.
         placement: more of Ray's actor options, which place it on a node.
     """
     actor = ray.remote(
@@ -183,4 +188,5 @@ def start_rollout_actor(
         max_restarts=restarts,
         max_concurrency=2 if on_new_weights == "continue" else 1,  # a decoding call, and a push during it
     )(RolloutActor)
-    return actor.options(name=name, **placement).remote(student, dtype, int(cpus), on_new_weights, cuda_graphs)
+    arguments = (student, dtype, int(cpus), on_new_weights, cuda_graphs, gpus, gpu_setting)
+    return actor.options(name=name, **placement).remote(*arguments)

@@ -5,6 +5,7 @@ Its responses are the first row of the evaluation, and the given responses of th
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from opdlm.actors.engine_guard import guarded
 from opdlm.actors.teacher.backends import make_backend
 from opdlm.common.batches import in_groups
 from opdlm.common.config.schema import TeacherConfig
+from opdlm.common.model.device import device_for
 from opdlm.common.types import ScoredTrajectory, Trajectory
 
 
@@ -39,7 +41,9 @@ class ScoreStats:
 class TeacherActor:
     """A teacher backend in a Ray actor."""
 
-    def __init__(self, folder: str, config: TeacherConfig) -> None:
+    def __init__(self, folder: str, config: TeacherConfig, gpu_setting: str = "teacher.gpus_per_actor") -> None:
+        if device_for(config.gpus_per_actor, gpu_setting) == "cpu" and config.backend == "vllm":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # vLLM takes whatever GPU it sees
         torch.set_num_threads(max(int(config.cpus_per_actor), 1))
         self._backend = make_backend(folder, config)
 
@@ -81,16 +85,24 @@ class TeacherActor:
         return responses, time.perf_counter() - started
 
 
-def start_teacher_actor(name: str, folder: str, config: TeacherConfig, restarts: int, **placement: Any) -> Any:
+def start_teacher_actor(
+    name: str,
+    folder: str,
+    config: TeacherConfig,
+    restarts: int,
+    gpu_setting: str = "teacher.gpus_per_actor",
+    **placement: Any,
+) -> Any:
     """Starts a `TeacherActor` and returns its handle; the pool repeats a call that dies with an actor.
 
     Args:
         name: name of the Ray actor.
         folder: folder of the teacher model.
         restarts: how often Ray may restart the actor.
+        gpu_setting: what says the actor's share of GPUs, for errors.
         placement: more of Ray's actor options, which place it on a node.
     """
     actor = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor, max_restarts=restarts)(
         TeacherActor
     )
-    return actor.options(name=name, **placement).remote(folder, config)
+    return actor.options(name=name, **placement).remote(folder, config, gpu_setting)

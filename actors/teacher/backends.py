@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from opdlm.actors.engine_guard import one_token_forward
 from opdlm.actors.teacher.generation import generate
 from opdlm.actors.teacher.scoring import score
 from opdlm.common.config.schema import TeacherConfig
 from opdlm.common.errors import OpdlmError
+from opdlm.common.model.device import device_for
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import input_device, load_model
 from opdlm.common.types import TeacherTargets, Trajectory
@@ -52,17 +52,18 @@ def make_backend(folder: str, config: TeacherConfig) -> TeacherBackend:
 class TransformersTeacher:
     """The teacher as a transformers model in this process.
 
-    It is on one device, or with `device_map: auto` spread over all GPUs that the process sees.
+    It is on one device, or with `device_map: auto` spread over all GPUs that the process sees. Without a share of GPUs
+    it is on the CPU.
     """
 
     def __init__(self, folder: str, config: TeacherConfig) -> None:
-        on_gpu = torch.cuda.is_available()
+        device = device_for(config.gpus_per_actor, "teacher.gpus_per_actor")
         if config.device_map == "auto":
-            self._model = load_model(folder, config.dtype, device_map="auto")
-            if on_gpu:  # a model that fits one device has no map
+            self._model = load_model(folder, config.dtype, device_map="auto" if device == "cuda" else "cpu")
+            if device == "cuda":  # a model that fits one device has no map
                 refuse_offload(getattr(self._model, "hf_device_map", {"": str(input_device(self._model))}), folder)
         else:
-            self._model = load_model(folder, config.dtype).to("cuda" if on_gpu else "cpu")
+            self._model = load_model(folder, config.dtype).to(device)
         self._eos_ids = read_facts(folder).eos_ids
         self._config = config
 

@@ -23,7 +23,8 @@ def load_model(
         folder: a checkpoint in Hugging Face layout.
         dtype: number format of the weights in memory; `auto` keeps the stored one.
         attention: `sdpa` (dense boolean or causal masks) or `flex_attention` (block masks, GPU only).
-        device_map: `auto` spreads the layers over the devices of this process (needs accelerate).
+        device_map: `auto` spreads the layers over the devices of this process; a device's name puts them there (needs
+            accelerate).
 
     Returns: a causal language model of transformers in eval mode, on the CPU unless `device_map` is given.
 

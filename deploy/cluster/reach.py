@@ -37,11 +37,10 @@ def check_reachable(address: str, where: str) -> str:
         OpdlmError: nothing listens there, or no Ray, or a Ray that refuses the token or has other versions.
     """
     if "://" in address:
-        kind = "a dashboard's" if address.startswith(("http://", "https://")) else "a Ray client's"
-        use = "`ray job submit` (--address or RAY_API_SERVER_ADDRESS)" if kind == "a dashboard's" else "Ray Client"
-        raise ConfigError(
-            f"{where}: found {address}, {kind} address, which is for {use}; to join a cluster, give the head's host:port"
-        )
+        kind = "a Ray client's address, which is for Ray Client"
+        if address.startswith(("http://", "https://")):
+            kind = "a dashboard's address, which is for `ray job submit` (--address or RAY_API_SERVER_ADDRESS)"
+        raise ConfigError(f"{where}: found {address}, {kind}; to join a cluster, give the head's host:port")
     if address == "auto":
         address = _cluster_of_this_machine(where)
     found = re.fullmatch(r"(?:\[([^\[\]\s]+)\]|([^\[\]:/\s]+)):(\d{1,5})", address)

@@ -25,6 +25,7 @@ from opdlm.deploy.cluster.connection import join_or_start
 from opdlm.deploy.cluster.placement import check_demands
 from opdlm.deploy.evaluate.decoders import Answers, Decoder, cut_to_limits
 
+_GPU_OPTION = "--gpus-per-actor"
 _PARTS_PER_ACTOR = 4
 """Calls per actor for a large set of prompts: few, so that slots are refilled; several, so that no actor idles."""
 
@@ -56,12 +57,14 @@ class ActorDecoder(Decoder):
         restarts, path = resources.actor_restarts, str(self.folder)
         if self.is_student:
             handles = {
-                name: start_rollout_actor(name, path, self._dtype, cpus_per_actor, gpus_per_actor, restarts)
+                name: start_rollout_actor(
+                    name, path, self._dtype, cpus_per_actor, gpus_per_actor, restarts, gpu_setting=_GPU_OPTION
+                )
                 for name in _names(actors)
             }
         else:
             config = TeacherConfig(dtype=self._dtype, cpus_per_actor=cpus_per_actor, gpus_per_actor=gpus_per_actor)
-            handles = {name: start_teacher_actor(name, path, config, restarts) for name in _names(actors)}
+            handles = {name: start_teacher_actor(name, path, config, restarts, _GPU_OPTION) for name in _names(actors)}
         self._pool = ActorPool(handles, resources.call_timeout_seconds, restarts)
         self._runner = asyncio.Runner()  # one event loop for all calls: the pool belongs to it
 

@@ -218,3 +218,18 @@ def test_added_actors_serve_once_ready_and_retired_ones_finish_their_call(killed
         assert deaths == [], "to be retired is no death"
 
     asyncio.run(scenario())
+
+
+def test_an_actor_that_cannot_begin_says_why() -> None:
+    """Ray does not restart an actor whose constructor raised, and its error quotes the whole traceback."""
+    actor = FakeActor("rollout-0")
+    text = "Traceback (most recent call last):\nopdlm.common.errors.OpdlmError: rollout.gpus_per_actor: found 1, but"
+    failed = ActorDiedError(RayTaskError("RolloutActor.__init__", text, OpdlmError("x"), pid=1, ip="here"))
+    actor.die(for_good=True, says=lambda _: failed)
+
+    async def run() -> None:
+        pool, _ = pool_of(actor)
+        with pytest.raises(OpdlmError, match=r"^rollout-0: rollout\.gpus_per_actor: found 1, but$"):
+            await pool.call("work", 1)
+
+    asyncio.run(run())

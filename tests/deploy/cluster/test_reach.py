@@ -95,7 +95,7 @@ def closed_port() -> int:
     ],
 )
 def test_an_address_of_another_form_is_refused(address, message) -> None:
-    with pytest.raises(ConfigError, match="resources.ray_address: found") as raised:
+    with pytest.raises(ConfigError, match=r"resources\.ray_address: found") as raised:
         join(address)
     assert message in str(raised.value)
 
