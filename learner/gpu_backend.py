@@ -14,7 +14,7 @@ from ray.train.torch import TorchConfig
 
 
 @dataclass
-class GpuConfig(TorchConfig):  # type: ignore[misc]
+class GpuConfig(TorchConfig):
     """NCCL on a group whose every rank can use a GPU, gloo otherwise."""
 
     backend: str | None = "nccl"
@@ -25,7 +25,7 @@ class GpuConfig(TorchConfig):  # type: ignore[misc]
         return _GpuBackend
 
 
-class _GpuBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+class _GpuBackend(TorchConfig().backend_cls):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         usable = worker_group.execute(torch.cuda.is_available)
         super().on_start(worker_group, backend_config if all(usable) else replace(backend_config, backend="gloo"))
