@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
 
 
 @dataclass
@@ -25,7 +26,7 @@ class GpuConfig(TorchConfig):
         return _GpuBackend
 
 
-class _GpuBackend(TorchConfig().backend_cls):
+class _GpuBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         usable = worker_group.execute(torch.cuda.is_available)
         super().on_start(worker_group, backend_config if all(usable) else replace(backend_config, backend="gloo"))

@@ -9,6 +9,7 @@ import functools
 import inspect
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,6 +74,8 @@ Overrides = Annotated[
 ]
 
 LARGEST_SEED = 2**64 - 1
+_EXIT_SECONDS = 5.0
+"""Longest time that the process takes to exit after a Ctrl-C that ends it at once."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -98,11 +101,19 @@ def _run_file(given: Path) -> Path:
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """A user's mistake, or a full disk, is printed as it is, without a traceback, and exits with 2."""
+    """A user's mistake, a full disk and Ctrl-C are printed as one line, without a traceback; exits with 2, and 130."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see `deploy/cluster/local_ray.py`
     try:
         yield
+    except KeyboardInterrupt as stopped:
+        code = getattr(stopped, "code", 128 + signal.SIGINT)
+        print(f"opdlm: {str(stopped) or 'Ctrl-C: ended at once'}", file=sys.stderr)
+        if "ray" in sys.modules:  # its end at exit may take long
+            from opdlm.deploy.run.stop import end_within
+
+            end_within(_EXIT_SECONDS, code)
+        raise typer.Exit(code) from None
     except OpdlmError as error:
         for line in str(error).splitlines():
             print(f"opdlm: {line}", file=sys.stderr)

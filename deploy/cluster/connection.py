@@ -36,6 +36,20 @@ def connect(config: OpdlmConfig) -> None:
     check_room(config, "resources")
 
 
+def connecting(resources: ResourcesConfig) -> str:
+    """In words, what `connect` is about to do."""
+    address, _ = _address(resources)
+    return f"joining the Ray cluster at {address}" if address else "starting Ray on this machine"
+
+
+def _address(resources: ResourcesConfig) -> tuple[str | None, str]:
+    """The address of the cluster to join, and what says so; None to start a local Ray."""
+    address, where = resources.ray_address, "resources.ray_address"
+    if address in (None, "", "auto") and os.environ.get("RAY_ADDRESS"):
+        address, where = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
+    return (address if address and address != "local" else None), where
+
+
 def join_or_start(resources: ResourcesConfig, asked: Demands) -> None:
     """Joins the cluster of `resources.ray_address` or RAY_ADDRESS; without an address, starts a local Ray.
 
@@ -53,10 +67,8 @@ def join_or_start(resources: ResourcesConfig, asked: Demands) -> None:
     # Ray says that token authentication is on, and how to turn it off; that it is off, we say below.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     logs = {"log_to_driver": resources.worker_logs, "logging_level": "warning"}
-    address, where = resources.ray_address, "resources.ray_address"
-    if address in (None, "", "auto") and os.environ.get("RAY_ADDRESS"):
-        address, where = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
-    if address and address != "local":
+    address, where = _address(resources)
+    if address:
         _join(address, where, logs)
     else:
         start_local_ray(

@@ -7,6 +7,7 @@ spare actors the rollout actors evaluate, and decoding waits for them.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 from opdlm.actors.pool import ActorPool
@@ -31,11 +32,19 @@ class RunEvaluations:
         checked: what the preflight found: tokenizer and schedule.
         roles: the pools that answer.
         records: gets the results.
+        stage: told when an evaluation begins that the run waits for.
     """
 
-    def __init__(self, checked: Preflight, roles: Roles, records: RunRecords) -> None:
+    def __init__(
+        self,
+        checked: Preflight,
+        roles: Roles,
+        records: RunRecords,
+        stage: Callable[[str], None] = lambda what: None,
+    ) -> None:
         config = checked.config
         self._config, self._checked, self._roles, self._records = config, checked, roles, records
+        self._stage = stage
         self._settings = DecodeSettings.from_config(config.rollout)
         self._background = BackgroundEvaluations(self._evaluate_periodically, self._note_lost_weights)
         self._done: set[tuple[str, int]] = set()
@@ -65,11 +74,15 @@ class RunEvaluations:
         self._newest = handle
         if handle.version == 0 and self._final is not None:
             rows = {row for row, _ in self._done}
+            problems = len(self._final.prompt_ids)
             if TEACHER not in rows:
+                self._stage(f"examining the teacher: {problems:,} problems")
                 result = await evaluate_teacher(self._roles.teachers, self._final, self._config.evaluation)
                 self._record(TEACHER, 0, result, step=0)
             if BEFORE not in rows:
+                self._stage(f"examining the student before training: {problems:,} problems")
                 await self._evaluate(BEFORE, self._final, handle)
+            self._stage("training")
         every = self._config.evaluation.every_rounds
         due = every is not None and handle.version % every == 0 and (PERIODIC, handle.version) not in self._done
         if due and self._periodic is not None:
@@ -86,6 +99,7 @@ class RunEvaluations:
     async def final(self) -> None:
         """Evaluates the newest version, which is the trained student, for the last rows of the table."""
         if self._final is not None and self._newest is not None:
+            self._stage("examining the trained student, with two decodings")
             await self._evaluate(STATIC, self._final, self._newest)
             await self._evaluate(DYNAMIC, self._final, self._newest)
 

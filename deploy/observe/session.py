@@ -14,7 +14,7 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.curriculum import unused_domain_limits
 from opdlm.common.data.prompts import PromptSet
 from opdlm.common.model.facts import count_parameters
-from opdlm.deploy.observe.records import RunRecords, View
+from opdlm.deploy.observe.records import RunRecords, View, read_records
 from opdlm.deploy.observe.report import write_report
 from opdlm.deploy.observe.writers import WandbWriter
 
@@ -78,6 +78,9 @@ def show_end(run_dir: Path, samples: tuple[int, int], stopped: bool, console: Co
     Args:
         samples: in a round and in the run.
     """
+    if stopped and not any(record["kind"] == "round" for record in read_records(run_dir)):
+        console.print("stopped before the first round; --resume starts it", highlight=False)
+        return
     console.print(write_report(run_dir, samples))
     written = "report.json, report.png, metrics.jsonl, timeline.json, tensorboard/" + ("" if stopped else ", student/")
     console.print(f"written: {run_dir}/{written}", highlight=False, soft_wrap=True)

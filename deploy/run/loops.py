@@ -104,6 +104,13 @@ class Loops:
             if events:
                 self.records.learned(events, state | self.roles.sizes())
 
+    def how_it_ends(self, rounds: int) -> str:
+        """In words, what a stop does now. `rounds`: of the whole run."""
+        if self.weights is None:
+            return "the run ends before its first round, as soon as the models are loaded"
+        now = min(self.weights.version + 1, rounds)
+        return f"round {now} of {rounds} is finished if its training has begun, then a checkpoint is written"
+
     async def stop(self) -> None:
         """Asks for an end with a checkpoint: nothing more is leased, the learner finishes its round, saves and ends."""
         self.stopping = True

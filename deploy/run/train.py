@@ -18,17 +18,19 @@ The loops are in `loops.py`, their end in `ending.py`; what happens when somethi
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from opdlm.common.config import OpdlmConfig
-from opdlm.deploy.cluster.connection import connect
+from opdlm.deploy.cluster.connection import connect, connecting
 from opdlm.deploy.cluster.roles import Roles, start_roles
 from opdlm.deploy.cluster.scaling import Scaler
 from opdlm.deploy.evaluate.during_run import RunEvaluations
 from opdlm.deploy.observe.records import RunRecords
 from opdlm.deploy.observe.session import open_records, show_data, show_end, show_notes, show_start
+from opdlm.deploy.observe.stages import Stages
 from opdlm.deploy.observe.terminal import open_view
 from opdlm.deploy.run.directory import check_run, config_digest, find_checkpoint, open_run
 from opdlm.deploy.run.ending import run_together
@@ -40,14 +42,19 @@ from opdlm.deploy.run.preflight import Preflight, preflight
 from opdlm.deploy.run.recovery import survive_queue_deaths
 from opdlm.deploy.run.sources import open_source
 from opdlm.deploy.run.start_models import prepare_student
-from opdlm.deploy.run.stop import StopRequest
+from opdlm.deploy.run.stop import EndAtOnce, StopRequest
 from opdlm.learner.group import fit
 from opdlm.learner.setup import LearnerSetup
 
 
 def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
     """Runs a job to its end; returns the exit code (0 done, 128 + signal after a stop with a checkpoint)."""
-    config = absolute_paths(config)
+    with EndAtOnce() as end:
+        return _train(absolute_paths(config), resume, console, end)
+
+
+def _train(config: OpdlmConfig, resume: bool, console: Console, end: EndAtOnce) -> int:
+    stage = Stages(console)
     check_run(config, resume)
     checked = preflight(config)
     schedule = checked.schedule
@@ -56,10 +63,13 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
     responses = known_responses(config, checked.prompts.prompts, checked.order.digest)
     with RunLock(Path(config.run.dir)) as lock:
         checkpoint = find_checkpoint(config, resume, checked.order.digest)
+        stage(connecting(config.resources))
         connect(config)
+        end.take()
         open_run(config, resume, checkpoint)
         show_start(config, checkpoint, schedule.rounds, console)
         first_round, student = checkpoint.rounds if checkpoint else 0, prepare_student(config)
+        stage("loading the models")
         roles = start_roles(config, student, schedule.total, first_round)
         try:
             with (
@@ -69,7 +79,9 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
                 records.before_write = lock.verify
                 prompts = checked.prompts
                 records.data(len(prompts.prompts), prompts.refused, checked.order.digest, prompts.unknown_characters)
-                code = asyncio.run(_run(checked, roles, records, student, responses))
+                code = asyncio.run(_run(checked, roles, records, student, responses, Driver(console, end, stage)))
+                end.take()
+                end.what = "training had ended; --resume writes the report"
         finally:
             roles.stop()
         lock.verify()
@@ -78,20 +90,34 @@ def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
     return code
 
 
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """What the loops have of the process that they run in: its terminal, its signals, the lines about its stages."""
+
+    console: Console
+    end: EndAtOnce
+    stage: Stages
+
+
 async def _run(
-    checked: Preflight, roles: Roles, records: RunRecords, student: str, responses: GivenResponses | None
+    checked: Preflight,
+    roles: Roles,
+    records: RunRecords,
+    student: str,
+    responses: GivenResponses | None,
+    driver: Driver,
 ) -> int:
     config, total = checked.config, checked.schedule.total
-    stop = StopRequest()
+    stop = StopRequest(driver.console, driver.end)
     source = await stop.cancels(open_source(checked, roles, records, responses))
     if source is None:  # a stop while the teacher wrote responses: nothing has begun
         return stop.exit_code
-    evaluations = RunEvaluations(checked, roles, records)
+    evaluations = RunEvaluations(checked, roles, records, driver.stage)
 
     async def run_loops() -> None:
         evaluations.begin()
         loops = Loops(config, roles, source, records, evaluations.on_weights)
-        stop.calls(loops.stop)
+        stop.calls(loops.stop, lambda: loops.how_it_ends(checked.schedule.rounds))
         setup = LearnerSetup(
             config.model_dump(mode="json"), student, total, config_digest(config), checked.order.digest, roles.queue
         )
