@@ -13,6 +13,7 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.checks import is_loopback
 from opdlm.common.config.schema import ResourcesConfig
 from opdlm.common.errors import ConfigError, OpdlmError, first_line
+from opdlm.deploy.cluster.import_name import check_import_name
 from opdlm.deploy.cluster.local_ray import start_local_ray
 from opdlm.deploy.cluster.placement import Demands, check_room, demands
 from opdlm.deploy.cluster.reach import check_reachable, ends_process_after
@@ -57,12 +58,14 @@ def join_or_start(resources: ResourcesConfig, asked: Demands) -> None:
     `resources.local_cpus` is set.
 
     Raises:
-        OpdlmError: a Ray without token authentication by default; no cluster at the address, or one that refuses this
-            process (`check_reachable`); a local Ray that does not start (`start_local_ray`).
+        OpdlmError: another `opdlm` in the way of the workers (`check_import_name`); a Ray without token authentication
+            by default; no cluster at the address, or one that refuses this process (`check_reachable`); a local Ray
+            that does not start (`start_local_ray`).
         ConfigError: a dashboard that other machines can reach without authentication, or a dashboard's address.
     """
     if ray.is_initialized():
         return
+    check_import_name()
     check_security(resources, ray.__version__)
     # Ray says that token authentication is on, and how to turn it off; that it is off, we say below.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)

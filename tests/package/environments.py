@@ -91,7 +91,7 @@ def copy_tree(folder: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("opdlm", *ROOMS):
         shutil.copytree(REPOSITORY / name, folder / name, symlinks=True, ignore=ignore)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "opdlm_command.py"):
         shutil.copy(REPOSITORY / name, folder / name)
     return folder
 

@@ -124,9 +124,9 @@ def test_the_wheel_has_every_module_and_every_data_file(tmp_path) -> None:
     ours = {name for name in names if not name.startswith("opdlm_ray-")}
     tree = copy_tree(tmp_path / "expected")
     rooms = {f"opdlm/{f.relative_to(tree)}" for room in ROOMS for f in (tree / room).rglob("*") if f.is_file()}
-    assert ours == rooms | {f"opdlm/{f.name}" for f in (tree / "opdlm").glob("*.py")}
+    assert ours == rooms | {f"opdlm/{f.name}" for f in (tree / "opdlm").glob("*.py")} | {"opdlm_command.py"}
     modules = {module_name(file) for file in code_files()}
-    assert len([name for name in ours if name.endswith(".py")]) == len(modules)
+    assert len([name for name in ours if name.endswith(".py")]) == len(modules) + 1
     data = {
         "opdlm/deploy/demo.yaml",
         "opdlm/deploy/cluster_files/slurm.sh",
@@ -136,7 +136,7 @@ def test_the_wheel_has_every_module_and_every_data_file(tmp_path) -> None:
         "opdlm/common/export/templates/block_causal.py",
     }
     assert data <= ours
-    assert "[console_scripts]\nopdlm = opdlm.deploy.cli:app" in _text(wheel, "entry_points.txt")
+    assert "[console_scripts]\nopdlm = opdlm_command:main" in _text(wheel, "entry_points.txt")
     assert f"\nVersion: {opdlm.__version__}\n" in _text(wheel, "METADATA")
 
 

@@ -1,4 +1,7 @@
-"""Signals: the first one asks for an end and says so, the second one ends at once. `pytest tests/deploy/run/test_stop.py`"""
+"""Signals: the first one asks for an end and says so, the second one ends at once.
+
+`pytest tests/deploy/run/test_stop.py`
+"""
 
 from __future__ import annotations
 
@@ -127,11 +130,16 @@ def test_a_terminal_that_is_gone_does_not_end_the_run() -> None:
 def test_rays_handler_and_asyncios_are_replaced() -> None:
     with pytest.raises(Stopped, match=r"SIGTERM: the run had not begun"), EndAtOnce():
         raise SystemExit(signal.SIGTERM)  # as Ray's handler does while Ray starts
-    with pytest.raises(Stopped) as raised, EndAtOnce() as end:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        end.take()
-        os.kill(os.getpid(), signal.SIGTERM)
-        threading.Event().wait(10)
+
+    def taken_back() -> None:
+        with EndAtOnce() as end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            end.take()
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(10)
+
+    with pytest.raises(Stopped) as raised:
+        taken_back()
     assert raised.value.code == 128 + signal.SIGTERM
 
 
