@@ -8,16 +8,23 @@ BIN := $(VENV)/bin
 # hundreds of models, so those few that are used compile when they are.)
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+# Says what happens, with the time of day.
+SAY = @printf '%s  %s\n' "$$(date +%H:%M:%S)"
+# Moves a folder of an earlier time aside: runs/demo to runs/demo.1, and so on.
+ASIDE = @if [ -e $(1) ]; then n=1; while [ -e $(1).$$n ]; do n=$$((n + 1)); done; mv $(1) $(1).$$n; \
+	printf '%s  %s\n' "$$(date +%H:%M:%S)" "$(1) of an earlier time is now $(1).$$n"; fi
 COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 -x '/(testing|tests|models)/' .
 
 .PHONY: demo test test-slow test-all test-vllm chaos soak lint bench docs format clean
 
 demo: $(VENV)/.installed models/chain-teacher  ## Train a teacher, turn it into a diffusion model, report.
-	rm -rf runs/demo
-	$(BIN)/opdlm train deploy/demo.yaml
+	$(call ASIDE,runs/demo)
+	$(SAY) "training the student (opdlm train deploy/demo.yaml)"
+	@$(BIN)/opdlm train deploy/demo.yaml
 
 models/chain-teacher: | $(VENV)/.installed  # trained on first use, then kept
-	$(BIN)/opdlm pretrain $@ --task chain
+	$(SAY) "training the teacher: about a minute, once"
+	@$(BIN)/opdlm pretrain $@ --task chain
 
 test: $(VENV)/.installed-dev  ## The tests before every commit: every part, and the main properties of whole runs.
 	$(BIN)/python -m pytest -m "not slow"
@@ -62,9 +69,11 @@ $(VENV)/bin/python:
 
 # torch is pinned on the command line as well: an open requirement would pull the newest CUDA build.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(INSTALL) torch==2.13.0 -e .
-	$(COMPILE)
-	touch $@
+	$(SAY) "installing packages into $(VENV): one to three minutes"
+	@$(INSTALL) torch==2.13.0 -e .
+	$(SAY) "compiling them"
+	@$(COMPILE)
+	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) torch==2.13.0 -e '.[dev]'

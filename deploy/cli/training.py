@@ -32,7 +32,8 @@ def train(
 ) -> None:
     """Run on-policy distillation: decode, score, train, push, until the run's prompts are used.
 
-    Ctrl-C (or SIGTERM) ends the round, writes a checkpoint and exits; `--resume` goes on from there.
+    Ctrl-C (or SIGTERM, SIGHUP) ends the round, writes a checkpoint and exits; `--resume` goes on from there. A second
+    one ends at once.
 
     Examples:
 
