@@ -42,10 +42,15 @@ def two_nodes(monkeypatch) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
+    from opdlm.deploy.cluster.local_ray import WORKER_ENVIRONMENT, defaults_in_environment
+
     ray.shutdown()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 0, "include_dashboard": False})
+    with defaults_in_environment(WORKER_ENVIRONMENT):
+        cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 0, "include_dashboard": False}
+        )
+        cluster.second = cluster.add_node(num_cpus=4, resources={"second": 4})
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    cluster.second = cluster.add_node(num_cpus=4, resources={"second": 4})
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()

@@ -93,7 +93,11 @@ def _metadata(address: str, where: str) -> dict[str, Any]:
             f"({error.code().name.lower()}); give the head's host:port"
         ) from None
     except (RayError, OSError, ValueError) as error:  # a token that is missing or cannot be read
-        raise OpdlmError(f"{where}: {address} cannot be asked: {first_line(error)}") from None
+        reason = first_line(error).partition(". ")[0]  # Ray goes on with all its ways to give one
+        raise OpdlmError(
+            f"{where}: {address} cannot be asked: {reason}; put the head's token into ~/.ray/auth_token, or name its "
+            "file with RAY_AUTH_TOKEN_PATH"
+        ) from None
     return json.loads(reply.value) if reply.value else {}
 
 

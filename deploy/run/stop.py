@@ -31,12 +31,20 @@ class Stopped(KeyboardInterrupt):
         self.code = 128 + number
 
 
-def end_within(seconds: float, code: int) -> threading.Timer:
+def end_within(seconds: float, code: int, line: str = "") -> threading.Timer:
     """Ends the process with this code unless it has ended by then or the timer is cancelled.
 
     For Ray's C++ code and for threads, which no exception ends.
+
+    Args:
+        line: what the user still has to read then.
     """
-    timer = threading.Timer(seconds, os._exit, [code])
+
+    def end() -> None:
+        os.write(2, line.encode())
+        os._exit(code)
+
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
     return timer
@@ -57,7 +65,8 @@ class EndAtOnce:
 
     def __enter__(self) -> EndAtOnce:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in _signals()}
+            # None: the handler is not Python's, so it could not be put back.
+            self._before = {n: handler for n in _signals() if (handler := signal.getsignal(n)) is not None}
         self.take()
         return self
 
@@ -70,8 +79,9 @@ class EndAtOnce:
         """Ends the block."""
         logging.disable(logging.CRITICAL)
         threading.excepthook = lambda _: None
-        self._timer = self._timer or end_within(_CLEAN_UP_SECONDS, 128 + number)
-        raise Stopped(number, what)
+        stopped = Stopped(number, what)
+        self._timer = self._timer or end_within(_CLEAN_UP_SECONDS, stopped.code, f"opdlm: {stopped}\n")
+        raise stopped
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():

@@ -223,3 +223,17 @@ def test_a_dead_address_ends_the_command(chain_teacher, tmp_path: Path) -> None:
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"opdlm: RAY_ADDRESS: no cluster answers at {address}: Connection refused")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_token_that_is_missing_ends_with_one_line(start_head, tmp_path: Path) -> None:
+    """In a process of its own, because Ray keeps the token that it has read."""
+    script = (
+        "from opdlm.deploy.cluster.reach import check_reachable\nfrom opdlm.deploy.cli.app import clear_errors\n"
+        f"with clear_errors():\n    check_reachable('{start_head(VERSIONS)}', 'RAY_ADDRESS')"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("opdlm:")]
+    assert "cannot be asked: Token authentication is enabled but" in line
+    assert line.endswith("; put the head's token into ~/.ray/auth_token, or name its file with RAY_AUTH_TOKEN_PATH")
