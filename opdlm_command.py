@@ -19,6 +19,9 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    from opdlm.deploy.cli import app
+    try:
+        from opdlm.deploy.cli import app
 
-    app()
+        app()
+    except KeyboardInterrupt:  # before a command has begun, which says it by itself
+        sys.exit(130)
