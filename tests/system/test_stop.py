@@ -42,5 +42,6 @@ def test_a_second_ctrl_c_ends_quietly(ray_cluster, victims, chain_teacher, tmp_p
             process.kill()
             process.wait()
     assert " of 1000 is finished if its training has begun, then a checkpoint is written; a second one ends" in told
-    assert log.read_text() == "opdlm: Ctrl-C: ended at once; --resume goes on from the last checkpoint\n"
+    lines = [line for line in log.read_text().splitlines() if "token authentication is off" not in line]
+    assert lines == ["opdlm: Ctrl-C: ended at once; --resume goes on from the last checkpoint"]
     assert process.returncode == 130
