@@ -33,15 +33,16 @@ def convert(
     destination: str | Path,
     block_size: int = 4,
     block_grid: Literal["absolute", "response"] = "absolute",
+    mask_token: str | None = None,
 ) -> int:
     """Makes a student of an autoregressive checkpoint; returns its mask token id. See `opdlm convert`.
 
     Raises:
-        OpdlmError: the source cannot be used, or the destination exists.
+        OpdlmError: the source or the mask token cannot be used, or the destination exists.
     """
     from opdlm.common.model.convert import convert_checkpoint
 
-    return convert_checkpoint(_path(source), _path(destination), block_size, block_grid)
+    return convert_checkpoint(_path(source), _path(destination), block_size, block_grid, mask_token)
 
 
 def export(

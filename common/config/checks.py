@@ -21,7 +21,7 @@ def check_config(config: OpdlmConfig) -> None:
     Raises:
         ConfigError: with one line per mistake, which names the setting by its path.
     """
-    checks = (_run, _data, _objective, _rollout, _teacher, _targets, _learner, _curriculum, _resources)
+    checks = (_run, _data, _model, _objective, _rollout, _teacher, _targets, _learner, _curriculum, _resources)
     problems = [
         *_texts(config.model_dump()),
         *_secrets(config.model_dump()),
@@ -79,6 +79,11 @@ def _data(config: OpdlmConfig) -> Iterator[str]:
         if getattr(data, field) is not None and not data.chat_template:
             found = f"data.{field}: found {getattr(data, field)!r} without data.chat_template"
             yield f"{found}; set data.chat_template to true"
+
+
+def _model(config: OpdlmConfig) -> Iterator[str]:
+    if config.model.mask_token is not None and config.model.student is not None:
+        yield f"model.mask_token: found {config.model.mask_token!r}, but model.student has its mask token already"
 
 
 def _objective(config: OpdlmConfig) -> Iterator[str]:

@@ -113,6 +113,9 @@ class ModelConfig(Section):
     student: PathText | None = None
     """Folder of a converted model whose weights the student starts from. Empty: the teacher is converted, and a mask
     token added where it has none."""
+    mask_token: str | None = None
+    """Text of the mask token where the teacher is converted, as in `opdlm convert --mask-token`. Needed where the
+    tokenizer's own mask token has another role (it ends responses, say). Empty: the tokenizer's, else `<|MASK|>`."""
     dtype: Dtype = "bfloat16"
     """Number format of the student's weights in decoding and training. With bfloat16 the optimizer also keeps float32
     weights."""

@@ -18,7 +18,6 @@ __getattr__, __all__ = lazy_exports(
         "char_tokenizer": ["build_char_tokenizer"],
         "config": ["EMBEDDING", "OUTPUT", "SUPPORTED_TYPES", "read_config"],
         "convert": [
-            "MASK_TOKEN",
             "check_tensors",
             "convert_checkpoint",
             "finish_config",
@@ -28,10 +27,18 @@ __getattr__, __all__ = lazy_exports(
             "write_config",
         ],
         "end_tokens": ["EndTokens", "as_setting", "read_end_tokens", "token_names", "write_generation_config"],
-        "facts": ["ModelFacts", "check_vocabularies", "count_parameters", "read_facts", "require_mask"],
+        "facts": [
+            "ModelFacts",
+            "check_vocabularies",
+            "count_parameters",
+            "read_facts",
+            "require_mask",
+            "shared_tokens",
+        ],
         "load": ["hidden_states", "input_device", "load_model", "load_output_matrix"],
+        "mask_token": ["MASK_TOKEN", "check_mask_row", "choose_mask", "mask_problem"],
         "prompt_encoder": ["PromptEncoder"],
-        "shards": ["Shards", "copy_shards", "read_shards", "weights_fingerprint"],
+        "shards": ["Shards", "check_finite", "copy_shards", "read_shards", "require_finite", "weights_fingerprint"],
         "tokenizer": ["check_tokenizers", "has_tokenizer", "load_tokenizer"],
     },
 )

@@ -1,9 +1,10 @@
 """Converts an autoregressive checkpoint to a student: the same weights, a mask token, and a block size in config.json.
 
-Where the tokenizer has no mask token, `<|MASK|>` is added. If the embedding matrix has more rows than the tokenizer has
-tokens (as in Qwen3), the mask token takes one of these rows; otherwise a row is appended. Either way no logit of an
-existing token changes. Weight files are copied as bytes, and only a file with a matrix that grows is written anew, so
-converting a model of any size needs the memory of one matrix. `opdlm.common.export` writes students for other programs.
+Where the tokenizer has no mask token, `<|MASK|>` is added (`mask_token.py`). If the embedding matrix has more rows than
+the tokenizer has tokens (as in Qwen3), the mask token takes one of these rows; otherwise a row is appended. Either way
+no logit of an existing token changes. Weight files are copied as bytes, and only a file with a matrix that grows is
+written anew, so converting a model of any size needs the memory of one matrix. `opdlm.common.export` writes students
+for other programs.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from opdlm.common.files import atomic_folder, check_new_folder
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
 from opdlm.common.model.end_tokens import as_ids, as_setting, write_generation_config
 from opdlm.common.model.facts import read_facts
-from opdlm.common.model.shards import Shards, copy_shards, read_shards
+from opdlm.common.model.mask_token import check_mask_row, choose_mask
+from opdlm.common.model.shards import Shards, check_finite, copy_shards, read_shards
 from opdlm.common.model.tokenizer import load_tokenizer
 
-MASK_TOKEN = "<|MASK|>"
 
-
-def convert_checkpoint(source: str | Path, destination: str | Path, block_size: int, block_grid: str) -> int:
+def convert_checkpoint(
+    source: str | Path, destination: str | Path, block_size: int, block_grid: str, mask_token: str | None = None
+) -> int:
     """Writes a student checkpoint and returns its mask token id. The destination appears whole or not at all.
 
     Args:
@@ -35,17 +37,19 @@ def convert_checkpoint(source: str | Path, destination: str | Path, block_size: 
         destination: a folder that does not exist yet.
         block_size: tokens in a block.
         block_grid: `absolute` or `response`.
+        mask_token: text of the mask token. None: the one that the tokenizer has, else `<|MASK|>`.
 
     Raises:
-        OpdlmError: the source cannot be used, or the destination exists.
+        OpdlmError: the source or the mask token cannot be used, or the destination exists.
     """
     destination = Path(destination)
     check_new_folder("convert", destination)
-    config, tokenizer, shards = read_config(source), load_tokenizer(source), read_shards(source)
+    config, shards = read_config(source), read_shards(source)
+    tokenizer = load_tokenizer(source, own_mask=mask_token is None)
     check_tensors(config, shards)
-    if tokenizer.mask_token_id is None:
-        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
-    mask_id = int(tokenizer.mask_token_id)
+    mask_id = choose_mask(Path(source), config, tokenizer, read_facts(source).eos_ids, mask_token)
+    check_mask_row(mask_id, shards.shape(EMBEDDING)[0])
+    check_finite(shards)
     rows = mask_rows(shards, mask_id)
     config.vocab_size += bool(rows)
     config.update({"mask_token_id": mask_id, "block_size": block_size, "block_grid": block_grid})
@@ -79,18 +83,9 @@ def mask_rows(shards: Shards, mask_id: int) -> dict[str, torch.Tensor]:
     """Returns the row `[D]` for the mask token that each of embedding and output matrix needs: the mean of its rows.
 
     Returns: tensor name -> row; empty where the matrices have a row for the mask token already.
-
-    Raises:
-        OpdlmError: the tokenizer has more tokens than the matrices have rows.
     """
-    existing = shards.shape(EMBEDDING)[0]
-    if mask_id < existing:
+    if mask_id < shards.shape(EMBEDDING)[0]:
         return {}
-    if mask_id > existing:
-        raise OpdlmError(
-            f"convert: the tokenizer gives the mask token id {mask_id}, but the embedding has {existing} rows; "
-            "use the tokenizer that the model was trained with, which has no more tokens than that"
-        )
     rows = {}
     for name in (EMBEDDING, OUTPUT):
         if name in shards.file_of:

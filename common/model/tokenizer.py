@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from opdlm.common.model.facts import ModelFacts
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | Path, own_mask: bool = True) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a folder.
+
+    Args:
+        own_mask: False leaves out which token its files name as the mask token. A mask token is no text in decoding, so
+            a wrong one, such as a digit, would be missing in every text.
 
     Raises:
         OpdlmError: the folder has no tokenizer, it cannot be read without running code from the folder, or it has no
@@ -25,8 +29,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise OpdlmError(f"model folder {folder} has no tokenizer.json; expected a tokenizer beside the weights")
     # With a config given, transformers neither looks for code in the folder nor asks whether to run it.
     config = read_config(folder) if (Path(folder) / "config.json").is_file() else None
+    changes = {} if own_mask else {"mask_token": None}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, **changes)
     except Exception as error:  # for damaged files, the tokenizers library raises Exception itself
         reason = " ".join(str(error).split())
         raise OpdlmError(f"the tokenizer in {folder} cannot be read: {reason or type(error).__name__}") from error

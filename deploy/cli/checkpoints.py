@@ -20,18 +20,24 @@ def convert(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New student folder.")],
     block_size: Annotated[int, typer.Option(min=1, help="Tokens in a block, written to config.json.")] = 4,
     block_grid: Annotated[Literal["absolute", "response"], typer.Option(help="Block grid, likewise.")] = "absolute",
+    mask_token: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Mask token; added if new. Default: the tokenizer's, else <|MASK|>."),
+    ] = None,
 ) -> None:
     """Make a student of an AR checkpoint: the same weights, and a mask token where there is none.
 
-    Example:
+    Examples:
 
         opdlm convert models/chain-teacher models/chain-student --block-size 4
+
+        opdlm convert models/mine models/mine-student --mask-token '<|MASK|>'
     """
     with clear_errors():
         from opdlm.common.model.convert import convert_checkpoint
         from opdlm.common.model.facts import read_facts
 
-        mask_id = convert_checkpoint(source, destination, block_size, block_grid)
+        mask_id = convert_checkpoint(source, destination, block_size, block_grid, mask_token)
         if note := read_facts(source).end_tokens_note:
             print(f"opdlm: {note}", file=sys.stderr)
         out.print(
