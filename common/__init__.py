@@ -6,6 +6,7 @@ export/                                   students as folders that other program
 data/                                     prompts, questions, answers, built-in tasks
 grid.py, masks.py, curriculum.py          blocks, attention masks, limits that change with the rounds
 types.py, samples.py, tensors.py          what the actors send to each other
+token_ids.py                              which rows of a vocabulary are tokens
 weights.py, weight_offer.py, checksum.py  packing, handing over and checking weights
 checkpoint.py, files.py                   checkpoints, and files that appear whole or not at all
 batches.py, retry.py, errors.py           cutting into groups, waiting for room in the object store, errors

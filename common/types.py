@@ -81,7 +81,7 @@ class TopKTargets:
     token_ids: np.ndarray  # [R, K] int32
     logprobs: np.ndarray  # [R, K] float32
     vocab_size: int
-    """The teacher's V. The student's softmax is over the same tokens."""
+    """The teacher's rows up to its last token. The student's softmax is over the same tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,10 @@ class HiddenTargets:
 
 @dataclass(frozen=True, slots=True)
 class LogitsTargets:
-    """The teacher's logits over its full vocabulary, for small vocabularies and tests."""
+    """The teacher's logits over its full vocabulary, for small vocabularies and tests.
+
+    V ends with the last token: rows of padding are left out. A row before it that no token has is minus infinity.
+    """
 
     logits: np.ndarray  # [R, V] float32
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from opdlm.common.config import OpdlmConfig
-from opdlm.common.model.facts import read_facts
+from opdlm.common.model.config import read_config
 from opdlm.common.model.shards import weights_fingerprint
 from opdlm.common.samples import SampleRef
 from opdlm.learner.queue_client import QueueClient
@@ -118,7 +118,7 @@ class RoundTrainer:
     def _rollout_facts(self) -> RolloutFacts:
         """What all rounds' saved rollouts say of the run. The teacher's files are read once for it."""
         teacher = self.config.model.teacher
-        return facts_of(self.config, read_facts(teacher).vocab_size, self.data_digest, weights_fingerprint(teacher))
+        return facts_of(self.config, read_config(teacher).vocab_size, self.data_digest, weights_fingerprint(teacher))
 
     def _work(self, samples: list[SampleRef]) -> list[float]:
         """`training_work` as rank 0 knows it, on every rank. A collective call.

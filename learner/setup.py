@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from opdlm.common.token_ids import TokenIds
+
 
 @dataclass(frozen=True, slots=True)
 class LearnerSetup:
@@ -25,3 +27,5 @@ class LearnerSetup:
     """Fingerprint of the prompts, stored in every checkpoint: a run is not resumed on other data."""
     queue: Any
     """Handle of the replay queue actor."""
+    tokens: TokenIds | None = None
+    """The tokens that teacher and student share. None: all rows of the teacher."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,14 +12,18 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.common.model.load import load_output_matrix
 from opdlm.common.tensors import array_to_tensor
+from opdlm.common.token_ids import TokenIds
 from opdlm.common.types import LogitsTargets, TeacherTargets, TopKTargets
 from opdlm.learner.losses import divergence, forward_kl_with_gradient, restrict_to_top_k
 from opdlm.learner.rows import Row
 
+_NO_TOKEN = -1e30
+"""Logit of a row that no token has: its probability is 0 in float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class PositionTargets:
-    """Targets of one kind at N positions.
+    """Targets of one kind at N positions. V is the number of rows up to the last token, padding left out.
 
     `topk`: `values [N, K]` log-probabilities and `token_ids [N, K]`; `logits`: `values [N, V]`; `hidden`: `values
     [N, D]` and `head [V, D]`.
@@ -27,33 +31,36 @@ class PositionTargets:
 
     values: torch.Tensor
     vocab_size: int
-    """The teacher's V."""
+    """V."""
     token_ids: torch.Tensor | None = None
     head: torch.Tensor | None = None
-    """The teacher's output matrix."""
+    """The first V rows of the teacher's output matrix."""
+    holes: torch.Tensor | None = None
+    """`[H]` int64, rows below V that no token has. None where there is none, which is usual."""
 
     def __getitem__(self, part: slice) -> PositionTargets:
         ids = None if self.token_ids is None else self.token_ids[part]
-        return PositionTargets(self.values[part], self.vocab_size, ids, self.head)
+        return replace(self, values=self.values[part], token_ids=ids)
 
     def to(self, device: torch.device) -> PositionTargets:
         """The same targets on another device, where the head is already."""
-        ids = None if self.token_ids is None else self.token_ids.to(device)
-        return PositionTargets(self.values.to(device), self.vocab_size, ids, self.head)
+        ids, holes = (None if tensor is None else tensor.to(device) for tensor in (self.token_ids, self.holes))
+        return replace(self, values=self.values.to(device), token_ids=ids, holes=holes)
 
     def losses(self, student_logits: torch.Tensor, objective: ObjectiveConfig) -> torch.Tensor:
-        """The divergence at each position, `[N]` float32. `student_logits`: `[N, V']` with V' >= the teacher's V.
+        """The divergence at each position, `[N]` float32. `student_logits`: `[N, V']` with V' >= V.
 
-        Where the student has one row more than the teacher (its added mask token), that row is no outcome.
+        The rows of the student from V on (padding, or an added mask token) are no outcome, and no hole is one.
         """
-        student = student_logits[:, : self.vocab_size].float().log_softmax(-1)
+        student = self._without_holes(student_logits[:, : self.vocab_size].float()).log_softmax(-1)
         if self.token_ids is not None:
             return divergence(*restrict_to_top_k(self.token_ids, self.values, student, objective.tail), objective)
         with torch.no_grad():
             teacher = self._teacher_logits().log_softmax(-1)
         if objective.top_k == 0:
             return divergence(teacher, student, objective)
-        top, ids = teacher.topk(min(objective.top_k, teacher.shape[-1]), dim=-1)
+        outcomes = teacher.shape[-1] - (0 if self.holes is None else len(self.holes))
+        top, ids = teacher.topk(min(objective.top_k, outcomes), dim=-1)
         return divergence(*restrict_to_top_k(ids, top, student, objective.tail), objective)
 
     def losses_with_gradient(
@@ -74,7 +81,7 @@ class PositionTargets:
         """
         is_forward_kl = objective.divergence == "kl" and objective.reverse_weight == 0
         if is_forward_kl and objective.top_k == 0 and self.token_ids is None:
-            outcomes = student_logits[:, : self.vocab_size].float()
+            outcomes = self._without_holes(student_logits[:, : self.vocab_size].float())
             added_rows = student_logits.shape[1] - self.vocab_size
             losses, gradient = forward_kl_with_gradient(self._teacher_logits(scratch), outcomes, weights)
             return losses, torch.nn.functional.pad(gradient, (0, added_rows)) if added_rows else gradient
@@ -99,35 +106,47 @@ class PositionTargets:
     def _teacher_logits(self, scratch: torch.Tensor | None = None) -> torch.Tensor:
         """`[N, V]` float32, in memory that the caller may overwrite. Top-K targets have none."""
         if self.head is None:
-            return self.values.to(torch.float32, copy=True)
+            return self._without_holes(self.values.to(torch.float32, copy=True))
         values = self.values.to(self.head.dtype)
         if scratch is not None:
-            return torch.mm(values, self.head.T, out=scratch[: len(values)])
-        return (values @ self.head.T).float()
+            return self._without_holes(torch.mm(values, self.head.T, out=scratch[: len(values)]))
+        return self._without_holes((values @ self.head.T).float())
+
+    def _without_holes(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, V]` that give the holes the probability 0. Finite, so that 0 times their logarithm is 0."""
+        return logits if self.holes is None else logits.index_fill(1, self.holes, _NO_TOKEN)
 
 
 def gather_targets(
-    rows: Sequence[Row], teacher_head: torch.Tensor | None, objective: ObjectiveConfig
+    rows: Sequence[Row],
+    teacher_head: torch.Tensor | None,
+    objective: ObjectiveConfig,
+    tokens: TokenIds | None = None,
 ) -> PositionTargets:
     """The targets at the loss positions of the rows, in their order.
 
     Args:
-        teacher_head: the teacher's output matrix `[V, D]`, for hidden-state targets.
+        teacher_head: the teacher's output matrix, for hidden-state targets.
+        tokens: the tokens that teacher and student share. None: all rows of the teacher.
 
     Raises:
         ValueError: hidden-state targets without the teacher's output matrix.
     """
     parts = [(row.scored.targets, row.loss_positions) for row in rows]
     first = parts[0][0]
+    holes = torch.tensor(sorted(tokens.holes)) if tokens is not None and tokens.holes else None
     if isinstance(first, TopKTargets):
-        keep = slice(0, objective.top_k or None)
+        size, keep = tokens.end if tokens is not None else first.vocab_size, slice(0, objective.top_k or None)
         ids = _concatenate(parts, "token_ids").to(torch.int64)[:, keep]
-        return PositionTargets(_concatenate(parts, "logprobs")[:, keep], first.vocab_size, ids)
+        return PositionTargets(_concatenate(parts, "logprobs")[:, keep], size, ids, holes=holes)
     if isinstance(first, LogitsTargets):
-        return PositionTargets(_concatenate(parts, "logits"), first.logits.shape[-1])
+        logits = _concatenate(parts, "logits")
+        size = tokens.end if tokens is not None else logits.shape[-1]
+        return PositionTargets(logits[:, :size], size, holes=holes)
     if teacher_head is None:
         raise ValueError("hidden-state targets need the teacher's output matrix on the learner; found none")
-    return PositionTargets(_concatenate(parts, "hidden"), teacher_head.shape[0], head=teacher_head)
+    size = tokens.end if tokens is not None else teacher_head.shape[0]
+    return PositionTargets(_concatenate(parts, "hidden"), size, head=teacher_head[:size], holes=holes)
 
 
 def _concatenate(parts: Sequence[tuple[TeacherTargets, np.ndarray]], field: str) -> torch.Tensor:

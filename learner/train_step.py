@@ -34,6 +34,7 @@ import torch.distributed as dist
 from opdlm.common.batches import in_groups
 from opdlm.common.config.schema import LearnerConfig, ObjectiveConfig
 from opdlm.common.grid import BlockGrid
+from opdlm.common.token_ids import TokenIds
 from opdlm.common.types import ScoredTrajectory
 from opdlm.learner.packing import MicroBatch, pack
 from opdlm.learner.rows import Row, build_rows
@@ -72,6 +73,7 @@ class TrainStep:
         mask_id: the student's mask token.
         teacher_head: the teacher's output matrix `[V, D]`, for hidden-state targets.
         seed: of the drawn states.
+        tokens: the tokens that teacher and student share. None: all rows of the teacher.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class TrainStep:
         mask_id: int,
         teacher_head: torch.Tensor | None,
         seed: int,
+        tokens: TokenIds | None = None,
     ) -> None:
         self.engine = engine
         self.learner = learner
@@ -91,6 +94,7 @@ class TrainStep:
         self.mask_id = mask_id
         self.teacher_head = teacher_head
         self.seed = seed
+        self.tokens = tokens
 
     def __call__(
         self, share: Sequence[ScoredTrajectory], filler: ScoredTrajectory, learning_rate: float, pass_number: int = 0
@@ -160,7 +164,7 @@ class TrainStep:
     def _backward(self, batch: MicroBatch, weights: torch.Tensor) -> float:
         """Runs a micro-batch forward and backward; returns its part of the batch's loss."""
         device = self.engine.device
-        targets = gather_targets(batch.rows, self.teacher_head, self.objective).to(device)
+        targets = gather_targets(batch.rows, self.teacher_head, self.objective, self.tokens).to(device)
         # DeepSpeed averages gradients over ranks; multiplied by their number, the average is the sum.
         loss, losses = self.engine(batch.to(device), targets, weights.to(device) * dist.get_world_size())
         self.engine.backward(loss)

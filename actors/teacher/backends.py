@@ -64,19 +64,22 @@ class TransformersTeacher:
                 refuse_offload(getattr(self._model, "hf_device_map", {"": str(input_device(self._model))}), folder)
         else:
             self._model = load_model(folder, config.dtype).to(device)
-        self._eos_ids = read_facts(folder).eos_ids
+        facts = read_facts(folder)
+        self._eos_ids, self._tokens = facts.eos_ids, facts.tokens
         self._config = config
 
     def score(self, trajectories: list[Trajectory]) -> list[TeacherTargets]:
         """See `actors/teacher/scoring.py`."""
         config = self._config
-        return score(self._model, trajectories, config.targets, config.top_k, config.batch_tokens)
+        return score(self._model, trajectories, config.targets, config.top_k, config.batch_tokens, self._tokens)
 
     def generate(
         self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int, temperature: float, seed: int
     ) -> list[np.ndarray]:
         """See `actors/teacher/generation.py`."""
-        return generate(self._model, prompts, max_new_tokens, self._eos_ids, batch_size, temperature, seed)
+        return generate(
+            self._model, prompts, max_new_tokens, self._eos_ids, batch_size, temperature, seed, self._tokens
+        )
 
     def probe(self) -> None:
         """See `TeacherBackend`."""

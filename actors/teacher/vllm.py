@@ -7,11 +7,13 @@ position R - 1 has the row of the generated token. The context only has to hold 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from opdlm.common.config.schema import TeacherConfig
 from opdlm.common.errors import OpdlmError
@@ -48,7 +50,7 @@ class VllmTeacher:
         vllm: Any = importlib.import_module("vllm")
         facts = read_facts(folder)
         self._sampling_params: Any = vllm.SamplingParams
-        self._eos_ids, self._vocab_size, self._top_k = facts.eos_ids, facts.vocab_size, config.top_k
+        self._eos_ids, self._vocab_size, self._top_k = facts.eos_ids, facts.tokens.end, config.top_k
         chunk = max(min(config.batch_tokens, _LOGITS_BYTES // (4 * facts.vocab_size)), 1)
         share = {"gpu_memory_utilization": _MEMORY_SHARE * min(config.gpus_per_actor, 1)}
         self._engine: Any = vllm.LLM(
@@ -70,6 +72,8 @@ class VllmTeacher:
             disable_log_stats=True,
             **(share if config.gpus_per_actor else {}),
         )
+        if others := facts.tokens.others(facts.vocab_size):  # runs in every worker of the engine
+            self._engine.apply_model(functools.partial(exclude_rows, others))
 
     def score(self, trajectories: list[Trajectory]) -> list[TeacherTargets]:
         """The `TopKTargets` of each trajectory, in order."""
@@ -118,6 +122,22 @@ class VllmTeacher:
         return self._engine.generate([{"prompt_token_ids": p.tolist()} for p in prompts], sampling, use_tqdm=False)
 
 
+def exclude_rows(rows: list[int], model: Any) -> None:
+    """Has a model of vLLM give these rows of its vocabulary the logit minus infinity.
+
+    They are the rows that no token has. vLLM itself knows of no such rows, and would count them in its softmax.
+    """
+    compute_logits = model.compute_logits
+
+    def over_tokens(*args: Any, **kwargs: Any) -> Any:
+        logits = compute_logits(*args, **kwargs)
+        if logits is not None:  # a worker that gathers no logits has none
+            logits.index_fill_(-1, logits.new_tensor(rows, dtype=torch.int64), float("-inf"))
+        return logits
+
+    model.compute_logits = over_tokens
+
+
 def parse_targets(
     trajectory: Trajectory, prompt: FlatRows, generated: FlatRows, top_k: int, vocab_size: int
 ) -> TopKTargets:
@@ -127,7 +147,7 @@ def parse_targets(
         prompt: log-probabilities of the prompt: P + R - 1 rows. Row 0 is empty, the others have K + 1 entries.
         generated: log-probabilities of the generated token: one row of K + 1 entries.
         top_k: K.
-        vocab_size: the teacher's V.
+        vocab_size: the teacher's rows up to its last token.
 
     Raises:
         OpdlmError: the rows have another layout or hold a NaN. A score is never made up.

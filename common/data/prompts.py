@@ -20,6 +20,7 @@ from opdlm.common.data.rows import Row, read_rows
 from opdlm.common.data.unknown import UnknownCharacters
 from opdlm.common.errors import ConfigError
 from opdlm.common.model.prompt_encoder import PromptEncoder
+from opdlm.common.token_ids import TokenIds
 
 _LARGEST_ID = 2**31 - 1
 """Token ids are int32."""
@@ -57,7 +58,7 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
     seed: int,
-    vocab_size: int | None = None,
+    tokens: TokenIds | None = None,
     eos_ids: Sequence[int] = (),
 ) -> PromptSet:
     """Reads the prompts of an epoch from the data, or has the task make them.
@@ -68,7 +69,7 @@ def load_prompts(
     Args:
         longest: the longest prompt, in tokens, that leaves room for its response in the model's context.
         seed: seed of a task's problems.
-        vocab_size: the teacher's vocabulary size, which every token id must lie below. None: it is not known.
+        tokens: the teacher's tokens, which every token id must be one of. None: they are not known.
         eos_ids: tokens that end a response, beside the tokenizer's own.
 
     Raises:
@@ -84,13 +85,13 @@ def load_prompts(
             refused.append(f"{row.name}: {reason}")
             continue
         ids = encode(row)
-        _check_ids(row, ids, "prompt", vocab_size)
+        _check_ids(row, ids, "prompt", tokens)
         if not 0 < len(ids) <= limit:
             refused.append(f"{row.name}: {len(ids)} tokens; expected 1 to {limit}")
         else:
             prompt_ids = np.array(ids, dtype=np.int32)
             response = _response(row, tokenizer, eos_ids)
-            _check_ids(row, response or [], "response", vocab_size)
+            _check_ids(row, response or [], "response", tokens)
             response_ids = None if response is None else np.array(response, dtype=np.int32)
             kept.append(Prompt(row.name, prompt_ids, row.domain, row.max_new_tokens, response_ids))
             unknown.note(row.name, row.prompt, ids)
@@ -163,12 +164,14 @@ def _blank(row: Row, data: DataConfig) -> str | None:
     return None
 
 
-def _check_ids(row: Row, ids: Sequence[int], column: str, vocab_size: int | None) -> None:
-    above = _LARGEST_ID if vocab_size is None else vocab_size - 1
-    if ids and not (min(ids) >= 0 and max(ids) <= above):
-        found = min(ids) if min(ids) < 0 else max(ids)
-        whose = "possible ids" if vocab_size is None else "the teacher's"
-        raise ConfigError(f"data.{column}_field: {row.name} has token id {found}; {whose} are 0 to {above}")
+def _check_ids(row: Row, ids: Sequence[int], column: str, tokens: TokenIds | None) -> None:
+    known = TokenIds(_LARGEST_ID + 1) if tokens is None else tokens
+    if (unknown := next((i for i in ids if i not in known), None)) is not None:
+        whose = "possible ids" if tokens is None else "the teacher's"
+        without = f", without {len(known.holes)} in between" if known.holes else ""
+        raise ConfigError(
+            f"data.{column}_field: {row.name} has token id {unknown}; {whose} are 0 to {known.end - 1}{without}"
+        )
 
 
 def _response(row: Row, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[int] | None:

@@ -13,8 +13,10 @@ from opdlm.common.errors import OpdlmError
 from opdlm.common.grid import GridKind
 from opdlm.common.model.config import OUTPUT, read_config
 from opdlm.common.model.end_tokens import disagreement, read_end_tokens
+from opdlm.common.model.mask_token import mask_problem
 from opdlm.common.model.shards import read_shards
 from opdlm.common.model.tokenizer import has_tokenizer, load_tokenizer
+from opdlm.common.token_ids import TokenIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,8 @@ class ModelFacts:
     folder: Path
     vocab_size: int
     """Number of rows of the output matrix."""
+    tokens: TokenIds
+    """The rows that are tokens of the folder's tokenizer; all rows where the folder has no tokenizer."""
     context: int
     """Longest sequence in tokens (`max_position_embeddings`)."""
     eos_ids: tuple[int, ...]
@@ -53,9 +57,10 @@ def read_facts(folder: str | Path) -> ModelFacts:
     return ModelFacts(
         folder=folder,
         vocab_size=config.vocab_size,
+        tokens=_tokens(tokenizer, config.vocab_size),
         context=config.max_position_embeddings,
         eos_ids=ends.ids,
-        mask_id=_mask_id(config, tokenizer),
+        mask_id=_mask_id(folder, config, tokenizer),
         block_size=getattr(config, "block_size", None),
         block_grid=getattr(config, "block_grid", None),
         is_student=config.is_diffusion_student,
@@ -64,37 +69,73 @@ def read_facts(folder: str | Path) -> ModelFacts:
 
 
 def check_vocabularies(teacher: ModelFacts, student: ModelFacts) -> None:
-    """Checks that teacher and student have vocabularies of the same size.
+    """Checks that the same ids are tokens for teacher and student, whatever rows their matrices have beside them.
 
-    The student may have one row more, if that row is its mask token (conversion adds it). The losses leave that row out
-    of the student's softmax, as sampling does.
+    The student may have one token more: its mask token, which conversion adds. Where one of the folders has no
+    tokenizer, the matrices must have equally many rows, not counting a row for the mask token.
 
     Raises:
-        OpdlmError: the sizes differ.
+        OpdlmError: the tokens differ.
     """
-    extra = student.vocab_size - teacher.vocab_size
-    if extra != 0 and not (extra == 1 and student.mask_id == teacher.vocab_size):
+    shared = shared_tokens(teacher, student)
+    added = () if student.mask_id is None or student.mask_id in teacher.tokens else (student.mask_id,)
+    agree = teacher.tokens == shared == student.tokens.without(*added)
+    if not (has_tokenizer(teacher.folder) and has_tokenizer(student.folder)):  # nothing says which rows are padding
+        agree = student.vocab_size - teacher.vocab_size == len([i for i in added if i == teacher.vocab_size])
+    if not agree:
         raise OpdlmError(
-            f"vocabulary mismatch: the teacher {teacher.folder} has {teacher.vocab_size} tokens, the student "
-            f"{student.folder} {student.vocab_size}; they must agree, or differ by the student's added mask token"
+            f"vocabulary mismatch: the teacher {teacher.folder} has {len(teacher.tokens)} tokens, the student "
+            f"{student.folder} {len(student.tokens)}; they must agree, or differ by the student's added mask token"
         )
+
+
+def shared_tokens(teacher: ModelFacts, student: ModelFacts) -> TokenIds:
+    """The tokens that teacher and student have, which are the outcomes of the losses and the rows of the targets.
+
+    A mask token that conversion added is none of them, whether it took a spare row or a new one: the teacher does not
+    know it, and the student never draws it.
+    """
+    return teacher.tokens & student.tokens
 
 
 def require_mask(facts: ModelFacts) -> int:
     """Returns the student's mask token id.
 
     Raises:
-        OpdlmError: it has no mask token.
+        OpdlmError: it has no mask token, or one that has no row or another role.
     """
-    if facts.mask_id is None:
-        raise OpdlmError(f"{facts.folder} has no mask token; convert it first: opdlm convert {facts.folder} DST")
-    return facts.mask_id
+    folder, mask_id = facts.folder, facts.mask_id
+    if mask_id is None:
+        raise OpdlmError(f"{folder} has no mask token; convert it first: opdlm convert {folder} DST")
+    if mask_id >= facts.vocab_size:
+        raise OpdlmError(
+            f"{folder}: the mask token has id {mask_id}, but the matrices have {facts.vocab_size} rows; convert it "
+            f"first: opdlm convert {folder} DST"
+        )
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    if problem := mask_problem(folder, read_config(folder), tokenizer, mask_id, facts.eos_ids):
+        raise OpdlmError(
+            f"{folder}: its mask token has id {mask_id}, which is {problem}; a student needs a mask token of its own: "
+            "convert the autoregressive model again (opdlm convert --mask-token)"
+        )
+    return mask_id
 
 
-def _mask_id(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
-    if getattr(config, "mask_token_id", None) is not None:
-        return int(config.mask_token_id)
-    return None if tokenizer is None else tokenizer.mask_token_id
+def _tokens(tokenizer: PreTrainedTokenizerBase | None, rows: int) -> TokenIds:
+    if tokenizer is None:
+        return TokenIds(rows)
+    return TokenIds.of(i for i in tokenizer.get_vocab().values() if i < rows)
+
+
+def _mask_id(folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    found = getattr(config, "mask_token_id", None)
+    if found is None:
+        return None if tokenizer is None else tokenizer.mask_token_id
+    if type(found) is not int or not 0 <= found < config.vocab_size:
+        raise OpdlmError(
+            f"{folder}/config.json: mask_token_id is {found!r}; expected a token id, from 0 to {config.vocab_size - 1}"
+        )
+    return found
 
 
 def count_parameters(folder: str | Path) -> int:

@@ -83,7 +83,7 @@ async def open_source(
         responses = await generate_responses(config, prompts, roles.teachers, recipe, records.generating)
     cut = responses.cut_at_inner_end(student.eos_ids)
     records.given(len(responses.by_prompt), responses.forward_tokens, responses.cached, cut)
-    vocab_size = checked.teacher.vocab_size
+    vocab_size = checked.teacher.tokens.end
     return GivenSource(config, scoring, checked.order, responses.by_prompt, vocab_size, student.eos_ids)
 
 
@@ -124,7 +124,7 @@ class GivenSource:
 
     Args:
         responses: `[R] int32` by prompt id; a response longer than the round's limit is cut at the limit.
-        vocab_size: the teacher's V.
+        vocab_size: the teacher's rows up to its last token.
         eos_ids: tokens that end a response.
     """
 

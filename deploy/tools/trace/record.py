@@ -13,6 +13,7 @@ import torch
 
 from opdlm.actors.rollout.observation import StepObservation
 from opdlm.common.tensors import array_to_tensor
+from opdlm.common.token_ids import TokenIds
 from opdlm.common.types import HiddenTargets, Trajectory
 from opdlm.learner.losses import forward_kl
 
@@ -29,6 +30,7 @@ class Recorder:
         targets: the teacher's hidden states of each, `[R, D]`.
         teacher_head: the teacher's output matrix, `[.., D] -> [.., V]`.
         mask_id: the student's mask token.
+        tokens: the tokens that teacher and student share.
         top: how many of the likeliest tokens are kept at each position.
     """
 
@@ -38,13 +40,16 @@ class Recorder:
         targets: Sequence[HiddenTargets],
         teacher_head: torch.nn.Linear,
         mask_id: int,
+        tokens: TokenIds,
         top: int,
     ) -> None:
         self._trajectories = {t.index: t for t in trajectories}
         self._hidden = {t.index: target.hidden for t, target in zip(trajectories, targets, strict=True)}
         self._head = teacher_head
         self._mask_id = mask_id
-        self._top = min(top, teacher_head.out_features)
+        self._tokens = tokens
+        self._holes = torch.tensor(sorted(tokens.holes), dtype=torch.int64)
+        self._top = min(top, len(tokens))
         self.steps: dict[int, list[dict[str, Any]]] = {t.index: [] for t in trajectories}
         """By index, the denoising steps in order: `step`, `start` (position of the block), `at` (one entry per mask).
 
@@ -81,21 +86,24 @@ class Recorder:
     ) -> list[float]:
         """KL(teacher || student) in nats at the `positions` that are inside the response; they are in rising order.
 
-        The softmax is over the teacher's vocabulary, as in the loss (learner/targets.py): it includes the mask token's
-        own logit if the teacher has that row, but not if conversion added it.
+        The softmax is over the tokens of teacher and student, as in the loss (learner/targets.py): it includes the mask
+        token's own logit if the teacher has that token, but not if conversion added it.
         """
         hidden = self._hidden[index]
         inside = int((positions < len(hidden)).sum())
         if inside == 0:
             return []
         states = array_to_tensor(hidden[positions[:inside].numpy()]).to(self._head.weight.device)
-        teacher = self._head(states).float().cpu().log_softmax(-1)
         student = logits[:inside].clone()
         student[:, self._mask_id] = mask_logit[:inside]
-        student = student[:, : teacher.shape[-1]].log_softmax(-1)
+        teacher, student = (self._over_tokens(raw) for raw in (self._head(states).float().cpu(), student))
         for position, tops in zip(positions.tolist(), _tops(teacher, self._top), strict=False):
             self.teacher_tops[index][position] = tops
         return [round(value, 6) for value in forward_kl(teacher, student).tolist()]
+
+    def _over_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities `[n, V]`, where V ends with the last shared token; -1e30 at a row that no token has."""
+        return logits[:, : self._tokens.end].index_fill(1, self._holes, -1e30).log_softmax(-1)
 
 
 def _tops(log_probabilities: torch.Tensor, count: int) -> list[list[float]]:

@@ -6,8 +6,10 @@ The fake engine answers in the layout of vLLM 0.32 and takes its numbers from a 
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +20,8 @@ from opdlm.actors.teacher.backends import TransformersTeacher, make_backend
 from opdlm.actors.teacher.vllm import VllmTeacher, parse_targets
 from opdlm.common.config.schema import TeacherConfig
 from opdlm.common.errors import OpdlmError
+from opdlm.common.model.char_tokenizer import build_char_tokenizer
+from opdlm.common.model.load import hidden_states, load_model
 from opdlm.common.types import TopKTargets
 from tests.tiny import EOS, VOCABULARY, tiny_model, trajectory
 
@@ -60,7 +64,11 @@ class Engine:
 
     def __init__(self, **arguments) -> None:
         Engine.made = arguments
-        self.model = tiny_model(1)
+        self.model = load_model(arguments["model"])
+        self.model.compute_logits = self.model.lm_head
+
+    def apply_model(self, function) -> None:
+        function(self.model)
 
     @torch.no_grad()
     def generate(self, prompts, sampling, use_tqdm):
@@ -82,7 +90,8 @@ class Engine:
         return SimpleNamespace(prompt_logprobs=asked, outputs=[answer])
 
     def _logprobs(self, tokens) -> torch.Tensor:
-        return self.model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+        hidden = hidden_states(self.model, torch.tensor([tokens]))
+        return self.model.compute_logits(hidden)[0].float().log_softmax(-1)
 
 
 @pytest.fixture
@@ -108,6 +117,28 @@ def test_targets_are_those_of_the_transformers_backend(fake_vllm) -> None:
         assert (a.token_ids.dtype, a.logprobs.dtype, a.vocab_size) == (np.int32, np.float32, VOCABULARY)
         np.testing.assert_array_equal(a.token_ids, b.token_ids)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_rows_that_no_token_has_are_no_target_and_are_not_generated(fake_vllm) -> None:
+    """The folder's tokenizer has 24 tokens, and one of them leaves a hole; the matrix has 32 rows."""
+    tokenizer = build_char_tokenizer("0123456789+-=;abcdefg")
+    tokenizer.save_pretrained(fake_vllm)
+    vocabulary = json.loads((tokenizer_file := Path(fake_vllm) / "tokenizer.json").read_text())
+    del vocabulary["model"]["vocab"]["b"]
+    tokenizer_file.write_text(json.dumps(vocabulary))
+    ours, plain = make_backend(fake_vllm, config(backend="vllm", top_k=23)), make_backend(fake_vllm, config(top_k=23))
+    missing = tokenizer.convert_tokens_to_ids("b")
+    for a, b in zip(ours.score(TRAJECTORIES), plain.score(TRAJECTORIES), strict=True):
+        assert isinstance(a, TopKTargets)
+        assert isinstance(b, TopKTargets)
+        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        assert all(sorted(row) == [i for i in range(24) if i != missing] for row in a.token_ids.tolist())
+        np.testing.assert_allclose(np.exp(a.logprobs).sum(-1), 1, atol=1e-5)
+    prompts = [np.array([i], np.int32) for i in range(24)]
+    for written in (t.generate(prompts, 12, 8, 0.0, 0) for t in (ours, plain)):
+        assert all(ids.max() < 24 and missing not in ids for ids in written)
+    assert max(plain.generate(prompts, 12, 8, 5.0, 0), key=lambda ids: ids.max()).max() < 24
 
 
 def test_generation_ends_at_the_end_token_or_the_limit(fake_vllm) -> None:

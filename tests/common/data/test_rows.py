@@ -15,6 +15,7 @@ from opdlm.common.data.prompts import PromptOrder, load_prompts
 from opdlm.common.data.rows import Question, read_questions
 from opdlm.common.errors import ConfigError
 from opdlm.common.model.char_tokenizer import build_char_tokenizer
+from opdlm.common.token_ids import TokenIds
 
 ROWS = [
     {"question": "1+2=", "answer": "3", "kind": "math", "limit": 7},
@@ -115,7 +116,7 @@ def test_the_names_of_rows_are_part_of_the_fingerprint(tmp_path) -> None:
 def test_unreadable_rows_and_unknown_token_ids_are_named(tmp_path, row, message) -> None:
     (tmp_path / "d.jsonl").write_bytes(row)
     with pytest.raises(ConfigError, match=message):
-        load_prompts(DataConfig(path=str(tmp_path / "d.jsonl")), tokenizer(), longest=10, seed=0, vocab_size=17)
+        load_prompts(DataConfig(path=str(tmp_path / "d.jsonl")), tokenizer(), longest=10, seed=0, tokens=TokenIds(17))
 
 
 @pytest.mark.parametrize(

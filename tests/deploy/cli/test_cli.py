@@ -274,3 +274,28 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch) -> None:
     with pytest.raises(typer.Exit) as ended, clear_errors():
         raise KeyboardInterrupt
     assert (ended.value.exit_code, capsys.readouterr().err) == (130, "opdlm: Ctrl-C: ended at once\n")
+
+
+def test_one_tokenizer_with_other_padding_is_one_vocabulary(run_file, tmp_path) -> None:
+    teacher = save_teacher(tmp_path / "padded", spare_rows=16)
+    opdlm("convert", save_teacher(tmp_path / "small", spare_rows=8), student := tmp_path / "student")
+    settings = ("--set", f"model.teacher={teacher}", "--set", f"model.student={student}", "--dry-run")
+    opdlm("train", run_file, *settings)
+    topk = ("--set", "teacher.targets=topk", "--set", "objective.top_k=4")
+    for targets, top_k in ((topk, "teacher.top_k"), ((), "objective.top_k")):
+        text = opdlm("train", run_file, *settings, *targets, "--set", f"{top_k}=18", code=2)
+        assert f"{top_k}: found 18, more than the teacher's 17 tokens" in text
+        opdlm("train", run_file, *settings, *targets, "--set", f"{top_k}=17")
+
+
+def test_a_run_that_converts_takes_another_mask_token(run_file, tmp_path) -> None:
+    teacher = save_teacher(tmp_path / "teacher")
+    file = teacher / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"mask_token": "<|endoftext|>"}))
+    settings = ("--set", f"model.teacher={teacher}", "--dry-run")
+    text = opdlm("train", run_file, *settings, code=2)
+    assert "'<|endoftext|>' (id 1), which is an end-of-sequence token" in text
+    opdlm("train", run_file, *settings, "--set", "model.mask_token='<m>'")
+    opdlm("convert", teacher, student := tmp_path / "student", "--mask-token", "<m>")
+    both = ("--set", "model.mask_token='<m>'", "--set", f"model.student={student}")
+    assert "model.mask_token: found '<m>', but model.student" in opdlm("train", run_file, *settings, *both, code=2)

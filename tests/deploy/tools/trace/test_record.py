@@ -37,8 +37,8 @@ def test_figures_equal_a_direct_computation(tmp_path, chain_teacher, grid, spare
     data = page_data(run / "trace.html")
     student, teacher = load_model(run / "student"), load_model(teacher_folder)
     tokenizer, mask = load_tokenizer(run / "student"), student.config.mask_token_id
-    teacher_vocabulary = teacher.config.vocab_size
-    assert student.config.vocab_size == teacher_vocabulary + (0 if spare_rows else 1)
+    teacher_vocabulary = len(load_tokenizer(teacher_folder))
+    assert student.config.vocab_size == teacher.config.vocab_size + (0 if spare_rows else 1)
     assert len(data["trajectories"]) == 4
     block_grid, compared = BlockGrid(4, grid), 0
     for entry in data["trajectories"]:
@@ -47,7 +47,8 @@ def test_figures_equal_a_direct_computation(tmp_path, chain_teacher, grid, spare
         assert entry["response"] == tokenizer.decode(response[:length], skip_special_tokens=True)
         assert entry["prompt"] == tokenizer.decode(prompt)
         with torch.no_grad():
-            wanted = teacher(input_ids=torch.tensor([final])).logits[0].float().log_softmax(-1)
+            logits = teacher(input_ids=torch.tensor([final])).logits[0].float()
+            wanted = logits[:, :teacher_vocabulary].log_softmax(-1)
         shown = set()
         for block in entry["blocks"]:
             figures = []
@@ -71,7 +72,7 @@ def test_figures_equal_a_direct_computation(tmp_path, chain_teacher, grid, spare
                         compared += 1
                     else:
                         assert kl is None
-                    at[mask] = float("-inf")
+                    at[[mask, *range(mask, len(at))]] = float("-inf")
                     chances = at.softmax(-1)
                     assert confidence == pytest.approx(float(chances[candidate]), abs=1e-4)
                     assert tops[1::2] == pytest.approx(chances.topk(4).values, abs=1e-4)
