@@ -1,4 +1,4 @@
-"""Converts tensors to numpy arrays, which Ray's object store shares without a copy, and arrays to tensors."""
+"""Converts tensors to numpy arrays, which Ray's object store shares without a copy, and back; finds broken values."""
 
 from __future__ import annotations
 
@@ -24,3 +24,11 @@ def array_to_tensor(array: np.ndarray) -> torch.Tensor:
     """
     tensor = torch.from_numpy(array.copy())
     return tensor.view(torch.bfloat16) if tensor.dtype is torch.uint16 else tensor
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of any shape and dtype holds neither NaN nor infinity. Waits for the tensor's device."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    lowest, highest = torch.aminmax(tensor.detach())  # a NaN makes both NaN
+    return bool(lowest.isfinite() & highest.isfinite())

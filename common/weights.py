@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from opdlm.common.checksum import checksum
-from opdlm.common.tensors import array_dtype, array_to_tensor, tensor_to_array
+from opdlm.common.tensors import array_dtype, array_to_tensor, is_finite, tensor_to_array
 from opdlm.common.types import TensorPlace, WeightPack
 
 
@@ -85,7 +85,8 @@ def load_weights(model: nn.Module, pack: WeightPack) -> None:
     """Copies a pack into a model and checks the model's parameters against the pack's checksum.
 
     Raises:
-        ValueError: names or shapes differ, or the checksum of the loaded parameters is not the pack's.
+        ValueError: names or shapes differ, a weight is NaN or infinite, or the checksum of the loaded parameters is not
+            the pack's.
     """
     parameters = dict(model.named_parameters())
     if differing := set(parameters) ^ {place.name for place in pack.places}:
@@ -96,6 +97,8 @@ def load_weights(model: nn.Module, pack: WeightPack) -> None:
         if tuple(parameter.shape) != place.shape:
             raise ValueError(f"weights version {pack.version}: {place.name} is {place.shape}, not {parameter.shape}")
         _fill(parameter, values)
+        if not is_finite(parameter):
+            raise ValueError(f"weights version {pack.version}: {place.name} holds NaN or infinity")
         total = checksum(parameter, total)
     if total != pack.checksum:
         raise ValueError(

@@ -12,6 +12,7 @@ again while the rank waits.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from opdlm.common.errors import OpdlmError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.device import device_for
 from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.tensors import is_finite
 from opdlm.common.types import WeightPack
 from opdlm.common.weights import WeightPacker
 from opdlm.learner import zero
@@ -108,6 +110,7 @@ class Learner:
             require_mask(read_facts(setup.student)),
             load_teacher_head(config, self.engine.device),
             config.run.seed,
+            setup.tokens,
         )
         self.train = RoundTrainer(
             config, setup.data_digest, self.schedule, self.progress, step, self.queue, self.saver, self._tell
@@ -161,19 +164,31 @@ class Learner:
         """Gathers the weights on all ranks; rank 0 publishes them, under the number of trained rounds as version.
 
         Returns: the published pack on rank 0, None on the other ranks.
+
+        Raises:
+            GiveUp: a weight is NaN or infinite; nothing is published.
         """
         started, version = time.perf_counter(), self.progress.rounds
-        weights = zero.full_parameters(self.engine)
-        if self.rank != 0:
-            for _ in weights:  # this rank takes part in gathering each of them
-                continue
+        broken: list[str] = []
+        weights = _watched(zero.full_parameters(self.engine), broken)
+        held = self.config.rollout.weight_transport != "object_store"
+        # The last version is read when the learner has ended, so it must not stay on this rank's device.
+        packer = WeightPacker() if held and version == self.schedule.rounds else self.packer
+        pack = packer.pack(version, weights) if self.rank == 0 else None
+        for _ in weights:  # the other ranks take part in gathering each of them
+            continue
+        if broken:  # on every rank, because all have seen the same weights
+            rate = self.config.learner.optimizer.lr
+            raise GiveUp(
+                f"weights of version {version}: {broken[0]} holds NaN or infinity, as {len(broken)} tensors do; "
+                f"training has diverged: start a run with a learner.optimizer.lr below {rate:g}"
+            )
+        if pack is None:
             return None
-        if self.config.rollout.weight_transport == "object_store":
-            self.queue.publish(pack := self.packer.pack(version, weights))
-        elif version < self.schedule.rounds:
-            self.queue.publish_held(pack := self.packer.pack(version, weights))
-        else:  # the last version is read when the learner has ended, so it must not stay on this rank's device
-            self.queue.publish(pack := WeightPacker().pack(version, weights))
+        if held and version < self.schedule.rounds:
+            self.queue.publish_held(pack)
+        else:
+            self.queue.publish(pack)
         self._tell(
             kind="publish",
             weight_version=version,
@@ -231,6 +246,14 @@ class Learner:
         """Sends a record for the metrics with the run's progress, from rank 0 alone."""
         if self.rank == 0:
             self.queue.tell({"round": self.progress.rounds, "step": self.progress.optimizer_steps, **event})
+
+
+def _watched(weights: Iterator[tuple[str, torch.Tensor]], broken: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights unchanged; the names of those that are not finite are appended to `broken`."""
+    for name, weight in weights:
+        if not is_finite(weight):
+            broken.append(name)
+        yield name, weight
 
 
 def _configure_torch(config: OpdlmConfig) -> None:

@@ -48,7 +48,7 @@ class RolloutActor:
         device = device_for(gpus, gpu_setting)
         torch.set_num_threads(max(threads, 1))
         facts = read_facts(student)
-        self._mask_id, self._eos_ids = require_mask(facts), facts.eos_ids
+        self._mask_id, self._eos_ids, self._tokens = require_mask(facts), facts.eos_ids, facts.tokens
         self._model = load_model(student, dtype).to(device)
         self._make_recorder = CudaGraphs if cuda_graphs else None
         self._version = -1
@@ -102,6 +102,7 @@ class RolloutActor:
         Returns: the trajectories in the order of the requests, and the statistics.
 
         Raises:
+            OpdlmError: the student's logits are not finite.
             ValueError: no handle was given, but published weights have replaced those of the folder; or a request that
                 the decoder refuses.
             WeightsLost: the published data is gone.
@@ -115,7 +116,13 @@ class RolloutActor:
             key = (settings, batch_size)
             if key not in self._decoders:
                 self._decoders[key] = BlockDecoder(
-                    self._model, settings, self._mask_id, self._eos_ids, batch_size, self._make_recorder
+                    self._model,
+                    settings,
+                    self._mask_id,
+                    self._eos_ids,
+                    batch_size,
+                    self._make_recorder,
+                    self._tokens,
                 )
             update_weights = self._load_arrived if self._continues and handle is not None else None
             return self._decoders[key].decode(requests, max(self._version, 0), update_weights=update_weights)

@@ -33,12 +33,13 @@ from opdlm.actors.rollout.observation import StepObservation
 from opdlm.actors.rollout.remasking import STRATEGIES, DenoisingStep, entropy_of
 from opdlm.actors.rollout.sampling import draw_candidates, hashed_uniform
 from opdlm.actors.rollout.settings import DecodeSettings
-from opdlm.actors.rollout.slots import Slots
+from opdlm.actors.rollout.slots import Slots, longest_sequence
 from opdlm.common.batches import batches_by_length
 from opdlm.common.grid import BlockGrid, block_index
 from opdlm.common.masks import block_causal
 from opdlm.common.model.attention import ATTENTION
 from opdlm.common.model.load import hidden_states
+from opdlm.common.token_ids import TokenIds
 from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory
 
 _TOKEN_STREAM, _ORDER_STREAM = 0, 1  # two independent sequences of uniform numbers
@@ -62,6 +63,7 @@ class BlockDecoder:
         eos_ids: tokens that end a response.
         batch_size: number of slots.
         make_recorder: makes the recorder for the step forwards of one cache (`forward.py`); None: nothing is recorded.
+        tokens: the rows of the vocabulary that are tokens; no other row is a candidate. None: all rows.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class BlockDecoder:
         eos_ids: Sequence[int],
         batch_size: int,
         make_recorder: Callable[[], Recorder] | None = None,
+        tokens: TokenIds | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -80,6 +83,9 @@ class BlockDecoder:
         self.batch_size = batch_size
         self.grid = BlockGrid(settings.block_size, settings.block_grid)
         self._strategy = STRATEGIES[settings.strategy]
+        rows = model.lm_head.weight.shape[0]
+        never = (TokenIds(rows) if tokens is None else tokens).without(mask_id).others(rows)
+        self._never_candidates = torch.tensor(never, device=model.device)
         model.set_attn_implementation(ATTENTION)
         self._make_recorder = make_recorder
         self._cache: SlotCache | None = None
@@ -134,8 +140,9 @@ class BlockDecoder:
 
         Raises:
             ValueError: a prompt is empty, or prompt and response do not fit into the model's context.
+            OpdlmError: the model's logits are not finite, so no token can be drawn from them.
         """
-        longest = self._longest(requests)
+        longest = longest_sequence(requests, self.grid, self.model.config.max_position_embeddings)
         if not requests:
             return
         # Recorded forwards belong to one cache, so with a recorder every call uses a cache with all slots.
@@ -159,26 +166,6 @@ class BlockDecoder:
             if finished:
                 yield from slots.trajectories(finished, self.eos_ids.tolist(), self.settings.ignore_eos)
                 slots.free(finished, cache)
-
-    def _longest(self, requests: Sequence[RolloutRequest]) -> int:
-        """Positions of the longest sequence, to the end of its last block; refuses requests that cannot be decoded."""
-        context = self.model.config.max_position_embeddings
-        longest = 0
-        for request in requests:
-            if request.prompt_ids.size == 0:
-                raise ValueError(f"prompt {request.prompt_id} is empty; a response needs a token before it")
-            if request.max_new_tokens < 1:
-                raise ValueError(
-                    f"prompt {request.prompt_id}: max_new_tokens is {request.max_new_tokens}; it must be at least 1"
-                )
-            end = self.grid.end_position(request.prompt_ids.size, request.max_new_tokens)
-            if end > context:
-                raise ValueError(
-                    f"prompt {request.prompt_id}: {request.prompt_ids.size} prompt tokens and {request.max_new_tokens} "
-                    f"new tokens take {end} positions, to the end of their last block; the model's context is {context}"
-                )
-            longest = max(longest, end)
-        return longest
 
     def _cache_for(self, slots: int, positions: int) -> SlotCache:
         """The cache of the last call if it has exactly these slots and enough positions, else a new one."""
@@ -223,7 +210,7 @@ class BlockDecoder:
         self._forward_tokens += (n + committing.size) * block
         logits = self.model.lm_head(hidden[places]).float()  # [m, V], masked positions only
         mask_logit = logits[:, self.mask_id].clone()
-        logits[:, self.mask_id] = float("-inf")
+        logits.index_fill_(1, self._never_candidates, float("-inf"))
 
         def in_blocks(values: torch.Tensor) -> torch.Tensor:
             """Values of the masked positions `[m, ...]` -> `[n, S, ...]`, 0 at the other positions."""
@@ -246,7 +233,7 @@ class BlockDecoder:
             model_says = candidates, confidence, in_blocks(logits), in_blocks(mask_logit)
             tensors = (tensor.cpu() for tensor in (window, old_tokens, masked, revealed, *model_says))
             observer(StepObservation([request.index for request in slots.requests], slots.step.tolist(), *tensors))
-        return self._advance(slots, window, new_tokens, masked & ~revealed)
+        return self._advance(slots, window, new_tokens, masked & ~revealed, confidence)
 
     def _candidates(
         self, slots: Slots, window: torch.Tensor, places: torch.Tensor, logits: torch.Tensor
@@ -278,7 +265,12 @@ class BlockDecoder:
         )
 
     def _advance(
-        self, slots: Slots, window: torch.Tensor, tokens: torch.Tensor, still_masked: torch.Tensor
+        self,
+        slots: Slots,
+        window: torch.Tensor,
+        tokens: torch.Tensor,
+        still_masked: torch.Tensor,
+        confidence: torch.Tensor,
     ) -> list[int]:
         """Moves slots whose block is done to their next block; returns the slots whose sequence is finished."""
         n, block = window.shape
@@ -290,9 +282,12 @@ class BlockDecoder:
         commit = done & ~ended
         slots.block_start.add_(block * commit)
         slots.block_step.masked_fill_(done, 0)
-        state = torch.stack([done & ended, commit, slots.block_start], dim=1)
+        broken = confidence.isnan().any(dim=1)  # of any distribution that has NaN, infinity or no candidate at all
+        state = torch.stack([done & ended, commit, slots.block_start, broken], dim=1)
         # The one host-device synchronisation of a step. A slot that moved on has a new block, which is all masked.
         on_host = torch.cat([state, still_masked | commit[:, None]], dim=1).cpu().numpy()
-        finished, slots.host_commits[:n], slots.host_starts[:n] = on_host[:, :3].T
-        slots.host_masked[:n] = on_host[:, 3:]
+        finished, slots.host_commits[:n], slots.host_starts[:n], not_finite = on_host[:, :4].T
+        slots.host_masked[:n] = on_host[:, 4:]
+        if not_finite.any():
+            slots.refuse_logits(int(not_finite.argmax()))
         return np.flatnonzero(finished).tolist()

@@ -13,6 +13,7 @@ from opdlm.common.seeds import as_int64
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the increment of splitmix64
 _MULTIPLY_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MULTIPLY_2 = -7723592293110705685  # 0x94D049BB133111EB
+_LOW_TEMPERATURE, _LOWEST_TEMPERATURE = 1e-3, 1e-30
 
 
 def hashed_uniform(seed: torch.Tensor, *counters: torch.Tensor | int) -> torch.Tensor:
@@ -56,6 +57,9 @@ def draw_candidates(
 ) -> torch.Tensor:
     """Draws one candidate token per position, by inverting the cumulative distribution.
 
+    Where a position's logits are finite or minus infinity, and not all of them minus infinity, a token with a logit of
+    minus infinity is never drawn.
+
     Args:
         logits: `[..., V]` float32; minus infinity for tokens that are never a candidate (the mask token).
         uniform: `[...]` float64 in [0, 1).
@@ -65,10 +69,14 @@ def draw_candidates(
     """
     if temperature == 0.0:
         return logits.argmax(dim=-1)
+    if temperature < _LOW_TEMPERATURE:  # dividing by so small a number could overflow, or be a division by 0
+        logits, temperature = logits - logits.amax(dim=-1, keepdim=True), max(temperature, _LOWEST_TEMPERATURE)
     probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1)
     # float64: in float32 the sum over 150k tokens rounds away the unlikely ones.
     cumulative = probabilities.to(torch.float64).cumsum(dim=-1)
-    point = uniform[..., None] * cumulative[..., -1:]
+    total = cumulative[..., -1:]
+    # Below the total even where the product rounds up to it: behind the total are only tokens of probability 0.
+    point = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 

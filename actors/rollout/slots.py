@@ -15,6 +15,7 @@ import torch
 
 from opdlm.actors.rollout import attention
 from opdlm.actors.rollout.kv_cache import SlotCache
+from opdlm.common.errors import OpdlmError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.seeds import as_int64
 from opdlm.common.types import RolloutRequest, Trajectory
@@ -155,6 +156,13 @@ class Slots:
         for steps, history in zip(self.step.tolist(), self._history, strict=True):
             history.append((steps, version))
 
+    def refuse_logits(self, row: int) -> None:
+        """Raises `OpdlmError` for a slot whose logits have NaN, infinity or no candidate at all."""
+        raise OpdlmError(
+            f"prompt {self.requests[row].prompt_id}: the student's logits hold NaN or infinity (weights of version "
+            f"{self.version}), so no token can be drawn; its weights or its number format are broken"
+        )
+
     def trajectories(self, rows: list[int], eos_ids: Sequence[int], ignore_eos: bool) -> list[Trajectory]:
         """The trajectories of the given slots, whose sequences are finished."""
         tokens, reveals = self._tokens[rows].cpu().numpy(), self._reveal[rows].cpu().numpy()
@@ -215,3 +223,27 @@ class Slots:
 def _first_of(tokens: np.ndarray, wanted: Sequence[int]) -> int | None:
     """Index of the first token that is one of `wanted`; None if there is none."""
     return next((index for index, token in enumerate(tokens.tolist()) if token in wanted), None)
+
+
+def longest_sequence(requests: Sequence[RolloutRequest], grid: BlockGrid, context: int) -> int:
+    """Positions of the longest sequence, to the end of its last block.
+
+    Raises:
+        ValueError: a request cannot be decoded with this grid in a context of `context` positions.
+    """
+    longest = 0
+    for request in requests:
+        if request.prompt_ids.size == 0:
+            raise ValueError(f"prompt {request.prompt_id} is empty; a response needs a token before it")
+        if request.max_new_tokens < 1:
+            raise ValueError(
+                f"prompt {request.prompt_id}: max_new_tokens is {request.max_new_tokens}; it must be at least 1"
+            )
+        end = grid.end_position(request.prompt_ids.size, request.max_new_tokens)
+        if end > context:
+            raise ValueError(
+                f"prompt {request.prompt_id}: {request.prompt_ids.size} prompt tokens and {request.max_new_tokens} "
+                f"new tokens take {end} positions, to the end of their last block; the model's context is {context}"
+            )
+        longest = max(longest, end)
+    return longest

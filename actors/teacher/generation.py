@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from opdlm.common.errors import OpdlmError
 from opdlm.common.model.load import input_device
 from opdlm.common.seeds import wrapped
+from opdlm.common.tensors import is_finite
+from opdlm.common.token_ids import TokenIds
 
 
 @torch.inference_mode()
@@ -22,6 +25,7 @@ def generate(
     batch_size: int,
     temperature: float = 0.0,
     seed: int = 0,
+    tokens: TokenIds | None = None,
 ) -> list[np.ndarray]:
     """Generates a response `[R] int32` to each prompt `[P] int32`, in the order of the prompts.
 
@@ -30,6 +34,10 @@ def generate(
     Args:
         temperature: 0 decodes greedily; else the tokens are sampled from the whole vocabulary at this temperature.
         seed: seed of the sampling. A sampled response also depends on the prompts in the same batch.
+        tokens: the rows of the vocabulary that are tokens; no other row is drawn. None: all rows.
+
+    Raises:
+        OpdlmError: the model's logits are not finite.
     """
     generation = GenerationConfig(eos_token_id=list(eos_ids), pad_token_id=eos_ids[0], do_sample=False)
     if temperature > 0:
@@ -39,13 +47,36 @@ def generate(
     # distribution, so the model gets ours for the time of the call.
     own, model.generation_config = model.generation_config, generation
     try:
-        return _generate(model, prompts, max_new_tokens, eos_ids, batch_size)
+        return _generate(model, prompts, max_new_tokens, eos_ids, batch_size, _TokensOnly(model, tokens))
     finally:
         model.generation_config = own
 
 
+class _TokensOnly(LogitsProcessor):
+    """Keeps rows that no token has from being drawn, and refuses logits that are not finite."""
+
+    def __init__(self, model: Any, tokens: TokenIds | None) -> None:
+        rows = model.lm_head.out_features
+        others = tokens.others(rows) if tokens is not None else []
+        self._others = torch.tensor(others, dtype=torch.int64, device=model.lm_head.weight.device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`scores`: the logits `[B, V]` of the next token."""
+        if not is_finite(scores):
+            raise OpdlmError(
+                f"the model's logits hold NaN or infinity at position {input_ids.shape[1] - 1}; its weights or its "
+                "number format are broken"
+            )
+        return scores.index_fill(1, self._others.to(scores.device), float("-inf")) if len(self._others) else scores
+
+
 def _generate(
-    model: Any, prompts: Sequence[np.ndarray], max_new_tokens: int, eos_ids: Sequence[int], batch_size: int
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    batch_size: int,
+    tokens_only: _TokensOnly,
 ) -> list[np.ndarray]:
     device = input_device(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -62,6 +93,7 @@ def _generate(
             input_ids=torch.from_numpy(ids).to(device),
             attention_mask=torch.from_numpy(attended).to(device),
             max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList([tokens_only]),
         )
         for row, i in enumerate(batch):
             new = output[row, longest:].cpu().numpy().astype(np.int32)

@@ -7,7 +7,7 @@ its targets become one sample of the replay queue.
 
 The target of response position i is the teacher's next-token distribution after `x0[< i]`. A causal model gives it at
 the position of the token before, column `P + i - 1`. The output matrix is applied at response positions only, a chunk
-at a time. Shapes: P prompt tokens, R response tokens, D hidden size, V vocabulary, K top tokens.
+at a time. Shapes: P prompt tokens, R response tokens, D hidden size, V vocabulary (to its last token), K top tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import numpy as np
 import torch
 
 from opdlm.common.batches import batches_by_length
+from opdlm.common.errors import OpdlmError
 from opdlm.common.model.load import hidden_states, input_device
-from opdlm.common.tensors import tensor_to_array
+from opdlm.common.tensors import is_finite, tensor_to_array
+from opdlm.common.token_ids import TokenIds
 from opdlm.common.types import HiddenTargets, LogitsTargets, TeacherTargets, TopKTargets, Trajectory
 
 LOGITS_CHUNK = 1024
@@ -28,7 +30,12 @@ LOGITS_CHUNK = 1024
 
 
 def score(
-    model: Any, trajectories: Sequence[Trajectory], kind: str, top_k: int, batch_tokens: int
+    model: Any,
+    trajectories: Sequence[Trajectory],
+    kind: str,
+    top_k: int,
+    batch_tokens: int,
+    tokens: TokenIds | None = None,
 ) -> list[TeacherTargets]:
     """The targets of each trajectory, in the order of the trajectories.
 
@@ -36,14 +43,24 @@ def score(
         model: the frozen teacher, a causal LM of transformers in eval mode.
         kind: `hidden` (states `[R, D]`), `topk` (tokens and log-probabilities `[R, K]`) or `logits` (`[R, V]`); see
             `common/types.py` for dtypes.
-        top_k: K of `topk`; at most V.
+        top_k: K of `topk`; at most the number of tokens.
         batch_tokens: most tokens in one forward, padding included; a longer trajectory gets a forward of its own.
+        tokens: the rows of the vocabulary that are tokens; the distributions are over them. None: all rows.
+
+    Raises:
+        OpdlmError: the teacher's hidden states are not finite.
     """
+    tokens = TokenIds(model.lm_head.out_features) if tokens is None else tokens
     targets: list[TeacherTargets | None] = [None] * len(trajectories)
     for batch in batches_by_length([_clean_length(t) for t in trajectories], batch_tokens):
         hidden = _hidden_after_prefix(model, [trajectories[i] for i in batch])
         for i, states in zip(batch, hidden, strict=True):
-            targets[i] = _make_targets(model, states, kind, top_k)
+            if not is_finite(states):
+                raise OpdlmError(
+                    f"teacher: its hidden states of sample {trajectories[i].index} ({trajectories[i].prompt_id}) hold "
+                    "NaN or infinity; its weights or its number format (teacher.dtype) are broken"
+                )
+            targets[i] = _make_targets(model, states, kind, top_k, tokens)
     return [target for target in targets if target is not None]
 
 
@@ -65,13 +82,18 @@ def _hidden_after_prefix(model: Any, trajectories: Sequence[Trajectory]) -> list
 
 
 @torch.inference_mode()
-def _make_targets(model: Any, hidden: torch.Tensor, kind: str, top_k: int) -> TeacherTargets:
+def _make_targets(model: Any, hidden: torch.Tensor, kind: str, top_k: int, tokens: TokenIds) -> TeacherTargets:
     """The targets of one trajectory from its hidden states `[R, D]`."""
     if kind == "hidden":
         return HiddenTargets(tensor_to_array(hidden))
+    holes = sorted(tokens.holes)
 
     def logits(states: torch.Tensor) -> torch.Tensor:
-        return model.lm_head(states).float()
+        """`[n, V]`, where V ends with the last token; minus infinity for a row that no token has."""
+        whole = model.lm_head(states)[:, : tokens.end].float()
+        if holes:
+            whole[:, holes] = float("-inf")
+        return whole
 
     chunks = hidden.split(LOGITS_CHUNK)
     if kind == "logits":
@@ -80,5 +102,5 @@ def _make_targets(model: Any, hidden: torch.Tensor, kind: str, top_k: int) -> Te
     return TopKTargets(
         token_ids=tensor_to_array(torch.cat([top.indices for top in tops]).to(torch.int32)),
         logprobs=tensor_to_array(torch.cat([top.values for top in tops])),
-        vocab_size=model.lm_head.out_features,
+        vocab_size=tokens.end,
     )

@@ -22,7 +22,7 @@ from opdlm.common.model.config import read_config
 from opdlm.common.model.convert import check_tensors, tied_copies, write_config
 from opdlm.common.model.end_tokens import as_setting, write_generation_config
 from opdlm.common.model.facts import read_facts, require_mask
-from opdlm.common.model.shards import copy_shards, read_shards
+from opdlm.common.model.shards import check_finite, copy_shards, read_shards
 from opdlm.common.model.tokenizer import load_tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -99,6 +99,7 @@ def export(source: str | Path, destination: str | Path, layout: LayoutName, base
     config.eos_token_id = as_setting(facts.eos_ids)
     tokenizer, shards = load_tokenizer(source), read_shards(source)
     check_tensors(config, shards)
+    check_finite(shards)
     card = Card(source, layout, config, tokenizer, target.auto_map, base_model)
     with atomic_folder(destination) as folder:
         copy_shards(shards, folder, {}, tied_copies(config, shards))

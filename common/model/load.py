@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
 from opdlm.common.model.end_tokens import read_generation_config
-from opdlm.common.model.shards import read_shards
+from opdlm.common.model.shards import read_shards, require_finite
 
 
 def load_model(
@@ -29,7 +29,7 @@ def load_model(
     Returns: a causal language model of transformers in eval mode, on the CPU unless `device_map` is given.
 
     Raises:
-        OpdlmError: the folder holds no model that can be loaded.
+        OpdlmError: the folder holds no model that can be loaded, or a weight that is NaN or infinite.
     """
     config = read_config(folder)
     read_shards(folder)  # raises for pickles, and for missing or damaged files
@@ -46,6 +46,10 @@ def load_model(
         )
     except OSError as error:
         raise OpdlmError(f"model folder {folder}: {' '.join(str(error).split())}") from None
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta":  # a part that a device map left on the disk
+            require_finite(parameter, name, folder)
+    model.get_input_embeddings().padding_idx = None  # every token's row learns; padding is known by its position
     return model.eval()
 
 
@@ -92,4 +96,6 @@ def load_output_matrix(folder: str | Path, dtype: str) -> torch.Tensor:
         dtype: torch's name of its number format in memory, such as `bfloat16`.
     """
     name = EMBEDDING if read_config(folder).tie_word_embeddings else OUTPUT
-    return read_shards(folder).load(name).to(getattr(torch, dtype))
+    matrix = read_shards(folder).load(name).to(getattr(torch, dtype))
+    require_finite(matrix, name, folder)
+    return matrix

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 
 from opdlm.common.errors import OpdlmError
+from opdlm.common.tensors import is_finite
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -87,6 +88,26 @@ def read_shards(folder: str | Path) -> Shards:
     if lost := sorted(names.keys() - file_of.keys()):
         raise OpdlmError(f"model folder {folder}: {INDEX_FILE} names {lost[0]} in {names[lost[0]]}, which lacks it")
     return Shards(folder, file_of, headers)
+
+
+def require_finite(tensor: torch.Tensor, name: str, folder: str | Path) -> None:
+    """Refuses a tensor of a checkpoint that holds NaN or infinity, with which every answer would be nonsense.
+
+    Raises:
+        OpdlmError: it holds one; the tensor and the first place are named.
+    """
+    if not is_finite(tensor):
+        broken = (~tensor.detach().isfinite()).nonzero()
+        raise OpdlmError(
+            f"model folder {folder}: {name} holds {len(broken)} of {tensor.numel()} values that are NaN or infinite, "
+            f"the first at {broken[0].tolist()}; the file is damaged, or its training diverged: use another checkpoint"
+        )
+
+
+def check_finite(shards: Shards) -> None:
+    """Reads every tensor of a checkpoint, one at a time, and refuses NaN and infinity as `require_finite` does."""
+    for name in sorted(shards.file_of):
+        require_finite(shards.load(name), name, shards.folder)
 
 
 def copy_shards(shards: Shards, destination: Path, rows: Mapping[str, torch.Tensor], drop: frozenset[str]) -> None:

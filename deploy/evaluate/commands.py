@@ -83,6 +83,10 @@ def run_eval(
         unanswered = [str(row["unanswered"])] if asked.answer == "math" else []
         table.add_row(row["decoding"], *figures, *unanswered)
     console.print(table)
+    for row in rows:
+        if row["empty"]:
+            line = f"{row['decoding']}: {row['empty']} of {row['responses']} responses are empty: they hold no text"
+            console.print(line, style="yellow", highlight=False, soft_wrap=True)
     if options.output:
         write_results(options.output, {"checkpoint": str(folder), "questions": questions.title, "rows": rows}, console)
 
@@ -96,8 +100,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Answers the questions with each strategy (an AR checkpoint: once, greedily) and marks the answers.
 
-    Returns: a row per way of decoding: `decoding`, `right` (share), `unanswered`, `tokens_per_step`,
-        `tokens_per_second`.
+    Returns: a row per way of decoding: `decoding`, `right` (share), `unanswered`, `responses`, `empty` (how many of
+        them have no text), `tokens_per_step`, `tokens_per_second`.
 
     Raises:
         OpdlmError: a prompt is empty or too long for the context.
@@ -116,6 +120,8 @@ def evaluate(
                 "decoding": way,
                 "right": marks.right,
                 "unanswered": marks.unanswered,
+                "responses": len(answers.responses),
+                "empty": decoder.count_empty(answers.responses),
                 "tokens_per_step": answers.tokens_per_step,
                 "tokens_per_second": answers.tokens / answers.seconds,
             }

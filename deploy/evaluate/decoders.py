@@ -64,6 +64,8 @@ class Decoder(ABC):
     def __init__(self, folder: Path, block_size: int | None = None) -> None:
         self.folder = folder
         self.facts = read_facts(folder)
+        if self.facts.is_student:
+            require_mask(self.facts)
         self.tokenizer = load_tokenizer(folder)
         self._encode_text = PromptEncoder(self.tokenizer)
         if self.facts.end_tokens_note:
@@ -91,6 +93,11 @@ class Decoder(ABC):
         """The text of a response `[R] int32` up to its first end-of-sequence token, without special tokens."""
         ends = np.flatnonzero(np.isin(response, self.facts.eos_ids))
         return self.tokenizer.decode(response[: ends[0]] if ends.size else response, skip_special_tokens=True)
+
+    def count_empty(self, responses: Sequence[np.ndarray]) -> int:
+        """How many of the responses `[R] int32` have no text: they ended at once, or hold only special tokens."""
+        texts = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses)
+        return sum(not text.strip() for text in texts)
 
     def check_room(self, requests: Sequence[RolloutRequest], block_size: int | None = None) -> None:
         """Raises `OpdlmError` for the first prompt that is empty, or too long for the context with its response."""
@@ -136,7 +143,8 @@ class CheckpointDecoder(Decoder):
         observer: Callable[[StepObservation], None] | None = None,
     ) -> tuple[list[Trajectory], DecodeStats]:
         """Block decoding with a student; `observer` sees every denoising step."""
-        decoder = BlockDecoder(self.model, settings, require_mask(self.facts), self.facts.eos_ids, batch_size)
+        mask_id, facts = require_mask(self.facts), self.facts
+        decoder = BlockDecoder(self.model, settings, mask_id, facts.eos_ids, batch_size, tokens=facts.tokens)
         return decoder.decode(requests, observer=observer)
 
     def continue_prompts(
@@ -146,7 +154,9 @@ class CheckpointDecoder(Decoder):
         limit = max(request.max_new_tokens for request in requests)
         prompts = [request.prompt_ids for request in requests]
         seed = requests[0].seed
-        responses = generate(self.model, prompts, limit, self.facts.eos_ids, batch_size, temperature, seed=seed)
+        responses = generate(
+            self.model, prompts, limit, self.facts.eos_ids, batch_size, temperature, seed, self.facts.tokens
+        )
         return cut_to_limits(responses, requests)
 
 

@@ -30,6 +30,11 @@ class Generation:
     denoising_steps: int
 
     @property
+    def is_empty(self) -> bool:
+        """Whether the response has no text: it ended at once, or holds only special tokens and spaces."""
+        return not self.text.strip()
+
+    @property
     def tokens_per_step(self) -> float:
         """Response tokens per denoising step; 1 for an autoregressive model."""
         return len(self.ids) / self.denoising_steps

@@ -14,10 +14,11 @@ from opdlm.common.data.prompts import PromptOrder, PromptSet, load_prompts
 from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import ConfigError
 from opdlm.common.grid import BlockGrid
-from opdlm.common.model.config import A2D_PREFIX
+from opdlm.common.model.config import A2D_PREFIX, read_config
 from opdlm.common.model.end_tokens import token_names
-from opdlm.common.model.facts import ModelFacts, check_vocabularies, read_facts
-from opdlm.common.model.shards import read_shards
+from opdlm.common.model.facts import ModelFacts, check_vocabularies, read_facts, require_mask
+from opdlm.common.model.mask_token import check_mask_row, choose_mask
+from opdlm.common.model.shards import check_finite, read_shards
 from opdlm.common.model.tokenizer import check_tokenizers, load_tokenizer
 from opdlm.deploy.run.paths import check_job_paths
 from opdlm.deploy.run.replay import check_replay
@@ -49,7 +50,7 @@ def preflight(config: OpdlmConfig) -> Preflight:
     check_job_paths(config)
     teacher = read_facts(config.model.teacher)
     student = read_facts(config.model.student) if config.model.student else teacher
-    tokenizer = load_tokenizer(config.model.student or config.model.teacher)
+    tokenizer = load_tokenizer(config.model.student or config.model.teacher, own_mask=config.model.mask_token is None)
     _check_backend(config, teacher)
     _check_transport(config)
     _check_lora(config, student)
@@ -60,14 +61,15 @@ def preflight(config: OpdlmConfig) -> Preflight:
         check_vocabularies(teacher, student)
         check_tokenizers(teacher, student)
         _check_grid(config, student)
-    if config.teacher.targets == "topk" and config.teacher.top_k > teacher.vocab_size:
-        raise ConfigError(
-            f"teacher.top_k: found {config.teacher.top_k}, more than the teacher's vocabulary of {teacher.vocab_size}"
-        )
+    else:
+        _check_conversion(config, teacher)
+    for setting, top_k in (("teacher.top_k", _teacher_top_k(config)), ("objective.top_k", config.objective.top_k)):
+        if top_k > len(teacher.tokens):
+            raise ConfigError(f"{setting}: found {top_k}, more than the teacher's {len(teacher.tokens)} tokens")
     for task in evaluated_tasks(config):
         get_task(task)
     longest = _longest_prompt(config, teacher, student)
-    prompts = load_prompts(config.data, tokenizer, longest, config.run.seed, teacher.vocab_size, student.eos_ids)
+    prompts = load_prompts(config.data, tokenizer, longest, config.run.seed, teacher.tokens, student.eos_ids)
     per_round = config.rollout.prompts_per_round
     total = config.data.epochs * len(prompts.prompts) if config.run.rounds is None else config.run.rounds * per_round
     epochs = -(-total // len(prompts.prompts))
@@ -95,9 +97,24 @@ def end_token_notes(teacher: ModelFacts, student: ModelFacts, tokenizer: PreTrai
     return notes
 
 
+def check_weights(config: OpdlmConfig) -> None:
+    """Reads all weights of the given models once, because one NaN would show only when the actors have started.
+
+    Raises:
+        OpdlmError: a weight is NaN or infinite; its tensor is named.
+    """
+    for folder in sorted({config.model.teacher, config.model.student or config.model.teacher}):
+        check_finite(read_shards(folder))
+
+
 def evaluated_tasks(config: OpdlmConfig) -> list[str]:
     """Names of the tasks on which the run evaluates."""
     return config.evaluation.tasks or ([config.data.task] if config.data.task else [])
+
+
+def _teacher_top_k(config: OpdlmConfig) -> int:
+    """Tokens per position that the teacher sends; 0 where it sends something else."""
+    return config.teacher.top_k if config.teacher.targets == "topk" else 0
 
 
 def _longest_prompt(config: OpdlmConfig, teacher: ModelFacts, student: ModelFacts) -> int:
@@ -122,6 +139,15 @@ def _check_mask(config: OpdlmConfig, student: ModelFacts) -> None:
             f"model.student: {student.folder} has no mask token; convert it first (opdlm convert {student.folder} DST "
             f"{grid}) and set model.student to DST"
         )
+    require_mask(student)
+
+
+def _check_conversion(config: OpdlmConfig, teacher: ModelFacts) -> None:
+    """Checks that the teacher can be converted: which mask token the student would get."""
+    wanted = config.model.mask_token
+    tokenizer = load_tokenizer(teacher.folder, own_mask=wanted is None)
+    mask_id = choose_mask(teacher.folder, read_config(teacher.folder), tokenizer, teacher.eos_ids, wanted)
+    check_mask_row(mask_id, teacher.vocab_size)
 
 
 def _check_backend(config: OpdlmConfig, teacher: ModelFacts) -> None:

@@ -14,7 +14,8 @@ from opdlm.common.checkpoint import list_checkpoints
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.common.files import read_json, write_json
-from opdlm.common.model.convert import MASK_TOKEN, convert_checkpoint
+from opdlm.common.model.convert import convert_checkpoint
+from opdlm.common.model.mask_token import MASK_TOKEN
 from opdlm.common.model.shards import model_fingerprint
 
 _FILE = "models.json"
@@ -55,7 +56,8 @@ def prepare_student(config: OpdlmConfig) -> str:
         (root / _FILE).unlink(missing_ok=True)  # first: a folder without it counts as made of something else
         for old in (folder, *root.glob(".student_init.*")):  # also what a process that was killed has left half made
             shutil.rmtree(old, ignore_errors=True)
-        convert_checkpoint(config.model.teacher, folder, config.rollout.block_size, config.rollout.block_grid)
+        grid = config.rollout.block_size, config.rollout.block_grid
+        convert_checkpoint(config.model.teacher, folder, *grid, config.model.mask_token)
     write_json(root / _FILE, models)
     return str(folder)
 
@@ -68,7 +70,7 @@ def _models(config: OpdlmConfig) -> dict[str, Any]:
         "student": model_fingerprint(model.student) if model.student else None,
         "block_size": rollout.block_size,
         "block_grid": rollout.block_grid,
-        "mask_token": MASK_TOKEN,
+        "mask_token": model.mask_token or MASK_TOKEN,
     }
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from rich.console import Console
 
 from opdlm.common.config import OpdlmConfig
+from opdlm.common.model.facts import read_facts, shared_tokens
 from opdlm.deploy.cluster.connection import connect, connecting
 from opdlm.deploy.cluster.roles import Roles, start_roles
 from opdlm.deploy.cluster.scaling import Scaler
@@ -38,7 +39,7 @@ from opdlm.deploy.run.given_responses import GivenResponses, known_responses
 from opdlm.deploy.run.lock import RunLock
 from opdlm.deploy.run.loops import Loops
 from opdlm.deploy.run.paths import absolute_paths
-from opdlm.deploy.run.preflight import Preflight, preflight
+from opdlm.deploy.run.preflight import Preflight, check_weights, preflight
 from opdlm.deploy.run.recovery import survive_queue_deaths
 from opdlm.deploy.run.sources import open_source
 from opdlm.deploy.run.start_models import prepare_student
@@ -60,6 +61,7 @@ def _train(config: OpdlmConfig, resume: bool, console: Console, end: EndAtOnce) 
     schedule = checked.schedule
     show_notes(checked.notes, console)
     show_data(config, checked.prompts, console)
+    check_weights(config)
     responses = known_responses(config, checked.prompts.prompts, checked.order.digest)
     with RunLock(Path(config.run.dir)) as lock:
         checkpoint = find_checkpoint(config, resume, checked.order.digest)
@@ -119,7 +121,13 @@ async def _run(
         loops = Loops(config, roles, source, records, evaluations.on_weights)
         stop.calls(loops.stop, lambda: loops.how_it_ends(checked.schedule.rounds))
         setup = LearnerSetup(
-            config.model_dump(mode="json"), student, total, config_digest(config), checked.order.digest, roles.queue
+            config.model_dump(mode="json"),
+            student,
+            total,
+            config_digest(config),
+            checked.order.digest,
+            roles.queue,
+            shared_tokens(checked.teacher, read_facts(student)),
         )
         try:
             await run_together(loops, lambda: fit(setup, Path(config.run.dir).name))

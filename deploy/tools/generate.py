@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from opdlm.actors.rollout.observation import StepObservation
 from opdlm.deploy.evaluate.generation import Model
 
 _MASK_SIGN = "░"
+_EMPTY = "(empty response: it ended at once, or holds no text)"
 _NO_BLOCK = (-1, -1)
 """(index, position) before the first block."""
 
@@ -34,7 +36,10 @@ def run_generate(
     if (line := model.unknown_characters(prompts)) is not None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     for generation in generations:
-        console.print(Text.assemble((generation.prompt, "bold"), generation.text), soft_wrap=True)
+        text = (f" {_EMPTY}", "dim italic") if generation.is_empty else generation.text
+        console.print(Text.assemble((generation.prompt, "bold"), text), soft_wrap=True)
+    if empty := sum(generation.is_empty for generation in generations):
+        print(f"opdlm: warning: {empty} of {len(generations)} responses are empty", file=sys.stderr)
     tokens = sum(len(generation.ids) for generation in generations)
     per_step = tokens / sum(generation.denoising_steps for generation in generations)
     console.print(

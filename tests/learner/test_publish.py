@@ -5,12 +5,19 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
+from opdlm.common.config import OpdlmConfig
 from opdlm.common.errors import OpdlmError
 from opdlm.common.types import WeightPack
 from opdlm.common.weight_offer import WeightOffer
+from opdlm.common.weights import WeightPacker
 from opdlm.learner.queue_client import QueueClient
+from opdlm.learner.saving import GiveUp
+from opdlm.learner.schedule import Progress
+from opdlm.learner.worker import Learner
+from tests.tiny import tiny_model
 
 PACK = WeightPack(3, (), {}, 0)
 
@@ -77,3 +84,24 @@ def test_steps_are_told_together_and_all_before_a_round(monkeypatch) -> None:
     steps = [message if message == "written" else [event["step"] for event in message] for message in told]
     assert steps == [[0], [1, 2, 3], [4, 4], [5], "written", "written"]
     assert all(event["told_at"] for message in told if message != "written" for event in message)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_broken_weights_are_not_published(rank) -> None:
+    """Every rank sees the same weights, so every rank gives up, and none waits for another."""
+    model, published = tiny_model(1), []
+    learner = Learner.__new__(Learner)
+    learner.rank, learner.progress, learner.packer = rank, Progress(rounds=3), WeightPacker()
+    learner.config = OpdlmConfig.model_validate({"model": {"teacher": "t"}, "data": {"task": "chain"}})
+    learner.schedule = SimpleNamespace(rounds=9)
+    learner.queue = SimpleNamespace(publish=published.append, tell=lambda event: None)
+    learner.engine = SimpleNamespace(module=SimpleNamespace(student=model))
+    assert (learner._publish() is None) == (rank == 1)
+    assert len(published) == (rank == 0)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(
+        GiveUp, match=r"weights of version 3: model.layers.1.mlp.down_proj.weight holds NaN or infinity"
+    ):
+        learner._publish()
+    assert len(published) == (rank == 0)

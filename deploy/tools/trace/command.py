@@ -24,10 +24,12 @@ from opdlm.common.data.tasks import get_task
 from opdlm.common.data.unknown import UnknownCharacters
 from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.common.files import write_text
-from opdlm.common.model.facts import check_vocabularies, read_facts, require_mask
+from opdlm.common.model.facts import check_vocabularies, read_facts, require_mask, shared_tokens
 from opdlm.common.model.load import load_model
+from opdlm.common.model.shards import require_finite
 from opdlm.common.seeds import sample_seed
 from opdlm.common.text import text_fault
+from opdlm.common.token_ids import TokenIds
 from opdlm.common.types import HiddenTargets, RolloutRequest, Trajectory
 from opdlm.deploy.evaluate.commands import check_output
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder
@@ -75,7 +77,8 @@ def run_trace(run: Path, options: TraceOptions, console: Console) -> None:
     requests = _requests(config, student, settings.block_size, options, console)
     with console.status("decoding ..."):
         teacher = load_model(config.model.teacher, config.teacher.dtype).to(student.model.device)
-        record = trace(student, teacher, requests, settings, options.top, config.teacher.batch_tokens)
+        tokens = shared_tokens(teacher_facts, student.facts)
+        record = trace(student, teacher, tokens, requests, settings, options.top, config.teacher.batch_tokens)
     shown = ("strategy", "threshold", "temperature", "block_size", "block_grid")
     record |= {
         "run": str(run),
@@ -95,6 +98,7 @@ def run_trace(run: Path, options: TraceOptions, console: Console) -> None:
 def trace(
     student: CheckpointDecoder,
     teacher: Any,
+    tokens: TokenIds,
     requests: Sequence[RolloutRequest],
     settings: DecodeSettings,
     top: int,
@@ -102,15 +106,19 @@ def trace(
 ) -> dict[str, Any]:
     """What the page shows, as data for JSON: `tokens` (text by id) and `trajectories` (see `_entry`).
 
+    Args:
+        tokens: the tokens that teacher and student share.
+
     Raises:
         OpdlmError: decoding a prompt a second time gave another response.
     """
     mask_id = require_mask(student.facts)
     slots = min(_SLOTS, len(requests))
-    decoder = BlockDecoder(student.model, settings, mask_id, student.facts.eos_ids, slots)
+    facts = student.facts
+    decoder = BlockDecoder(student.model, settings, mask_id, facts.eos_ids, slots, tokens=facts.tokens)
     trajectories, _ = decoder.decode(requests)
     targets = [t for t in score(teacher, trajectories, "hidden", 0, batch_tokens) if isinstance(t, HiddenTargets)]
-    recorder = Recorder(trajectories, targets, teacher.lm_head, mask_id, top)
+    recorder = Recorder(trajectories, targets, teacher.lm_head, mask_id, tokens, top)
     again, _ = decoder.decode(requests, observer=recorder)
     for one, other in zip(trajectories, again, strict=True):
         if not np.array_equal(one.response_ids, other.response_ids):
@@ -177,6 +185,7 @@ def _student(run: Path, config: OpdlmConfig, given: Path | None) -> tuple[Checkp
     with torch.no_grad():
         for name, parameter in student.model.named_parameters():
             if parameter.requires_grad:  # a checkpoint holds the trained parameters
+                require_finite(weights[name], name, checkpoint.folder)
                 parameter.copy_(weights[name])
     return student, str(checkpoint.folder)
 

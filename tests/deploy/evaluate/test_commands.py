@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.deploy.evaluate.actor_decoder import split
@@ -47,6 +49,24 @@ def test_data_with_answers(student, tmp_path) -> None:
     assert (row["right"], row["tokens_per_step"]) == (0.75, answers.tokens_per_step)
     opdlm("eval", student, *fields, "--problems", 1, "--output", tmp_path / "o.json")
     assert [r["right"] for r in json.loads((tmp_path / "o.json").read_text())["rows"]][-1] == 0
+
+
+def test_empty_responses_are_marked_and_counted(chain_teacher, student, tmp_path) -> None:
+    """All logits are equal, so the first token is drawn again and again: padding, which has no text."""
+    for folder in (chain_teacher, student):
+        shutil.copytree(folder, broken := tmp_path / folder.name)
+        tensors = load_file(broken / "model.safetensors")
+        matrix = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
+        tensors[matrix].zero_()
+        save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+        text = opdlm("generate", broken, "-p", "1+2=", "-p", "4-3=", "--max-new-tokens", 8)
+        assert text.count("(empty response: it ended at once, or holds no text)") == 2
+        assert "opdlm: warning: 2 of 2 responses are empty" in text
+        asked = ("--task", "chain", "--problems", 3, "--max-new-tokens", 8, "--output", tmp_path / "o.json")
+        assert "3 of 3 responses are empty: they hold no text" in opdlm("eval", broken, *asked)
+        rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+        assert [(row["empty"], row["responses"]) for row in rows] == [(3, 3)] * len(rows)
+    assert "empty" not in opdlm("generate", chain_teacher, "-p", "1+2=")
 
 
 def test_math_marks_what_the_responses_say(student, tmp_path) -> None:
