@@ -115,7 +115,7 @@ def clear_errors() -> Iterator[None]:
             end_within(_EXIT_SECONDS, code)
         raise typer.Exit(code) from None
     except OpdlmError as error:
-        for line in str(error).splitlines():
+        for line in str(getattr(error, "cause", error)).splitlines():  # an actor's error has the traceback as its text
             print(f"opdlm: {line}", file=sys.stderr)
         raise typer.Exit(2) from None
     except OSError as error:

@@ -20,6 +20,7 @@ from opdlm.actors.teacher.actor import start_teacher_actor
 from opdlm.common.batches import in_groups
 from opdlm.common.config.schema import ResourcesConfig, TeacherConfig
 from opdlm.common.model.config import read_config
+from opdlm.common.model.shards import check_finite, read_shards
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.cluster.connection import join_or_start
 from opdlm.deploy.cluster.placement import check_demands
@@ -45,6 +46,7 @@ class ActorDecoder(Decoder):
         block_size: int | None = None,
     ) -> None:
         super().__init__(folder.resolve(), block_size)
+        check_finite(read_shards(self.folder))  # before Ray starts; each actor would find the same
         self.parallel = actors
         self._dtype = _stored_dtype(folder)
         resources = ResourcesConfig(local_dashboard=False)
