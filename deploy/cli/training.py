@@ -112,7 +112,7 @@ def pretrain(
     layers: Annotated[int, typer.Option(min=1, help="Depth of the model.")] = 3,
     heads: Annotated[int, typer.Option(min=1, help="Attention heads; half as many key/value heads.")] = 4,
     context: Annotated[int, typer.Option(min=1, help="Longest sequence, in tokens.")] = 128,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 900,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 64,
     lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights and data.")] = 0,
