@@ -27,7 +27,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from opdlm.common.errors import OpdlmError
-from opdlm.common.files import sync
+from opdlm.common.files import follow_umask, sync
 
 log = logging.getLogger("opdlm.checkpoint")
 
@@ -75,6 +75,7 @@ def save_checkpoint(root: Path, state: dict[str, Any], write_files: Callable[[Pa
         (staging / "state.json").write_text(json.dumps(state, indent=1))
         manifest = {file.name: _fingerprint(file) for file in sorted(staging.iterdir())}
         (staging / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        follow_umask(*staging.iterdir())
         for file in [*staging.iterdir(), staging]:
             sync(file)
         if final.exists():  # the run went back to before this round; a rename removes the old folder in one step

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,11 +81,13 @@ def read_text(file: Path) -> str:
 def atomic_file(file: Path) -> Iterator[Path]:
     """A path beside `file` to write to: synced and renamed to `file` when the block ends, removed on an error.
 
-    Readers see the old content or the new one, never a part. The folder must exist.
+    Readers see the old content or the new one, never a part. The folder must exist. The file gets the permissions of
+    any new file there, whatever the writer gave it (`follow_umask`).
     """
     staging = _staging(file)
     try:
         yield staging
+        follow_umask(staging)
         sync(staging)
         staging.replace(file)
     finally:
@@ -111,11 +114,33 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
+        follow_umask(*staging.rglob("*"))
         for path in (*staging.rglob("*"), staging):
             sync(path)
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def follow_umask(*paths: Path) -> None:
+    """Gives files the permissions that a new file beside the first one gets: the umask's, or the folder's default ACL.
+
+    safetensors writes into a temporary file that its owner alone can read, and a copied file may keep the mode of its
+    source. Folders and links are left out. The umask itself cannot be read without changing it for all threads.
+    """
+    files = [path for path in paths if path.is_file() and not path.is_symlink()]
+    if not files:
+        return
+    probe = files[0].with_name(f".mode.{os.getpid()}.{threading.get_ident()}")
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        mode = os.fstat(descriptor).st_mode & 0o777
+    finally:
+        os.close(descriptor)
+        probe.unlink()
+    for file in files:
+        if file.stat().st_mode & 0o777 != mode:
+            file.chmod(mode)
 
 
 def check_new_folder(command: str, destination: Path) -> None:
