@@ -69,7 +69,7 @@ class ActorPool:
         """Handles by name, of actors that are ready and of actors that are starting or restarting."""
         self.timeout_seconds = timeout_seconds
         self.restarts = restarts
-        self.on_death: OnDeath = lambda name, reason: None
+        self.on_death: OnDeath = lambda name, reason: log.warning("%s died: %s", name, reason)
         self.on_answer: OnAnswer = lambda name, method, seconds: None
         self._free: asyncio.Queue[str | None] = asyncio.Queue()
         """Names of free actors; None wakes a waiting call so that it finds `_none_left`."""
@@ -79,6 +79,8 @@ class ActorPool:
         """By name, for actors that are not ready: the task that waits until the actor answers `ready`."""
         self._idle: dict[str, asyncio.Event] = {}
         """By name: set while the actor is in no call."""
+        self._lives: dict[str, int] = {}
+        """By name, how often the actor died."""
         self._none_left: OpdlmError | None = None
         for name in actors:
             self._mark_free(name)
@@ -103,7 +105,7 @@ class ActorPool:
         """
         while True:
             name = await self._next_free()
-            started = time.perf_counter()
+            started, life = time.perf_counter(), self._lives.get(name, 0)
             try:
                 refs = getattr(self.actors[name], method).options(num_returns=outputs + 1).remote(*args)
                 *kept, small = refs if outputs else [refs]
@@ -112,7 +114,7 @@ class ActorPool:
                 if not _is_death(error):
                     self._mark_free(name)
                     raise
-                self._mark_dead(name, error)
+                self._mark_dead(name, life, error)
                 continue
             self.on_answer(name, method, time.perf_counter() - started)
             self._mark_free(name)
@@ -138,12 +140,13 @@ class ActorPool:
         """
 
         async def on(name: str, actor: Any) -> None:
+            life = self._lives.get(name, 0)
             try:
                 await self._await_answer(getattr(actor, method).remote(*args), f"{name}.{method}")
             except RayError as error:
                 if not _is_death(error):
                     raise
-                self._mark_dead(name, error)
+                self._mark_dead(name, life, error)
 
         ready = {name: actor for name, actor in self.actors.items() if name not in self._starting}
         await asyncio.gather(*(on(name, actor) for name, actor in ready.items()))
@@ -194,14 +197,19 @@ class ActorPool:
                 self._idle[name].clear()
                 return name
 
-    def _mark_dead(self, name: str, error: BaseException) -> None:
-        """Notes that an actor died, and begins to wait for Ray's restart of it."""
+    def _mark_dead(self, name: str, life: int, error: BaseException) -> None:
+        """Notes that an actor died, and begins to wait for Ray's restart of it.
+
+        `life`: how often the actor had died before the call. All calls that were open die with it, one after another,
+        some perhaps when the actor is back already.
+        """
+        if life != self._lives.get(name, 0):
+            return  # this death was told by another call
         self._idle[name].set()
         if name not in self.actors or name in self._starting:
-            return  # it is retired, or its death is known already
-        reason = _reason(error)
-        log.warning("%s died: %s", name, reason)
-        self.on_death(name, reason)
+            return  # it is retired, or dies again before it was ready
+        self._lives[name] = life + 1
+        self.on_death(name, _reason(error))
         self._starting[name] = asyncio.create_task(self._wait_until_ready(name))
 
     async def _wait_until_ready(self, name: str) -> None:

@@ -205,7 +205,7 @@ async def survive_queue_deaths(
             death = await _death_of(roles.queue)
             if death is None:
                 raise
-            log.warning("replay-queue died (%s): %s", death, error)
+            log.info("replay-queue died (%s): %s", death, error)  # the view tells it: `queue_died`
             records.queue_died(reason := death)
             what = "replay-queue: died"
         if stop_asked():

@@ -233,3 +233,41 @@ def test_an_actor_that_cannot_begin_says_why() -> None:
             await pool.call("work", 1)
 
     asyncio.run(run())
+
+
+def test_a_death_is_told_once_however_many_calls_were_open(caplog) -> None:
+    """The error of a second call may come when the actor is back already; that is no second death."""
+
+    async def scenario() -> tuple[list[str], bool]:
+        actor = FakeActor("a")
+        actor.hold, late = asyncio.Event(), asyncio.Event()
+
+        async def push() -> None:
+            await late.wait()
+            raise ActorDiedError
+
+        actor.do_push = push  # type: ignore[attr-defined]
+        pool = ActorPool({"a": actor}, timeout_seconds=30, restarts=1)
+        deaths: list[str] = []
+        pool.on_death = lambda name, reason: deaths.append(name)
+        calls = asyncio.create_task(pool.call("work", 1)), asyncio.create_task(pool.broadcast("push"))
+        await asyncio.sleep(0.01)
+        actor.die()
+        actor.hold = None
+        (_, answer) = await calls[0]  # made again by the actor that is back
+        late.set()
+        await calls[1]
+        return deaths, answer == (1, "a") and pool.serving == 1
+
+    assert asyncio.run(scenario()) == (["a"], True)
+    assert caplog.text == "", "who listens tells it; the pool does not tell it a second time"
+
+
+def test_without_a_listener_a_death_is_logged(caplog) -> None:
+    async def scenario() -> None:
+        pool = ActorPool({name: FakeActor(name) for name in "ab"}, timeout_seconds=30, restarts=1)
+        pool.actors["a"].die(for_good=True)
+        assert (await pool.call("work", 1))[1] == (1, "b")
+
+    asyncio.run(scenario())
+    assert caplog.text.count("a died: ") == 1
