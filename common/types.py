@@ -7,6 +7,7 @@ processes of the queue and of the driver stay small.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -175,3 +176,24 @@ class DecodeStats:
     """Largest difference between the weight versions of two tokens of one sequence."""
     weight_versions: tuple[int, ...] = ()
     """Oldest weight version that decoded each sequence, in the order of the requests."""
+
+    @classmethod
+    def of(
+        cls, trajectories: Sequence[Trajectory], version: int, forwards: int, forward_tokens: int, seconds: float
+    ) -> DecodeStats:
+        """Counts over the trajectories of a call. `version`: the weight version where there is no trajectory."""
+        continued = [(t, t.token_versions) for t in trajectories if t.token_versions is not None]
+        return cls(
+            weight_version=min((t.weight_version for t in trajectories), default=version),
+            sequences=len(trajectories),
+            response_tokens=sum(t.response_length for t in trajectories),
+            denoising_steps=sum(t.denoising_steps for t in trajectories),
+            forwards=forwards,
+            forward_tokens=forward_tokens,
+            seconds=seconds,
+            ended_by_eos=sum(t.finish_reason == "eos" for t in trajectories),
+            continued_sequences=len(continued),
+            continued_tokens=sum(int((v[: t.response_length] > t.weight_version).sum()) for t, v in continued),
+            version_spread_max=max((int(v.max()) - t.weight_version for t, v in continued), default=0),
+            weight_versions=tuple(t.weight_version for t in trajectories),
+        )

@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from opdlm.actors.progress import ProgressBoard
 from opdlm.actors.queue.rules import Answer, ReplayQueue
 from opdlm.common.errors import first_line
 from opdlm.common.types import WeightHandle
@@ -31,13 +32,14 @@ log = logging.getLogger("opdlm.queue")
 NAME = "replay-queue"
 
 
-class ReplayQueueActor:
+class ReplayQueueActor(ProgressBoard):
     """The one queue of a run. All methods are coroutines in one event loop, so none needs a lock.
 
     Its arguments are those of `ReplayQueue`.
     """
 
     def __init__(self, prompts_per_round: int, max_staleness: int, total: int, first_round: int) -> None:
+        super().__init__()
         self._queue = ReplayQueue(prompts_per_round, max_staleness, total, first_round)
         self._weights: WeightHandle | None = None
         self._local_copy: Any = None

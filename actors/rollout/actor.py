@@ -20,6 +20,7 @@ import torch
 from ray.exceptions import ObjectLostError
 
 from opdlm.actors.engine_guard import guarded, one_token_forward
+from opdlm.actors.progress import Teller, Watch
 from opdlm.actors.rollout.cuda_graphs import CudaGraphs
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.settings import DecodeSettings
@@ -90,7 +91,12 @@ class RolloutActor:
         return time.perf_counter() - started
 
     def decode(
-        self, requests: Sequence[RolloutRequest], handle: WeightHandle | None, settings: DecodeSettings, batch_size: int
+        self,
+        requests: Sequence[RolloutRequest],
+        handle: WeightHandle | None,
+        settings: DecodeSettings,
+        batch_size: int,
+        watch: Watch | None = None,
     ) -> tuple[list[Trajectory], DecodeStats]:
         """Decodes with the given version, or with a newer one if the actor has it. See `BlockDecoder.decode`.
 
@@ -98,6 +104,7 @@ class RolloutActor:
             handle: the weight version; None decodes with the weights of the student's folder, as version 0 (to evaluate
                 a checkpoint).
             batch_size: number of slots.
+            watch: is told how far the call has come.
 
         Returns: the trajectories in the order of the requests, and the statistics.
 
@@ -124,8 +131,14 @@ class RolloutActor:
                     self._make_recorder,
                     self._tokens,
                 )
-            update_weights = self._load_arrived if self._continues and handle is not None else None
-            return self._decoders[key].decode(requests, max(self._version, 0), update_weights=update_weights)
+            decoder, tell = self._decoders[key], Teller(watch)
+            takes_weights = self._continues and handle is not None
+
+            def before_step() -> int | None:
+                tell(decoder.progress)
+                return self._load_arrived() if takes_weights else None
+
+            return decoder.decode(requests, max(self._version, 0), update_weights=before_step)
 
     def _probe(self) -> None:
         one_token_forward(self._model)

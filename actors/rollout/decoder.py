@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from opdlm.actors.progress import CallProgress
 from opdlm.actors.rollout.forward import Recorder, StepForward
 from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.actors.rollout.observation import StepObservation
@@ -90,6 +91,9 @@ class BlockDecoder:
         self._make_recorder = make_recorder
         self._cache: SlotCache | None = None
         self._step_forward: StepForward | None = None
+        self._slots: Slots | None = None
+        self._finished: dict[int, Trajectory] = {}
+        """By index, the sequences that the running `decode` has finished."""
         self._forwards = self._forward_tokens = 0
 
     def decode(
@@ -102,24 +106,18 @@ class BlockDecoder:
         """Decodes every request; arguments and errors as in `stream`. The trajectories follow the order of requests."""
         started = time.perf_counter()
         self._forwards = self._forward_tokens = 0
-        by_index = {t.index: t for t in self.stream(requests, weight_version, observer, update_weights)}
-        trajectories = [by_index[request.index] for request in requests]
-        continued = [(t, t.token_versions) for t in trajectories if t.token_versions is not None]
-        stats = DecodeStats(
-            weight_version=min((t.weight_version for t in trajectories), default=weight_version),
-            sequences=len(trajectories),
-            response_tokens=sum(t.response_length for t in trajectories),
-            denoising_steps=sum(t.denoising_steps for t in trajectories),
-            forwards=self._forwards,
-            forward_tokens=self._forward_tokens,
-            seconds=time.perf_counter() - started,
-            ended_by_eos=sum(t.finish_reason == "eos" for t in trajectories),
-            continued_sequences=len(continued),
-            continued_tokens=sum(int((v[: t.response_length] > t.weight_version).sum()) for t, v in continued),
-            version_spread_max=max((int(v.max()) - t.weight_version for t, v in continued), default=0),
-            weight_versions=tuple(t.weight_version for t in trajectories),
-        )
-        return trajectories, stats
+        self._finished = {}
+        for trajectory in self.stream(requests, weight_version, observer, update_weights):
+            self._finished[trajectory.index] = trajectory
+        trajectories = [self._finished[request.index] for request in requests]
+        self._finished, self._slots = {}, None
+        seconds = time.perf_counter() - started
+        return trajectories, DecodeStats.of(trajectories, weight_version, self._forwards, self._forward_tokens, seconds)
+
+    def progress(self) -> CallProgress:
+        """How far the running `decode` has come. Call it between two denoising steps, from `update_weights`."""
+        tokens = sum(trajectory.response_length for trajectory in self._finished.values())
+        return CallProgress(tuple(self._finished), tokens + (self._slots.tokens_so_far() if self._slots else 0))
 
     @torch.inference_mode()
     def stream(
@@ -147,7 +145,7 @@ class BlockDecoder:
             return
         # Recorded forwards belong to one cache, so with a recorder every call uses a cache with all slots.
         capacity = self.batch_size if self._make_recorder else min(self.batch_size, len(requests))
-        slots = Slots(capacity, longest, self.grid.block_size, self.mask_id, self.model.device)
+        slots = self._slots = Slots(capacity, longest, self.grid.block_size, self.mask_id, self.model.device)
         cache = self._cache_for(slots.capacity, longest)
         pending = deque(requests)
         slots.version = weight_version

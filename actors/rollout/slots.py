@@ -105,6 +105,14 @@ class Slots:
         """`[n]` int64, seed of the sequence."""
         return self._numbers[: self.occupied, _SEED]
 
+    def tokens_so_far(self) -> int:
+        """Response tokens that are revealed in the occupied slots, from what the host knows anyway."""
+        n = self.occupied
+        prompts = np.array([request.prompt_ids.size for request in self.requests], dtype=np.int64)
+        limits = np.array([request.max_new_tokens for request in self.requests], dtype=np.int64)
+        revealed = self.host_starts[:n] + self.block - prompts - self.host_masked[:n].sum(1)
+        return int(np.minimum(revealed, limits).sum())
+
     def first_rows(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens `[count, T]` and starts of the current blocks `[count]` of the first slots, free ones included."""
         return self._tokens[:count], self._numbers[:count, _START]

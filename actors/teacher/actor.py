@@ -16,6 +16,7 @@ import ray
 import torch
 
 from opdlm.actors.engine_guard import guarded
+from opdlm.actors.progress import BatchCount, Watch
 from opdlm.actors.teacher.backends import make_backend
 from opdlm.common.batches import in_groups
 from opdlm.common.config.schema import TeacherConfig
@@ -51,16 +52,19 @@ class TeacherActor:
         """Returns once the teacher is loaded."""
 
     def score(
-        self, trajectories: Sequence[Trajectory], per_reference: int
+        self, trajectories: Sequence[Trajectory], per_reference: int, watch: Watch | None = None
     ) -> tuple[list[ScoredTrajectory] | ScoreStats, ...]:
         """Scores trajectories. If one fails, the call fails: a score is never made up (METHOD.md section 3).
+
+        `watch` is told how far the call has come.
 
         Returns: one list of scored trajectories for each `per_reference` trajectories, in order, and last the
         `ScoreStats`. Ray makes one object reference of each.
         """
         started = time.perf_counter()
         with guarded("teacher", self._backend.probe):
-            targets = self._backend.score(list(trajectories))
+            told = BatchCount(watch, [t.index for t in trajectories], [t.response_length for t in trajectories])
+            targets = self._backend.score(list(trajectories), told)
         scored = [ScoredTrajectory(t, target) for t, target in zip(trajectories, targets, strict=True)]
         arrays = [getattr(target, field) for target in targets for field in type(target).__slots__]
         nbytes = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
@@ -77,11 +81,13 @@ class TeacherActor:
         batch_size: int,
         temperature: float = 0.0,
         seed: int = 0,
+        watch: Watch | None = None,
     ) -> tuple[list[np.ndarray], float]:
         """Responses `[R] int32` to each prompt (greedy at temperature 0), and the seconds that they took."""
         started = time.perf_counter()
         with guarded("teacher", self._backend.probe):
-            responses = self._backend.generate(prompts, max_new_tokens, batch_size, temperature, seed)
+            told = BatchCount(watch, range(len(prompts)), ())
+            responses = self._backend.generate(prompts, max_new_tokens, batch_size, temperature, seed, told)
         return responses, time.perf_counter() - started
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from opdlm.actors.engine_guard import one_token_forward
+from opdlm.actors.progress import OnBatch, unheard
 from opdlm.actors.teacher.generation import generate
 from opdlm.actors.teacher.scoring import score
 from opdlm.common.config.schema import TeacherConfig
@@ -21,12 +22,18 @@ from opdlm.common.types import TeacherTargets, Trajectory
 class TeacherBackend(Protocol):
     """What a teacher can do. To add a backend: implement this class and choose it in `make_backend`."""
 
-    def score(self, trajectories: list[Trajectory]) -> list[TeacherTargets]:
-        """The targets of each trajectory, in order; raises rather than make one up."""
+    def score(self, trajectories: list[Trajectory], on_batch: OnBatch = unheard) -> list[TeacherTargets]:
+        """The targets of each trajectory, in order; raises rather than make one up. `on_batch`: `actors/progress.py`"""
         ...
 
     def generate(
-        self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int, temperature: float, seed: int
+        self,
+        prompts: list[np.ndarray],
+        max_new_tokens: int,
+        batch_size: int,
+        temperature: float,
+        seed: int,
+        on_batch: OnBatch = unheard,
     ) -> list[np.ndarray]:
         """Responses to prompts `[P] int32`, `[R] int32` each, in order; greedy at temperature 0."""
         ...
@@ -68,17 +75,25 @@ class TransformersTeacher:
         self._eos_ids, self._tokens = facts.eos_ids, facts.tokens
         self._config = config
 
-    def score(self, trajectories: list[Trajectory]) -> list[TeacherTargets]:
+    def score(self, trajectories: list[Trajectory], on_batch: OnBatch = unheard) -> list[TeacherTargets]:
         """See `actors/teacher/scoring.py`."""
         config = self._config
-        return score(self._model, trajectories, config.targets, config.top_k, config.batch_tokens, self._tokens)
+        return score(
+            self._model, trajectories, config.targets, config.top_k, config.batch_tokens, self._tokens, on_batch
+        )
 
     def generate(
-        self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int, temperature: float, seed: int
+        self,
+        prompts: list[np.ndarray],
+        max_new_tokens: int,
+        batch_size: int,
+        temperature: float,
+        seed: int,
+        on_batch: OnBatch = unheard,
     ) -> list[np.ndarray]:
         """See `actors/teacher/generation.py`."""
         return generate(
-            self._model, prompts, max_new_tokens, self._eos_ids, batch_size, temperature, seed, self._tokens
+            self._model, prompts, max_new_tokens, self._eos_ids, batch_size, temperature, seed, self._tokens, on_batch
         )
 
     def probe(self) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from opdlm.actors.progress import OnBatch, unheard
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.load import input_device
 from opdlm.common.seeds import wrapped
@@ -26,6 +27,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     tokens: TokenIds | None = None,
+    on_batch: OnBatch = unheard,
 ) -> list[np.ndarray]:
     """Generates a response `[R] int32` to each prompt `[P] int32`, in the order of the prompts.
 
@@ -35,6 +37,7 @@ def generate(
         temperature: 0 decodes greedily; else the tokens are sampled from the whole vocabulary at this temperature.
         seed: seed of the sampling. A sampled response also depends on the prompts in the same batch.
         tokens: the rows of the vocabulary that are tokens; no other row is drawn. None: all rows.
+        on_batch: called after each batch.
 
     Raises:
         OpdlmError: the model's logits are not finite.
@@ -47,7 +50,7 @@ def generate(
     # distribution, so the model gets ours for the time of the call.
     own, model.generation_config = model.generation_config, generation
     try:
-        return _generate(model, prompts, max_new_tokens, eos_ids, batch_size, _TokensOnly(model, tokens))
+        return _generate(model, prompts, max_new_tokens, eos_ids, batch_size, _TokensOnly(model, tokens), on_batch)
     finally:
         model.generation_config = own
 
@@ -77,6 +80,7 @@ def _generate(
     eos_ids: Sequence[int],
     batch_size: int,
     tokens_only: _TokensOnly,
+    on_batch: OnBatch,
 ) -> list[np.ndarray]:
     device = input_device(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -99,4 +103,5 @@ def _generate(
             new = output[row, longest:].cpu().numpy().astype(np.int32)
             stops = np.flatnonzero(np.isin(new, eos_ids))
             responses[i] = new[: stops[0] + 1] if stops.size else new
+        on_batch(batch)
     return responses

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from opdlm.actors.progress import OnBatch, unheard
 from opdlm.common.batches import batches_by_length
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.load import hidden_states, input_device
@@ -36,6 +37,7 @@ def score(
     top_k: int,
     batch_tokens: int,
     tokens: TokenIds | None = None,
+    on_batch: OnBatch = unheard,
 ) -> list[TeacherTargets]:
     """The targets of each trajectory, in the order of the trajectories.
 
@@ -46,6 +48,7 @@ def score(
         top_k: K of `topk`; at most the number of tokens.
         batch_tokens: most tokens in one forward, padding included; a longer trajectory gets a forward of its own.
         tokens: the rows of the vocabulary that are tokens; the distributions are over them. None: all rows.
+        on_batch: called after each forward.
 
     Raises:
         OpdlmError: the teacher's hidden states are not finite.
@@ -61,6 +64,7 @@ def score(
                     "NaN or infinity; its weights or its number format (teacher.dtype) are broken"
                 )
             targets[i] = _make_targets(model, states, kind, top_k, tokens)
+        on_batch(batch)
     return [target for target in targets if target is not None]
 
 

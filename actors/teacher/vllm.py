@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from opdlm.actors.progress import OnBatch, unheard
 from opdlm.common.config.schema import TeacherConfig
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.facts import read_facts
@@ -75,8 +76,8 @@ class VllmTeacher:
         if others := facts.tokens.others(facts.vocab_size):  # runs in every worker of the engine
             self._engine.apply_model(functools.partial(exclude_rows, others))
 
-    def score(self, trajectories: list[Trajectory]) -> list[TeacherTargets]:
-        """The `TopKTargets` of each trajectory, in order."""
+    def score(self, trajectories: list[Trajectory], on_batch: OnBatch = unheard) -> list[TeacherTargets]:
+        """The `TopKTargets` of each trajectory, in order. `on_batch` is not called: vLLM scores them in one call."""
         sampling = self._sampling_params(
             max_tokens=1,
             temperature=0.0,
@@ -93,12 +94,18 @@ class VllmTeacher:
         ]
 
     def generate(
-        self, prompts: list[np.ndarray], max_new_tokens: int, batch_size: int, temperature: float, seed: int
+        self,
+        prompts: list[np.ndarray],
+        max_new_tokens: int,
+        batch_size: int,
+        temperature: float,
+        seed: int,
+        on_batch: OnBatch = unheard,
     ) -> list[np.ndarray]:
         """Responses `[R] int32`, up to and with the first end-of-sequence token, in the order of the prompts.
 
         Every prompt has its own random generator, seeded with `seed` plus the prompt's index. `batch_size` is ignored:
-        vLLM batches by the memory that it has.
+        vLLM batches by the memory that it has. `on_batch` is not called: vLLM answers all prompts in one call.
         """
         sampling = [
             self._sampling_params(

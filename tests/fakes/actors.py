@@ -72,7 +72,7 @@ class Rollout:
         self.version = handle.version
         return 0.0
 
-    async def decode(self, requests, handle, settings, batch_size):
+    async def decode(self, requests, handle, settings, batch_size, *_):
         await asyncio.sleep(self.seconds)
         self.decoded += [(r.index, self.version) for r in requests]
         return [r.index for r in requests], stats_of(self.version, len(requests))
@@ -84,7 +84,7 @@ class Teacher:
     def __init__(self, fail_at: int | None = None, times: int = 0, error: Exception | None = None) -> None:
         self.fail_at, self.times, self.error = fail_at, times, error or RayError("out of memory")
 
-    async def score(self, decoded, per_reference):
+    async def score(self, decoded, per_reference, *_):
         indices = await decoded
         if self.fail_at in indices and self.times > 0:
             self.times -= 1

@@ -116,7 +116,7 @@ class SimulatedTeacher:
         self.run, self.name = run, name
         self._one_call = asyncio.Lock()
 
-    async def score(self, decoded: Any, per_reference: int) -> tuple[Any, ...]:
+    async def score(self, decoded: Any, per_reference: int, *_: Any) -> tuple[Any, ...]:
         async with self._one_call:
             indices = await decoded
             await self.run.take_time(self.run.stages.score, len(indices), self.run.shape.teachers)

@@ -33,7 +33,7 @@ class Reader(Rollout):
             self.read(handle)
         return await super().load_weights(handle)
 
-    async def decode(self, requests, handle, settings, batch_size):
+    async def decode(self, requests, handle, settings, batch_size, *_):
         if self.restarts:
             self.read(handle)
         return await super().decode(requests, handle, settings, batch_size)
