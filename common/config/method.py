@@ -81,9 +81,10 @@ class OfflineConfig(Section):
     """Number of responses that one teacher actor generates at the same time. Lower it where the actor runs out of
     memory."""
     cache: PathText | None = None
-    """Parquet file of the teacher's responses. The run generates the responses and writes the file if it does not
-    exist. Empty: `offline_responses.parquet` in the run directory. Give a path to share the file between runs. A file
-    that was made from another teacher, in another `teacher.dtype`, from other prompts, or with another length limit,
+    """Parquet file of the teacher's responses. The run generates the responses that the file does not hold yet, to the
+    prompts of its own rounds (`run.rounds`) only. Empty: `offline_responses.parquet` in the run directory. Give a path
+    to share the file between runs. A file that was made from another teacher, in another `teacher.dtype`, from other
+    prompts, or with another length limit,
     temperature or seed is refused."""
 
 

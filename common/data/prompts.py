@@ -119,6 +119,10 @@ class PromptOrder:
         self._epoch = -1
         self._permutation = np.empty(0, dtype=np.int64)
 
+    def used(self, samples: int) -> list[Prompt]:
+        """The prompts of the run's first `samples` samples, each once, in the order of their first use."""
+        return [self[index] for index in range(min(samples, len(self._prompts)))]
+
     def __getitem__(self, index: int) -> Prompt:
         epoch, place = divmod(index, len(self._prompts))
         if epoch != self._epoch:

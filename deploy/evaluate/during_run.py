@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from opdlm.actors.pool import ActorPool
 from opdlm.actors.rollout.settings import DecodeSettings
@@ -16,10 +17,11 @@ from opdlm.common.batches import in_groups
 from opdlm.common.config.schema import EvaluationConfig, Strategy
 from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import WeightsLost, last_line
-from opdlm.common.types import Trajectory, WeightHandle
+from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory, WeightHandle
 from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.evaluate.background import BackgroundEvaluations
 from opdlm.deploy.evaluate.held_out import EvaluationResult, HeldOutProblems
+from opdlm.deploy.observe.progress import RunProgress
 from opdlm.deploy.observe.records import RunRecords, read_records
 from opdlm.deploy.observe.report import BEFORE, DYNAMIC, PERIODIC, STATIC, TEACHER
 from opdlm.deploy.run.preflight import Preflight, evaluated_tasks
@@ -77,7 +79,8 @@ class RunEvaluations:
             problems = len(self._final.prompt_ids)
             if TEACHER not in rows:
                 self._stage(f"examining the teacher: {problems:,} problems")
-                result = await evaluate_teacher(self._roles.teachers, self._final, self._config.evaluation)
+                progress = self._records.progress
+                result = await evaluate_teacher(self._roles.teachers, self._final, self._config.evaluation, progress)
                 self._record(TEACHER, 0, result, step=0)
             if BEFORE not in rows:
                 self._stage(f"examining the student before training: {problems:,} problems")
@@ -118,7 +121,8 @@ class RunEvaluations:
         strategy: Strategy = "low_confidence_dynamic" if dynamic else "low_confidence_static"
         pool = pool or self._roles.rollouts
         settings = self._settings.greedy(strategy)
-        result = await evaluate_student(pool, problems, handle, settings, self._config.evaluation)
+        task, progress = f"evaluation of round {handle.version}, {row}", self._records.progress
+        result = await evaluate_student(pool, problems, handle, settings, self._config.evaluation, task, progress)
         self._record(row, handle.version, result, self._checked.schedule.steps_before(handle.version))
 
     def _record(self, row: str, version: int, result: EvaluationResult, step: int) -> None:
@@ -127,22 +131,42 @@ class RunEvaluations:
 
 
 async def evaluate_student(
-    pool: ActorPool, problems: HeldOutProblems, handle: WeightHandle, settings: DecodeSettings, config: EvaluationConfig
+    pool: ActorPool,
+    problems: HeldOutProblems,
+    handle: WeightHandle,
+    settings: DecodeSettings,
+    config: EvaluationConfig,
+    task: str,
+    progress: RunProgress,
 ) -> EvaluationResult:
-    """Decodes the problems over all actors of a pool with one weight version."""
+    """Decodes the problems over all actors of a pool with one weight version.
+
+    `task`: the name under which `progress` counts the answers.
+    """
     requests = problems.requests(config.max_new_tokens)
     size = -(-len(requests) // max(len(pool.actors), 1))  # an empty pool raises its own error
     parts = in_groups(requests, size)
-    done = await asyncio.gather(
-        *(pool.fetch("decode", part, handle, settings, config.batch_size, outputs=1) for part in parts)
-    )
+
+    async def decode(part: list[RolloutRequest]) -> tuple[list[Any], DecodeStats]:
+        with progress.call(task, range(len(part))) as call:
+            arguments = (part, handle, settings, config.batch_size, *call.watch)
+            decoded, stats = await pool.fetch("decode", *arguments, outputs=1)
+            call.tokens = stats.response_tokens
+        return decoded, stats
+
+    with progress.task(task, len(requests)):
+        done = await asyncio.gather(*(decode(part) for part in parts))
     trajectories: list[Trajectory] = [trajectory for (decoded,), _ in done for trajectory in decoded]
     seconds = sum(stats.seconds for _, stats in done)
     return problems.result([t.response for t in trajectories], [t.denoising_steps for t in trajectories], seconds)
 
 
-async def evaluate_teacher(pool: ActorPool, problems: HeldOutProblems, config: EvaluationConfig) -> EvaluationResult:
+async def evaluate_teacher(
+    pool: ActorPool, problems: HeldOutProblems, config: EvaluationConfig, progress: RunProgress
+) -> EvaluationResult:
     """The teacher's greedy autoregressive answers: one token per step."""
-    arguments = (problems.prompt_ids, config.max_new_tokens, config.batch_size)
-    _, (responses, seconds) = await pool.call("generate", *arguments)
+    task, count = "evaluation of the teacher", len(problems.prompt_ids)
+    with progress.task(task, count), progress.call(task, range(count)) as call:
+        arguments = (problems.prompt_ids, config.max_new_tokens, config.batch_size, 0.0, 0, *call.watch)
+        _, (responses, seconds) = await pool.call("generate", *arguments)
     return problems.result(responses, [len(response) for response in responses], seconds)

@@ -13,15 +13,17 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from opdlm.actors.progress import CallProgress
 from opdlm.actors.teacher.actor import ScoreStats
 from opdlm.common.errors import OpdlmError
 from opdlm.common.types import DecodeStats, WeightHandle
 from opdlm.deploy.evaluate.held_out import EvaluationResult
+from opdlm.deploy.observe.progress import RunProgress
 from opdlm.deploy.observe.round_figures import LEARNER_WORK, RoundReports
 from opdlm.deploy.observe.timeline import Timeline
 from opdlm.deploy.observe.writers import PrometheusWriter, RecordWriter, TensorBoardWriter
@@ -82,6 +84,9 @@ class RunRecords:
         self._round, self._step = first_round, first_step
         self.before_write: Callable[[], None] = lambda: None
         """Called before anything is written; ends the process where the run directory is no longer its own."""
+        self.progress = RunProgress()
+        """What the actors have done of the work that goes on."""
+        self.progress.at(first_round, first_step)
         self._begin_round()
 
     def _begin_round(self) -> None:
@@ -145,9 +150,9 @@ class RunRecords:
             responses_cut_at_inner_end=cut,
         )
 
-    def generating(self, done: int, total: int) -> None:
-        """The teacher answered `done` of `total` prompts. Only the view is told; no record is written."""
-        self._view.show({"kind": "generating", "done": done, "total": total})
+    def progressed(self, board: Mapping[str, CallProgress], seconds: float) -> None:
+        """Shows the view how far the run is; no record is written. See `RunProgress.figures`."""
+        self._view.show(self.progress.figures(board, seconds))
 
     def pushed(self, handle: WeightHandle, seconds: float) -> None:
         """A weight version reached every rollout actor."""
@@ -173,6 +178,7 @@ class RunRecords:
     def _start_new_queue(self) -> None:
         self._dead_queues_totals.update(self._queue_totals)
         self._queue_totals = {}
+        self.progress.forget_samples()
 
     def scaled(self, **figures: Any) -> None:
         """A request of `opdlm scale` was carried out or refused."""
@@ -191,6 +197,7 @@ class RunRecords:
         for event in events:
             seconds_ago = now - event.get("told_at", now)
             event = {name: value for name, value in event.items() if name != "told_at"}
+            self.progress.at(event["round"], event["step"])
             if event["kind"] == "learner_start":
                 self._learner_started(event["round"], event["step"])
                 continue

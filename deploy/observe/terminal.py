@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 _PLAIN_EVERY_SECONDS = 5.0
+_PROGRESS_EVERY_SECONDS = 10.0
 
 
 class LiveView:
@@ -45,23 +47,28 @@ class LiveView:
         table = Table(box=None, show_header=False, pad_edge=False)
         for left, right in zip(_training_figures(step, round_), _throughput_figures(round_), strict=True):
             table.add_row(*left, "   ", *right)
-        for name, record in self._latest.items():
-            if record["kind"] == "generating" and record["done"] < record["total"]:
-                table.add_row("teacher responses", f"{record['done']:,} of {record['total']:,}")
+        for record in self._latest.values():
             if record["kind"] == "evaluation":
-                table.add_row(
-                    name, f"{record['exact_match']:.1%}", "", "tokens/step", f"{record['tokens_per_step']:.2f}"
-                )
-        return Group(self._progress, table)
+                name, exact = f"{record['row']}, round {record['round']}", f"{record['exact_match']:.1%}"
+                table.add_row(name, exact, "", "tokens/step", f"{record['tokens_per_step']:.2f}")
+        lines = progress_lines(self._latest["progress"]) if "progress" in self._latest else []
+        return Group(self._progress, table, *(Text(line) for line in lines))
 
 
 class PlainView:
-    """Prints one line per round (at most one every few seconds), per evaluation and per warning."""
+    """Prints one line per round (at most one every few seconds), per evaluation and per warning.
 
-    def __init__(self, console: Console, rounds: int) -> None:
-        self._console, self._rounds = console, rounds
+    Where a round takes longer, it prints every ten seconds how far the round is.
+
+    Args:
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, console: Console, rounds: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._rounds, self._clock = console, rounds, clock
         self._loss = float("nan")
-        self._last = self._started = time.monotonic()
+        self._last = self._started = clock()
+        """When the last line about rounds was printed."""
         self._first: int | None = None
 
     def show(self, record: dict[str, Any]) -> None:
@@ -70,18 +77,21 @@ class PlainView:
             self._loss = record["loss"]
         elif line := warning_line(record):
             self._print(line)
-        elif record["kind"] == "generating":
-            self._print(f"teacher responses: {record['done']:,} of {record['total']:,}")
+        elif record["kind"] == "progress":
+            if self._clock() - self._last >= _PROGRESS_EVERY_SECONDS:
+                self._last = self._clock()
+                for line in progress_lines(record):
+                    self._print(line)
         elif record["kind"] == "evaluation":
             self._print(
-                f"evaluation {record['row']}: exact match {record['exact_match']:.1%}, "
+                f"evaluation of round {record['round']}, {record['row']}: exact match {record['exact_match']:.1%}, "
                 f"{record['tokens_per_step']:.2f} tokens/step, {record['tokens_per_second']:.0f} tokens/s"
             )
         elif record["kind"] == "round":
             self._first = record["round"] - 1 if self._first is None else self._first
             last = record["round"] == self._rounds
-            if last or time.monotonic() - self._last > _PLAIN_EVERY_SECONDS:
-                self._last = time.monotonic()
+            if last or self._clock() - self._last > _PLAIN_EVERY_SECONDS:
+                self._last = self._clock()
                 pace = (self._last - self._started) / (record["round"] - self._first)
                 speeds = " ".join(
                     f"{role} {_number(record, f'{role}_tokens_per_second', '{:.0f}')}"
@@ -125,6 +135,31 @@ def warning_line(record: dict[str, Any]) -> str | None:
     if record["kind"] == "failed_save":
         return f"checkpoint of round {record['round']} not written ({record['in_a_row']} in a row): {record['reason']}"
     return None
+
+
+def progress_lines(record: dict[str, Any]) -> list[str]:
+    """How far a run is (`deploy/observe/progress.py`): a line for each task, and one for the round.
+
+    Example: `round 3/40: decoded 96 of 128 (0.8/s, 410 tokens/s), scored 32 of 128 (1.1/s), optimizer steps 0 of 16`
+    """
+    lines = [f"{task['name']}: {_amount(task)}" for task in record["tasks"]]
+    if "stages" in record:
+        stages = ", ".join(f"{stage['name']} {_amount(stage)}" for stage in record["stages"])
+        lines.append(f"round {record['round']}/{record['rounds']}: {stages}")
+    return lines
+
+
+def _amount(part: dict[str, Any]) -> str:
+    rates = [f"{rate_text(part['per_second'])}/s"] if part["per_second"] else []
+    rates += [f"{rate_text(part['tokens_per_second'])} tokens/s"] if part.get("tokens_per_second") else []
+    more = [", ".join(rates)] if rates else []
+    more += [f"{part['ahead']:,} ahead"] if part.get("ahead") else []
+    return f"{part['done']:,} of {part['total']:,}" + (f" ({'; '.join(more)})" if more else "")
+
+
+def rate_text(rate: float) -> str:
+    """A rate with two digits below 10, else as a whole number."""
+    return f"{rate:.2g}" if rate < 10 else f"{rate:,.0f}"
 
 
 def _training_figures(step: dict[str, Any], round_: dict[str, Any]) -> list[tuple[str, str]]:

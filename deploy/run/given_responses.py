@@ -8,8 +8,8 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from opdlm.common.model.facts import read_facts
 from opdlm.common.model.shards import weights_fingerprint
 from opdlm.common.retry import Attempts, StoreWait, store_is_full
 from opdlm.common.seeds import sample_seed
+from opdlm.deploy.observe.progress import RunProgress
 
 log = logging.getLogger("opdlm.given_responses")
 
@@ -34,6 +35,8 @@ _CALLS_PER_BATCH = 4
 _KEY = b"opdlm"
 _TOKENS = pa.large_list(pa.int32())
 """Lists of token ids with 64-bit offsets: a million long responses have more than 2^31 tokens."""
+TASK = "teacher responses"
+"""The name under which their progress is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,11 @@ class GivenResponses:
 
 
 def known_responses(config: OpdlmConfig, prompts: Sequence[Prompt], digest: str) -> GivenResponses | None:
-    """Responses that need no actor: from the data or from the cache. None: there are none yet, or none are needed.
+    """Responses that need no actor: from the data or from the cache. None: some are missing, or none are needed.
+
+    Args:
+        prompts: the prompts that the run trains on (`PromptOrder.used`).
+        digest: fingerprint of all prompts of the data.
 
     Raises:
         ConfigError: see `read_responses`.
@@ -82,7 +89,8 @@ def known_responses(config: OpdlmConfig, prompts: Sequence[Prompt], digest: str)
         return None
     if config.offline.responses == "data":
         return GivenResponses({p.prompt_id: p.response for p in prompts if p.response is not None}, 0, False)
-    return read_responses(cache_file(config), response_recipe(config, digest))
+    held = read_responses(cache_file(config), response_recipe(config, digest))
+    return None if held is None or _missing(held, prompts) else _chosen(held.by_prompt, prompts, cached=True)
 
 
 def cache_file(config: OpdlmConfig) -> Path:
@@ -108,7 +116,7 @@ def response_recipe(config: OpdlmConfig, prompts_digest: str) -> Recipe:
 
 
 def read_responses(file: Path, expected: Recipe) -> GivenResponses | None:
-    """The responses of a cache file; None where there is no file.
+    """The responses of a cache file, without the compute that made them; None where there is no file.
 
     Raises:
         ConfigError: the file is no cache of responses, or it has another recipe.
@@ -118,7 +126,7 @@ def read_responses(file: Path, expected: Recipe) -> GivenResponses | None:
     try:
         table = pq.read_table(file)
         made = json.loads((table.schema.metadata or {})[_KEY])
-        held, forward_tokens = dict(made["recipe"]), int(made["forward_tokens"])
+        held = dict(made["recipe"])
         ids = table.column("prompt_id").to_pylist()
         responses = _arrays(table.column("response_ids"))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
@@ -131,7 +139,7 @@ def read_responses(file: Path, expected: Recipe) -> GivenResponses | None:
             f"offline.cache: {file} was made with other settings: {', '.join(differing)}; remove it, or give another"
             " offline.cache"
         )
-    return GivenResponses(dict(zip(ids, responses, strict=True)), forward_tokens, True)
+    return GivenResponses(dict(zip(ids, responses, strict=True)), 0, True)
 
 
 def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
@@ -150,15 +158,17 @@ async def generate_responses(
     prompts: Sequence[Prompt],
     teachers: ActorPool,
     recipe: Recipe,
-    progress: Callable[[int, int], None],
+    progress: RunProgress,
 ) -> GivenResponses:
-    """Has the teacher actors answer every prompt, writes the cache, and returns the responses.
+    """Has the teacher actors answer the prompts, writes the cache, and returns the responses.
 
-    Answered chunks are kept beside the cache until it is complete, so a later call asks only for the missing ones.
+    A response that the cache holds already is kept: an earlier run may have needed fewer rounds. Answered chunks are
+    kept beside the cache until it is complete, so a later call asks only for the missing ones.
 
     Args:
+        prompts: the prompts that the run trains on, in the order of their first use.
         recipe: what the responses depend on.
-        progress: called with (prompts answered, prompts in all).
+        progress: is told how many prompts are answered.
 
     Raises:
         OpdlmError: the cache's folder cannot be written, a chunk failed `resources.sample_attempts` times, or the
@@ -171,33 +181,51 @@ async def generate_responses(
     except OSError as error:
         raise OpdlmError(f"offline.cache: {file} cannot be written: {error}") from None
     size = config.offline.batch_size * _CALLS_PER_BATCH
-    done = 0
+    held = read_responses(file, recipe)
+    missing = _missing(held, prompts)
+    first = -(-len(held.by_prompt) // size) if held else 0  # a chunk's number seeds it, so no number is used twice
 
     async def answer(number: int, chunk: Sequence[Prompt]) -> list[np.ndarray]:
-        nonlocal done
         part = parts / f"{number:06d}.parquet"
         kept = read_responses(part, recipe)
         if kept is None or list(kept.by_prompt) != [p.prompt_id for p in chunk]:
             seed = sample_seed(config.run.seed, number)
-            responses = await _ask(config, teachers, chunk, recipe.max_new_tokens, seed)
+            responses = await _ask(config, teachers, chunk, recipe.max_new_tokens, seed, progress)
             _write(part, chunk, responses, recipe)
         else:
             responses = list(kept.by_prompt.values())
-        done += len(chunk)
-        progress(done, len(prompts))
+            with progress.call(TASK, range(len(chunk))):  # answered before an interruption
+                pass
         return responses
 
-    chunks = in_groups(prompts, size)
-    answered = await asyncio.gather(*(answer(i, chunk) for i, chunk in enumerate(chunks)))
-    _write(file, prompts, [r for responses in answered for r in responses], recipe)
+    chunks = in_groups(missing, size)
+    with progress.task(TASK, len(missing)):
+        answered = await asyncio.gather(*(answer(first + i, chunk) for i, chunk in enumerate(chunks)))
+    _write(file, missing, [r for responses in answered for r in responses], recipe, extend=held is not None)
     shutil.rmtree(parts)
     made = read_responses(file, recipe)
     assert made is not None, "it was just written"
-    return replace(made, cached=False)
+    return _chosen(made.by_prompt, prompts, cached=False)
+
+
+def _missing(held: GivenResponses | None, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts without a response."""
+    return [prompt for prompt in prompts if held is None or prompt.prompt_id not in held.by_prompt]
+
+
+def _chosen(responses: Mapping[str, np.ndarray], prompts: Sequence[Prompt], cached: bool) -> GivenResponses:
+    """The responses to these prompts alone, and the compute that they took."""
+    by_prompt = {prompt.prompt_id: responses[prompt.prompt_id] for prompt in prompts}
+    return GivenResponses(by_prompt, _forward_tokens(prompts, list(by_prompt.values())), cached)
 
 
 async def _ask(
-    config: OpdlmConfig, teachers: ActorPool, chunk: Sequence[Prompt], max_new_tokens: int, seed: int
+    config: OpdlmConfig,
+    teachers: ActorPool,
+    chunk: Sequence[Prompt],
+    max_new_tokens: int,
+    seed: int,
+    progress: RunProgress,
 ) -> list[np.ndarray]:
     offline, first = config.offline, chunk[0].prompt_id
     what = f"the teacher's responses to {len(chunk)} prompts (the first is {first})"
@@ -206,7 +234,9 @@ async def _ask(
     arguments = ([p.ids for p in chunk], max_new_tokens, offline.batch_size, offline.temperature, seed)
     while True:
         try:
-            _, (responses, _) = await teachers.call("generate", *arguments)
+            with progress.call(TASK, range(len(chunk))) as call:
+                _, (responses, _) = await teachers.call("generate", *arguments, *call.watch)
+                call.tokens = sum(map(len, responses))
             return responses
         except RayError as error:
             log.warning("%s, attempt %d: %s", what, attempts.failed + 1, last_line(error))
@@ -216,15 +246,21 @@ async def _ask(
                 attempts.note(error)
 
 
-def _write(file: Path, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], recipe: Recipe) -> None:
-    tokens = sum(len(p.ids) + len(r) - 1 for p, r in zip(prompts, responses, strict=True))
-    made = {"recipe": asdict(recipe), "forward_tokens": tokens}
-    schema = pa.schema(
-        [("prompt_id", pa.large_string()), ("prompt_ids", _TOKENS), ("response_ids", _TOKENS)],
-        metadata={_KEY: json.dumps(made)},
-    )
+def _write(
+    file: Path, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], recipe: Recipe, extend: bool = False
+) -> None:
+    """Writes a file of responses; `extend`: in addition to those that it holds."""
+    schema = pa.schema([("prompt_id", pa.large_string()), ("prompt_ids", _TOKENS), ("response_ids", _TOKENS)])
     columns = [[p.prompt_id for p in prompts], [p.ids for p in prompts], list(responses)]
     table = pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+    if extend:
+        table = pa.concat_tables([pq.read_table(file).cast(schema), table])
+    made = {"recipe": asdict(recipe)}
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as staging:
-        pq.write_table(table, staging)
+        pq.write_table(table.replace_schema_metadata({_KEY: json.dumps(made)}), staging)
+
+
+def _forward_tokens(prompts: Sequence[Prompt], responses: Sequence[np.ndarray]) -> int:
+    """Tokens that went through the teacher to generate the responses."""
+    return sum(len(p.ids) + len(r) - 1 for p, r in zip(prompts, responses, strict=True))

@@ -29,6 +29,7 @@ from opdlm.common.samples import SampleRef, sample_refs, samples_per_reference
 from opdlm.common.seeds import sample_seed
 from opdlm.common.types import RolloutRequest, ScoredTrajectory, TopKTargets, Trajectory, WeightHandle
 from opdlm.deploy.cluster.roles import Roles
+from opdlm.deploy.observe.progress import DECODED, SCORED
 from opdlm.deploy.observe.records import RunRecords
 from opdlm.deploy.run.given_responses import GivenResponses, generate_responses, response_recipe
 from opdlm.deploy.run.preflight import Preflight
@@ -52,10 +53,14 @@ class Scoring:
     per_reference: int
     """Samples that share a reference (`common/samples.py`)."""
 
-    async def score(self, trajectories: Any, count: int) -> list[SampleRef]:
-        """One sample per trajectory. `trajectories`: the list of `count` trajectories, or a reference to it."""
-        outputs = -(-count // self.per_reference)
-        groups, stats = await self.teachers.call("score", trajectories, self.per_reference, outputs=outputs)
+    async def score(self, trajectories: Any, indices: Sequence[int]) -> list[SampleRef]:
+        """One sample per trajectory. `trajectories`: the list of those of `indices`, or a reference to it."""
+        outputs = -(-len(indices) // self.per_reference)
+        with self.records.progress.call(SCORED, indices) as call:
+            groups, stats = await self.teachers.call(
+                "score", trajectories, self.per_reference, *call.watch, outputs=outputs
+            )
+            call.tokens = stats.tokens
         self.records.scored(stats)
         return sample_refs(groups, self.per_reference, stats.lengths)
 
@@ -79,8 +84,8 @@ async def open_source(
         return OnPolicySource(config, roles.rollouts, scoring, checked.order)
     if responses is None:
         recipe = response_recipe(config, checked.order.digest)
-        prompts = checked.prompts.prompts
-        responses = await generate_responses(config, prompts, roles.teachers, recipe, records.generating)
+        prompts = checked.order.used(checked.schedule.total)
+        responses = await generate_responses(config, prompts, roles.teachers, recipe, records.progress)
     cut = responses.cut_at_inner_end(student.eos_ids)
     records.given(len(responses.by_prompt), responses.forward_tokens, responses.cached, cut)
     vocab_size = checked.teacher.tokens.end
@@ -98,10 +103,12 @@ class OnPolicySource:
         """See `SampleSource`."""
         batch = self.config.rollout.batch_size
         requests = [rollout_request(self.config, self.order, index) for index in indices]
-        (trajectories,), decoded = await self.rollouts.call(
-            "decode", requests, weights, self.settings, batch, outputs=1
-        )
-        samples = await self.scoring.score(trajectories, len(indices))
+        with self.scoring.records.progress.call(DECODED, indices) as call:
+            (trajectories,), decoded = await self.rollouts.call(
+                "decode", requests, weights, self.settings, batch, *call.watch, outputs=1
+            )
+            call.tokens = decoded.response_tokens
+        samples = await self.scoring.score(trajectories, indices)
         self.scoring.records.decoded(decoded)
         return samples, list(decoded.weight_versions)
 
@@ -145,7 +152,7 @@ class GivenSource:
         """See `SampleSource`. Given responses are never stale: they count as made with the given weights."""
         trajectories = [self._trajectory(index, weights.version) for index in indices]
         if self.config.objective.kind != "cft":
-            return await self.scoring.score(trajectories, len(indices)), [weights.version] * len(indices)
+            return await self.scoring.score(trajectories, indices), [weights.version] * len(indices)
         samples, size = [ScoredTrajectory(t, self._one_hot(t)) for t in trajectories], self.scoring.per_reference
         groups = [ray.put(group) for group in in_groups(samples, size)]
         return sample_refs(groups, size, [t.lengths for t in trajectories]), [weights.version] * len(indices)

@@ -29,6 +29,7 @@ from opdlm.deploy.cluster.connection import connect, connecting
 from opdlm.deploy.cluster.roles import Roles, start_roles
 from opdlm.deploy.cluster.scaling import Scaler
 from opdlm.deploy.evaluate.during_run import RunEvaluations
+from opdlm.deploy.observe.progress import ProgressWatch
 from opdlm.deploy.observe.records import RunRecords
 from opdlm.deploy.observe.session import open_records, show_data, show_end, show_notes, show_start
 from opdlm.deploy.observe.stages import Stages
@@ -62,7 +63,7 @@ def _train(config: OpdlmConfig, resume: bool, console: Console, end: EndAtOnce) 
     show_notes(checked.notes, console)
     show_data(config, checked.prompts, console)
     check_weights(config)
-    responses = known_responses(config, checked.prompts.prompts, checked.order.digest)
+    responses = known_responses(config, checked.order.used(schedule.total), checked.order.digest)
     with RunLock(Path(config.run.dir)) as lock:
         checkpoint = find_checkpoint(config, resume, checked.order.digest)
         stage(connecting(config.resources))
@@ -88,7 +89,7 @@ def _train(config: OpdlmConfig, resume: bool, console: Console, end: EndAtOnce) 
             roles.stop()
         lock.verify()
         samples = schedule.prompts_per_round, schedule.total
-        show_end(Path(config.run.dir), samples, stopped=code != 0, console=console)
+        show_end(config, samples, stopped=code != 0, console=console)
     return code
 
 
@@ -111,6 +112,7 @@ async def _run(
 ) -> int:
     config, total = checked.config, checked.schedule.total
     stop = StopRequest(driver.console, driver.end)
+    views = asyncio.create_task(ProgressWatch(roles, checked.schedule, records).watch())
     source = await stop.cancels(open_source(checked, roles, records, responses))
     if source is None:  # a stop while the teacher wrote responses: nothing has begun
         return stop.exit_code
@@ -141,4 +143,5 @@ async def _run(
     await evaluations.finish()
     if not stop.asked:
         await evaluations.final()
+    views.cancel()
     return stop.exit_code

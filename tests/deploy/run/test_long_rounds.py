@@ -1,0 +1,57 @@
+"""A round that takes minutes is seen to move. `pytest tests/deploy/run/test_long_rounds.py`"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from opdlm.actors.progress import CallProgress
+from opdlm.common.types import DecodeStats
+from opdlm.deploy.observe.progress import DECODED, SCORED, ProgressWatch
+from opdlm.learner.schedule import TrainingSchedule
+from tests.deploy.observe.test_progress import stages
+from tests.fakes import virtual_time
+from tests.fakes.simulated_run import Shape, SimulatedRollout, SimulatedRun, Stages
+
+pytestmark = pytest.mark.usefixtures("learner_as_a_coroutine")
+
+
+def test_a_round_of_minutes_is_seen_to_move(tmp_path, monkeypatch) -> None:
+    """The real loops and queue in virtual time: one call of 120 s, which tells how far it has come."""
+
+    async def decode(self, requests, handle, settings, batch, *watch) -> tuple[Any, ...]:
+        await self._load(handle)
+        for number in range(1, len(requests) + 1):
+            await asyncio.sleep(15)
+            finished = tuple(r.index for r in requests[:number])
+            for seen in watch:
+                await seen.board.note_progress.remote(seen.call, CallProgress(finished, 100 * number))
+        versions = (self.version,) * len(requests)
+        stats = DecodeStats(self.version, len(requests), 800, 1, 1, 1, 120.0, weight_versions=versions)
+        return [r.index for r in requests], stats
+
+    monkeypatch.setattr(SimulatedRollout, "decode", decode)
+    seen: list[tuple[float, dict[str, Any]]] = []
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        run = SimulatedRun(tmp_path, Shape(0, 2, prompts_per_round=8), Stages(120, 40, 10, 1))
+        run.records._view.show = lambda record: seen.append((loop.time(), record))  # type: ignore[method-assign]
+        watching = asyncio.create_task(
+            ProgressWatch(run.loops.roles, TrainingSchedule(16, 8, 8, 0), run.records).watch()
+        )
+        await run.run()
+        watching.cancel()
+
+    virtual_time.run(scenario())
+    of_round = [(at, stages(record), record) for at, record in seen if record["kind"] == "progress"]
+    decoded = {at: counts[DECODED][0] for at, counts, _ in of_round if DECODED in counts and at <= 122}
+    assert decoded[32.0] == 2
+    assert sorted(decoded.values()) == list(decoded.values())
+    assert set(decoded.values()) == set(range(9))
+    _, _, middle = next(entry for entry in of_round if entry[0] == 92.0)
+    assert middle["stages"][0]["per_second"] > 0
+    assert middle["stages"][0]["tokens_per_second"] > 0
+    assert any(counts.get(SCORED) == (8, 8, 0) for _, counts, _ in of_round)
