@@ -88,8 +88,15 @@ class ActorDecoder(Decoder):
         """See `Decoder`. `Answers.seconds` is the wall time of the whole pool."""
         started = time.perf_counter()
         parts = split(list(requests), self.parallel, batch_size)
-        call = self._decode if self.is_student else self._generate
-        done = self._runner.run(_together([call(part, settings, batch_size) for part in parts]))
+        call, answered = self._decode if self.is_student else self._generate, 0
+
+        async def counted(part: list[RolloutRequest]) -> tuple[list[np.ndarray], int]:
+            nonlocal answered
+            answer = await call(part, settings, batch_size)
+            self.on_progress(answered := answered + len(part))
+            return answer
+
+        done = self._runner.run(_together([counted(part) for part in parts]))
         responses = [response for part, _ in done for response in part]
         return Answers(responses, sum(steps for _, steps in done), time.perf_counter() - started)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
-from rich.table import Table
 
 from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
@@ -19,6 +18,8 @@ from opdlm.common.files import check_file, write_json
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder, Decoder
 from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_actors, check_questions
 from opdlm.deploy.evaluate.questions import Questions, open_questions
+from opdlm.deploy.observe.meter import Meter
+from opdlm.deploy.observe.tables import decoding_name, new_table
 
 AUTOREGRESSIVE = "autoregressive, greedy"
 
@@ -71,17 +72,17 @@ def run_eval(
     with open_decoder(folder, decoding, options.block_size) as decoder:
         questions = open_questions(asked, decoder)
         tell_unknown(questions, console)
-        with console.status("decoding ...") as status:
-            rows = evaluate(decoder, questions, options, decoding, lambda way: status.update(f"decoding: {way} ..."))
-    table = Table(title=f"{folder}: {questions.title}")
-    table.add_column("decoding")
+        with Meter(console) as meter:
+            decoder.on_progress = meter
+            rows = evaluate(decoder, questions, options, decoding, meter.begin)
     columns = [questions.figure, "tokens per denoising step", "tokens per second"]
-    for name in columns + (["no answer found"] if asked.answer == "math" else []):
-        table.add_column(name, justify="right")
+    columns += ["unanswered"] if asked.answer == "math" else []
+    table = new_table(f"{folder}: {questions.title}", "decoding", *columns)
     for row in rows:
         figures = [f"{row['right']:.1%}", f"{row['tokens_per_step']:.2f}", f"{row['tokens_per_second']:,.0f}"]
         unanswered = [str(row["unanswered"])] if asked.answer == "math" else []
-        table.add_row(row["decoding"], *figures, *unanswered)
+        way = decoding_name(row["decoding"], options.threshold)
+        table.add_row(way, *figures, *unanswered)
     console.print(table)
     for row in rows:
         if row["empty"]:
@@ -96,9 +97,11 @@ def evaluate(
     questions: Questions,
     options: EvalOptions,
     decoding: DecodingOptions,
-    progress: Callable[[str], None] = lambda way: None,
+    begins: Callable[[str, int], None] = lambda way, questions: None,
 ) -> list[dict[str, Any]]:
     """Answers the questions with each strategy (an AR checkpoint: once, greedily) and marks the answers.
+
+    `begins` is called with each way of decoding and the number of questions.
 
     Returns: a row per way of decoding: `decoding`, `right` (share), `unanswered`, `responses`, `empty` (how many of
         them have no text), `tokens_per_step`, `tokens_per_second`.
@@ -111,8 +114,8 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     for strategy in options.strategies if decoder.is_student else options.strategies[:1]:
         way = strategy if decoder.is_student else AUTOREGRESSIVE
-        progress(way)
         settings = replace(decoder.base.greedy(strategy), threshold=options.threshold)
+        begins(decoding_name(way, options.threshold), len(requests))
         answers = decoder.answer(requests, settings, decoding.batch_size)
         marks = questions.mark(answers.responses)
         rows.append(

@@ -63,6 +63,8 @@ class Decoder(ABC):
 
     def __init__(self, folder: Path, block_size: int | None = None) -> None:
         self.folder = folder
+        self.on_progress: Callable[[int], None] = lambda done: None
+        """Called during `answer` with the number of prompts that are answered."""
         self.facts = read_facts(folder)
         if self.facts.is_student:
             require_mask(self.facts)
@@ -107,10 +109,13 @@ class Decoder(ABC):
             if length == 0:
                 raise OpdlmError(f"{request.prompt_id}: the prompt is empty; a response needs a token before it")
             end = grid.end_position(length, limit) if self.is_student else length + limit
-            if end > self.facts.context:
+            if end > (context := self.facts.context):
+                whole = context - (context + grid.offset(length)) % grid.block_size if self.is_student else context
+                fits = max(whole - length, 0)
+                advice = f"at most {fits} new ones fit after it (--max-new-tokens)" if fits else "shorten the prompt"
                 raise OpdlmError(
                     f"{request.prompt_id}: {length} prompt tokens and at most {limit} new ones take {end} positions, "
-                    f"more than the context of {self.facts.context} (config.json); shorten the prompt or the limit"
+                    f"more than the context of {context} (config.json); {advice}"
                 )
 
     @abstractmethod
@@ -145,7 +150,11 @@ class CheckpointDecoder(Decoder):
         """Block decoding with a student; `observer` sees every denoising step."""
         mask_id, facts = require_mask(self.facts), self.facts
         decoder = BlockDecoder(self.model, settings, mask_id, facts.eos_ids, batch_size, tokens=facts.tokens)
-        return decoder.decode(requests, observer=observer)
+
+        def before_step() -> None:
+            self.on_progress(len(decoder.progress().finished))
+
+        return decoder.decode(requests, observer=observer, update_weights=before_step)
 
     def continue_prompts(
         self, requests: Sequence[RolloutRequest], temperature: float, batch_size: int
@@ -154,8 +163,14 @@ class CheckpointDecoder(Decoder):
         limit = max(request.max_new_tokens for request in requests)
         prompts = [request.prompt_ids for request in requests]
         seed = requests[0].seed
+        done: list[int] = []
+
+        def on_batch(places: Sequence[int]) -> None:
+            done.extend(places)
+            self.on_progress(len(done))
+
         responses = generate(
-            self.model, prompts, limit, self.facts.eos_ids, batch_size, temperature, seed, self.facts.tokens
+            self.model, prompts, limit, self.facts.eos_ids, batch_size, temperature, seed, self.facts.tokens, on_batch
         )
         return cut_to_limits(responses, requests)
 

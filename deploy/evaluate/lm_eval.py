@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from opdlm.common.errors import OpdlmError, first_line
 from opdlm.deploy.evaluate.commands import EvalOptions, check_output, open_decoder, write_results
 from opdlm.deploy.evaluate.options import DecodingOptions
+from opdlm.deploy.observe.tables import decoding_name, new_table
+
+_TASK_COLUMNS = 20
+"""Least width of a task's name, which may take several lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ def run_harness(
     lm_eval = require_lm_eval()
     check_output(options.output)
     manager, tasks = load_tasks(harness, folder)
-    from lm_eval.utils import handle_non_serializable, make_table
+    from lm_eval.utils import handle_non_serializable
 
     from opdlm.deploy.evaluate.lm_eval_model import OpdlmLM
 
@@ -70,15 +75,41 @@ def run_harness(
                 log_samples=options.output is not None,
             )
             how = model.get_model_info()
-            console.print(make_table(results), markup=False, highlight=False, soft_wrap=True)
+            for table in result_tables(results):
+                console.print(table, "")
             console.print(
-                f"{how['decoding']}: {how['tokens_per_step']:.2f} tokens per denoising step, "
-                f"{how['tokens_per_second']:,.0f} tokens per second",
+                f"{decoding_name(how['decoding'], how.get('threshold'))}: "
+                f"{how['tokens_per_step']:.2f} tokens per denoising step, {how['tokens_per_second']:,.0f} per second",
                 highlight=False,
+                soft_wrap=True,
             )
             written[how["decoding"]] = results
     if options.output:
         write_results(options.output, written, console, handle_non_serializable)
+
+
+def result_tables(results: dict[str, Any]) -> list[Table]:
+    """lm-eval's results, and those of its groups of tasks, as tables of 80 columns. Its own are wider."""
+    tables = []
+    for key, first in (("results", "task"), ("groups", "group of tasks")):
+        table = new_table(f"lm-eval, by {first}", first, "metric", "value", "stderr", "shots")
+        table.columns[0].min_width = _TASK_COLUMNS
+        table.columns[1].no_wrap, table.columns[1].overflow, table.columns[1].justify = False, "fold", "left"
+        for task, figures in (results.get(key) or {}).items():
+            name, shots = str(figures.get("alias", task)).lstrip(" -"), results.get("n-shot", {}).get(task, "")
+            for figure, value in figures.items():
+                metric, comma, filtered = figure.partition(",")  # other entries are the task's name and its sizes
+                if comma and not metric.endswith("_stderr"):
+                    spread = figures.get(f"{metric}_stderr,{filtered}", "")
+                    shown = metric if filtered == "none" else f"{metric}, {filtered}"
+                    table.add_row(name, shown, _figure(value), _figure(spread), str(shots))
+        if table.row_count:
+            tables.append(table)
+    return tables
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def load_tasks(harness: HarnessOptions, folder: Path) -> tuple[Any, list[Any]]:

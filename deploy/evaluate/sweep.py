@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from opdlm.common.config.schema import Strategy
@@ -18,6 +16,8 @@ from opdlm.deploy.evaluate.commands import check_output, open_decoder, tell_unkn
 from opdlm.deploy.evaluate.decoders import Decoder
 from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_questions
 from opdlm.deploy.evaluate.questions import Questions, open_questions
+from opdlm.deploy.observe.meter import Meter
+from opdlm.deploy.observe.tables import decoding_name, new_table
 
 _DYNAMIC: Strategy = "low_confidence_dynamic"
 
@@ -84,11 +84,11 @@ def run_sweep(
         for block in blocks:
             decoder.check_room(requests, block)
         points = []
-        with _progress(console, len(ways)) as (progress, bar):
-            for block, strategy, threshold in ways:
-                progress.update(bar, description=_name(block, strategy, threshold))
+        with Meter(console) as meter:
+            decoder.on_progress = meter
+            for number, (block, strategy, threshold) in enumerate(ways, start=1):
+                meter.begin(f"[{number}/{len(ways)}] {_name(block, strategy, threshold)}", len(requests))
                 points.append(_point(decoder, questions, requests, decoding, block, strategy, threshold))
-                progress.advance(bar)
     console.print(_table(f"{folder}: {questions.title}", questions.figure, points))
     content = {
         "checkpoint": str(folder),
@@ -143,7 +143,7 @@ def draw(points: Sequence[SweepPoint], title: str, figure_name: str, file: Path)
             axis.annotate(label, where, offset, **how)
         for sign, strategy in zip("sD^v", others, strict=False):
             for point in (p for p in points if (p.block_size, p.strategy) == (block, strategy)):
-                name = f"block {block}, {strategy.removeprefix('low_confidence_')}"
+                name = f"block {block}, {decoding_name(strategy)}"
                 axis.plot(point.tokens_per_step, point.right, sign, color=f"C{place}", mfc="none", label=name)
     axis.margins(y=0.15)
     axis.set(xlabel="tokens per denoising step", ylabel=figure_name, xlim=(0, None), title=title)
@@ -158,23 +158,12 @@ def _threshold(point: SweepPoint) -> float:
 
 
 def _table(title: str, figure: str, points: Sequence[SweepPoint]) -> Table:
-    table = Table(title=title)
-    table.add_column("strategy")
-    for name in ("block size", "threshold", figure, "tokens per denoising step", "tokens per second"):
-        table.add_column(name, justify="right")
+    table = new_table(title, "decoding", "block size", figure, "tokens per denoising step", "tokens per second")
     for p in points:
-        threshold = "" if p.threshold is None else f"{p.threshold:g}"
         figures = f"{p.right:.1%}", f"{p.tokens_per_step:.2f}", f"{p.tokens_per_second:,.0f}"
-        table.add_row(p.strategy, str(p.block_size), threshold, *figures)
+        table.add_row(decoding_name(p.strategy, p.threshold), str(p.block_size), *figures)
     return table
 
 
 def _name(block: int, strategy: Strategy, threshold: float | None) -> str:
-    return f"block {block}, {strategy}" + ("" if threshold is None else f" {threshold:g}")
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[tuple[Progress, Any]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        yield progress, progress.add_task("", total=total)
+    return f"block {block}, {decoding_name(strategy, threshold)}"

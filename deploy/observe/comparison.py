@@ -13,6 +13,7 @@ from rich.table import Table
 from opdlm.common.files import write_json
 from opdlm.deploy.observe.records import read_records
 from opdlm.deploy.observe.report import BEFORE, DYNAMIC, PERIODIC, STATIC, TEACHER
+from opdlm.deploy.observe.tables import new_table
 
 Run = tuple[str, int, Path]
 """Objective, seed, run directory."""
@@ -158,34 +159,32 @@ def _draw_retention(result: dict[str, Any], file: Path) -> None:
 
 
 def _budget_table(summary: dict[str, Any]) -> Table:
-    table = Table(title="tasks of the training prompts, in %: mean ± standard deviation over seeds")
-    table.add_column("objective")
-    for name in ("static", "dynamic", "tokens/step", "response tokens", "TFLOP", "s"):
-        table.add_column(name, justify="right")
-    for name, figures in summary.items():
+    figures = "static", "dynamic", "tokens per step", "response tokens", "TFLOP", "seconds"
+    title = "tasks of the training prompts, in %: mean ± standard deviation over seeds"
+    table = new_table(title, "objective", *figures)
+    for name, of in summary.items():
         table.add_row(
             name,
-            _percent(figures["trained_static"]),
-            _percent(figures["trained_dynamic"]),
-            f"{figures['trained_tokens_per_step']['mean']:.2f}",
-            f"{figures['rollout_tokens']['mean']:,.0f}",
-            f"{figures['compute_flops']['mean'] / 1e12:.3g}",
-            f"{figures['wall_seconds']['mean']:,.0f}",
+            _percent(of["trained_static"]),
+            _percent(of["trained_dynamic"]),
+            f"{of['trained_tokens_per_step']['mean']:.2f}",
+            f"{of['rollout_tokens']['mean']:,.0f}",
+            f"{of['compute_flops']['mean'] / 1e12:.3g}",
+            f"{of['wall_seconds']['mean']:,.0f}",
         )
     return table
 
 
 def _task_table(result: dict[str, Any], title: str, key: str, figure_name: str) -> Table:
-    table = Table(title=f"{title} by task, in % (*: task of the training prompts)")
-    table.add_column("model")
+    """A row for each task, so that any number of tasks fits."""
+    models = ["teacher", "student_before", *result["objectives"]]
+    table = new_table(f"{title} by task, in % (*: task of the training prompts)", "task", *models)
     for task in result["teacher"]:
-        table.add_column(task + (" *" if task in result["trained_tasks"] else ""), justify="right")
-    for row in ("teacher", "student_before"):
-        table.add_row(row.replace("_", " "), *(f"{100 * f[figure_name]:.1f}" for f in result[row].values()))
-    for name, figures in result["objectives"].items():
-        table.add_row(name, *(_percent(t[key]) for t in figures["tasks"].values()))
+        before = [f"{100 * result[row][task][figure_name]:.1f}" for row in models[:2]]
+        marks = [_percent(figures["tasks"][task][key]) for figures in result["objectives"].values()]
+        table.add_row(task + (" *" if task in result["trained_tasks"] else ""), *before, *marks)
     return table
 
 
 def _percent(spread: dict[str, float]) -> str:
-    return f"{100 * spread['mean']:.1f} ± {100 * spread['std']:.1f}"
+    return f"{100 * spread['mean']:.1f}±{100 * spread['std']:.1f}"

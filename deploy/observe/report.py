@@ -10,6 +10,7 @@ from rich.table import Table
 from opdlm.common.files import write_json
 from opdlm.deploy.observe.ledger import read_ledger
 from opdlm.deploy.observe.records import read_records
+from opdlm.deploy.observe.tables import new_table
 
 TEACHER, BEFORE, STATIC, DYNAMIC = "teacher", "student before", "student static", "student dynamic"
 PERIODIC = "student"
@@ -17,7 +18,7 @@ PERIODIC = "student"
 
 
 def write_report(run_dir: Path, samples: tuple[int, int] | None = None) -> Table:
-    """Writes `report.json` and `report.png`; returns the table, without the rows that were not evaluated.
+    """Writes `report.json` and `report.png`; returns the table of the evaluations, or else of what the run did.
 
     `samples`: (samples in a round, samples in the run), to count what became of them (`samples_trained`,
     `samples_lost`, ...). None: nothing is counted.
@@ -37,24 +38,40 @@ def write_report(run_dir: Path, samples: tuple[int, int] | None = None) -> Table
         "weight_version": last["round"],
         "wall_seconds": records[-1]["wall_seconds"] if records else 0.0,
         "compute_flops": last.get("compute_flops", 0),
+        **_learning(records),
         **(read_ledger(records, *samples).figures() if samples else {}),
         "by_task": {row: r["by_task"] for row, r in rows.items() if row != PERIODIC},
     }
     write_json(run_dir / "report.json", report)
     _draw(records, run_dir / "report.png")
-    return _table(rows)
+    shown = rows.keys() & {TEACHER, BEFORE, STATIC, DYNAMIC}
+    return _evaluated({row: rows[row] for row in shown}) if shown else _done(report)
 
 
 def _figure(rows: dict[str, dict[str, Any]], row: str, figure: str) -> float | None:
     return rows[row][figure] if row in rows else None
 
 
-def _table(rows: dict[str, dict[str, Any]]) -> Table:
-    problems = max((r["problems"] for r in rows.values()), default=0)
-    table = Table(title=f"held-out problems: {problems}")
-    table.add_column("model")
-    for name in ("exact match", "tokens per denoising step", "tokens per second"):
-        table.add_column(name, justify="right")
+def _learning(records: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Mean loss and tokens per denoising step in the first round and in the last; None where there are none."""
+    losses: dict[int, list[float]] = {}
+    for record in records:
+        if record["kind"] == "step":
+            losses.setdefault(record["round"], []).append(record["loss"])
+    means = [sum(of_round) / len(of_round) for _, of_round in sorted(losses.items())]
+    speeds = [r["tokens_per_step"] for r in records if r["kind"] == "round" and "tokens_per_step" in r]
+    return {
+        f"{name}_{place}_round": values[index] if values else None
+        for name, values in (("loss", means), ("tokens_per_step", speeds))
+        for place, index in (("first", 0), ("last", -1))
+    }
+
+
+def _evaluated(rows: dict[str, dict[str, Any]]) -> Table:
+    """The final evaluations."""
+    problems = max(r["problems"] for r in rows.values())
+    figures = "exact match", "tokens per denoising step", "tokens per second"
+    table = new_table(f"{problems:,} held-out problems", "model", *figures)
     titles = {
         TEACHER: "teacher (autoregressive)",
         BEFORE: "student before (static)",
@@ -67,6 +84,28 @@ def _table(rows: dict[str, dict[str, Any]]) -> Table:
             table.add_row(
                 title, f"{r['exact_match']:.1%}", f"{r['tokens_per_step']:.2f}", f"{r['tokens_per_second']:,.0f}"
             )
+    return table
+
+
+def _done(report: dict[str, Any]) -> Table:
+    """What a run without evaluations did."""
+    table = new_table("what the run did (it evaluated nothing)", "what", "figure")
+    table.show_header = False
+    for what, figure in {
+        "rounds": "weight_version",
+        "optimizer steps": "optimizer_steps",
+        "response tokens": "rollout_tokens",
+    }.items():
+        table.add_row(what, f"{report[figure]:,}")
+    for what, figure, form in (
+        ("mean loss of the first and last round", "loss", "{:.4f}"),
+        ("tokens per denoising step, first and last round", "tokens_per_step", "{:.2f}"),
+    ):
+        values = [report[f"{figure}_{place}_round"] for place in ("first", "last")]
+        if None not in values:
+            table.add_row(what, " → ".join(form.format(value) for value in values))
+    minutes, seconds = divmod(round(report["wall_seconds"]), 60)
+    table.add_row("time", f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s")
     return table
 
 

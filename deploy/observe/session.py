@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from opdlm.common.checkpoint import Checkpoint, list_checkpoints
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.curriculum import unused_domain_limits
 from opdlm.common.data.prompts import PromptSet
+from opdlm.common.data.tasks import get_task, problems
 from opdlm.common.model.facts import count_parameters
 from opdlm.deploy.observe.records import RunRecords, View, read_records
 from opdlm.deploy.observe.report import write_report
@@ -72,12 +74,13 @@ def open_records(
         records.close()
 
 
-def show_end(run_dir: Path, samples: tuple[int, int], stopped: bool, console: Console) -> None:
-    """Writes and shows the report, and says what the run has written and how a stopped one goes on.
+def show_end(config: OpdlmConfig, samples: tuple[int, int], stopped: bool, console: Console) -> None:
+    """Writes and shows the report; says what the run has written, how to try it, and how a stopped one goes on.
 
     Args:
         samples: in a round and in the run.
     """
+    run_dir = Path(config.run.dir)
     if stopped and not any(record["kind"] == "round" for record in read_records(run_dir)):
         console.print("stopped before the first round; --resume starts it", highlight=False)
         return
@@ -87,3 +90,12 @@ def show_end(run_dir: Path, samples: tuple[int, int], stopped: bool, console: Co
     if stopped:
         saved = "with a checkpoint" if list_checkpoints(run_dir / "checkpoints") else "before any checkpoint"
         console.print(f"stopped {saved}; go on with --resume")
+    else:
+        console.print(f"try it: {_trial(config)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _trial(config: OpdlmConfig) -> str:
+    """A command that decodes with the trained student."""
+    task = next(problems(get_task(config.data.task), "test", 0)).prompt if config.data.task else "your prompt"
+    chat = ["--chat"] if config.data.chat_template else []
+    return shlex.join(["opdlm", "generate", f"{config.run.dir}/student", "--prompt", task, *chat])

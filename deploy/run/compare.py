@@ -89,7 +89,7 @@ def _run_all(runs: Sequence[tuple[str, int, OpdlmConfig]], out: Path, trained: S
         if code:
             return code
     for table in write_comparison(out, [(name, seed, Path(c.run.dir)) for name, seed, c in runs], trained):
-        console.print(table)
+        console.print(table, "")
     console.print(f"written: {out}/compare.json, compare.png, retention.png", highlight=False, soft_wrap=True)
     return 0
 

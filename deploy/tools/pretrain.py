@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from opdlm.common.model.char_tokenizer import build_char_tokenizer
 from opdlm.common.model.convert import save_model
 from opdlm.common.text import text_fault
 from opdlm.deploy.evaluate.held_out import HeldOutProblems
+from opdlm.deploy.observe.meter import PLAIN_SECONDS
 
 _HELD_OUT_PROBLEMS = 500
 _IGNORED = -100
@@ -39,7 +41,7 @@ class PretrainSettings:
     heads: int = 4
     context: int = 128
     """Longest sequence in tokens."""
-    steps: int = 900
+    steps: int = 600
     batch_size: int = 64
     """Sequences per step."""
     lr: float = 3e-3
@@ -89,8 +91,8 @@ def run_pretrain(
 def _train_with_progress(
     model: Qwen3ForCausalLM, batches: Batches, settings: PretrainSettings, console: Console
 ) -> None:
-    """Shows a progress bar; prints ten lines instead where the console is no terminal."""
-    every = max(settings.steps // 10, 1)
+    """Shows a progress bar; where the console is no terminal, ten lines instead, or more if steps are slow."""
+    every, last = max(settings.steps // 10, 1), time.monotonic()
     with Progress(
         TextColumn("step"),
         BarColumn(),
@@ -105,8 +107,10 @@ def _train_with_progress(
         row = bar.add_task("", total=settings.steps, loss=float("nan"))
 
         def progress(step: int, loss: float) -> None:
+            nonlocal last
             bar.update(row, completed=step, loss=loss)
-            if not console.is_terminal and step % every == 0:
+            if not console.is_terminal and (step % every == 0 or time.monotonic() - last >= PLAIN_SECONDS):
+                last = time.monotonic()
                 console.print(f"step {step}/{settings.steps} loss {loss:.4f}", highlight=False)
 
         pretrain(model, batches, settings, progress)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from opdlm.common.errors import OpdlmError
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.deploy.evaluate.actor_decoder import split
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder
@@ -76,7 +77,7 @@ def test_math_marks_what_the_responses_say(student, tmp_path) -> None:
     said = ["50+2=52;52", "1-0=1", "+-", "7"]
     marks = questions.mark([decoder.encode(text) for text in said])
     assert (marks.right, marks.unanswered) == (0.5, 1)
-    assert "no answer found" in opdlm("eval", student, "--data", data, "--answer", "math", "--max-new-tokens", 4)
+    assert "unanswered" in opdlm("eval", student, "--data", data, "--answer", "math", "--max-new-tokens", 4)
 
 
 def test_sweep_gives_the_figures_of_direct_evaluation(student, tmp_path) -> None:
@@ -142,3 +143,29 @@ def test_requests_are_split_so_that_every_actor_has_work() -> None:
         cut = split(requests, actors, batch_size)
         assert [r.index for part in cut for r in part] == list(range(103))
         assert len(cut) == parts
+
+
+def test_what_does_not_fit_the_context_says_what_would(student, chain_teacher) -> None:
+    for grid, block in (("absolute", 4), ("response", 4), ("absolute", 7), ("response", 7)):
+        decoder = CheckpointDecoder(student, block)
+        decoder.base = replace(decoder.base, block_grid=grid)
+        for length in (1, 5, 6, 100, 121, 124, 125, 127):
+            with pytest.raises(OpdlmError) as refused:
+                decoder.check_room([request(length, limit=10_000)])
+            assert f"{length} prompt tokens and at most 10000 new ones take" in str(refused.value)
+            assert "more than the context of 128 (config.json)" in str(refused.value)
+            fits = next(n for n in range(128, -1, -1) if n == 0 or _fits(decoder, length, n))
+            expected = f"at most {fits} new ones fit after it (--max-new-tokens)" if fits else "shorten the prompt"
+            assert str(refused.value).endswith(f"; {expected}")
+    text = opdlm("generate", student, "-p", "1+2=", "--max-new-tokens", 10000, code=2)
+    assert "4 prompt tokens and at most 10000 new ones take 10004 positions" in text
+    assert "at most 124 new ones fit after it (--max-new-tokens)" in text
+    assert "(config.json); shorten the prompt" in opdlm("generate", chain_teacher, "-p", "1" * 128, code=2)
+
+
+def _fits(decoder: CheckpointDecoder, length: int, limit: int) -> bool:
+    try:
+        decoder.check_room([request(length, limit=limit)])
+    except OpdlmError:
+        return False
+    return True

@@ -206,8 +206,9 @@ def test_eval_runs_the_harness(student, task_folder, tmp_path) -> None:
     file = tmp_path / "results.json"
     local = ("--lm-eval", "chain_local", "--include-path", task_folder)
     text = opdlm("eval", student, *local, "--output", file)
-    assert "exact_match" in text
-    assert "low_confidence_dynamic: " in text
+    assert "task metric value stderr shots" in text
+    assert "chain_local exact_match 0.3333" in text
+    assert "dynamic 0.9: " in text
     results = json.loads(file.read_text())["low_confidence_dynamic"]
     assert results["results"]["chain_local"]["exact_match,none"] == pytest.approx(2 / 6)
     assert results["config"]["pretrained"] == str(student)

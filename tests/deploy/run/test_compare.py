@@ -85,7 +85,7 @@ def test_missing_runs_are_made_and_compared(monkeypatch, tmp_path, chain_teacher
     assert (opd["kept_static"]["mean"], cft["kept_static"]["mean"]) == (0.5, 0.25)
     assert result["teacher"]["copy"]["exact_match"] == 1.0
     assert {f.name for f in tmp_path.glob("*.png")} == {"compare.png", "retention.png"}
-    assert "87.5 ± 12.5" in out.export_text()
+    assert "87.5±12.5" in out.export_text()
 
     assert compare_job.run_comparison(base(chain_teacher), ["opd", "cft"], [0, 1], tmp_path, out) == 0
     assert len(trained) == 4, "finished runs are not run again"
