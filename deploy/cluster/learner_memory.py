@@ -8,7 +8,7 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.base import DTYPE_BYTES
 from opdlm.common.config.schema import LoraConfig
 from opdlm.common.model.shards import read_shards
-from opdlm.deploy.cluster.memory import Lengths, ModelSize, RoleMemory, Term, weights_term
+from opdlm.deploy.cluster.memory import Lengths, ModelSize, RoleMemory, Term, process_term, weights_term
 
 BUCKET_ELEMENTS = 500_000_000
 """Elements of a gradient bucket: DeepSpeed's default of `reduce_bucket_size`."""
@@ -32,6 +32,7 @@ def learner_memory(
         "learner",
         learner.gpus_per_worker,
         [
+            process_term("learner", learner.gpus_per_worker),
             *zero_terms(config, student.parameters + (adapters or 0), adapters or student.parameters),
             *_activations(config, student, lengths, size),
             *_losses(config, student, teacher, trains_matrix=adapters is None),

@@ -1,8 +1,8 @@
 """The memory of rollout and teacher actors, as arithmetic that `opdlm plan` prints with its result. Loads no weights.
 
 Every `Term` is one allocation in the code; the docstring of the function that adds the term says where. Terms marked
-`estimate` are rules of thumb or upper bounds. The CUDA context (about 0.5 GiB per process) and fragmentation are not
-counted. The learner's memory is in `learner_memory.py`.
+`estimate` are rules of thumb, upper bounds or measured. The CUDA context (about 0.5 GiB per process) and fragmentation
+are not counted. The learner's memory is in `learner_memory.py`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Term:
     nbytes: int
     estimate: bool = False
     on_host: bool = False
-    """Whether it is offloaded: in host memory although the role has a GPU."""
+    """Whether it is in host memory although the role has a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,23 @@ class RoleMemory:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes offloaded to host memory."""
+        """Bytes in host memory of a process that has a GPU."""
         return sum(term.nbytes for term in self.terms if term.on_host)
+
+
+PROCESS_MIB = {"rollout": 600, "teacher": 600, "learner": 700}
+"""Host memory that Python, torch, Ray and the libraries of a role take in each of its processes, whatever the model:
+resident memory, rounded up. Measured with a model of a few thousand parameters on CPUs: 510, 500 and 671 MiB
+(tests/benchmarks/process_memory.py)."""
+DRIVER_MIB = 3500
+"""The same for the driver (614 MiB), the replay queue (208), Ray Train's controller (396) and its helpers (1,020), and
+Ray's own processes on the driver's node, with its dashboard. Some pages are shared, so this is an upper bound."""
+
+
+def process_term(role: str, gpus: float) -> Term:
+    """What a process takes before it has a model."""
+    nbytes = PROCESS_MIB[role] * 2**20
+    return Term("Python, torch, Ray", "libraries, of each process", nbytes, estimate=True, on_host=gpus > 0)
 
 
 def model_size(folder: str | Path) -> ModelSize:
@@ -114,6 +129,7 @@ def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) ->
         "rollout",
         rollout.gpus_per_actor,
         [
+            process_term("rollout", rollout.gpus_per_actor),
             weights_term(student.parameters, config.model.dtype),
             *_arriving_weights(config, student.parameters * size),
             Term(
@@ -153,7 +169,10 @@ def teacher_memory(config: OpdlmConfig, teacher: ModelSize, lengths: Lengths) ->
     settings = config.teacher
     size, parts = DTYPE_BYTES[settings.dtype], max(1, math.ceil(settings.gpus_per_actor))
     tokens = max(settings.batch_tokens, lengths.end)
-    terms = [weights_term(teacher.parameters, settings.dtype, parts, "GPUs")]
+    terms = [
+        process_term("teacher", settings.gpus_per_actor),
+        weights_term(teacher.parameters, settings.dtype, parts, "GPUs"),
+    ]
     if settings.backend == "vllm":
         what = "vLLM takes the rest of its share of the GPU for its own cache"
         return RoleMemory("teacher", settings.gpus_per_actor, [*terms, Term("cache", what, 0)])

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -23,8 +25,16 @@ from opdlm.common.model.config import read_config
 from opdlm.common.model.end_tokens import token_names
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.deploy.cluster.learner_memory import adapter_parameters, learner_memory
-from opdlm.deploy.cluster.memory import Lengths, RoleMemory, model_size, rollout_memory, teacher_memory, to_plain
-from opdlm.deploy.cluster.placement import Demands, demands, placement_lines
+from opdlm.deploy.cluster.memory import (
+    DRIVER_MIB,
+    Lengths,
+    RoleMemory,
+    model_size,
+    rollout_memory,
+    teacher_memory,
+    to_plain,
+)
+from opdlm.deploy.cluster.placement import Demands, demands, placement_lines, plural
 from opdlm.deploy.evaluate.commands import check_output
 from opdlm.deploy.observe.session import show_data, show_notes
 from opdlm.deploy.run.directory import check_run, find_checkpoint, holds_run
@@ -33,7 +43,7 @@ from opdlm.deploy.run.preflight import Preflight, preflight
 
 GIB = 2**30
 _WIDTH = 100
-"""Columns that every table fits into."""
+"""Columns that every table uses at most; it fits into 80."""
 _TOKENS_SHOWN = 20
 """Tokens of the first prompt that the plan shows."""
 
@@ -145,18 +155,53 @@ def show_plan(config: OpdlmConfig, console: Console, json_file: Path | None = No
     show_notes(plan.checked.notes, console)
     show_data(config, plan.checked.prompts, console)
     console.print(_resources(plan.demands), width=width)
-    for line in placement_lines(config):
+    for line in [*placement_lines(config), *cluster_lines(plan.demands, config.resources.ray_address)]:
         console.print(line, width=width, highlight=False)
     for memory in plan.memory:
         console.print(_memory(memory), width=width)
     for line in sharing(plan):
         console.print(line, width=width, highlight=False)
-    console.print("~ an estimate or an upper bound; the CUDA context is not counted", width=width, highlight=False)
+    for line in (host_line(plan), "~ an estimate or an upper bound; the CUDA context is not counted"):
+        console.print(line, width=width, highlight=False)
     if json_file is not None:
         write_json(json_file, plan.plain())
         console.print(f"written: {json_file}", highlight=False, soft_wrap=True)
     state = "holds a run (needs --resume)" if holds_run(Path(config.run.dir)) else "is free"
     console.print(f"nothing was started; the run directory {state}", highlight=False)
+
+
+def cluster_lines(asked: Demands, address: str | None) -> list[str]:
+    """What the plan cannot know: whether there is a cluster with the GPUs, and the nodes' own resources, of the run.
+
+    Args:
+        address: `resources.ray_address`; without it, that of RAY_ADDRESS counts.
+    """
+    sums = {kind: sum(count * each for _, count, each in rows) for kind, rows in asked.items() if kind != "CPU"}
+    wanted = ", ".join(f"{total:g} {plural(kind) if total != 1 else kind}" for kind, total in sums.items() if total)
+    if not wanted:
+        return []
+    if cluster := address or os.environ.get("RAY_ADDRESS"):
+        return [f"not checked: whether the cluster at {cluster} has {wanted}; the run checks it when it joins"]
+    here = torch.cuda.device_count()
+    if {kind for kind, total in sums.items() if total} == {"GPU"} and sums["GPU"] <= here:
+        return [f"the run needs {wanted}; this machine has {here}"]
+    gpus = f"{here or 'no'} {'GPU' if here == 1 else 'GPUs'}"
+    return [
+        f"not checked: the run needs {wanted}, this machine has {gpus}, "
+        "and the plan does not know your cluster; name it by resources.ray_address or RAY_ADDRESS, or the run ends at "
+        "its start"
+    ]
+
+
+def host_line(plan: Plan) -> str:
+    """The host memory of all processes of the run, were they on one node."""
+    counts = {role: count for role, count, _ in plan.demands["CPU"]}
+    counts["rollout"] = counts.get("rollout", 0) + counts.get("evaluation", 0)
+    total = DRIVER_MIB * 2**20 + sum(
+        counts[memory.role] * (memory.host_bytes if memory.gpus else memory.device_bytes) for memory in plan.memory
+    )
+    beside = f"{DRIVER_MIB / 1024:.1f} GiB of them the driver, the queue and Ray itself"
+    return f"~ host memory of all processes together: {_gib(total)} GiB, {beside}; Ray's object store comes on top"
 
 
 def sharing(plan: Plan) -> list[str]:
@@ -181,6 +226,8 @@ def sharing(plan: Plan) -> list[str]:
 
 def _steps(plan: Plan) -> Table:
     table = Table(title=f"plan of {plan.checked.config.run.dir}", show_header=False, title_justify="left")
+    for _ in range(2):
+        table.add_column(overflow="fold")
     for topic, words in plan.steps().items():
         table.add_row(topic, Text(words))  # a token may look like markup
     return table
@@ -208,7 +255,7 @@ def _memory(memory: RoleMemory) -> Table:
     title = f"memory of one {memory.role} process, {where}"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("what", no_wrap=True)
-    table.add_column("arithmetic")
+    table.add_column("arithmetic", overflow="fold")
     unit, name = (GIB, "GiB") if memory.device_bytes + memory.host_bytes >= GIB else (2**20, "MiB")
     table.add_column(name, justify="right", no_wrap=True)
     for term in memory.terms:
@@ -218,7 +265,7 @@ def _memory(memory: RoleMemory) -> Table:
     table.add_section()
     table.add_row("sum", "" if memory.gpus else "host memory", f"{memory.device_bytes / unit:.2f}")
     if memory.host_bytes:
-        table.add_row("", "offloaded to host memory", f"{memory.host_bytes / unit:.2f}")
+        table.add_row("", "in host memory", f"{memory.host_bytes / unit:.2f}")
     return table
 
 
