@@ -41,7 +41,7 @@ class PretrainSettings:
     heads: int = 4
     context: int = 128
     """Longest sequence in tokens."""
-    steps: int = 600
+    steps: int = 900
     batch_size: int = 64
     """Sequences per step."""
     lr: float = 3e-3

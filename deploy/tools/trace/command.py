@@ -221,7 +221,7 @@ def _requests(
         chosen += [(f"{config.data.task}/test/{i}", ids) for i, ids in enumerate(held_out.prompt_ids)]
     elif count:
         first = config.data.model_copy(update={"prompts": count})
-        found = load_prompts(first, student.tokenizer, longest, config.run.seed, student.facts.vocab_size)
+        found = load_prompts(first, student.tokenizer, longest, config.run.seed, student.facts.tokens)
         for line in found.refused:
             console.print(f"refused prompt {line}", highlight=False, markup=False)
         chosen += [(prompt.prompt_id, prompt.ids) for prompt in found.prompts]
