@@ -16,9 +16,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from opdlm.common.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
-from opdlm.common.config.schema import ModelConfig
+from opdlm.common.config.schema import OpdlmConfig
 from opdlm.common.errors import OpdlmError
-from opdlm.common.model.convert import save_model
+from opdlm.common.model.facts import read_facts
+from opdlm.common.model.folder import save_model
 from opdlm.common.model.load import load_model
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.common.types import WeightPack
@@ -146,21 +147,21 @@ class Saver:
         if problem := problem_of_first_rank(act, self.engine.device):
             raise GiveUp(f"{what} could not be written: {self._advice(problem)}")
 
-    def export_student(self, run_dir: Path, start: str, model: ModelConfig, pack: WeightPack | None) -> None:
+    def export_student(self, run_dir: Path, start: str, config: OpdlmConfig, pack: WeightPack | None) -> None:
         """Writes the finished student as a Hugging Face folder, `RUN/student`, and a trained adapter, `RUN/adapter`.
 
         A collective call. A folder that an earlier start of the group has written stays as it is.
 
         Args:
             start: folder of the student's start weights.
-            model: the run file's section.
+            config: the run's.
             pack: the last published weights on rank 0, None on the other ranks.
 
         Raises:
             GiveUp: the first rank's disk did not take it.
         """
         adapter = run_dir / "adapter"
-        if (lora := model.lora) is not None and not adapter.exists():
+        if (lora := config.model.lora) is not None and not adapter.exists():
             student = self.engine.module.student
             dist.barrier()  # no rank makes the folder before every rank has looked for it
             folder = adapter if dist.get_rank() == 0 else None
@@ -170,9 +171,12 @@ class Saver:
         def write() -> None:
             if pack is None or destination.exists():
                 return
-            student = load_model(start, model.dtype)
+            student, facts, rollout = load_model(start, config.model.dtype), read_facts(start), config.rollout
             load_weights(student, pack)
-            save_model(student, load_tokenizer(start), destination)
+            # A given student's config.json may not name them, and the code beside the weights decodes by them.
+            decoding = {"block_size": rollout.block_size, "block_grid": rollout.block_grid}
+            student.config.update({"mask_token_id": facts.mask_id, **decoding})
+            save_model(student, load_tokenizer(start), destination, facts.eos_ids)
 
         self.require(str(destination), write)
 

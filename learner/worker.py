@@ -135,7 +135,7 @@ class Learner:
         if saved != self.progress.rounds:
             self._save(last=True)
         if self.progress.rounds == self.schedule.rounds:
-            self.saver.export_student(self.run_dir, self.setup.student, self.config.model, pack)
+            self.saver.export_student(self.run_dir, self.setup.student, self.config, pack)
         dist.barrier()
 
     def give_up(self, reason: str) -> None:

@@ -13,7 +13,7 @@ __getattr__, __all__ = lazy_exports(
     __name__,
     {
         "card": ["Card", "write_card"],
-        "layouts": ["LAYOUTS", "TEMPLATES", "Layout", "engine_warnings", "export"],
-        "names": ["LayoutName"],
+        "layouts": ["engine_warnings", "export"],
+        "names": ["LAYOUTS", "TEMPLATES", "Layout", "LayoutName"],
     },
 )

@@ -8,64 +8,23 @@ the code that is copied into the first two.
 
 from __future__ import annotations
 
-import json
-import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.export.card import Card, write_card
-from opdlm.common.export.names import LayoutName
+from opdlm.common.export.names import LAYOUTS, LayoutName
 from opdlm.common.files import atomic_folder, check_new_folder
 from opdlm.common.model.config import read_config
-from opdlm.common.model.convert import check_tensors, tied_copies, write_config
-from opdlm.common.model.end_tokens import as_setting, write_generation_config
+from opdlm.common.model.convert import check_tensors, know_dtype, tied_copies
 from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.folder import write_all_but_weights
 from opdlm.common.model.shards import check_finite, copy_shards, read_shards
 from opdlm.common.model.tokenizer import load_tokenizer
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 ENGINE_MASK_ID, ENGINE_BLOCK_SIZE = 151669, 4
 """The values that SGLang (`dllm/config.py`) and LMDeploy (`configurations/sdar.py`) use for every `SDARForCausalLM`.
 They do not read the mask token id from the config; the block size can be set when they are started."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a layout differs from a plain checkpoint of its model family."""
-
-    family: str
-    """transformers' `model_type` of the network."""
-    architecture: str | None = None
-    """Class of the model, for config.json. None: transformers' own class, which needs none of the fields below."""
-    auto_map: dict[str, str] = field(default_factory=dict)
-    """transformers' Auto class -> `file.Class` of the code in the folder."""
-    files: tuple[str, ...] = ()
-    """Files of `templates` that are copied into the folder."""
-
-
-def _a2d(family: str, prefix: str) -> Layout:
-    model = f"{prefix}LMHeadModel"
-    auto_map = {"AutoConfig": f"modeling_a2d.{prefix}Config", "AutoModelForMaskedLM": f"modeling_a2d.{model}"}
-    return Layout(family, model, auto_map, ("modeling_a2d.py", "block_causal.py"))
-
-
-LAYOUTS: dict[LayoutName, Layout] = {
-    "a2d-qwen3": _a2d("qwen3", "A2DQwen3"),
-    "a2d-qwen2": _a2d("qwen2", "A2DQwen2"),
-    "a2d-llama": _a2d("llama", "A2DLlama"),
-    "sdar": Layout(
-        "qwen3",
-        "SDARForCausalLM",
-        {"AutoConfig": "configuration_sdar.SDARConfig", "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM"},
-        ("configuration_sdar.py", "modeling_sdar.py", "block_causal.py"),
-    ),
-    "qwen3": Layout("qwen3"),
-    "qwen2": Layout("qwen2"),
-    "llama": Layout("llama"),
-}
 
 
 def export(source: str | Path, destination: str | Path, layout: LayoutName, base_model: str | None = None) -> list[str]:
@@ -96,20 +55,14 @@ def export(source: str | Path, destination: str | Path, layout: LayoutName, base
     config.update(
         {"mask_token_id": mask_id, "block_size": facts.block_size, "block_grid": facts.block_grid or "absolute"}
     )
-    config.eos_token_id = as_setting(facts.eos_ids)
     tokenizer, shards = load_tokenizer(source), read_shards(source)
     check_tensors(config, shards)
     check_finite(shards)
+    know_dtype(config, shards)
     card = Card(source, layout, config, tokenizer, target.auto_map, base_model)
     with atomic_folder(destination) as folder:
         copy_shards(shards, folder, {}, tied_copies(config, shards))
-        write_config(config, shards, folder)
-        write_generation_config(source, config, folder)
-        tokenizer.save_pretrained(folder)
-        if target.architecture:
-            _set_layout(folder / "config.json", layout, target)
-        for name in target.files:
-            shutil.copyfile(TEMPLATES / name, folder / name)
+        write_all_but_weights(folder, config, tokenizer, facts.eos_ids, layout)
         warnings = engine_warnings(config) if layout == "sdar" else []
         write_card(card, warnings, folder / "README.md")
     return [facts.end_tokens_note, *warnings] if facts.end_tokens_note else warnings
@@ -134,19 +87,3 @@ def engine_warnings(config: Any) -> list[str]:
             "of --dllm-algorithm-config) and in LMDeploy (dllm_block_length)"
         )
     return warnings
-
-
-def _set_layout(file: Path, layout: str, target: Layout) -> None:
-    """Rewrites config.json for a layout, in the form of transformers 4, which version 5 and older engines read."""
-    raw: dict[str, Any] = json.loads(file.read_text())
-    rope = dict(raw.pop("rope_parameters"))
-    raw |= {
-        "model_type": layout,
-        "architectures": [target.architecture],
-        "auto_map": target.auto_map,
-        "rope_theta": rope.pop("rope_theta"),
-        "torch_dtype": raw.pop("dtype"),
-    }
-    if rope["rope_type"] != "default":
-        raw["rope_scaling"] = rope
-    file.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")

@@ -1,7 +1,52 @@
-"""The names of the export layouts, without what it takes to write one (`layouts.py`)."""
+"""The layouts of model folders, without what it takes to write one (`opdlm.common.model.folder`)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 LayoutName = Literal["a2d-qwen3", "a2d-qwen2", "a2d-llama", "sdar", "qwen3", "qwen2", "llama"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+"""Folder of the code that a layout puts beside the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a layout differs from a plain checkpoint of its model family."""
+
+    family: str
+    """transformers' `model_type` of the network."""
+    architecture: str | None = None
+    """Class of the model, for config.json. None: transformers' own class, which needs none of the fields below."""
+    auto_map: dict[str, str] = field(default_factory=dict)
+    """transformers' Auto class -> `file.Class` of the code in the folder."""
+    files: tuple[str, ...] = ()
+    """Files of `TEMPLATES` that are copied into the folder."""
+
+
+def _a2d(family: str, prefix: str) -> Layout:
+    model = f"{prefix}LMHeadModel"
+    auto_map = {
+        "AutoConfig": f"modeling_a2d.{prefix}Config",
+        "AutoModelForMaskedLM": f"modeling_a2d.{model}",
+        "AutoModelForCausalLM": f"modeling_a2d.{prefix}IsNotCausal",  # raises an error that says so
+    }
+    return Layout(family, model, auto_map, ("modeling_a2d.py", "block_causal.py"))
+
+
+LAYOUTS: dict[LayoutName, Layout] = {
+    "a2d-qwen3": _a2d("qwen3", "A2DQwen3"),
+    "a2d-qwen2": _a2d("qwen2", "A2DQwen2"),
+    "a2d-llama": _a2d("llama", "A2DLlama"),
+    "sdar": Layout(
+        "qwen3",
+        "SDARForCausalLM",
+        {"AutoConfig": "configuration_sdar.SDARConfig", "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM"},
+        ("configuration_sdar.py", "modeling_sdar.py", "block_causal.py"),
+    ),
+    "qwen3": Layout("qwen3"),
+    "qwen2": Layout("qwen2"),
+    "llama": Layout("llama"),
+}

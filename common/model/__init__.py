@@ -3,7 +3,8 @@
 A checkpoint is a folder in Hugging Face layout. `read_config`, `read_facts`, `read_shards` and `load_tokenizer` read
 its parts without loading weights; `check_vocabularies` and `check_tokenizers` compare a teacher with a student.
 `load_model` loads the network and `hidden_states` runs it; a caller that computes attention itself passes an
-`AttentionLayout`. `convert_checkpoint` makes a student from an autoregressive model. A public name is imported with its
+`AttentionLayout`. `convert_checkpoint` makes a student from an autoregressive model; `folder` writes what all model
+folders have beside their weights. A public name is imported with its
 module when it is first used, so that each caller loads only the libraries that it needs.
 """
 
@@ -20,13 +21,11 @@ __getattr__, __all__ = lazy_exports(
         "convert": [
             "check_tensors",
             "convert_checkpoint",
-            "finish_config",
+            "know_dtype",
             "mask_rows",
-            "save_model",
             "tied_copies",
-            "write_config",
         ],
-        "end_tokens": ["EndTokens", "as_setting", "read_end_tokens", "token_names", "write_generation_config"],
+        "end_tokens": ["EndTokens", "as_setting", "read_end_tokens", "token_names"],
         "facts": [
             "ModelFacts",
             "check_vocabularies",
@@ -35,6 +34,7 @@ __getattr__, __all__ = lazy_exports(
             "require_mask",
             "shared_tokens",
         ],
+        "folder": ["own_layout", "save_model", "write_all_but_weights"],
         "load": ["hidden_states", "input_device", "load_model", "load_output_matrix"],
         "mask_token": ["MASK_TOKEN", "check_mask_row", "choose_mask", "mask_problem"],
         "prompt_encoder": ["PromptEncoder"],

@@ -9,19 +9,17 @@ for other programs.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoModelForCausalLM
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import atomic_folder, check_new_folder
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
-from opdlm.common.model.end_tokens import as_ids, as_setting, write_generation_config
 from opdlm.common.model.facts import read_facts
+from opdlm.common.model.folder import own_layout, write_all_but_weights
 from opdlm.common.model.mask_token import check_mask_row, choose_mask
 from opdlm.common.model.shards import Shards, check_finite, copy_shards, read_shards
 from opdlm.common.model.tokenizer import load_tokenizer
@@ -47,36 +45,18 @@ def convert_checkpoint(
     config, shards = read_config(source), read_shards(source)
     tokenizer = load_tokenizer(source, own_mask=mask_token is None)
     check_tensors(config, shards)
-    mask_id = choose_mask(Path(source), config, tokenizer, read_facts(source).eos_ids, mask_token)
+    know_dtype(config, shards)
+    eos_ids = read_facts(source).eos_ids
+    mask_id = choose_mask(Path(source), config, tokenizer, eos_ids, mask_token)
     check_mask_row(mask_id, shards.shape(EMBEDDING)[0])
     check_finite(shards)
     rows = mask_rows(shards, mask_id)
     config.vocab_size += bool(rows)
     config.update({"mask_token_id": mask_id, "block_size": block_size, "block_grid": block_grid})
-    # Both files name all end tokens, so that every program ends a response alike.
-    config.eos_token_id = as_setting(read_facts(source).eos_ids)
     with atomic_folder(destination) as folder:
         copy_shards(shards, folder, rows, tied_copies(config, shards) if rows else frozenset())
-        write_config(config, shards, folder)
-        write_generation_config(Path(source), config, folder)
-        tokenizer.save_pretrained(folder)
+        write_all_but_weights(folder, config, tokenizer, eos_ids, own_layout(config))
     return mask_id
-
-
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase | None, destination: Path) -> None:
-    """Saves a model that is in memory, in Hugging Face layout. The destination appears whole or not at all.
-
-    Its config and its generation config get the end-of-sequence tokens of both, and the tokenizer's.
-    """
-    naming = (model.config, model.generation_config, tokenizer)
-    ends = {i for part in naming for i in as_ids(getattr(part, "eos_token_id", None))}
-    if ends:
-        model.config.eos_token_id = model.generation_config.eos_token_id = as_setting(ends)
-    with atomic_folder(destination) as folder:
-        model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        finish_config(folder / "config.json")
 
 
 def mask_rows(shards: Shards, mask_id: int) -> dict[str, torch.Tensor]:
@@ -117,17 +97,7 @@ def check_tensors(config: Any, shards: Shards) -> None:
             )
 
 
-def write_config(config: Any, shards: Shards, folder: Path) -> None:
-    """Writes config.json in the form of plain transformers, with block size and grid among its fields."""
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+def know_dtype(config: Any, shards: Shards) -> None:
+    """Sets the config's `dtype` to that of the weights where config.json does not say it."""
     if config.dtype is None:
         config.dtype = shards.load("model.norm.weight").dtype
-    config.save_pretrained(folder)
-    finish_config(folder / "config.json")
-
-
-def finish_config(file: Path) -> None:
-    """Removes from config.json what `read_config` adds."""
-    raw = json.loads(file.read_text())
-    raw.pop("is_diffusion_student", None)
-    file.write_text(json.dumps(raw, indent=2) + "\n")

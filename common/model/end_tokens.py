@@ -6,7 +6,6 @@ are read as data. Of generation_config.json only `eos_token_id` counts: opdlm de
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from opdlm.common.errors import OpdlmError
-from opdlm.common.files import read_json, write_json
+from opdlm.common.files import read_json
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "the tokenizer"
 
@@ -130,26 +129,6 @@ def read_generation_config(folder: Path, config: Any) -> GenerationConfig:
     return (
         GenerationConfig(**raw) if _is_sound(raw) else GenerationConfig(eos_token_id=as_setting(ends) if ends else None)
     )
-
-
-def write_generation_config(source: Path, config: Any, folder: Path) -> None:
-    """Writes a folder's generation_config.json, with the end tokens of `config`.
-
-    Other settings are the source's, if it has a file that transformers accepts.
-
-    Args:
-        config: the transformers config of what is written; its `eos_token_id` names all end tokens.
-    """
-    file = source / GENERATION
-    if not file.is_file():
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
-        return
-    raw = read_json(file)
-    sound = _is_sound(raw)
-    if sound and raw.get("eos_token_id") == config.eos_token_id:
-        shutil.copyfile(file, folder / GENERATION)
-    else:
-        write_json(folder / GENERATION, (raw if sound else {}) | {"eos_token_id": config.eos_token_id})
 
 
 def _is_sound(raw: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from opdlm.common.data.tasks import Task, get_task, problems
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import check_new_folder, read_text
 from opdlm.common.model.char_tokenizer import build_char_tokenizer
-from opdlm.common.model.convert import save_model
+from opdlm.common.model.folder import save_model
 from opdlm.common.text import text_fault
 from opdlm.deploy.evaluate.held_out import HeldOutProblems
 from opdlm.deploy.observe.meter import PLAIN_SECONDS
@@ -84,7 +84,7 @@ def run_pretrain(
             f"exact match on {_HELD_OUT_PROBLEMS} held-out problems: {held_out.exact_match(responses):.1%}",
             highlight=False,
         )
-    save_model(model, tokenizer, destination)
+    save_model(model, tokenizer, destination, [tokenizer.eos_token_id])
     console.print(f"written: {destination}", highlight=False)
 
 

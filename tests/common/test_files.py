@@ -16,10 +16,13 @@ from opdlm.common.checkpoint import save_checkpoint
 from opdlm.common.data.prompts import Prompt
 from opdlm.common.export import export
 from opdlm.common.files import write_json
-from opdlm.common.model.convert import convert_checkpoint, save_model
+from opdlm.common.model.convert import convert_checkpoint
+from opdlm.common.model.folder import save_model
+from opdlm.common.model.load import load_model
+from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.deploy.run import given_responses
 from opdlm.deploy.run.given_responses import Recipe
-from tests.tiny import save_teacher, tiny_model
+from tests.tiny import save_teacher
 
 MODES = {0o022: 0o644, 0o027: 0o640, 0o002: 0o664, 0o077: 0o600}
 
@@ -47,7 +50,7 @@ def test_files_follow_the_umask(tmp_path, mask) -> None:
         written.mkdir()
         convert_checkpoint(private, written / "student", 4, "absolute")
         export(written / "student", written / "a2d", "a2d-qwen3", None)
-        save_model(tiny_model(), None, written / "model")
+        save_model(load_model(private), load_tokenizer(private), written / "model", [1])
         write_json(written / "report.json", {})
 
         def write(folder: Path) -> None:

@@ -89,8 +89,11 @@ def test_code_beside_the_weights_is_not_imported(model, marker, tmp_path, monkey
     monkeypatch.setattr("builtins.input", lambda text="": questions.append(text) or "y")
     read_all(model, tmp_path / "new")
     assert questions == []
-    assert list((tmp_path / "new").rglob("*.py")) == []
-    assert "auto_map" not in json.loads((tmp_path / "new" / "config.json").read_text())
+    written = {file.name: file for file in (tmp_path / "new").rglob("*.py")}
+    assert written.keys() == {"modeling_a2d.py", "block_causal.py"}, "our own code, and none of the source's"
+    assert all(str(marker) not in file.read_text() for file in written.values())
+    held = (tmp_path / "new" / "config.json").read_text() + (tmp_path / "new" / "tokenizer_config.json").read_text()
+    assert "_x." not in held + (tmp_path / "new" / "generation_config.json").read_text()
 
 
 def test_the_code_of_an_unknown_tokenizer_class_is_not_imported(model, marker, monkeypatch) -> None:

@@ -69,7 +69,13 @@ class BlockCausalMixin(nn.Module):
         return output
 
     @torch.no_grad()
-    def generate(self, input_ids: torch.Tensor, max_new_tokens: int = 64, threshold: float = 0.9) -> torch.Tensor:
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        max_new_tokens: int = 64,
+        threshold: float = 0.9,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Decodes one prompt greedily, block by block.
 
         Each step unmasks every position whose probability is above `threshold`, and at least the most probable one. It
@@ -78,11 +84,14 @@ class BlockCausalMixin(nn.Module):
         Args:
             input_ids: `[1, P]` int64, the prompt.
             max_new_tokens: longest response in tokens.
+            attention_mask: `[1, P]`, all 1, as a tokenizer returns it: a prompt has no padding.
 
         Returns: `[1, P + R]` int64, prompt and response, to the first end-of-sequence token or to the limit.
         """
         if input_ids.shape[0] != 1:
             raise ValueError(f"input_ids has {input_ids.shape[0]} rows; expected 1, a single prompt")
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError("attention_mask hides tokens of input_ids; expected a prompt without padding")
         size, mask_id, prompt = self.config.block_size, self.config.mask_token_id, input_ids.shape[1]
         stops = self.generation_config.eos_token_id
         stops = torch.tensor(stops if isinstance(stops, list) else [stops], device=input_ids.device)

@@ -6,6 +6,8 @@ differences from the autoregressive network.
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -52,3 +54,28 @@ class A2DLlamaLMHeadModel(BlockCausalMixin, LlamaForCausalLM):
     """Block diffusion on Llama."""
 
     config_class = A2DLlamaConfig
+
+
+class IsNotCausal:
+    """Refuses to become a model: what `AutoModelForCausalLM` finds. List it before a model's class.
+
+    Programs that ask for a causal model shift the logits and decode from left to right, which gives nonsense here.
+    """
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise ValueError(
+            "this is a block diffusion language model, not a causal one: load it with AutoModelForMaskedLM and "
+            "trust_remote_code=True, whose generate() decodes block by block, or use opdlm generate"
+        )
+
+
+class A2DQwen3IsNotCausal(IsNotCausal, A2DQwen3LMHeadModel):
+    """The refusal for Qwen3."""
+
+
+class A2DQwen2IsNotCausal(IsNotCausal, A2DQwen2LMHeadModel):
+    """The refusal for Qwen2."""
+
+
+class A2DLlamaIsNotCausal(IsNotCausal, A2DLlamaLMHeadModel):
+    """The refusal for Llama."""

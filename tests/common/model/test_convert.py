@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
-from opdlm.common.model.convert import convert_checkpoint, save_model
+from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
+from opdlm.common.model.folder import save_model
 from opdlm.common.model.load import load_model
 from opdlm.common.model.shards import read_shards
 from opdlm.common.model.tokenizer import load_tokenizer
@@ -34,7 +35,7 @@ def converted_in_memory(source: Path, destination: Path) -> Path:
             for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
                 matrix[mask_id] = matrix[:rows].float().mean(0).to(matrix.dtype)
     model.config.update({"mask_token_id": mask_id, "block_size": 4, "block_grid": "absolute"})
-    save_model(model, tokenizer, destination)
+    save_model(model, tokenizer, destination, read_facts(source).eos_ids)
     return destination
 
 
@@ -93,7 +94,7 @@ def test_conversion_of_other_families_changes_no_logit(tmp_path, name) -> None:
     mask_id = convert_checkpoint(teacher, tmp_path / "student", 4, "response")
     before, after = load_model(teacher), load_model(tmp_path / "student")
     assert type(before) is type(after)
-    assert AutoConfig.from_pretrained(tmp_path / "student").rope_parameters == before.config.rope_parameters
+    assert after.config.rope_parameters == before.config.rope_parameters
     ids = torch.randint(0, TOKENS, (2, 9))
     with torch.no_grad():
         assert torch.equal(after(ids).logits[..., :mask_id], before(ids).logits)
@@ -191,7 +192,7 @@ def test_a_failure_while_writing_leaves_no_files(tmp_path, monkeypatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("opdlm.common.model.convert.write_generation_config", full)
+    monkeypatch.setattr("opdlm.common.model.convert.write_all_but_weights", full)
     with pytest.raises(OSError, match="no space"):
         convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
     assert [p.name for p in tmp_path.iterdir()] == ["teacher"]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.export import export
-from opdlm.common.model.convert import convert_checkpoint, save_model
+from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import load_model
 from opdlm.common.model.tokenizer import load_tokenizer
@@ -130,21 +130,14 @@ def test_other_settings_of_generation_are_ignored(teacher, tmp_path, name, keys)
     set_keys(teacher / name, **keys)
     convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
     export(tmp_path / "student", tmp_path / "export", "qwen3")
-    save_model(load_model(tmp_path / "student"), load_tokenizer(tmp_path / "student"), tmp_path / "trained")
+    student = tmp_path / "student"
+    save_model(load_model(student), load_tokenizer(student), tmp_path / "trained", read_facts(student).eos_ids)
     for folder in ("student", "export", "trained"):
         assert read_facts(tmp_path / folder).eos_ids == (1, 3)
-        assert AutoModelForCausalLM.from_pretrained(tmp_path / folder).generation_config.eos_token_id == [1, 3]
+        assert GenerationConfig.from_pretrained(tmp_path / folder).eos_token_id == [1, 3]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "export").generation_config.eos_token_id == [1, 3]
     (teacher / FILES[1]).unlink()
     load_model(teacher)
-
-
-def test_sound_settings_are_kept(teacher, tmp_path) -> None:
-    """Serving engines read them."""
-    keys = {"do_sample": True, "temperature": 0.6, "top_k": 20, "eos_token_id": 3}
-    set_keys(teacher / FILES[1], **keys)
-    convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
-    kept = GenerationConfig.from_pretrained(tmp_path / "student").to_dict()
-    assert {key: kept[key] for key in keys} == keys | {"eos_token_id": [1, 3]}
 
 
 @pytest.mark.parametrize("config", [1, 3, None])
@@ -153,7 +146,7 @@ def test_what_we_write_names_all_end_tokens_in_both_files(teacher, tmp_path, con
     set_keys(teacher / FILES[1], eos_token_id=[1, 3])
     convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
     export(tmp_path / "student", tmp_path / "a2d", "a2d-qwen3")
-    save_model(load_model(teacher), load_tokenizer(teacher), tmp_path / "saved")
+    save_model(load_model(teacher), load_tokenizer(teacher), tmp_path / "saved", read_facts(teacher).eos_ids)
     for folder in ("student", "a2d", "saved"):
         assert written(tmp_path / folder) == [[1, 3], [1, 3]], folder
         assert read_facts(tmp_path / folder).end_tokens_note is None, "it is told of the source only"
