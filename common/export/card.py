@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder, or its id on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)  # not for generate(): that is autoregressive
+model = AutoModelForCausalLM.from_pretrained(folder)  # its generate() would write nonsense: see above
 size, mask = model.config.block_size, model.config.mask_token_id
 prompt = tokenizer({prompt}, return_tensors="pt")["input_ids"]
 ends = torch.tensor(model.generation_config.eos_token_id)
@@ -52,6 +52,13 @@ while start < length + 32 and not torch.isin(tokens[0, length:], ends).any():
         tokens[0, confidence.argmax()] = token[confidence.argmax()]
     start += size
 print(tokenizer.decode(tokens[0]))
+"""
+
+_PLAIN_WARNING = """\
+**This folder is the plain network**, for programs that make attention masks of their own. Its `config.json` has the
+names of an autoregressive model, so other programs load it as one, and their `generate()` then writes nonsense. For
+anything else, use a layout with code: `opdlm export STUDENT FOLDER --layout a2d-...`.
+
 """
 
 
@@ -117,7 +124,9 @@ def _usage(card: Card, warnings: list[str]) -> str:
     auto = next((name for name in card.auto_map if name != "AutoConfig"), None)
     snippet = (_WITH_CODE if auto else _PLAIN).format(auto=auto, prompt=_prompt_code(card.tokenizer))
     text = "## How to decode\n\nWith opdlm-ray, which caches keys and values and decodes batches:\n\n"
-    text += f"```\nopdlm generate THIS_FOLDER --prompt {_PROMPT!r} --trace\n```\n\nWith transformers alone:\n\n"
+    text += f"```\nopdlm generate THIS_FOLDER --prompt {_PROMPT!r} --trace\n```\n\n"
+    text += _PLAIN_WARNING if auto is None else ""
+    text += "With transformers alone, version 4.57 or later:\n\n"
     text += f"```python\n{snippet}```\n"
     if card.layout == "sdar":
         text += "\nSGLang and LMDeploy serve this architecture; this folder has not been tried with them."

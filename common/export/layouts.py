@@ -26,6 +26,11 @@ ENGINE_MASK_ID, ENGINE_BLOCK_SIZE = 151669, 4
 """The values that SGLang (`dllm/config.py`) and LMDeploy (`configurations/sdar.py`) use for every `SDARForCausalLM`.
 They do not read the mask token id from the config; the block size can be set when they are started."""
 
+PLAIN_WARNING = (
+    "a plain layout has the names of an autoregressive model: other programs load it as one, and their generate() then "
+    "writes nonsense; it is for programs that make block-causal masks of their own"
+)
+
 
 def export(source: str | Path, destination: str | Path, layout: LayoutName, base_model: str | None = None) -> list[str]:
     """Writes a student and its model card in a public layout. The destination appears whole or not at all.
@@ -63,7 +68,7 @@ def export(source: str | Path, destination: str | Path, layout: LayoutName, base
     with atomic_folder(destination) as folder:
         copy_shards(shards, folder, {}, tied_copies(config, shards))
         write_all_but_weights(folder, config, tokenizer, facts.eos_ids, layout)
-        warnings = engine_warnings(config) if layout == "sdar" else []
+        warnings = engine_warnings(config) if layout == "sdar" else [] if target.files else [PLAIN_WARNING]
         write_card(card, warnings, folder / "README.md")
     return [facts.end_tokens_note, *warnings] if facts.end_tokens_note else warnings
 

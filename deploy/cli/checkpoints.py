@@ -53,7 +53,7 @@ def export(
         LayoutName,
         typer.Option(
             help="`a2d-*`: the public OPDLM checkpoints', for AutoModelForMaskedLM. `sdar`: what SGLang and LMDeploy "
-            "serve. The others: the plain network."
+            "serve. The others: the plain network, which other programs take for an autoregressive model."
         ),
     ],
     base_model: Annotated[

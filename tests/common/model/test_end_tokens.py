@@ -16,6 +16,7 @@ from opdlm.common.errors import OpdlmError
 from opdlm.common.export import export
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
+from opdlm.common.model.folder import save_model
 from opdlm.common.model.load import load_model
 from opdlm.common.model.tokenizer import load_tokenizer
 from tests.tiny import save_teacher
