@@ -27,6 +27,7 @@ from opdlm.common.model.load import load_model
 from opdlm.common.model.tokenizer import load_tokenizer
 from tests.compat.reader import CAUSAL, MASKED, read_tokenizer
 from tests.compat.sources import write_sources
+from tests.package.source_files import code_files
 
 SIZE, GRID = 4, "absolute"
 JOB: dict[str, Any] = {
@@ -160,3 +161,9 @@ def test_every_folder_of_a_student_decodes_alike(found, folders) -> None:
         }
         assert len(answers) >= 3
         assert len({tuple(answer) for answer in answers.values()}) == 1, answers
+
+
+def test_model_folders_are_written_in_one_place() -> None:
+    """Another caller of `save_pretrained` would write what transformers 4 misreads. (peft has one for adapters.)"""
+    callers = {file.name for file in code_files() if ".save_pretrained(" in file.read_text()}
+    assert callers == {"folder.py", "lora.py"}
