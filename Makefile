@@ -38,7 +38,7 @@ test-all: test test-slow  ## Both, as CI runs them.
 test-vllm: $(VLLM_VENV)/.installed  ## The vLLM teacher against the transformers one, in an environment of its own (3.3 GB).
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm
 
-test-compat: $(VENV)/.installed-dev $(COMPAT)/.installed  ## What we write, read by transformers 4 and 5 (a folder of 120 MB).
+test-compat: $(VENV)/.installed-dev $(COMPAT)/.installed  ## What we write, read by transformers 4 and 5 (a folder of 75 MB).
 	OPDLM_TRANSFORMERS_4=$(abspath $(COMPAT)) $(BIN)/python -m pytest tests/compat
 
 chaos: $(VENV)/.installed-dev models/chain-teacher  ## 40 rounds of the demo, unbroken and under random kills, side by side.
