@@ -97,7 +97,7 @@ def test_given_responses_end_at_any_end_token(ends, tmp_path) -> None:
     given = [[5, 6], [5, PLUS], [5, 1], [5, PLUS, 6]]
     file = jsonl(tmp_path / "d.jsonl", *({"prompt": "1=", "response": ids} for ids in given))
     data = DataConfig(path=str(file), response_field="response")
-    prompts = load_prompts(data, tokenizer, 99, 0, facts.vocab_size, facts.eos_ids).prompts
+    prompts = load_prompts(data, tokenizer, 99, 0, facts.tokens, facts.eos_ids).prompts
     expected = [[5, 6, 1], [5, PLUS], [5, 1], [5, PLUS, 6, 1]]
     assert [p.response.tolist() for p in prompts if p.response is not None] == expected
     for prompt, response in zip(prompts, ([5, 6, 1], [5, PLUS], [5, 1], [5, PLUS]), strict=True):
@@ -171,7 +171,7 @@ def test_every_text_prompt_begins_alike(begins, tmp_path) -> None:
     expected = tokenizer("1+1=")["input_ids"][:-1]
     assert expected[0] == BOS
     file = jsonl(tmp_path / "d.jsonl", {"prompt": "1+1=", "answer": "2", "response": "2"})
-    decoder, vocabulary = CheckpointDecoder(begins), read_facts(begins).vocab_size
+    decoder, vocabulary = CheckpointDecoder(begins), read_facts(begins).tokens
     data = DataConfig(path=str(file), response_field="response")
     (prompt,) = load_prompts(data, tokenizer, 99, 0, vocabulary).prompts
     (question,) = open_questions(QuestionOptions(None, file), decoder).requests(4)
