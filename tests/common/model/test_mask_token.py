@@ -61,7 +61,8 @@ def test_text_that_prompts_could_hold_is_refused(teacher, tmp_path) -> None:
             convert_checkpoint(teacher, tmp_path / "student", 4, "absolute", asked)
 
 
-def test_the_beginning_token_and_all_end_tokens_are_refused(teacher, tmp_path) -> None:
+def test_the_beginning_token_and_all_end_tokens_are_refused(tmp_path) -> None:
+    teacher = save_teacher(tmp_path / "teacher", spare_rows=4)
     tokenizer = load_tokenizer(teacher)
     tokenizer.add_special_tokens({"bos_token": "<s>", "extra_special_tokens": ["<end>"]})
     tokenizer.save_pretrained(teacher)
