@@ -62,6 +62,8 @@ class RunProgress:
         """Handle of the actor that calls tell how far they have come; None: they tell nobody."""
         self.schedule: TrainingSchedule | None = None
         """The run's; without it there are figures of tasks only."""
+        self.learner_began = True
+        """Whether the learner has told anything; before that the run only starts."""
         self._counts: dict[str, _Counts] = {}
         self._tasks: dict[str, int] = {}
         """By name of a task that goes on, how many sequences it has."""
@@ -117,7 +119,8 @@ class RunProgress:
             board: how far watched calls have come, by name; those of ended calls are passed over.
             seconds: a clock's.
 
-        Returns: `tasks`, and where a round is being made its number `round` (from 1), `rounds` and `stages`. A task or
+        Returns: `tasks`, and where a round is being made its number `round` (from 1), `rounds` and `stages`, which are
+        empty while the learner starts. A task or
         stage has `name`, `done`, `total`, `per_second` and perhaps `tokens_per_second`; stages also `ahead`, the number
         of samples of later rounds.
         """
@@ -140,6 +143,9 @@ class RunProgress:
         schedule = self.schedule
         if schedule is None or self._round >= schedule.rounds:
             return made
+        made |= {"round": self._round + 1, "rounds": schedule.rounds, "stages": []}
+        if not self.learner_began:
+            return made
         first = self._round * schedule.prompts_per_round
         end = min(first + schedule.prompts_per_round, schedule.total)
         stages = []
@@ -152,7 +158,7 @@ class RunProgress:
         steps = [schedule.steps_before(self._round + i) for i in (0, 1)]
         done = min(max(self._step - steps[0], 0), steps[1] - steps[0])
         stages.append({"name": _STEPS, "done": done, "total": steps[1] - steps[0], "ahead": 0} | rates(_STEPS))
-        return made | {"round": self._round + 1, "rounds": schedule.rounds, "stages": stages}
+        return made | {"stages": stages}
 
 
 def _finished(counts: _Counts, board: Mapping[str, CallProgress]) -> set[int]:
@@ -172,6 +178,7 @@ class ProgressWatch:
     def __init__(self, roles: Roles, schedule: TrainingSchedule, records: RunRecords) -> None:
         self._roles, self._records = roles, records
         records.progress.schedule, records.progress.board = schedule, roles.queue
+        records.progress.learner_began = False
 
     async def watch(self) -> None:
         """Goes on until it is cancelled."""

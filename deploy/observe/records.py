@@ -197,6 +197,7 @@ class RunRecords:
         for event in events:
             seconds_ago = now - event.get("told_at", now)
             event = {name: value for name, value in event.items() if name != "told_at"}
+            self.progress.learner_began = True
             self.progress.at(event["round"], event["step"])
             if event["kind"] == "learner_start":
                 self._learner_started(event["round"], event["step"])

@@ -145,7 +145,7 @@ def progress_lines(record: dict[str, Any]) -> list[str]:
     lines = [f"{task['name']}: {_amount(task)}" for task in record["tasks"]]
     if "stages" in record:
         stages = ", ".join(f"{stage['name']} {_amount(stage)}" for stage in record["stages"])
-        lines.append(f"round {record['round']}/{record['rounds']}: {stages}")
+        lines.append(f"round {record['round']}/{record['rounds']}: {stages or 'the learner starts'}")
     return lines
 
 

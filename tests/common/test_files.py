@@ -57,7 +57,7 @@ def test_files_follow_the_umask(tmp_path, mask) -> None:
             save_file({"w": torch.zeros(2)}, folder / "weights.safetensors")
 
         save_checkpoint(written / "checkpoints", {"rounds": 1}, write, keep=1)
-        recipe, prompts = Recipe("t", "p", 9, 0.0, 0), [Prompt("a", np.array([1], np.int32))]
+        recipe, prompts = Recipe("t", "p", [1], 9, 0.0, 0, "float32"), [Prompt("a", np.array([1], np.int32))]
         given_responses._write(written / "r.parquet", prompts, [np.array([2], np.int32)], recipe)
     found = _modes(written)
     assert {"student/model.safetensors", "checkpoints/round-000001/weights.safetensors", "r.parquet"} <= found.keys()

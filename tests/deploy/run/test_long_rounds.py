@@ -10,6 +10,7 @@ import pytest
 from opdlm.actors.progress import CallProgress
 from opdlm.common.types import DecodeStats
 from opdlm.deploy.observe.progress import DECODED, SCORED, ProgressWatch
+from opdlm.deploy.observe.terminal import progress_lines
 from opdlm.learner.schedule import TrainingSchedule
 from tests.deploy.observe.test_progress import stages
 from tests.fakes import virtual_time
@@ -39,9 +40,10 @@ def test_a_round_of_minutes_is_seen_to_move(tmp_path, monkeypatch) -> None:
         loop = asyncio.get_running_loop()
         run = SimulatedRun(tmp_path, Shape(0, 2, prompts_per_round=8), Stages(120, 40, 10, 1))
         run.records._view.show = lambda record: seen.append((loop.time(), record))  # type: ignore[method-assign]
-        watching = asyncio.create_task(
-            ProgressWatch(run.loops.roles, TrainingSchedule(16, 8, 8, 0), run.records).watch()
-        )
+        watch = ProgressWatch(run.loops.roles, TrainingSchedule(16, 8, 8, 0), run.records)
+        assert progress_lines(run.records.progress.figures({}, 0.0)) == ["round 1/2: the learner starts"]
+        run.records.learned([{"kind": "learner_start", "round": 0, "step": 0}], {})
+        watching = asyncio.create_task(watch.watch())
         await run.run()
         watching.cancel()
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
+from opdlm.common.config import config_from_dict
 from opdlm.deploy.observe.session import show_end
 from opdlm.deploy.observe.terminal import open_view
 from opdlm.deploy.run.stop import EndAtOnce, Stopped, StopRequest
@@ -146,7 +147,8 @@ def test_rays_handler_and_asyncios_are_replaced() -> None:
 def test_a_stop_before_the_first_round_is_one_line(tmp_path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "publish", "round": 0, "step": 0}\n')
     file = io.StringIO()
-    show_end(tmp_path, (8, 8), stopped=True, console=Console(file=file, width=200))
+    sections = {"model": {"teacher": "t"}, "data": {"path": "p"}, "run": {"dir": str(tmp_path)}}
+    show_end(config_from_dict(sections), (8, 8), stopped=True, console=Console(file=file, width=200))
     assert file.getvalue() == "stopped before the first round; --resume starts it\n"
 
 
