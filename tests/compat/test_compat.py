@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from opdlm.common.export import LAYOUTS, export
 from opdlm.common.masks import block_causal
 from opdlm.common.model.config import read_config
-from opdlm.common.model.convert import MASK_TOKEN, convert_checkpoint
+from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.folder import save_model
 from opdlm.common.model.load import load_model
+from opdlm.common.model.mask_token import MASK_TOKEN
 from opdlm.common.model.tokenizer import load_tokenizer
 from tests.compat.reader import CAUSAL, MASKED, read_tokenizer
 from tests.compat.sources import write_sources

@@ -158,7 +158,7 @@ def test_what_we_write_names_all_end_tokens_in_both_files(teacher, tmp_path, con
 
 def test_an_export_of_files_that_disagree_says_so(teacher, tmp_path) -> None:
     convert_checkpoint(teacher, tmp_path / "student", 4, "absolute")
-    assert export(tmp_path / "student", tmp_path / "first", "qwen3") == []
+    assert export(tmp_path / "student", tmp_path / "first", "a2d-qwen3") == []
     set_keys(tmp_path / "student" / FILES[1], eos_token_id=3)
-    (line,) = export(tmp_path / "student", tmp_path / "second", "qwen3")
+    (line,) = export(tmp_path / "student", tmp_path / "second", "a2d-qwen3")
     assert line.startswith("end tokens: the files of")
