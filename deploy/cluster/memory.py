@@ -86,10 +86,10 @@ class RoleMemory:
 
 PROCESS_MIB = {"rollout": 600, "teacher": 600, "learner": 700}
 """Host memory that Python, torch, Ray and the libraries of a role take in each of its processes, whatever the model:
-resident memory, rounded up. Measured with a model of a few thousand parameters on CPUs: 510, 500 and 671 MiB
+resident memory, rounded up. Measured with a model of a few thousand parameters on CPUs: 489, 484 and 635 MiB
 (tests/benchmarks/process_memory.py)."""
 DRIVER_MIB = 3500
-"""The same for the driver (614 MiB), the replay queue (208), Ray Train's controller (396) and its helpers (1,020), and
+"""The same for the driver (616 MiB), the replay queue (209), Ray Train's controller (396) and its helpers (1,020), and
 Ray's own processes on the driver's node, with its dashboard. Some pages are shared, so this is an upper bound."""
 
 
