@@ -65,7 +65,7 @@ class Engine:
     def __init__(self, **arguments) -> None:
         Engine.made = arguments
         self.model = load_model(arguments["model"])
-        self.model.compute_logits = self.model.lm_head
+        self.model.compute_logits = self.model.lm_head.forward  # a method, as in vLLM
 
     def apply_model(self, function) -> None:
         function(self.model)
@@ -77,15 +77,15 @@ class Engine:
 
     def _answer(self, prompt, sampling):
         tokens, logprobs = list(prompt), self._logprobs(prompt)
-        asked, following = Flat(), Flat()
+        asked, following, k = Flat(), Flat(), getattr(sampling, "logprobs", K)
         asked.add(None)
         for i in range(1, len(prompt)):
-            asked.add(logprobs[i - 1], prompt[i])
+            asked.add(logprobs[i - 1], prompt[i], k)
         stops = getattr(sampling, "stop_token_ids", [])
         while len(tokens) - len(prompt) < sampling.max_tokens and tokens[-1] not in stops:
             row = self._logprobs(tokens)[-1]
             tokens.append(int(row.argmax()))
-            following.add(row, tokens[-1])
+            following.add(row, tokens[-1], k)
         answer = SimpleNamespace(logprobs=following, token_ids=tokens[len(prompt) :])
         return SimpleNamespace(prompt_logprobs=asked, outputs=[answer])
 
@@ -135,7 +135,7 @@ def test_rows_that_no_token_has_are_no_target_and_are_not_generated(fake_vllm) -
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
         assert all(sorted(row) == [i for i in range(24) if i != missing] for row in a.token_ids.tolist())
         np.testing.assert_allclose(np.exp(a.logprobs).sum(-1), 1, atol=1e-5)
-    prompts = [np.array([i], np.int32) for i in range(24)]
+    prompts = [np.array([i], np.int32) for i in range(3, 24)]
     for written in (t.generate(prompts, 12, 8, 0.0, 0) for t in (ours, plain)):
         assert all(ids.max() < 24 and missing not in ids for ids in written)
     assert max(plain.generate(prompts, 12, 8, 5.0, 0), key=lambda ids: ids.max()).max() < 24
