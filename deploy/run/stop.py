@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
 
@@ -20,6 +21,8 @@ Result = TypeVar("Result")
 
 _CLEAN_UP_SECONDS = 5.0
 """Longest time that files and actors are cleaned up for when a command ends at once."""
+_ECHO_SECONDS = 1.0
+"""`timeout`, `srun` and others send a signal to the process and to its group: what comes again so soon is the same."""
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
 
@@ -108,7 +111,7 @@ class StopRequest:
 
     def __init__(self, console: Console, end: EndAtOnce) -> None:
         self._console, self._end = console, end
-        self._signal = 0
+        self._signal, self._since = 0, 0.0
         self._act: Callable[[], Any] = lambda: None
         self._what: Callable[[], str] = lambda: "the run ends, before its first round"
         self._tasks: list[asyncio.Future[Any]] = []
@@ -147,10 +150,12 @@ class StopRequest:
             self._act()
 
     def _on_signal(self, number: int) -> None:
+        if number == self._signal and time.monotonic() - self._since < _ECHO_SECONDS:
+            return
         if self.asked:
             self._loop.set_exception_handler(lambda *_: None)
             self._end.now(number, "ended at once; --resume goes on from the last checkpoint")
-        self._signal = int(number)
+        self._signal, self._since = int(number), time.monotonic()
         again = "a second one ends the run at once, and what is not in a checkpoint is lost"
         self._say(f"{_NAMES[signal.Signals(number)]}: {self._what()}; {again}")
         self._act()

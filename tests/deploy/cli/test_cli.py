@@ -77,7 +77,6 @@ def test_the_version_is_shown() -> None:
 def test_recipes_are_listed_and_printed() -> None:
     assert "one-gpu All roles on one GPU" in opdlm("recipes")
     assert opdlm("recipes", "demo").startswith("# The whole loop on two cores")
-    assert "recipe: found 'dmeo'; known: demo," in opdlm("recipes", "dmeo", code=2)
 
 
 def test_a_bundled_run_file_is_found_in_any_folder(chain_teacher, tmp_path, monkeypatch) -> None:

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 from rich.console import Console
@@ -44,8 +46,12 @@ async def send(number: int) -> None:
     await asyncio.sleep(0.05)
 
 
-def told(terminal: bool, *numbers: int) -> tuple[str, list[str], int]:
-    """What the user reads after these signals, in a live view or plain; what was stopped; the exit code."""
+def told(terminal: bool, *numbers: int, apart: float = 2.0) -> tuple[str, list[str], int]:
+    """What the user reads after these signals, in a live view or plain; what was stopped; the exit code.
+
+    `apart`: seconds between two signals, by a clock of the test's own.
+    """
+    now = 0.0
     file, stopped = io.StringIO(), []
     console = Console(file=file, force_terminal=terminal, width=200)
 
@@ -56,11 +62,14 @@ def told(terminal: bool, *numbers: int) -> tuple[str, list[str], int]:
             stopped.append("asked")
 
         stop.calls(ask, lambda: "round 7 of 75 is finished if its training has begun, then a checkpoint is written")
+        nonlocal now
         for number in numbers:
             await send(number)
+            now += apart
         return stop.exit_code
 
-    with EndAtOnce() as end, open_view(console, 75, 0):
+    clock = SimpleNamespace(monotonic=lambda: now)
+    with patch("opdlm.deploy.run.stop.time", clock), EndAtOnce() as end, open_view(console, 75, 0):
         code = asyncio.run(run(end))
     return file.getvalue(), stopped, code
 
@@ -81,6 +90,12 @@ def test_the_second_one_ends_at_once_with_its_own_code(first, second) -> None:
     with pytest.raises(Stopped, match="ended at once; --resume goes on from the last checkpoint") as raised:
         told(False, first, second)
     assert raised.value.code == 128 + second
+
+
+def test_a_signal_that_comes_twice_at_once_is_one() -> None:
+    """`timeout` sends it to the process and to its group."""
+    text, stopped, code = told(False, signal.SIGTERM, signal.SIGTERM, apart=0.5)
+    assert (text.count("SIGTERM"), stopped, code) == (1, ["asked"], 143)
 
 
 def test_a_hang_up_that_was_ignored_at_the_start_stays_ignored() -> None:
