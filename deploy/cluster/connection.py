@@ -21,7 +21,7 @@ from opdlm.deploy.cluster.reach import check_reachable, ends_process_after
 log = logging.getLogger("opdlm.connection")
 
 _AUTH_MODE = "RAY_AUTH_MODE"
-_JOIN_SECONDS = 60.0
+_JOIN_SECONDS = 30.0
 """Longest wait to join a cluster whose head has answered."""
 _MINIMUM_RAY = (2, 60)
 """As in pyproject.toml. From this version on, a Ray that is started has token authentication on by default."""
