@@ -16,7 +16,11 @@ def parse_yaml(text: str) -> Any:
         OpdlmError: it is no YAML, it has a key twice, or it nests without end; the text names the line.
     """
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         raise OpdlmError(_reason(error)) from None
     except yaml.YAMLError as error:

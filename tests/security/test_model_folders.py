@@ -45,8 +45,8 @@ def test_a_pickle_beside_good_weights_is_neither_opened_nor_copied(
 
 ERRORS = {
     "model.safetensors": r"model.safetensors cannot be read",
-    "config.json": r"config.json is not JSON",
-    "generation_config.json": r"generation_config.json is not JSON",
+    "config.json": r"config.json is not text",
+    "generation_config.json": r"generation_config.json is not text",
     "tokenizer.json": r"the tokenizer in .* cannot be read",
     "tokenizer_config.json": r"the tokenizer in .* cannot be read",
 }
