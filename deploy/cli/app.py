@@ -110,9 +110,9 @@ def clear_errors() -> Iterator[None]:
         code = getattr(stopped, "code", 128 + signal.SIGINT)
         print(f"opdlm: {str(stopped) or 'Ctrl-C: ended at once'}", file=sys.stderr)
         if "ray" in sys.modules:  # its end at exit may take long
-            from opdlm.deploy.run.stop import end_within
+            from opdlm.deploy.run.stop import end_quietly
 
-            end_within(_EXIT_SECONDS, code)
+            end_quietly(_EXIT_SECONDS, code)
         raise typer.Exit(code) from None
     except OpdlmError as error:
         for line in str(getattr(error, "cause", error)).splitlines():  # an actor's error has the traceback as its text

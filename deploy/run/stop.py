@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -51,6 +52,13 @@ def end_within(seconds: float, code: int, line: str = "") -> threading.Timer:
     timer.daemon = True
     timer.start()
     return timer
+
+
+def end_quietly(seconds: float, code: int) -> None:
+    """`end_within`, and stderr is closed to what Ray's threads write about their end. The user has read why it ends."""
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    end_within(seconds, code)
 
 
 class EndAtOnce:

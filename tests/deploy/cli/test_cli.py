@@ -264,7 +264,7 @@ def test_a_full_disk_is_one_line(capsys) -> None:
 
 
 def test_ctrl_c_is_one_line(capsys, monkeypatch) -> None:
-    monkeypatch.setattr("opdlm.deploy.run.stop.end_within", lambda *_: None)  # it would end the tests
+    monkeypatch.setattr("opdlm.deploy.run.stop.end_quietly", lambda *_: None)  # it would end the tests
     with pytest.raises(typer.Exit) as ended, clear_errors():
         raise KeyboardInterrupt
     assert (ended.value.exit_code, capsys.readouterr().err) == (130, "opdlm: Ctrl-C: ended at once\n")
