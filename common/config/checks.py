@@ -22,9 +22,10 @@ def check_config(config: OpdlmConfig) -> None:
         ConfigError: with one line per mistake, which names the setting by its path.
     """
     checks = (_run, _data, _model, _objective, _rollout, _teacher, _targets, _learner, _curriculum, _resources)
+    values = config.model_dump()
     problems = [
-        *_texts(config.model_dump()),
-        *_secrets(config.model_dump()),
+        *_texts(values),
+        *_secrets(values),
         *(problem for check in checks for problem in check(config)),
     ]
     if problems:

@@ -84,8 +84,7 @@ class OfflineConfig(Section):
     """Parquet file of the teacher's responses. The run generates the responses that the file does not hold yet, to the
     prompts of its own rounds (`run.rounds`) only. Empty: `offline_responses.parquet` in the run directory. Give a path
     to share the file between runs. A file that was made from another teacher, in another `teacher.dtype`, from other
-    prompts, or with another length limit,
-    temperature or seed is refused."""
+    prompts, or with another length limit, temperature or seed is refused."""
 
 
 class Schedule(Section):

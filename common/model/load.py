@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
-from opdlm.common.model.end_tokens import read_generation_config
+from opdlm.common.model.end_tokens import check_generation_config
 from opdlm.common.model.shards import read_shards, require_finite
 
 
@@ -32,6 +32,7 @@ def load_model(
         OpdlmError: the folder holds no model that can be loaded, or a weight that is NaN or infinite.
     """
     config = read_config(folder)
+    check_generation_config(Path(folder), config.vocab_size)
     read_shards(folder)  # raises for pickles, and for missing or damaged files
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -41,7 +42,7 @@ def load_model(
             attn_implementation=attention,
             use_safetensors=True,
             device_map=device_map,
-            generation_config=read_generation_config(Path(folder), config),  # transformers refuses some people's files
+            generation_config=GenerationConfig(),  # of the folder's, only the end tokens count
             trust_remote_code=False,
         )
     except OSError as error:
