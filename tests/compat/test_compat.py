@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from opdlm.common.model.mask_token import MASK_TOKEN
 from opdlm.common.model.tokenizer import load_tokenizer
 from tests.compat.reader import CAUSAL, MASKED, read_tokenizer
 from tests.compat.sources import write_sources
+from tests.isolated import run_isolated
 from tests.package.source_files import code_files
 
 SIZE, GRID = 4, "absolute"
@@ -81,17 +80,7 @@ def found(request, folders, tmp_path_factory) -> dict[str, Any]:
         "folders": list(folders.values()),
         "out": str(work),
     }
-    (work / "job.json").write_text(json.dumps(job))
-    done = subprocess.run(
-        [sys.executable, "-I", str(Path(__file__).with_name("reader.py")), str(work / "job.json")],
-        cwd=work,
-        env=os.environ | {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_isolated(Path(__file__).with_name("reader.py"), job, work)
     read = json.loads((work / "read.json").read_text())
     assert read["version"].split(".")[0] == request.param
     return read | {"logits": load_file(work / "logits.safetensors")}

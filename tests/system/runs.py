@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,12 @@ def start(config: OpdlmConfig, resume: bool) -> subprocess.Popen:
     file.write_text(dump_config(config))
     command = [sys.executable, "-m", "opdlm", "train", str(file)] + (["--resume"] if resume else [])
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+
+
+def run_to_end(file: Path, *more: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs `opdlm train` on a run file to its end. `more`: further arguments."""
+    command = [sys.executable, "-m", "opdlm", "train", str(file), *more]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @contextlib.contextmanager

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from opdlm.common.config import dump_config
-from tests import REPOSITORY
-from tests.system.runs import run_config
+from tests.system.runs import run_config, run_to_end
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -37,18 +35,11 @@ def address() -> Iterator[str]:
 def test_the_run_ends_with_a_line_that_names_the_process_and_the_setting(
     address, chain_teacher, tmp_path, role, setting
 ) -> None:
-    if __import__("torch").cuda.is_available():
+    if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     file = tmp_path / "run.yaml"
     file.write_text(dump_config(run_config(chain_teacher, tmp_path / "run")))
-    done = subprocess.run(
-        [sys.executable, "-m", "opdlm", "train", str(file), "--set", f"{role}.{setting}=1"],
-        cwd=REPOSITORY,
-        env=os.environ | {"RAY_ADDRESS": address},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
+    done = run_to_end(file, "--set", f"{role}.{setting}=1", environment=os.environ | {"RAY_ADDRESS": address})
     assert done.returncode == 2, done.stderr
     assert f"{role}.{setting}: found 1, but torch" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

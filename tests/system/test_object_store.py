@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +13,7 @@ from rich.console import Console
 from opdlm.common.config import OpdlmConfig, dump_config
 from opdlm.deploy.observe.records import read_records
 from opdlm.deploy.run.train import train
-from tests import REPOSITORY
-from tests.patience import PATIENCE
-from tests.system.runs import losses, run_config
+from tests.system.runs import losses, run_config, run_to_end
 from tests.tiny import save_teacher
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -63,8 +59,7 @@ def run_with(config: OpdlmConfig, environment: dict[str, str]) -> str:
     """Runs `opdlm train` in a process of its own to its end; returns its output."""
     file = Path(config.run.dir).with_suffix(".yaml")
     file.write_text(dump_config(config))
-    command = [sys.executable, "-m", "opdlm", "train", str(file)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    done = run_to_end(file, environment=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

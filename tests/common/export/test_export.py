@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from opdlm.common.model.load import load_model
 from opdlm.common.model.shards import read_shards
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.common.types import RolloutRequest
+from tests.isolated import run_isolated
 from tests.tiny import OTHER_FAMILIES, save_teacher
 
 SIZE = 4
@@ -88,19 +87,8 @@ def outside(exports, inputs, tmp_path_factory) -> tuple[dict[str, torch.Tensor],
         "out": str(work / "out.safetensors"),
         "folders": [{"path": str(exports / name), "auto": auto} for name, (_, auto, _) in EXPORTS.items()],
     }
-    (work / "job.json").write_text(json.dumps(job))
-    reader = Path(__file__).with_name("bare_reader.py")
-    done = subprocess.run(
-        [sys.executable, "-I", str(reader), str(work / "job.json")],
-        cwd=work,
-        env=os.environ | {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(job["out"]), done.stdout
+    printed = run_isolated(Path(__file__).with_name("bare_reader.py"), job, work)
+    return load_file(job["out"]), printed
 
 
 def expected(model, ids, real, size: int, kind: str) -> torch.Tensor:

@@ -11,6 +11,7 @@ import pytest
 from opdlm.common.config.schema import ResourcesConfig
 from opdlm.deploy.cluster import connection, local_ray
 from tests import REPOSITORY
+from tests.patience import PATIENCE
 
 _IN_A_WORKER = """
 import os, ray
@@ -55,7 +56,12 @@ def test_what_the_user_says_about_them_wins(environment_at_start, monkeypatch) -
 def test_a_worker_has_them() -> None:
     unset = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_"))}
     done = subprocess.run(
-        [sys.executable, "-c", _IN_A_WORKER], cwd=REPOSITORY, env=unset, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", _IN_A_WORKER],
+        cwd=REPOSITORY,
+        env=unset,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     line = done.stdout.splitlines()[-1].split()

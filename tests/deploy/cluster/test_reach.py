@@ -25,6 +25,8 @@ from opdlm.common.config.schema import ResourcesConfig
 from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.deploy.cluster import connection, local_ray, reach
 from tests import REPOSITORY
+from tests.patience import PATIENCE
+from tests.system.runs import run_to_end
 
 VERSIONS = {"ray_version": ray.__version__, "python_version": platform.python_version()}
 
@@ -198,7 +200,9 @@ def test_a_wait_that_nothing_interrupts_ends_the_process_with_one_line() -> None
         "with ends_process_after(0.2, 'RAY_ADDRESS: too slow'):\n    time.sleep(600)"
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert (done.returncode, done.stderr) == (2, "opdlm: RAY_ADDRESS: too slow\n")
 
 
@@ -211,14 +215,7 @@ def test_a_dead_address_ends_the_command(chain_teacher, tmp_path: Path) -> None:
         "teacher: {dtype: float32}\nevaluation: {final_problems: 0}\n"
     )
     address = f"127.0.0.1:{closed_port()}"
-    done = subprocess.run(
-        [sys.executable, "-m", "opdlm", "train", str(file)],
-        cwd=REPOSITORY,
-        env=os.environ | {"RAY_ADDRESS": address},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = run_to_end(file, environment=os.environ | {"RAY_ADDRESS": address})
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"opdlm: RAY_ADDRESS: no cluster answers at {address}: Connection refused")
@@ -233,7 +230,9 @@ def test_a_token_that_is_missing_ends_with_one_line(start_head, tmp_path: Path) 
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("opdlm:")]
     assert "cannot be asked: Token authentication is enabled but" in line
     assert line.endswith("; put the head's token into ~/.ray/auth_token, or name its file with RAY_AUTH_TOKEN_PATH")

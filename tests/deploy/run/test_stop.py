@@ -25,6 +25,7 @@ from opdlm.deploy.observe.session import show_end
 from opdlm.deploy.observe.terminal import open_view
 from opdlm.deploy.run.stop import EndAtOnce, Stopped, StopRequest
 from tests import REPOSITORY
+from tests.patience import PATIENCE
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -201,7 +202,7 @@ def test_a_stop_while_ray_starts_is_one_line(chain_teacher, tmp_path, number) ->
     lines = iter(process.stdout.readline, "connecting\n")
     assert any("starting Ray" in line or "joining the Ray cluster" in line for line in lines)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=PATIENCE)
     name = "Ctrl-C" if number == signal.SIGINT else number.name
     assert errors == f"opdlm: {name}: the run had not begun, so nothing is lost\n"
     assert process.returncode == 128 + number
