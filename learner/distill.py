@@ -14,8 +14,10 @@ from torch import nn
 
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.masks import training_mask_mod
 from opdlm.common.model.attention import ATTENTION
+from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import hidden_states, load_model
 from opdlm.learner.chunked_loss import chunked_loss
 from opdlm.learner.lora import add_adapters
@@ -33,14 +35,23 @@ class DistillModule(nn.Module):
         objective: divergence, top-K, tail.
         logits_chunk: loss positions whose logits exist at one time.
         attention: `sdpa` (in two parts, `row_attention.py`) or `flex_attention` (block mask, GPU).
+        form: the student's; its logit shift is in the rows.
     """
 
-    def __init__(self, student: Any, objective: ObjectiveConfig, logits_chunk: int, attention: str = "sdpa") -> None:
+    def __init__(
+        self,
+        student: Any,
+        objective: ObjectiveConfig,
+        logits_chunk: int,
+        attention: str = "sdpa",
+        form: StudentForm = PAPER_FORM,
+    ) -> None:
         super().__init__()
         self.student = student
         self.objective = objective
         self.logits_chunk = logits_chunk
         self.attention = attention
+        self.form = form
         self.padding = 0
         """Places of padding in the attention of the last forward; 0 with flex_attention, which pads nothing."""
         if attention == "sdpa":
@@ -57,7 +68,7 @@ class DistillModule(nn.Module):
             add_adapters(student, config.model.lora, config.run.seed)
         if config.learner.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
-        return cls(student, config.objective, config.learner.logits_chunk, attention)
+        return cls(student, config.objective, config.learner.logits_chunk, attention, read_facts(folder).form)
 
     def forward(
         self, batch: MicroBatch, targets: PositionTargets, weights: torch.Tensor
@@ -89,12 +100,12 @@ class DistillModule(nn.Module):
     def _mask(self, batch: MicroBatch) -> tuple[Any, dict[str, Any]]:
         """The mask, and the further arguments of the attention function."""
         if self.attention != "flex_attention":
-            parts = RowParts.from_batch(batch, self.student.dtype)
+            parts = RowParts.from_batch(batch, self.student.dtype, self.form.causal)
             self.padding = parts.padding
             return parts.clean_mask, {"layout": parts}
         from torch.nn.attention.flex_attention import create_block_mask
 
         rows, length = batch.blocks.shape
-        mask_mod = training_mask_mod(batch.samples, batch.copies, batch.blocks)
+        mask_mod = training_mask_mod(batch.samples, batch.copies, batch.blocks, self.form.causal)
         device = str(batch.blocks.device)
         return create_block_mask(mask_mod, rows, None, length, length, device=device, _compile=True), {}

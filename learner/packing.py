@@ -62,12 +62,13 @@ def _lay_out(rows: Sequence[Row], lines: Sequence[Sequence[Sequence[int]]]) -> M
     fields: dict[str, list[np.ndarray]] = {
         name: [] for name in ("input_ids", "position_ids", "blocks", "samples", "copies")
     }
-    line_of, shift_of = [0] * len(rows), [0] * len(rows)  # each row's line, and by how much its columns moved there
+    # Each row's line, and by how much the columns of its clean and its noisy half moved there.
+    line_of, clean_shift, noisy_shift = ([0] * len(rows) for _ in range(3))
     for number, line in enumerate(lines):
         parts: dict[str, list[np.ndarray]] = {name: [] for name in fields}
         column = 0
         for sample, indices in enumerate(line):
-            clean = rows[indices[0]].clean_length
+            clean, start = rows[indices[0]].clean_length, column
             for copy, index in enumerate(indices, start=1):
                 row = rows[index]
                 begin = 0 if copy == 1 else clean
@@ -76,7 +77,7 @@ def _lay_out(rows: Sequence[Row], lines: Sequence[Sequence[Sequence[int]]]) -> M
                     parts[name].append(getattr(row, name)[begin:])
                 parts["samples"].append(np.full(length, sample))
                 parts["copies"].append(np.where(np.arange(begin, begin + length) < clean, 0, copy))
-                line_of[index], shift_of[index] = number, column - begin
+                line_of[index], clean_shift[index], noisy_shift[index] = number, start, column - begin
                 column += length
         for name, arrays in parts.items():
             fields[name].append(np.concatenate(arrays))
@@ -88,7 +89,10 @@ def _lay_out(rows: Sequence[Row], lines: Sequence[Sequence[Sequence[int]]]) -> M
         )
 
     counts = [len(row.loss_columns) for row in rows]
-    columns = [row.loss_columns + shift for row, shift in zip(rows, shift_of, strict=True)]
+    columns = [
+        row.loss_columns + np.where(row.loss_columns < row.clean_length, clean_shift[i], noisy_shift[i])
+        for i, row in enumerate(rows)
+    ]
     return MicroBatch(
         rows=list(rows),
         input_ids=padded("input_ids"),

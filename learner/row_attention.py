@@ -50,8 +50,13 @@ class RowParts:
         return self.clean.numel() + self.noisy.numel() - self.source.numel()
 
     @classmethod
-    def from_batch(cls, batch: MicroBatch, dtype: torch.dtype) -> RowParts:
-        """Finds the parts of a micro-batch. `dtype`: number format of the masks."""
+    def from_batch(cls, batch: MicroBatch, dtype: torch.dtype, causal: bool = False) -> RowParts:
+        """Finds the parts of a micro-batch.
+
+        Args:
+            dtype: number format of the masks.
+            causal: as in `training_mask`.
+        """
         samples, copies, blocks = (getattr(batch, name).cpu().numpy() for name in ("samples", "copies", "blocks"))
         tokens_of: dict[tuple[int, int, int], np.ndarray] = {}  # by (line, sample, copy)
         for line in range(len(samples)):
@@ -82,8 +87,8 @@ class RowParts:
             clean=on_device(clean),
             noisy=on_device(noisy),
             owner=on_device(owner),
-            clean_mask=_added_mask(clean_numbers, clean_numbers, dtype, device),
-            noisy_mask=_added_mask(noisy_numbers, seen_numbers, dtype, device),
+            clean_mask=_added_mask(clean_numbers, clean_numbers, causal, dtype, device),
+            noisy_mask=_added_mask(noisy_numbers, seen_numbers, causal, dtype, device),
             source=on_device(source),
             target=on_device(target),
         )
@@ -133,11 +138,12 @@ def _numbers(indices: np.ndarray, is_real: np.ndarray, flat: Sequence[np.ndarray
 
 
 def _added_mask(
-    query: Sequence[np.ndarray], key: Sequence[np.ndarray], dtype: torch.dtype, device: torch.device
+    query: Sequence[np.ndarray], key: Sequence[np.ndarray], causal: bool, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """`[parts, 1, Q, K]`, 0 where the query sees the key and minus infinity elsewhere, from the `_numbers` of both."""
     q, k = ([torch.from_numpy(numbers).to(device) for numbers in side] for side in (query, key))
-    seen = visible(tuple(n[:, :, None] for n in q), tuple(n[:, None, :] for n in k))[:, None]  # type: ignore[arg-type]
+    places = tuple(n[:, :, None] for n in q), tuple(n[:, None, :] for n in k)
+    seen = visible(*places, causal)[:, None]  # type: ignore[arg-type]
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 

@@ -4,6 +4,9 @@ A row is `[clean | noisy]`. The clean half is the prompt and the kept response. 
 tokens from the start of the block that holds the first response token, with some response tokens masked. So on the
 absolute grid it also has the last `P mod S` prompt tokens, whose keys and values depend on the state. A noisy token has
 the position of its clean twin.
+
+A token is predicted at its own noisy position. With a logit shift (METHOD.md section 11) it is predicted at the
+position before: a noisy one inside the block, but a clean one for the block's first token.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.grid import BlockGrid
 from opdlm.common.types import ScoredTrajectory, Trajectory
 from opdlm.learner.states import SELECTIONS, BlockStates
@@ -27,21 +31,33 @@ class Row:
     input_ids: np.ndarray  # [T] int64
     position_ids: np.ndarray  # [T] int64
     blocks: np.ndarray  # [T] int64
-    loss_columns: np.ndarray  # [n] int64, where the loss is taken, as indices into the row (its noisy half)
-    loss_positions: np.ndarray  # [n] int64, the same as indices into the response, and so into the teacher's targets
+    loss_columns: np.ndarray  # [n] int64, where the tokens of the loss are predicted, as indices into the row
+    loss_positions: np.ndarray  # [n] int64, these tokens as indices into the response, and so into the targets
 
 
 def build_rows(
-    scored: ScoredTrajectory, grid: BlockGrid, objective: ObjectiveConfig, mask_id: int, rng: np.random.Generator
+    scored: ScoredTrajectory,
+    grid: BlockGrid,
+    objective: ObjectiveConfig,
+    mask_id: int,
+    rng: np.random.Generator,
+    form: StudentForm = PAPER_FORM,
 ) -> list[Row]:
     """The rows that the objective's selection of states makes of one trajectory. A row may have no loss position."""
     trajectory = scored.trajectory
     states = BlockStates(trajectory.reveal_step, len(trajectory.prompt_ids), grid)
     selected = SELECTIONS[objective.resolved_selection](states, rng)
-    return [build_row(scored, masked, grid, mask_id, objective.exclude_eos) for masked in selected]
+    return [build_row(scored, masked, grid, mask_id, objective.exclude_eos, form) for masked in selected]
 
 
-def build_row(scored: ScoredTrajectory, masked: np.ndarray, grid: BlockGrid, mask_id: int, exclude_eos: bool) -> Row:
+def build_row(
+    scored: ScoredTrajectory,
+    masked: np.ndarray,
+    grid: BlockGrid,
+    mask_id: int,
+    exclude_eos: bool,
+    form: StudentForm = PAPER_FORM,
+) -> Row:
     """The row of one state. `masked`: `[R']` bool over the kept response."""
     trajectory = scored.trajectory
     prompt_length = len(trajectory.prompt_ids)
@@ -50,14 +66,20 @@ def build_row(scored: ScoredTrajectory, masked: np.ndarray, grid: BlockGrid, mas
     noisy = clean[start:].copy()
     noisy[prompt_length - start :][masked] = mask_id
     positions = np.concatenate([np.arange(len(clean)), np.arange(start, len(clean))])
+    blocks = (positions + grid.offset(prompt_length)) // grid.block_size
     loss_positions = np.flatnonzero(masked & _in_loss(trajectory, exclude_eos))
+    loss_columns = len(clean) + prompt_length - start + loss_positions  # in the noisy half
+    if form.logit_shift:
+        before = prompt_length + loss_positions - 1  # of the token; in the clean half, its index as well
+        first_of_block = (before + 1 + grid.offset(prompt_length)) % grid.block_size == 0
+        loss_columns = np.where(first_of_block, before, loss_columns - 1)
     return Row(
         scored=scored,
         clean_length=len(clean),
         input_ids=np.concatenate([clean, noisy]),
         position_ids=positions,
-        blocks=(positions + grid.offset(prompt_length)) // grid.block_size,
-        loss_columns=len(clean) + prompt_length - start + loss_positions,
+        blocks=blocks,
+        loss_columns=loss_columns,
         loss_positions=loss_positions,
     )
 

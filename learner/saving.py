@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ class Saver:
             student, facts, rollout = load_model(start, config.model.dtype), read_facts(start), config.rollout
             load_weights(student, pack)
             # A given student's config.json may not name them, and the code beside the weights decodes by them.
-            decoding = {"block_size": rollout.block_size, "block_grid": rollout.block_grid}
+            decoding = {"block_size": rollout.block_size, "block_grid": rollout.block_grid, **asdict(facts.form)}
             student.config.update({"mask_token_id": facts.mask_id, **decoding})
             save_model(student, load_tokenizer(start), destination, facts.eos_ids)
 

@@ -33,6 +33,7 @@ import torch.distributed as dist
 
 from opdlm.common.batches import in_groups
 from opdlm.common.config.schema import LearnerConfig, ObjectiveConfig
+from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.grid import BlockGrid
 from opdlm.common.token_ids import TokenIds
 from opdlm.common.types import ScoredTrajectory
@@ -74,6 +75,7 @@ class TrainStep:
         teacher_head: the teacher's output matrix `[V, D]`, for hidden-state targets.
         seed: of the drawn states.
         tokens: the tokens that teacher and student share. None: all rows of the teacher.
+        form: the student's.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class TrainStep:
         teacher_head: torch.Tensor | None,
         seed: int,
         tokens: TokenIds | None = None,
+        form: StudentForm = PAPER_FORM,
     ) -> None:
         self.engine = engine
         self.learner = learner
@@ -95,6 +98,7 @@ class TrainStep:
         self.teacher_head = teacher_head
         self.seed = seed
         self.tokens = tokens
+        self.form = form
 
     def __call__(
         self, share: Sequence[ScoredTrajectory], filler: ScoredTrajectory, learning_rate: float, pass_number: int = 0
@@ -152,7 +156,7 @@ class TrainStep:
     def _rows(self, scored: ScoredTrajectory, pass_number: int) -> list[Row]:
         # Seeded by sample and pass alone: whichever rank builds the rows, and after any restart, the states are these.
         rng = np.random.default_rng([self.seed, scored.trajectory.index] + [pass_number] * (pass_number > 0))
-        return build_rows(scored, self.grid, self.objective, self.mask_id, rng)
+        return build_rows(scored, self.grid, self.objective, self.mask_id, rng, self.form)
 
     def _weights(self, batch: MicroBatch, total_rows: int, total_positions: int) -> torch.Tensor:
         """The weight of each loss position in the global batch, `[N]` float32."""

@@ -102,15 +102,17 @@ class Learner:
         self.saver = Saver(
             self.engine, self.run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.max_failed_saves
         )
+        facts = read_facts(setup.student)
         step = TrainStep(
             self.engine,
             config.learner,
             config.objective,
             BlockGrid(config.rollout.block_size, config.rollout.block_grid),
-            require_mask(read_facts(setup.student)),
+            require_mask(facts),
             load_teacher_head(config, self.engine.device),
             config.run.seed,
             setup.tokens,
+            facts.form,
         )
         self.train = RoundTrainer(
             config, setup.data_digest, self.schedule, self.progress, step, self.queue, self.saver, self._tell

@@ -34,6 +34,8 @@ def convert(
     block_size: int = 4,
     block_grid: Literal["absolute", "response"] = "absolute",
     mask_token: str | None = None,
+    logit_shift: bool | None = None,
+    context: Literal["block_causal", "causal"] | None = None,
 ) -> int:
     """Makes a student of an autoregressive checkpoint; returns its mask token id. See `opdlm convert`.
 
@@ -42,7 +44,9 @@ def convert(
     """
     from opdlm.common.model.convert import convert_checkpoint
 
-    return convert_checkpoint(_path(source), _path(destination), block_size, block_grid, mask_token)
+    return convert_checkpoint(
+        _path(source), _path(destination), block_size, block_grid, mask_token, logit_shift, context
+    )
 
 
 def export(

@@ -1,4 +1,4 @@
-"""Reads the reference files of tests/golden: `train/*.json` + `.safetensors`, `decode/*.json`, `models/`.
+"""Reads the reference files of tests/golden: `train/`, `shift/` (`*.json` + `.safetensors`), `decode/`, `models/`.
 
 tests/golden/README.md describes them.
 """
@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.types import HiddenTargets, ScoredTrajectory, Trajectory
 
 ROOT = Path(os.environ.get("OPDLM_GOLDEN") or Path(__file__).parent / "golden")
 
 
 def cases(kind: str) -> list[Path]:
-    """All reference files of `train` or `decode`. An empty folder is an error: tests would check nothing."""
+    """All reference files of `train`, `shift` or `decode`. An empty folder is an error: tests would check nothing."""
     found = sorted((ROOT / kind).glob("*.json"))
     assert found, f"no reference files in {ROOT / kind}"
     return found
@@ -33,6 +34,11 @@ def load(path: Path) -> dict[str, Any]:
 def objective_of(case: dict[str, Any]) -> ObjectiveConfig:
     """The objective of a case, as the config section."""
     return ObjectiveConfig(**case["objective"])
+
+
+def form_of(case: dict[str, Any]) -> StudentForm:
+    """The student's form of a case; the paper's where the file does not name one."""
+    return PAPER_FORM.replaced(case.get("logit_shift"), case.get("context"))
 
 
 def trajectory_of(row: dict[str, Any], case: dict[str, Any], index: int = 0) -> Trajectory:

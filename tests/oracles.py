@@ -10,6 +10,7 @@ import torch
 from opdlm.actors.rollout.remasking import STRATEGIES, DenoisingStep
 from opdlm.actors.rollout.sampling import draw_candidates, hashed_uniform
 from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.grid import BlockGrid
 from opdlm.common.types import RolloutRequest
 
@@ -22,6 +23,7 @@ def uncached_decode(
     eos_ids: set[int],
     request: RolloutRequest,
     model_changes: Sequence[tuple[int, Any]] = (),
+    form: StudentForm = PAPER_FORM,
 ) -> tuple[list[int], list[int]]:
     """Decodes one sequence without a cache and without a batch.
 
@@ -42,7 +44,7 @@ def uncached_decode(
         while any(s == 0 for s in steps[max(start, len(prompt)) :]):
             for steps_before, successor in model_changes:
                 model = successor if step >= steps_before else model
-            logits = full_forward(model, tokens, grid, len(prompt))[start:]
+            logits = full_forward(model, tokens, grid, len(prompt), form)[start:]
             logits[:, mask_id] = float("-inf")
             positions = torch.arange(start, start + size)
             masked = torch.tensor([p >= len(prompt) and steps[p] == 0 for p in positions])
@@ -69,8 +71,19 @@ def uncached_decode(
 
 
 @torch.no_grad()
-def full_forward(model, tokens: list[int], grid: BlockGrid, prompt_length: int) -> torch.Tensor:
-    """Logits `[T, V]` of one whole sequence, with the block-causal mask computed for each pair of tokens."""
+def full_forward(
+    model, tokens: list[int], grid: BlockGrid, prompt_length: int, form: StudentForm = PAPER_FORM
+) -> torch.Tensor:
+    """Logits `[T, V]` of one whole sequence, with the mask computed for each pair of tokens. The last block is noisy.
+
+    Row i of the result predicts token i; with a logit shift, row 0 predicts nothing.
+    """
     blocks = [(i + grid.offset(prompt_length)) // grid.block_size for i in range(len(tokens))]
-    mask = torch.tensor([[k <= q for k in blocks] for q in blocks])[None, None]
-    return model(input_ids=torch.tensor([tokens]), attention_mask=mask, use_cache=False).logits[0].float()
+
+    def sees(q: int, k: int) -> bool:
+        return k <= q if form.causal and blocks[q] < blocks[-1] else blocks[k] <= blocks[q]
+
+    places = range(len(tokens))
+    mask = torch.tensor([[sees(q, k) for k in places] for q in places])[None, None]
+    logits = model(input_ids=torch.tensor([tokens]), attention_mask=mask, use_cache=False).logits[0].float()
+    return torch.cat([logits[:1], logits[:-1]]) if form.logit_shift else logits

@@ -36,25 +36,25 @@ def teacher():
     return load_model(golden_files.ROOT / "models" / "teacher")
 
 
-@pytest.mark.parametrize("path", golden_files.cases("train"), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", golden_files.cases("train") + golden_files.cases("shift"), ids=lambda p: p.stem)
 @pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
 def test_loss_and_gradients(path, kind, student, teacher) -> None:
     case = golden_files.load(path)
     objective = golden_files.objective_of(case)
     if kind == "topk" and objective.top_k == 0:
         objective = objective.model_copy(update={"top_k": student.config.vocab_size})  # K = V is the full KL
-    grid = BlockGrid(case["block_size"], case["block_grid"])
+    grid, form = BlockGrid(case["block_size"], case["block_grid"]), golden_files.form_of(case)
     trajectories = [golden_files.trajectory_of(row, case) for row in case["rows"]]
     targets = score(teacher, trajectories, kind, objective.top_k or 1, batch_tokens=64)
     rows = [
-        build_row(ScoredTrajectory(t, target), _masked(row, case), grid, case["mask_id"], objective.exclude_eos)
+        build_row(ScoredTrajectory(t, target), _masked(row, case), grid, case["mask_id"], objective.exclude_eos, form)
         for t, target, row in zip(trajectories, targets, case["rows"], strict=True)
     ]
     assert [row.loss_positions.tolist() for row in rows] == [row["loss_positions"] for row in case["rows"]]
 
     batch = collate(rows)
     weights = torch.cat([torch.full((len(r.loss_positions),), 1 / len(r.loss_positions) / len(rows)) for r in rows])
-    module = DistillModule(student, objective, logits_chunk=7)
+    module = DistillModule(student, objective, logits_chunk=7, form=form)
     student.zero_grad()
     loss, losses = module(batch, gather_targets(rows, teacher.lm_head.weight, objective), weights)
     loss.backward()

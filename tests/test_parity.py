@@ -1,7 +1,7 @@
 """Train-decode parity (METHOD.md section 2), the property on which the method rests.
 
 For every state of every rollout, the training forward gives the same logits at the masked positions as the decoder
-saw, for any prompt length, any response end and either grid. `pytest tests/test_parity.py`
+saw, for any prompt length, any response end, either grid and every form of the student. `pytest tests/test_parity.py`
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from opdlm.common.model.load import hidden_states
 from opdlm.learner.packing import collate
 from opdlm.learner.rows import build_rows
 from tests.golden_files import unscored
-from tests.tiny import EOS, MASK, OTHER_FAMILIES, request, tiny_model
+from tests.tiny import EOS, FORMS_AND_GRIDS, MASK, OTHER_FAMILIES, request, tiny_model
 
 MODELS = [*(tiny_model(seed) for seed in range(10, 13)), *(tiny_model(13, **o) for o in OTHER_FAMILIES.values())]
 
@@ -29,7 +29,7 @@ MODELS = [*(tiny_model(seed) for seed in range(10, 13)), *(tiny_model(13, **o) f
 @given(
     model=st.sampled_from(MODELS),
     block_size=st.integers(1, 6),
-    grid=st.sampled_from(["absolute", "response"]),
+    form_and_grid=st.sampled_from(FORMS_AND_GRIDS),
     strategy=st.sampled_from(sorted(STRATEGIES)),
     temperature=st.sampled_from([0.0, 1.0]),
     lengths=st.lists(st.tuples(st.integers(1, 13), st.integers(1, 15)), min_size=1, max_size=4),
@@ -37,8 +37,9 @@ MODELS = [*(tiny_model(seed) for seed in range(10, 13)), *(tiny_model(13, **o) f
 )
 @settings(max_examples=50, deadline=None)
 def test_training_forward_sees_what_the_decoder_saw(
-    model, block_size, grid, strategy, temperature, lengths, seed
+    model, block_size, form_and_grid, strategy, temperature, lengths, seed
 ) -> None:
+    form, grid = form_and_grid
     seen: dict[tuple[int, int, int], torch.Tensor] = {}  # logits [V] by (sequence, step, position)
 
     def observe(view: StepObservation) -> None:
@@ -48,27 +49,31 @@ def test_training_forward_sees_what_the_decoder_saw(
                 seen[place] = view.logits[row, column].clone()
 
     how = DecodeSettings(block_size, grid, strategy, 0.4, 1.0, temperature=temperature)
-    decoder = BlockDecoder(model, how, MASK, [EOS], batch_size=3)
+    decoder = BlockDecoder(model, how, MASK, [EOS], batch_size=3, form=form)
     requests = [request(p, i, limit, seed) for i, (p, limit) in enumerate(lengths)]
     trajectories, _ = decoder.decode(requests, observer=observe)
 
     objective = ObjectiveConfig(selection="all_states", exclude_eos=False)
     compared = 0
     for t in trajectories:
-        rows = build_rows(unscored(t), decoder.grid, objective, MASK, np.random.default_rng(0))
+        rows = build_rows(unscored(t), decoder.grid, objective, MASK, np.random.default_rng(0), form)
         batch = collate(rows)
         with torch.no_grad():
-            mask = training_mask(batch.samples, batch.copies, batch.blocks)
+            mask = training_mask(batch.samples, batch.copies, batch.blocks, form.causal)
             logits = model.lm_head(hidden_states(model, batch.input_ids, batch.position_ids, mask)).float()
         logits[..., MASK] = float("-inf")
         start, length = len(batch.rows[0].input_ids) - len(t.response_ids), len(t.prompt_ids)
+        size, offset = block_size, decoder.grid.offset(length)
         steps_of_block = _distinct_steps(t.reveal_step, length, decoder.grid)
         for k, row in enumerate(rows):
             for i in np.flatnonzero(row.input_ids[start:] == MASK).tolist():
                 if k >= len(steps_of_block[i]):
                     continue  # the block has fewer states; a decoded token is never the mask token
+                column = start + i
+                if form.logit_shift:  # a block's first token is predicted at the clean token before the block
+                    column = length + i - 1 if (length + i + offset) % size == 0 else start + i - 1
                 recorded = seen[(t.index, int(steps_of_block[i][k]), length + i)]
-                torch.testing.assert_close(logits[k, start + i], recorded, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(logits[k, column], recorded, rtol=1e-4, atol=1e-4)
                 compared += 1
     assert compared == len(seen), "some positions that the decoder saw were not compared"
 

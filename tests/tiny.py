@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from opdlm.common.config.base import Grid
+from opdlm.common.form import StudentForm
 from opdlm.common.model.char_tokenizer import build_char_tokenizer
 from opdlm.common.tensors import tensor_to_array
 from opdlm.common.types import (
@@ -24,6 +26,12 @@ from opdlm.common.types import (
     Trajectory,
 )
 
+FORMS_AND_GRIDS: list[tuple[StudentForm, Grid]] = [
+    (StudentForm(shift, context), grid)
+    for shift in (False, True)
+    for context, grid in (("block_causal", "absolute"), ("block_causal", "response"), ("causal", "response"))
+]
+"""Every form of a student on every grid that it can have."""
 MASK, EOS = 31, 2
 VOCABULARY = 32
 

@@ -49,7 +49,7 @@ class RolloutActor:
         device = device_for(gpus, gpu_setting)
         torch.set_num_threads(max(threads, 1))
         facts = read_facts(student)
-        self._mask_id, self._eos_ids, self._tokens = require_mask(facts), facts.eos_ids, facts.tokens
+        self._mask_id, self._facts = require_mask(facts), facts
         self._model = load_model(student, dtype).to(device)
         self._make_recorder = CudaGraphs if cuda_graphs else None
         self._version = -1
@@ -126,10 +126,11 @@ class RolloutActor:
                     self._model,
                     settings,
                     self._mask_id,
-                    self._eos_ids,
+                    self._facts.eos_ids,
                     batch_size,
                     self._make_recorder,
-                    self._tokens,
+                    self._facts.tokens,
+                    self._facts.form,
                 )
             decoder, tell = self._decoders[key], Teller(watch)
             takes_weights = self._continues and handle is not None

@@ -56,6 +56,8 @@ class SlotLayout:
     """S, queries per row."""
     commit: torch.Tensor | None
     """`[c]` int64, slots of the rows after the first n; None if no slot commits a block."""
+    causal: bool = False
+    """Whether the tokens of a block that is committed attend causally (`common/form.py`)."""
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
@@ -93,6 +95,8 @@ class SlotLayout:
     def mask(self, ends: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask: a block attends to every position of its slot up to its own end.
 
+        With causal context, the tokens of a block that is committed attend up to themselves.
+
         Args:
             ends: `[n]` int64, position after the current block.
             group: query heads that share a key head.
@@ -105,5 +109,9 @@ class SlotLayout:
         else:  # clamp: before the first block there is none to commit; attending to no position would give NaN
             ends = torch.stack([ends, (ends - self.block).clamp(min=1)], dim=1)
             ends = ends.repeat_interleave(group * self.block, dim=1)
+            if self.causal:
+                later = torch.arange(self.block - 1, -1, -1, device=ends.device).repeat(group)
+                ends[:, group * self.block :] -= later
+                ends.clamp_(min=1)
         beyond = torch.arange(width, device=ends.device) >= ends[:, None, :, None]
         return torch.zeros(beyond.shape, dtype=dtype, device=ends.device).masked_fill_(beyond, float("-inf"))

@@ -11,8 +11,9 @@ to a rollout actor (`actors/rollout/actor.py`), which calls `BlockDecoder.decode
                                                                               └─► trajectory, slot free
 
 The forward that runs the first denoising step of a block also writes the clean keys and values of the block before it
-(it commits that block), so a sequence needs as many forwards as denoising steps. Slots advance independently; the host
-learns once per step which of them are finished. Tests compare this decoder with a short uncached one: tests/oracles.py
+(it commits that block), so a sequence needs as many forwards as denoising steps. With a logit shift (METHOD.md section
+11), a block's first token is predicted at the clean token before it, whose hidden state each slot keeps from that
+forward. Slots advance independently; the host learns once per step which are finished. Oracle: tests/oracles.py
 
 Shapes: n occupied slots, S tokens per block, m masked positions in all current blocks together, V vocabulary.
 """
@@ -36,6 +37,7 @@ from opdlm.actors.rollout.sampling import draw_candidates, hashed_uniform
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.slots import Slots, longest_sequence
 from opdlm.common.batches import batches_by_length
+from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.grid import BlockGrid, block_index
 from opdlm.common.masks import block_causal
 from opdlm.common.model.attention import ATTENTION
@@ -57,14 +59,15 @@ class BlockDecoder:
     """Decodes batches of prompts with one student; keeps its cache between calls.
 
     Args:
-        model: causal LM of transformers, in eval mode; its logits at position i predict token i. The decoder sets the
-            model's attention to `common/model/attention.py`, which is plain `sdpa` for every other caller.
+        model: causal LM of transformers, in eval mode. The decoder sets its attention to `common/model/attention.py`,
+            which is plain `sdpa` for every other caller.
         settings: strategy, sampling, grid.
         mask_id: the mask token; it is never a candidate.
         eos_ids: tokens that end a response.
         batch_size: number of slots.
         make_recorder: makes the recorder for the step forwards of one cache (`forward.py`); None: nothing is recorded.
         tokens: the rows of the vocabulary that are tokens; no other row is a candidate. None: all rows.
+        form: what clean tokens attend to, and at which position the model's logits predict a token.
     """
 
     def __init__(
@@ -76,12 +79,13 @@ class BlockDecoder:
         batch_size: int,
         make_recorder: Callable[[], Recorder] | None = None,
         tokens: TokenIds | None = None,
+        form: StudentForm = PAPER_FORM,
     ) -> None:
         self.model = model
         self.settings = settings
         self.mask_id = mask_id
         self.eos_ids = torch.tensor(sorted(eos_ids), device=model.device)
-        self.batch_size = batch_size
+        self.batch_size, self.form = batch_size, form
         self.grid = BlockGrid(settings.block_size, settings.block_grid)
         self._strategy = STRATEGIES[settings.strategy]
         rows = model.lm_head.weight.shape[0]
@@ -145,7 +149,8 @@ class BlockDecoder:
             return
         # Recorded forwards belong to one cache, so with a recorder every call uses a cache with all slots.
         capacity = self.batch_size if self._make_recorder else min(self.batch_size, len(requests))
-        slots = self._slots = Slots(capacity, longest, self.grid.block_size, self.mask_id, self.model.device)
+        border = self.model.lm_head.weight.new_zeros(capacity, self.model.config.hidden_size * self.form.logit_shift)
+        slots = self._slots = Slots(longest, self.grid.block_size, self.mask_id, border)
         cache = self._cache_for(slots.capacity, longest)
         pending = deque(requests)
         slots.version = weight_version
@@ -172,7 +177,7 @@ class BlockDecoder:
             weight = self.model.lm_head.weight
             self._cache = SlotCache(self.model.config, slots, positions, weight.dtype, self.model.device)
             recorder = self._make_recorder() if self._make_recorder else None
-            self._step_forward = StepForward(self.model, self._cache, self.grid.block_size, recorder)
+            self._step_forward = StepForward(self.model, self._cache, self.grid.block_size, recorder, self.form.causal)
         return self._cache
 
     def _prefill(self, slots: Slots, cache: SlotCache, rows: Sequence[int]) -> None:
@@ -183,13 +188,15 @@ class BlockDecoder:
         for group in batches_by_length(lengths, PREFILL_TOKENS):
             chosen, longest = [rows[i] for i in group], lengths[group[0]]
             offsets = [[self.grid.offset(slots.requests[row].prompt_ids.size)] for row in chosen]
-            where, offset = torch.tensor(chosen, device=slots.device), torch.tensor(offsets, device=slots.device)
+            where, offset = (torch.tensor(numbers, device=slots.device) for numbers in (chosen, offsets))
             positions = torch.arange(longest, device=slots.device).expand(len(chosen), -1)
-            # Tokens after a shorter sequence's end need no mask: they are in later blocks, which its tokens do not see.
-            blocks = block_index(positions, offset, self.grid.block_size)
+            # Tokens after a shorter sequence's end need no mask: they are in later blocks, which it does not see.
+            blocks = positions if self.form.causal else block_index(positions, offset, self.grid.block_size)
             cache.prepare(where, positions, None)
             tokens = slots.tokens[where, :longest]
-            hidden_states(self.model, tokens, positions, block_causal(blocks, blocks), cache)
+            hidden = hidden_states(self.model, tokens, positions, block_causal(blocks, blocks), cache)
+            if self.form.logit_shift:
+                slots.border[where] = hidden[torch.arange(len(chosen)), slots.block_start[where] - 1]
 
     def _step(self, slots: Slots, observer: Observer | None) -> list[int]:
         """Runs one denoising step of all occupied slots; returns the slots whose sequence is finished by it."""
@@ -203,10 +210,12 @@ class BlockDecoder:
         indices = torch.from_numpy(np.concatenate([np.resize(committing, shape.commits), masked_places]))
         indices = indices.to(slots.device)
         commit, places = indices[: shape.commits], indices[shape.commits :]  # [c] slots, [m] places in [n * S]
-        hidden = self._step_forward(shape, *slots.first_rows(shape.slots), commit)[:n].flatten(0, 1)
+        hidden = self._step_forward(shape, *slots.first_rows(shape.slots), commit)
         self._forwards += 1
         self._forward_tokens += (n + committing.size) * block
-        logits = self.model.lm_head(hidden[places]).float()  # [m, V], masked positions only
+        if self.form.logit_shift:
+            hidden = slots.shifted(hidden[:n], hidden[shape.slots :], commit)
+        logits = self.model.lm_head(hidden[:n].flatten(0, 1)[places]).float()  # [m, V], masked positions only
         mask_logit = logits[:, self.mask_id].clone()
         logits.index_fill_(1, self._never_candidates, float("-inf"))
 

@@ -73,10 +73,14 @@ class StepForward:
     Args:
         block: S, tokens in a block.
         recorder: records the forward of each shape; None computes every forward in its exact shape.
+        causal: whether clean tokens attend causally.
     """
 
-    def __init__(self, model: Any, cache: SlotCache, block: int, recorder: Recorder | None) -> None:
+    def __init__(
+        self, model: Any, cache: SlotCache, block: int, recorder: Recorder | None, causal: bool = False
+    ) -> None:
         self._model, self._cache, self._block, self._recorder = model, cache, block, recorder
+        self._causal = causal
         self._recorded: dict[StepShape, tuple[tuple[torch.Tensor, ...], Callable[[], torch.Tensor]]] = {}
 
     def shape(self, commits: int, ends: np.ndarray) -> StepShape:
@@ -100,7 +104,8 @@ class StepForward:
             starts: `[n]` int64, position at which the current block of each slot starts.
             commit: `[c]` int64, slots whose block before the current one is to be committed.
 
-        Returns: final hidden states of the current blocks, `[n, S, D]`; valid until the next call.
+        Returns: final hidden states, `[n + c, S, D]`, of the current blocks and then of the committed ones; valid until
+            the next call.
         """
         window = starts[:, None] + torch.arange(self._block, device=starts.device)
         rows, positions = torch.arange(shape.slots, device=starts.device), window
@@ -133,7 +138,7 @@ class StepForward:
         """Can be recorded: reads only its arguments, the weights and the cache, and never waits for the device."""
         config = self._model.config
         group = config.num_attention_heads // config.num_key_value_heads
-        layout = SlotLayout(shape.parts, self._block, commit if shape.commits else None)
+        layout = SlotLayout(shape.parts, self._block, commit if shape.commits else None, self._causal)
         mask = layout.mask(ends, group, self._cache.keys.dtype)
         self._cache.prepare(rows, positions, (shape.slots, shape.width))
-        return hidden_states(self._model, tokens, positions, mask, self._cache, layout=layout)[: shape.slots]
+        return hidden_states(self._model, tokens, positions, mask, self._cache, layout=layout)

@@ -29,9 +29,15 @@ _PROMPT, _END, _START, _STEP, _BLOCK_STEP, _SEED = range(6)
 class Slots:
     """State of up to B sequences that are being decoded. Shapes: n occupied slots, T positions, S tokens per block."""
 
-    def __init__(self, capacity: int, positions: int, block: int, mask_id: int, device: torch.device) -> None:
-        self.capacity, self.block = capacity, block
-        self.mask_id, self.device = mask_id, device
+    def __init__(self, positions: int, block: int, mask_id: int, border: torch.Tensor) -> None:
+        """Allocates the state of B free slots.
+
+        Args:
+            border: `[B, D]` zeros, which become each slot's `border`; D is 0 for a student without a logit shift.
+        """
+        self.capacity = capacity = len(border)
+        self.block = block
+        self.mask_id, self.device = mask_id, border.device
         self.requests: list[RolloutRequest] = []
         """The requests in the occupied slots, in slot order."""
         self.version = 0
@@ -42,12 +48,13 @@ class Slots:
         """Per occupied slot, for each weight version that decoded it: (denoising steps done before it, version)."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
+            return torch.zeros(*shape, dtype=dtype, device=self.device)
 
         self._tokens = zeros(capacity, positions)
         self._reveal = zeros(capacity, positions)
         self._threshold = zeros(capacity, dtype=torch.float32)
         self._numbers = zeros(capacity, 6)
+        self._border = border
         self.host_starts = np.zeros(capacity, dtype=np.int64)
         """`[B]` on the host: position at which the current block starts."""
         self.host_commits = np.zeros(capacity, dtype=bool)
@@ -74,6 +81,11 @@ class Slots:
     def threshold(self) -> torch.Tensor:
         """`[n]` float32, threshold of `low_confidence_dynamic`."""
         return self._threshold[: self.occupied]
+
+    @property
+    def border(self) -> torch.Tensor:
+        """`[n, D]`, hidden state of the clean token before the current block; D is 0 without a logit shift."""
+        return self._border[: self.occupied]
 
     @property
     def prompt_length(self) -> torch.Tensor:
@@ -104,6 +116,18 @@ class Slots:
     def seed(self) -> torch.Tensor:
         """`[n]` int64, seed of the sequence."""
         return self._numbers[: self.occupied, _SEED]
+
+    def shifted(self, hidden: torch.Tensor, committed: torch.Tensor, commit: torch.Tensor) -> torch.Tensor:
+        """The hidden states that predict the tokens of the current blocks with a logit shift: of the position before.
+
+        Args:
+            hidden: `[n, S, D]`, of the current blocks.
+            committed: `[c, S, D]`, of the blocks that the same forward committed, in the slots `commit`, `[c]` int64.
+
+        Returns: `[n, S, D]`.
+        """
+        self.border[commit] = committed[:, -1]
+        return torch.cat([self.border[:, None], hidden[:, :-1]], dim=1)
 
     def tokens_so_far(self) -> int:
         """Response tokens that are revealed in the occupied slots, from what the host knows anyway."""
@@ -218,7 +242,7 @@ class Slots:
 
     def _copy(self, source: list[int], target: list[int]) -> None:
         """Copies slots over others, all at once: a slot may be both source and target. Leaves the cache alone."""
-        for state in (self._tokens, self._reveal, self._numbers, self._threshold):
+        for state in (self._tokens, self._reveal, self._numbers, self._threshold, self._border):
             state[target] = state[source]
         for host_state in (self.host_starts, self.host_commits, self.host_masked):
             host_state[target] = host_state[source]

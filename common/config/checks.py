@@ -85,6 +85,11 @@ def _data(config: OpdlmConfig) -> Iterator[str]:
 def _model(config: OpdlmConfig) -> Iterator[str]:
     if config.model.mask_token is not None and config.model.student is not None:
         yield f"model.mask_token: found {config.model.mask_token!r}, but model.student has its mask token already"
+    if config.model.context == "causal" and config.rollout.block_grid != "response":
+        yield (
+            f"model.context: found 'causal' with rollout.block_grid {config.rollout.block_grid!r}; set "
+            "rollout.block_grid to 'response', which starts the response in a block of its own"
+        )
 
 
 def _objective(config: OpdlmConfig) -> Iterator[str]:

@@ -36,6 +36,7 @@ from opdlm.common.config.roles import (
     TeacherConfig,
     ZeroConfig,
 )
+from opdlm.common.form import PAPER_FORM, Context, StudentForm
 
 __all__ = [
     "Attention",
@@ -116,6 +117,14 @@ class ModelConfig(Section):
     mask_token: str | None = None
     """Text of the mask token where the teacher is converted, as in `opdlm convert --mask-token`. Needed where the
     tokenizer's own mask token has another role (it ends responses, say). Empty: the tokenizer's, else `<|MASK|>`."""
+    logit_shift: Switch | None = None
+    """Whether the student predicts a token at the position before it, as the teacher does, instead of at the token's
+    own (METHOD.md section 11). Empty: what config.json of `student` says; false where the teacher is converted, as in
+    the paper."""
+    context: Context | None = None
+    """What the student's clean tokens attend to. `block_causal`: earlier blocks and their whole block (the paper).
+    `causal`: earlier tokens only, as the teacher's do; it needs `rollout.block_grid: response`. Empty: what config.json
+    of `student` says; `block_causal` where the teacher is converted."""
     dtype: Dtype = "bfloat16"
     """Number format of the student's weights in decoding and training. With bfloat16 the optimizer also keeps float32
     weights."""
@@ -127,6 +136,11 @@ class ModelConfig(Section):
     attention: Attention = "auto"
     """Attention of the learner's forward. `flex_attention`: block masks, GPU only. `sdpa`: two dense calls, one for
     clean and one for noisy tokens. `auto`: `flex_attention` on a GPU, `sdpa` on the CPU."""
+
+    @property
+    def converted_form(self) -> StudentForm:
+        """The form that the teacher gets where the run converts it."""
+        return PAPER_FORM.replaced(self.logit_shift, self.context)
 
 
 class DataConfig(Section):

@@ -112,10 +112,16 @@ def _description(card: Card, base: str | None) -> str:
         "vocabulary": config.vocab_size,
         "context": f"{config.max_position_embeddings} tokens",
     }
+    sees = "A token sees all tokens of its own block and of earlier blocks"
+    if config.context == "causal":
+        sees = "A token sees the tokens before it and, in the block that is being decoded, that whole block"
+    predicts = "i: there is no shift"
+    if config.logit_shift:
+        predicts = "i + 1, as in an autoregressive model"
     text = (
         f"# Block diffusion language model\n\nA block diffusion language model {made} by on-policy distillation\n"
-        f"(OPDLM, [arXiv 2606.06712]({_PAPER})). A token sees all tokens of its own block and of earlier\n"
-        "blocks, and the logits at position i predict token i: there is no shift. A step decodes several tokens.\n\n"
+        f"(OPDLM, [arXiv 2606.06712]({_PAPER})).\n{sees}, and\nthe logits at position i predict token {predicts}. "
+        "A step decodes several tokens.\n\n"
     )
     return text + _table("", facts)
 

@@ -8,6 +8,7 @@ the code that is copied into the first two.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from opdlm.common.errors import OpdlmError
 from opdlm.common.export.card import Card, write_card
 from opdlm.common.export.names import LAYOUTS, LayoutName
 from opdlm.common.files import atomic_folder, check_new_folder
-from opdlm.common.model.config import read_config
+from opdlm.common.form import PAPER_FORM
+from opdlm.common.model.config import A2D_PREFIX, read_config
 from opdlm.common.model.convert import check_tensors, know_dtype, tied_copies
 from opdlm.common.model.facts import read_facts, require_mask
 from opdlm.common.model.folder import write_all_but_weights
@@ -57,8 +59,14 @@ def export(source: str | Path, destination: str | Path, layout: LayoutName, base
         raise OpdlmError(
             f"{source}/config.json names no block_size; write one: opdlm convert {source} DST --block-size N"
         )
+    if facts.form != PAPER_FORM and not layout.startswith(A2D_PREFIX):
+        raise OpdlmError(
+            f"--layout: found {layout}, whose readers take every student for the paper's; found {facts.form}; use "
+            f"a2d-{config.model_type}"
+        )
     config.update(
         {"mask_token_id": mask_id, "block_size": facts.block_size, "block_grid": facts.block_grid or "absolute"}
+        | asdict(facts.form)
     )
     tokenizer, shards = load_tokenizer(source), read_shards(source)
     check_tensors(config, shards)

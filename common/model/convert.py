@@ -9,6 +9,7 @@ for other programs.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import atomic_folder, check_new_folder
+from opdlm.common.form import Context
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.folder import own_layout, write_all_but_weights
@@ -26,7 +28,13 @@ from opdlm.common.model.tokenizer import load_tokenizer
 
 
 def convert_checkpoint(
-    source: str | Path, destination: str | Path, block_size: int, block_grid: str, mask_token: str | None = None
+    source: str | Path,
+    destination: str | Path,
+    block_size: int,
+    block_grid: str,
+    mask_token: str | None = None,
+    logit_shift: bool | None = None,
+    context: Context | None = None,
 ) -> int:
     """Writes a student checkpoint and returns its mask token id. The destination appears whole or not at all.
 
@@ -36,9 +44,12 @@ def convert_checkpoint(
         block_size: tokens in a block.
         block_grid: `absolute` or `response`.
         mask_token: text of the mask token. None: the one that the tokenizer has, else `<|MASK|>`.
+        logit_shift, context: the student's form (`common/form.py`). None: the source's if it is a student, else the
+            paper's.
 
     Raises:
-        OpdlmError: the source or the mask token cannot be used, or the destination exists.
+        OpdlmError: the source or the mask token cannot be used, the context has another grid, or the destination
+            exists.
     """
     destination = Path(destination)
     check_new_folder("convert", destination)
@@ -46,13 +57,16 @@ def convert_checkpoint(
     tokenizer = load_tokenizer(source, own_mask=mask_token is None)
     check_tensors(config, shards)
     know_dtype(config, shards)
-    eos_ids = read_facts(source).eos_ids
+    facts = read_facts(source)
+    form, eos_ids = facts.form.replaced(logit_shift, context), facts.eos_ids
+    if form.causal and block_grid != "response":
+        raise OpdlmError(f"causal context needs the block grid `response` (--block-grid); found `{block_grid}`")
     mask_id = choose_mask(Path(source), config, tokenizer, eos_ids, mask_token)
     check_mask_row(mask_id, shards.shape(EMBEDDING)[0])
     check_finite(shards)
     rows = mask_rows(shards, mask_id)
     config.vocab_size += bool(rows)
-    config.update({"mask_token_id": mask_id, "block_size": block_size, "block_grid": block_grid})
+    config.update({"mask_token_id": mask_id, "block_size": block_size, "block_grid": block_grid, **asdict(form)})
     with atomic_folder(destination) as folder:
         copy_shards(shards, folder, rows, tied_copies(config, shards) if rows else frozenset())
         write_all_but_weights(folder, config, tokenizer, eos_ids, own_layout(config))

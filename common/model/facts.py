@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.common.errors import OpdlmError
+from opdlm.common.form import Context, StudentForm
 from opdlm.common.grid import GridKind
 from opdlm.common.model.config import OUTPUT, read_config
 from opdlm.common.model.end_tokens import disagreement, read_end_tokens
@@ -39,6 +40,8 @@ class ModelFacts:
     """Block size of a student, in tokens. None where config.json does not give it."""
     block_grid: GridKind | None
     """Block grid of a student. None where config.json does not give it."""
+    form: StudentForm
+    """Form of a student; the paper's where config.json does not say otherwise."""
     is_student: bool
     """Whether config.json marks the model as a block-diffusion student."""
     end_tokens_note: str | None = None
@@ -63,6 +66,7 @@ def read_facts(folder: str | Path) -> ModelFacts:
         mask_id=_mask_id(folder, config, tokenizer),
         block_size=getattr(config, "block_size", None),
         block_grid=getattr(config, "block_grid", None),
+        form=_form(config, folder),
         is_student=config.is_diffusion_student,
         end_tokens_note=disagreement(ends, folder, tokenizer),
     )
@@ -119,6 +123,20 @@ def require_mask(facts: ModelFacts) -> int:
             "convert the autoregressive model again (opdlm convert --mask-token)"
         )
     return mask_id
+
+
+def _form(config: Any, folder: Path) -> StudentForm:
+    shift: Any = getattr(config, "logit_shift", False)
+    context: Any = getattr(config, "context", "block_causal")
+    if not isinstance(shift, bool):
+        raise OpdlmError(f"{folder}/config.json: logit_shift is {shift!r}; expected true or false")
+    if context not in get_args(Context):
+        raise OpdlmError(
+            f"{folder}/config.json: context is {context!r}; expected one of {', '.join(get_args(Context))}"
+        )
+    if context == "causal" and getattr(config, "block_grid", None) != "response":
+        raise OpdlmError(f"{folder}/config.json: context is 'causal', which needs block_grid 'response'")
+    return StudentForm(shift, context)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase | None, rows: int) -> TokenIds:

@@ -24,6 +24,20 @@ def convert(
         str | None,
         typer.Option(metavar="TEXT", help="Mask token; added if new. Default: the tokenizer's, else <|MASK|>."),
     ] = None,
+    logit_shift: Annotated[
+        bool | None,
+        typer.Option(
+            "--logit-shift/--no-logit-shift",
+            help="Predict a token at the position before it, as the AR model does. Default: no, as in the paper.",
+        ),
+    ] = None,
+    context: Annotated[
+        Literal["block_causal", "causal"] | None,
+        typer.Option(
+            help="What clean tokens attend to: their whole block (the paper, the default) or the tokens before them. "
+            "`causal` needs `--block-grid response`."
+        ),
+    ] = None,
 ) -> None:
     """Make a student of an AR checkpoint: the same weights, and a mask token where there is none.
 
@@ -37,12 +51,12 @@ def convert(
         from opdlm.common.model.convert import convert_checkpoint
         from opdlm.common.model.facts import read_facts
 
-        mask_id = convert_checkpoint(source, destination, block_size, block_grid, mask_token)
+        mask_id = convert_checkpoint(source, destination, block_size, block_grid, mask_token, logit_shift, context)
         if note := read_facts(source).end_tokens_note:
             print(f"opdlm: {note}", file=sys.stderr)
-        out.print(
-            f"{destination}: mask token id {mask_id}, block size {block_size}, {block_grid} grid", highlight=False
-        )
+        form = read_facts(destination).form
+        made = f"mask token id {mask_id}, block size {block_size}, {block_grid} grid, {form}"
+        out.print(f"{destination}: {made}", highlight=False)
 
 
 @app.command()

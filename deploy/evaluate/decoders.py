@@ -149,7 +149,9 @@ class CheckpointDecoder(Decoder):
     ) -> tuple[list[Trajectory], DecodeStats]:
         """Block decoding with a student; `observer` sees every denoising step."""
         mask_id, facts = require_mask(self.facts), self.facts
-        decoder = BlockDecoder(self.model, settings, mask_id, facts.eos_ids, batch_size, tokens=facts.tokens)
+        decoder = BlockDecoder(
+            self.model, settings, mask_id, facts.eos_ids, batch_size, tokens=facts.tokens, form=facts.form
+        )
 
         def before_step() -> None:
             self.on_progress(len(decoder.progress().finished))

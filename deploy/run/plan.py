@@ -75,6 +75,7 @@ class Plan:
             "rollout length": f"{first_limit} tokens in round 0, {last_limit} in round {last}",
             "trains on": config.run.replay or "rollouts of its own",
             "decoding": f"block {rollout.block_size}, {rollout.block_grid} grid, {rollout.strategy}",
+            "student's form": str(self.checked.form),
             "staleness": f"at most {config.queue.max_staleness} rounds",
         }
 

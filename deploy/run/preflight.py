@@ -13,6 +13,7 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.data.prompts import PromptOrder, PromptSet, load_prompts
 from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import ConfigError
+from opdlm.common.form import StudentForm
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.config import A2D_PREFIX, read_config
 from opdlm.common.model.end_tokens import token_names
@@ -39,6 +40,11 @@ class Preflight:
     schedule: TrainingSchedule
     notes: tuple[str, ...]
     """What the user should know before the run starts, a line each."""
+
+    @property
+    def form(self) -> StudentForm:
+        """The student's form."""
+        return self.student.form if self.config.model.student else self.config.model.converted_form
 
 
 def preflight(config: OpdlmConfig) -> Preflight:
@@ -195,4 +201,11 @@ def _check_grid(config: OpdlmConfig, student: ModelFacts) -> None:
             raise ConfigError(
                 f"rollout.{field}: found {found!r}, but the student {student.folder} was made for {theirs!r}; "
                 f"set rollout.{field} to that, or convert the teacher again"
+            )
+    for field in ("logit_shift", "context"):
+        asked, theirs = getattr(config.model, field), getattr(student.form, field)
+        if asked not in (None, theirs):
+            raise ConfigError(
+                f"model.{field}: found {asked!r}, but the student {student.folder} was made for {theirs!r}; leave "
+                f"model.{field} out, or convert the student again"
             )

@@ -7,6 +7,7 @@ same teacher in the same way. A run that has begun is not resumed with other mod
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def prepare_student(config: OpdlmConfig) -> str:
         for old in (folder, *root.glob(".student_init.*")):  # also what a process that was killed has left half made
             shutil.rmtree(old, ignore_errors=True)
         grid = config.rollout.block_size, config.rollout.block_grid
-        convert_checkpoint(config.model.teacher, folder, *grid, config.model.mask_token)
+        form = config.model.converted_form
+        convert_checkpoint(config.model.teacher, folder, *grid, config.model.mask_token, form.logit_shift, form.context)
     write_json(root / _FILE, models)
     return str(folder)
 
@@ -71,6 +73,7 @@ def _models(config: OpdlmConfig) -> dict[str, Any]:
         "block_size": rollout.block_size,
         "block_grid": rollout.block_grid,
         "mask_token": model.mask_token or MASK_TOKEN,
+        **asdict(model.converted_form),
     }
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from opdlm.actors.teacher.scoring import score
 from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.grid import BlockGrid
 from opdlm.common.masks import PADDING, training_mask
 from opdlm.common.types import ScoredTrajectory
@@ -18,12 +19,14 @@ from opdlm.learner.packing import collate, pack
 from opdlm.learner.row_attention import RowParts
 from opdlm.learner.rows import Row, build_rows
 from opdlm.learner.targets import gather_targets
-from tests.tiny import MASK, VOCABULARY, tiny_model, trajectory
+from tests.tiny import FORMS_AND_GRIDS, MASK, VOCABULARY, tiny_model, trajectory
 
 TEACHER = tiny_model(1)
 
 
-def _rows(states: str, shapes: list[tuple[int, int]], kind: str = "absolute") -> list[Row]:
+def _rows(
+    states: str, shapes: list[tuple[int, int]], kind: str = "absolute", form: StudentForm = PAPER_FORM
+) -> list[Row]:
     """All rows of random trajectories. `shapes`: (prompt, response) length of each."""
     grid, rng = BlockGrid(4, kind), np.random.default_rng(len(shapes))
     trajectories = []
@@ -33,33 +36,33 @@ def _rows(states: str, shapes: list[tuple[int, int]], kind: str = "absolute") ->
         trajectories.append(trajectory(*ids, list(rng.integers(1, 4, kept)), response))
     objective = ObjectiveConfig(selection=states, exclude_eos=False)
     scored = zip(trajectories, score(TEACHER, trajectories, "hidden", 0, 64), strict=True)
-    rows = [r for t, s in scored for r in build_rows(ScoredTrajectory(t, s), grid, objective, MASK, rng)]
+    rows = [r for t, s in scored for r in build_rows(ScoredTrajectory(t, s), grid, objective, MASK, rng, form)]
     return [row for row in rows if len(row.loss_positions)]
 
 
-def _gradients(batch, dense: bool = False) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def _gradients(batch, form: StudentForm, dense: bool = False) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Loss, divergences and gradients. `dense`: with a mask over all pairs of tokens in place of `RowParts`."""
     student, objective = tiny_model(2).double(), ObjectiveConfig(exclude_eos=False)
     targets = gather_targets(batch.rows, TEACHER.lm_head.weight.detach(), objective)
     weights = 1.0 + torch.arange(len(batch.loss_row)) % 3
-    module = DistillModule(student, objective, 7)
+    module = DistillModule(student, objective, 7, form=form)
     if dense:
         student.set_attn_implementation("sdpa")
-        module._mask = lambda batch: (training_mask(batch.samples, batch.copies, batch.blocks), {})
+        module._mask = lambda batch: (training_mask(batch.samples, batch.copies, batch.blocks, form.causal), {})
     loss, losses = module(batch, targets, weights)
     loss.backward()
     return loss.detach(), losses, [p.grad for p in student.parameters()]
 
 
 @pytest.mark.parametrize("states", ["one_state_per_block", "all_states"])
-@pytest.mark.parametrize("kind", ["absolute", "response"])
+@pytest.mark.parametrize(("form", "kind"), FORMS_AND_GRIDS)
 @pytest.mark.parametrize(("packed", "dense"), [(True, False), (True, True), (False, False)])
-def test_losses_and_gradients_are_those_of_one_row_per_line_and_a_dense_mask(states, kind, packed, dense) -> None:
-    rows = _rows(states, [(5, 9), (3, 17), (8, 4), (6, 12), (7, 9)], kind)
+def test_losses_and_gradients_are_those_of_one_row_per_line_and_a_dense_mask(states, form, kind, packed, dense) -> None:
+    rows = _rows(states, [(5, 9), (3, 17), (8, 4), (6, 12), (7, 9)], kind, form)
     apart = collate(rows)
     batch = pack(rows) if packed else apart
     assert not packed or batch.input_ids.shape[0] == 1
-    expected, ours = _gradients(apart, dense=True), _gradients(batch, dense)
+    expected, ours = _gradients(apart, form, dense=True), _gradients(batch, form, dense)
     torch.testing.assert_close(ours[0], expected[0])
     torch.testing.assert_close(ours[1], expected[1], rtol=1e-4, atol=1e-5)
     for a, b in zip(ours[2], expected[2], strict=True):
@@ -94,16 +97,17 @@ def test_every_token_has_one_place(shapes) -> None:
     assert parts.padding == parts.clean.numel() + parts.noisy.numel() - packed.input_ids.numel()
 
 
+@pytest.mark.parametrize("form", [PAPER_FORM, StudentForm(True, "causal")], ids=str)
 @torch.no_grad()
-def test_flex_attention_gives_the_losses_of_the_dense_mask() -> None:
+def test_flex_attention_gives_the_losses_of_the_dense_mask(form) -> None:
     """Learners on GPUs run flex_attention. On a CPU it has no backward pass, and must be compiled first."""
     student, objective = tiny_model(2, hidden_size=32, head_dim=16), ObjectiveConfig(exclude_eos=False)
-    rows = _rows("all_states", [(5, 9), (3, 17), (8, 4), (40, 70)])
+    rows = _rows("all_states", [(5, 9), (3, 17), (8, 4), (40, 70)], "response", form)
     batch = pack(rows)
     assert batch.input_ids.shape[1] > 2 * 128, "more than one tile, and not a whole number of them"
     targets = gather_targets(rows, torch.randn(VOCABULARY, TEACHER.config.hidden_size), objective)
     weights = torch.ones(len(batch.loss_row))
-    _, dense = DistillModule(student, objective, 64)(batch, targets, weights)
+    _, dense = DistillModule(student, objective, 64, form=form)(batch, targets, weights)
     student.set_attn_implementation("flex_attention")
-    _, flex = DistillModule(student, objective, 64, "flex_attention")(batch, targets, weights)
+    _, flex = DistillModule(student, objective, 64, "flex_attention", form)(batch, targets, weights)
     torch.testing.assert_close(flex, dense, rtol=1e-4, atol=1e-5)

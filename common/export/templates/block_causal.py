@@ -1,8 +1,10 @@
-"""Block-causal attention, logits without a shift, and block decoding, for causal language models of transformers.
+"""Block-causal attention and block decoding, for causal language models of transformers.
 
 A block diffusion language model has the network of its autoregressive teacher with two differences: a token sees every
 token of its own block and of earlier blocks, and the logits at position i predict token i, which is a mask token until
-it is decoded. This file needs torch and transformers only.
+it is decoded. Two settings of the config take one of the differences away each. With `context: causal`, a token sees
+the tokens before it, and only in the last block, while that holds a mask token, its whole block. With `logit_shift:
+true`, the logits at position i predict token i + 1. This file needs torch and transformers only.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from torch.nn import functional
 class BlockCausalMixin(nn.Module):
     """Turns a `...ForCausalLM` class of transformers into a block diffusion model; list it before that class.
 
-    It reads block_size, block_grid and mask_token_id from the config. With block_grid `absolute`, blocks are counted
-    from the first token. With `response`, the response starts a new block, so blocks are counted back from the last
-    token, and the input must end with a whole block, as it does in decoding.
+    It reads block_size, block_grid, mask_token_id, context and logit_shift from the config. With block_grid `absolute`,
+    blocks are counted from the first token. With `response`, the response starts a new block, so blocks are counted
+    back from the last token, and the input must end with a whole block, as it does in decoding.
     """
 
     config: Any
@@ -35,19 +37,19 @@ class BlockCausalMixin(nn.Module):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Computes logits; those at position i predict token i.
+        """Computes logits; those at position i predict token i, or token i + 1 with a logit shift.
 
         Args:
             input_ids: `[B, T]` int64, with the mask token at each position to predict.
             attention_mask: `[B, 1, T, K]` is used as it is (bool: True where the query sees the key; float: added to
                 the scores). `[B, K]` (1 for a token, 0 for padding) or None gives the block-causal mask.
             position_ids: `[B, T]` int64; by default they count from each row's first token.
-            labels: `[B, T]` int64, -100 where there is no loss; a label is compared with the logits at its position.
+            labels: `[B, T]` int64, -100 where there is no loss; a label is compared with the logits that predict it.
         """
         if attention_mask is None or attention_mask.dim() == 2:
             rows, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[union-attr]
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            attention_mask, counted = self._block_causal(attention_mask, rows, past, length)
+            attention_mask, counted = self._block_causal(attention_mask, input_ids, rows, past, length)
             position_ids = counted if position_ids is None else position_ids
         implementation = self.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
@@ -65,7 +67,10 @@ class BlockCausalMixin(nn.Module):
             **kwargs,
         )
         if labels is not None:
-            output.loss = functional.cross_entropy(output.logits.flatten(0, 1).float(), labels.flatten())
+            logits = output.logits
+            if self._shift:
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            output.loss = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         return output
 
     @torch.no_grad()
@@ -101,7 +106,8 @@ class BlockCausalMixin(nn.Module):
             tokens = functional.pad(tokens, (0, start + size - tokens.shape[1]), value=mask_id)
             masked = torch.arange(start, start + size, device=tokens.device) >= prompt
             while masked.any():
-                logits = self(input_ids=tokens, use_cache=False).logits[0, start:].float()
+                # Shifted logits wrap around to position 0, which is a prompt's token and never decoded.
+                logits = self(input_ids=tokens, use_cache=False).logits[0].roll(int(self._shift), 0)[start:].float()
                 logits[:, mask_id] = float("-inf")
                 confidence, candidates = logits.softmax(-1).max(-1)
                 confidence = confidence.masked_fill(~masked, -1.0)
@@ -116,13 +122,18 @@ class BlockCausalMixin(nn.Module):
             if start >= prompt + max_new_tokens:
                 return tokens[:, : prompt + max_new_tokens]
 
+    @property
+    def _shift(self) -> bool:
+        return getattr(self.config, "logit_shift", False)
+
     def _block_causal(
-        self, real: torch.Tensor | None, rows: int, past: int, length: int
+        self, real: torch.Tensor | None, ids: torch.Tensor | None, rows: int, past: int, length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the mask `[B, 1, T, K]` bool and the positions `[B, T]` int64 of the last T of K columns.
 
         Args:
             real: `[B, K]`, 1 for a token and 0 for padding; None where there is no padding.
+            ids: `[B, T]`, the tokens of the last T columns; needed with causal context.
         """
         columns = past + length
         device = next(self.parameters()).device
@@ -134,7 +145,14 @@ class BlockCausalMixin(nn.Module):
         size = self.config.block_size
         offset = 0 if self.config.block_grid == "absolute" else -real.sum(1, keepdim=True) % size
         blocks = torch.div(positions + offset, size, rounding_mode="floor")
-        seen = (blocks[:, None, :] <= blocks[:, past:, None]) & real[:, None, :]
+        seen = blocks[:, None, :] <= blocks[:, past:, None]
+        if getattr(self.config, "context", "block_causal") == "causal":
+            if ids is None:
+                raise ValueError("with causal context, give input_ids or a mask of four dimensions")
+            in_last = blocks[:, past:] == blocks[:, -1:]
+            is_open = ((ids == self.config.mask_token_id) & in_last).any(1, keepdim=True)
+            seen &= (is_open & in_last)[:, :, None] | (positions[:, None, :] <= positions[:, past:, None])
+        seen &= real[:, None, :]
         # A padding token sees itself, because a softmax over no keys gives NaN.
         seen |= torch.eye(columns, dtype=torch.bool, device=seen.device)[past:]
         return seen[:, None], positions[:, past:]

@@ -115,7 +115,7 @@ def trace(
     mask_id = require_mask(student.facts)
     slots = min(_SLOTS, len(requests))
     facts = student.facts
-    decoder = BlockDecoder(student.model, settings, mask_id, facts.eos_ids, slots, tokens=facts.tokens)
+    decoder = BlockDecoder(student.model, settings, mask_id, facts.eos_ids, slots, tokens=facts.tokens, form=facts.form)
     trajectories, _ = decoder.decode(requests)
     targets = [t for t in score(teacher, trajectories, "hidden", 0, batch_tokens) if isinstance(t, HiddenTargets)]
     recorder = Recorder(trajectories, targets, teacher.lm_head, mask_id, tokens, top)

@@ -17,8 +17,9 @@ from opdlm.actors.rollout.forward import StepShape
 from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.actors.rollout.remasking import STRATEGIES
 from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.form import PAPER_FORM, StudentForm
 from tests.oracles import uncached_decode
-from tests.tiny import EOS, MASK, OTHER_FAMILIES, request, tiny_model
+from tests.tiny import EOS, FORMS_AND_GRIDS, MASK, OTHER_FAMILIES, request, tiny_model
 
 MODELS = [*(tiny_model(seed) for seed in range(3)), *(tiny_model(3, **other) for other in OTHER_FAMILIES.values())]
 
@@ -26,7 +27,7 @@ MODELS = [*(tiny_model(seed) for seed in range(3)), *(tiny_model(3, **other) for
 @given(
     model=st.sampled_from(MODELS),
     block_size=st.integers(1, 6),
-    grid=st.sampled_from(["absolute", "response"]),
+    form_and_grid=st.sampled_from(FORMS_AND_GRIDS),
     strategy=st.sampled_from(sorted(STRATEGIES)),
     steps=st.integers(1, 6),
     temperature=st.sampled_from([0.0, 0.7, 1.5]),
@@ -43,7 +44,7 @@ MODELS = [*(tiny_model(seed) for seed in range(3)), *(tiny_model(3, **other) for
 def test_equals_uncached_oracle(
     model,
     block_size,
-    grid,
+    form_and_grid,
     strategy,
     steps,
     temperature,
@@ -57,6 +58,7 @@ def test_equals_uncached_oracle(
     seed,
 ) -> None:
     """Slots, their order and parts, refills, the cache and commits in the next forward change no token and no step."""
+    form, grid = form_and_grid
     decode_settings = DecodeSettings(
         block_size=block_size,
         block_grid=grid,
@@ -76,9 +78,10 @@ def test_equals_uncached_oracle(
         mock.patch("opdlm.actors.rollout.attention.NARROWEST_PART", narrowest),
         mock.patch("opdlm.actors.rollout.slots._SORT_COST", sorting),
     ):
-        trajectories, stats = BlockDecoder(model, decode_settings, MASK, [EOS], batch_size).decode(requests)
+        decoder = BlockDecoder(model, decode_settings, MASK, [EOS], batch_size, form=form)
+        trajectories, stats = decoder.decode(requests)
     for ours, asked in zip(trajectories, requests, strict=True):
-        tokens, reveal = uncached_decode(model, decode_settings, MASK, {EOS}, asked)
+        tokens, reveal = uncached_decode(model, decode_settings, MASK, {EOS}, asked, form=form)
         assert ours.response_ids.tolist() == tokens
         assert ours.reveal_step.tolist() == reveal
         assert MASK not in tokens
@@ -104,12 +107,14 @@ def test_recorded_forwards_of_few_shapes_decode_the_same(monkeypatch) -> None:
         return replay
 
     requests = [request(1 + 5 * i % 11, i, 1 + 7 * i % 29, seed=3) for i in range(40)]
-    for decode_settings in (
-        DecodeSettings(threshold=0.4, temperature=1.0),
-        DecodeSettings(strategy="low_confidence_static", block_grid="response"),
+    for decode_settings, form in (
+        (DecodeSettings(threshold=0.4, temperature=1.0), PAPER_FORM),
+        (DecodeSettings(strategy="low_confidence_static", block_grid="response"), PAPER_FORM),
+        (DecodeSettings(block_grid="response", threshold=0.4), StudentForm(True, "causal")),
     ):
         plain, recording = (
-            BlockDecoder(MODELS[1], decode_settings, MASK, [EOS], 9, recorder) for recorder in (None, lambda: record)
+            BlockDecoder(MODELS[1], decode_settings, MASK, [EOS], 9, recorder, form=form)
+            for recorder in (None, lambda: record)
         )
         for asked in (requests, requests[:3], requests[5:]):  # the second uses fewer slots; the third needs a new cache
             (expected, stats), (ours, recorded) = plain.decode(asked), recording.decode(asked)

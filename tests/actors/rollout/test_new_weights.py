@@ -27,7 +27,7 @@ from opdlm.common.types import RolloutRequest, Trajectory, WeightHandle
 from opdlm.common.weights import WeightPacker
 from tests.oracles import uncached_decode
 from tests.patience import PATIENCE
-from tests.tiny import EOS, MASK, request, tiny_model
+from tests.tiny import EOS, FORMS_AND_GRIDS, MASK, request, tiny_model
 
 MODELS = [tiny_model(seed) for seed in range(20, 23)]
 SETTINGS = DecodeSettings(strategy="low_confidence_static", ignore_eos=True)
@@ -63,7 +63,7 @@ class WeightUpdates:
 
 @given(
     block_size=st.integers(1, 6),
-    grid=st.sampled_from(["absolute", "response"]),
+    form_and_grid=st.sampled_from(FORMS_AND_GRIDS),
     strategy=st.sampled_from(sorted(STRATEGIES)),
     temperature=st.sampled_from([0.0, 1.0]),
     lengths=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 13)), min_size=1, max_size=6),
@@ -74,22 +74,23 @@ class WeightUpdates:
 )
 @settings(max_examples=50, deadline=None)
 def test_goes_on_as_the_new_model_would(
-    block_size, grid, strategy, temperature, lengths, batch_size, before_steps, prefill_tokens, seed
+    block_size, form_and_grid, strategy, temperature, lengths, batch_size, before_steps, prefill_tokens, seed
 ) -> None:
     """Tokens before an update come from the old model; later ones from the new model, given the tokens so far."""
+    form, grid = form_and_grid
     decode_settings = DecodeSettings(block_size, grid, strategy, 0.4, 1.0, temperature=temperature)
     requests = [request(p, i, limit, seed) for i, (p, limit) in enumerate(lengths)]
     # After a prompt of mask tokens alone all positions get equal logits, and rounding would decide between them.
     assume(all(set(r.prompt_ids) != {MASK} for r in requests))
     updates = WeightUpdates(before_steps)
-    decoder = BlockDecoder(updates.model, decode_settings, MASK, [EOS], batch_size)
+    decoder = BlockDecoder(updates.model, decode_settings, MASK, [EOS], batch_size, form=form)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("opdlm.actors.rollout.decoder.PREFILL_TOKENS", prefill_tokens)
         trajectories, stats = decoder.decode(requests, 0, updates.observe, updates.update_weights)
     for ours, asked in zip(trajectories, requests, strict=True):
         history = updates.history(asked.index)
         later = [(steps, MODELS[number]) for steps, number in history]
-        tokens, reveal = uncached_decode(MODELS[0], decode_settings, MASK, {EOS}, asked, later)
+        tokens, reveal = uncached_decode(MODELS[0], decode_settings, MASK, {EOS}, asked, later, form)
         assert ours.response_ids.tolist() == tokens
         assert ours.reveal_step.tolist() == reveal
         expected = [max([10 * number for steps, number in history if steps < step], default=0) for step in reveal]

@@ -37,7 +37,7 @@ LARGEST = 2**64 - 1
 @pytest.fixture(scope="module")
 def long_one():
     """The trajectory of a long response, as the decoder's state gives it once every token is revealed."""
-    slots = Slots(1, 4 + LENGTH, 4, MASK, torch.device("cpu"))
+    slots = Slots(4 + LENGTH, 4, MASK, torch.zeros(1, 0))
     prompt = np.array([3, 4, 5, 6], np.int32)
     slots.refill(deque([RolloutRequest(0, "long", prompt, LENGTH, seed=LARGEST)]), BlockGrid(4, "absolute"), 0.9)
     slots.tokens[0, 4:] = 7

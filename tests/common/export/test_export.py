@@ -30,13 +30,16 @@ from opdlm.common.types import RolloutRequest
 from tests.isolated import run_isolated
 from tests.tiny import OTHER_FAMILIES, save_teacher
 
-SIZE = 4
+SIZE, MASK, CAUSAL = 4, 17, {"grid": "response", "context": "causal"}
 EXPORTS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     # name: layout, Auto class that loads its code, settings of the student
     "a2d-qwen3": ("a2d-qwen3", "AutoModelForMaskedLM", {"grid": "absolute"}),
     "a2d-qwen3-response": ("a2d-qwen3", "AutoModelForMaskedLM", {"grid": "response", "tied": True}),
     "a2d-qwen2": ("a2d-qwen2", "AutoModelForMaskedLM", {"grid": "absolute", **OTHER_FAMILIES["qwen2"]}),
     "a2d-llama": ("a2d-llama", "AutoModelForMaskedLM", {"grid": "response", **OTHER_FAMILIES["llama"]}),
+    "a2d-qwen3-shift": ("a2d-qwen3", "AutoModelForMaskedLM", {"grid": "absolute", "logit_shift": True}),
+    "a2d-llama-causal": ("a2d-llama", "AutoModelForMaskedLM", {**CAUSAL, **OTHER_FAMILIES["llama"]}),
+    "a2d-qwen3-both": ("a2d-qwen3", "AutoModelForMaskedLM", {**CAUSAL, "logit_shift": True}),
     "sdar": ("sdar", "AutoModelForCausalLM", {"grid": "absolute", "max_shard_size": "4KB"}),
     "sdar-yarn": ("sdar", "AutoModelForCausalLM", {"grid": "response", **OTHER_FAMILIES["qwen3-yarn"]}),
     "plain-qwen3": ("qwen3", None, {"grid": "absolute"}),
@@ -51,9 +54,9 @@ def exports(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("exports")
     for name, (layout, _, model) in EXPORTS.items():
         model = dict(model)
-        grid = model.pop("grid")
+        grid, form = model.pop("grid"), {key: model.pop(key, None) for key in ("logit_shift", "context")}
         save_teacher(root / f"{name}-teacher", seed=7, **model)
-        convert_checkpoint(root / f"{name}-teacher", root / f"{name}-student", SIZE, grid)
+        convert_checkpoint(root / f"{name}-teacher", root / f"{name}-student", SIZE, grid, **form)
         export(root / f"{name}-student", root / name, layout)
     return root
 
@@ -91,15 +94,22 @@ def outside(exports, inputs, tmp_path_factory) -> tuple[dict[str, torch.Tensor],
     return load_file(job["out"]), printed
 
 
-def expected(model, ids, real, size: int, kind: str) -> torch.Tensor:
-    """Block-causal logits `[B, T, V]`, computed row by row without the padding; zeros at padding."""
+def expected(model, ids, real, size: int, kind: str, causal: bool) -> torch.Tensor:
+    """Logits `[B, T, V]`, computed row by row without the padding; zeros at padding.
+
+    `causal`: only the tokens of the last block, if that holds a mask token, see tokens behind them.
+    """
     logits = torch.zeros(*ids.shape, model.config.vocab_size)
     for row in range(len(ids)):
         tokens = ids[row][real[row]]
         grid = BlockGrid(size, kind)
         blocks = ((torch.arange(len(tokens)) + grid.offset(len(tokens))) // size)[None]
         with torch.no_grad():
-            output = model(input_ids=tokens[None], attention_mask=block_causal(blocks, blocks), use_cache=False)
+            mask = block_causal(blocks, blocks)
+            last = blocks[0] == blocks[0, -1]
+            if causal:
+                mask &= (last & (tokens[last] == MASK).any())[:, None] | torch.ones(mask.shape[2:]).tril().bool()
+            output = model(input_ids=tokens[None], attention_mask=mask, use_cache=False)
         logits[row][real[row]] = output.logits[0]
     return logits
 
@@ -108,14 +118,15 @@ def expected(model, ids, real, size: int, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_logits_without_our_packages(exports, inputs, outside, name, implementation) -> None:
     student = load_model(exports / f"{name}-student")
-    kind = read_facts(exports / name).block_grid
+    facts = read_facts(exports / name)
+    kind, form = facts.block_grid, facts.form
     found = {key.rpartition(".")[2]: v for key, v in outside[0].items() if key.startswith(f"{name}/{implementation}.")}
     same = {"rtol": 1e-5, "atol": 1e-5}
 
     for case in ("whole", "left", "right"):
         ids = inputs[f"{case}.ids"]
         real = inputs.get(f"{case}.padding", torch.ones_like(ids)).bool()
-        want = expected(student, ids, real, SIZE, kind)
+        want = expected(student, ids, real, SIZE, kind, form.causal)
         torch.testing.assert_close(found[case][real], want[real], **same)
     with torch.no_grad():
         want = student(
@@ -130,7 +141,8 @@ def test_logits_without_our_packages(exports, inputs, outside, name, implementat
     if kind == "absolute":  # on the other grid, blocks depend on the end of the input
         torch.testing.assert_close(found["cached"], whole[:, 8:], **same)
     labels = inputs["whole.ids"][:, 1::2]
-    loss = torch.nn.functional.cross_entropy(whole[:, 1::2].flatten(0, 1), labels.flatten())
+    predicting = whole[:, :-1:2] if form.logit_shift else whole[:, 1::2]
+    loss = torch.nn.functional.cross_entropy(predicting.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(found["loss"], loss, **same)
 
 
@@ -150,7 +162,7 @@ def test_an_export_loads_as_a_student_here(exports, inputs, name) -> None:
     """It decodes as the student that was exported, and none of its code runs."""
     before, after = exports / f"{name}-student", exports / name
     facts, original = read_facts(after), read_facts(before)
-    for field in ("vocab_size", "context", "eos_ids", "mask_id", "block_size", "block_grid"):
+    for field in ("vocab_size", "context", "eos_ids", "mask_id", "block_size", "block_grid", "form"):
         assert getattr(facts, field) == getattr(original, field), field
     assert facts.is_student
     assert read_config(after).rope_parameters == read_config(before).rope_parameters
@@ -282,5 +294,5 @@ def decode(folder: Path, inputs: dict[str, torch.Tensor], limit: int, threshold:
     settings = DecodeSettings(facts.block_size, facts.block_grid, "low_confidence_dynamic", threshold)
     prompts = [value[0].numpy().astype(np.int32) for key, value in inputs.items() if key.startswith("prompt.")]
     requests = [RolloutRequest(i, str(i), ids, limit, seed=i) for i, ids in enumerate(prompts)]
-    decoder = BlockDecoder(load_model(folder), settings, facts.mask_id, facts.eos_ids, batch_size=4)
+    decoder = BlockDecoder(load_model(folder), settings, facts.mask_id, facts.eos_ids, batch_size=4, form=facts.form)
     return [t.response for t in decoder.decode(requests)[0]]

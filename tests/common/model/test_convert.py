@@ -34,7 +34,8 @@ def converted_in_memory(source: Path, destination: Path) -> Path:
         with torch.no_grad():
             for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
                 matrix[mask_id] = matrix[:rows].float().mean(0).to(matrix.dtype)
-    model.config.update({"mask_token_id": mask_id, "block_size": 4, "block_grid": "absolute"})
+    decoding = {"block_size": 4, "block_grid": "absolute", "logit_shift": False, "context": "block_causal"}
+    model.config.update({"mask_token_id": mask_id, **decoding})
     save_model(model, tokenizer, destination, read_facts(source).eos_ids)
     return destination
 
