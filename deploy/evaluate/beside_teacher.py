@@ -73,8 +73,12 @@ class BesideTeacher:
         own = exam.of_known(trajectories)
         theirs = await self._teacher_answers(exam.known.prompt_ids)
         like = likeness([t.response for t in own], theirs)
+        marks = exam.known.mark(theirs)
+        score = float(marks.right.mean())
         return replace(
             result,
+            of_teacher=(result.data_right or 0.0) / score if score else None,
+            by_kind={k: of | {"teacher_right": marks.by_kind[k]["right"]} for k, of in result.by_kind.items()},
             agreement=like.agreement,
             token_agreement=like.token_agreement,
             length_ratio=like.length_ratio,

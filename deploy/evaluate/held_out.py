@@ -32,7 +32,9 @@ class EvaluationResult:
     data_right: float | None = None
     """Share of right answers to the questions of `evaluation.data`; None without them, as all that follows."""
     by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By kind of these questions: `right` and the number of `questions`."""
+    """By kind of these questions: `right`, the number of `questions`, and of a student `teacher_right`."""
+    of_teacher: float | None = None
+    """`data_right` as a share of the teacher's on the same questions; None where the teacher has none right."""
     agreement: float | None = None
     """This and the next two: how close the answers to these questions are to the teacher's (`against_teacher.py`)."""
     token_agreement: float | None = None
