@@ -189,7 +189,7 @@ def eval_tables(title: str, questions: Questions, rows: Sequence[dict[str, Any]]
         first.add_row(name, *figures, *([str(row["unanswered"])] if questions.may_be_unanswered else []))
     tables = [first]
     if rows[0]["decoding"] == TEACHER:
-        beside = "of its score", "same answer", "same tokens", "length ratio", "KL [nats]"
+        beside = "of its score", "same answer", "same tokens", "length ratio", "KL (nats)"
         second = new_table("beside the teacher's greedy answers", "decoding", *beside)
         for name, row in zip(names[1:], rows[1:], strict=True):
             shares = [_percent(row[figure]) for figure in ("of_teacher", "agreement", "token_agreement")]

@@ -70,7 +70,7 @@ def write_curves(run_dirs: Sequence[Path], picture: Path, marks: dict[str, float
     curves = [run_curve(folder) for folder in run_dirs]
     _draw(curves, picture, marks)
     write_json(picture.with_suffix(".json"), {"runs": curves, "marks": marks})
-    figures = "response tokens", "static, of teacher", "dynamic, of teacher", "tokens per step", "KL [nats]"
+    figures = "response tokens", "static, of teacher", "dynamic, of teacher", "tokens per step", "KL (nats)"
     table = new_table("the last evaluation of each run", "run", *figures)
     for curve in curves:
         last, static = curve["dynamic"][-1], curve["static"] or {}
