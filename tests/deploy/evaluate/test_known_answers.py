@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -193,3 +194,13 @@ def test_sums_of_knowledge_are_right() -> None:
         assert row["answers"][0] == str(value)
         word = {"+": "plus", "-": "minus", "*": "times"}[sign]
         assert row["prompt"] == f"What is {left} {word} {right}?"
+
+
+def test_no_built_in_prompt_is_a_knowledge_question() -> None:
+    everyday = pytest.importorskip("opdlm.common.data.prompt_sets.everyday", exc_type=ImportError)
+    prompts = {_plain(row["prompt"]) for row in everyday.everyday_prompts(0)}
+    assert not prompts & {_plain(row["prompt"]) for row in ROWS}
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
