@@ -11,6 +11,7 @@ import torch
 
 from opdlm.common.batches import in_groups
 from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.form import StudentForm
 from opdlm.common.grid import BlockGrid
 from opdlm.common.token_ids import TokenIds
 from opdlm.common.types import ScoredTrajectory, TopKTargets
@@ -54,6 +55,7 @@ def summed_kl(
     scored: Sequence[ScoredTrajectory],
     head: torch.Tensor | None,
     grid: BlockGrid,
+    form: StudentForm,
     tokens: TokenIds | None,
     seed: int = 0,
 ) -> tuple[float, int]:
@@ -72,12 +74,12 @@ def summed_kl(
     """
     top_k = next((s.targets.token_ids.shape[1] for s in scored if isinstance(s.targets, TopKTargets)), 0)
     objective = ObjectiveConfig(exclude_eos=False, top_k=top_k, tail="bucket" if top_k else "drop")
-    module = DistillModule(student.requires_grad_(False), objective, _LOGITS_CHUNK)
+    module = DistillModule(student.requires_grad_(False), objective, _LOGITS_CHUNK, form=form)
     device = next(student.parameters()).device
     rows = [
         row
         for one in scored
-        for row in build_rows(one, grid, objective, mask_id, np.random.default_rng([seed, one.trajectory.index]))
+        for row in build_rows(one, grid, objective, mask_id, np.random.default_rng([seed, one.trajectory.index]), form)
         if len(row.loss_positions)
     ]
     total, positions = 0.0, 0

@@ -172,7 +172,8 @@ class Evaluation:
             targets = score(teacher.model, part, "hidden", 0, _SCORE_TOKENS, teacher.facts.tokens)
             scored = [ScoredTrajectory(t, target) for t, target in zip(part, targets, strict=True)]
             head, mask_id = teacher.model.lm_head.weight, require_mask(student.facts)
-            nats, count = summed_kl(student.model, mask_id, scored, head, grid, teacher.facts.tokens)
+            form, tokens = student.facts.form, teacher.facts.tokens
+            nats, count = summed_kl(student.model, mask_id, scored, head, grid, form, tokens)
             total, positions, done = total + nats, positions + count, done + len(part)
             self._done(done)
         return total / positions if positions else None

@@ -19,6 +19,7 @@ from opdlm.actors.pool import ActorPool
 from opdlm.common.batches import in_groups
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.files import write_json
+from opdlm.common.form import StudentForm
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.load import load_output_matrix
 from opdlm.common.token_ids import TokenIds
@@ -34,11 +35,12 @@ class BesideTeacher:
     """Adds the comparison with the teacher to results.
 
     Args:
+        form: the student's.
         tokens: the tokens that teacher and student share.
     """
 
-    def __init__(self, config: OpdlmConfig, teachers: ActorPool, tokens: TokenIds) -> None:
-        self._config, self._teachers, self._tokens = config, teachers, tokens
+    def __init__(self, config: OpdlmConfig, teachers: ActorPool, form: StudentForm, tokens: TokenIds) -> None:
+        self._config, self._teachers, self._form, self._tokens = config, teachers, form, tokens
         self._file = Path(config.run.dir) / "teacher_answers.json"
         self._answers: dict[str, list[int]] | None = None
 
@@ -102,7 +104,7 @@ class BesideTeacher:
         grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
         for part in in_groups(trajectories, _SCORED_AT_ONCE):
             (scored,), _ = await self._teachers.fetch("score", part, len(part), outputs=1)
-            arguments = (scored, config.model.teacher, config.teacher.dtype, grid, self._tokens)
+            arguments = (scored, config.model.teacher, config.teacher.dtype, grid, self._form, self._tokens)
             _, (nats, count) = await pool.call("use_student", kl_on_actor, handle, *arguments)
             total, positions = total + nats, positions + count
         return total / positions if positions else None
@@ -125,9 +127,10 @@ def kl_on_actor(
     teacher: str,
     dtype: str,
     grid: BlockGrid,
+    form: StudentForm,
     tokens: TokenIds,
 ) -> tuple[float, int]:
     """`summed_kl` on a rollout actor. `teacher`, `dtype`: whose output matrix is read, for hidden-state targets."""
     hidden = any(isinstance(one.targets, HiddenTargets) for one in scored)
     head = load_output_matrix(teacher, dtype) if hidden else None
-    return summed_kl(student, mask_id, scored, head, grid, tokens)
+    return summed_kl(student, mask_id, scored, head, grid, form, tokens)

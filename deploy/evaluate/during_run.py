@@ -63,7 +63,7 @@ class RunEvaluations:
                 return None
             return Exam(HeldOutProblems(tasks, checked.tokenizer, count, ends) if tasks else None, known)
 
-        self._beside = BesideTeacher(config, roles.teachers, checked.teacher.tokens)
+        self._beside = BesideTeacher(config, roles.teachers, checked.form, checked.teacher.tokens)
         self._newest: WeightHandle | None = None
         self._final = exam(settings.final_problems, None)
         self._periodic = exam(settings.problems if settings.every_rounds else None, settings.limit)

@@ -21,6 +21,7 @@ from opdlm.actors.teacher.actor import TeacherActor
 from opdlm.actors.teacher.scoring import score
 from opdlm.common.config import config_from_dict
 from opdlm.common.config.schema import TeacherConfig
+from opdlm.common.form import PAPER_FORM
 from opdlm.common.grid import BlockGrid
 from opdlm.common.masks import block_causal
 from opdlm.common.model.convert import convert_checkpoint
@@ -110,7 +111,7 @@ def test_kl_is_that_of_brute_force(folders, kind) -> None:
         targets = score(teacher, trajectories, how, 0, 100, tokens)
         scored = [ScoredTrajectory(t, target) for t, target in zip(trajectories, targets, strict=True)]
         student, mask_id, head = load_model(folders[1]), decoder.facts.mask_id, teacher.lm_head.weight
-        total, positions = summed_kl(student, mask_id, scored, head, grid, tokens)
+        total, positions = summed_kl(student, mask_id, scored, head, grid, PAPER_FORM, tokens)
         assert positions == len(expected) > 20
         assert total == pytest.approx(sum(expected), rel=1e-4)
 
@@ -146,6 +147,16 @@ def test_a_teacher_beside_itself(folders, questions, tmp_path) -> None:
     assert first["right"] == same["right"]
     assert (same["agreement"], same["token_agreement"], same["length_ratio"]) == (1, 1, 1)
     assert "held_out_kl" not in same
+
+
+def test_a_student_of_another_form(folders, questions, tmp_path) -> None:
+    """With shift, causal context and blocks of one token an untrained student is its teacher."""
+    convert_checkpoint(folders[0], tmp_path / "same", 1, "response", logit_shift=True, context="causal")
+    options = ("--max-new-tokens", 9, "--strategy", "low_confidence_static", "--output", tmp_path / "o.json")
+    opdlm("eval", tmp_path / "same", "--data", questions, "--teacher", folders[0], *options)
+    _, row = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert row["agreement"] == 1
+    assert row["held_out_kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_misplaced_options_are_named(folders, questions, tmp_path) -> None:
@@ -194,7 +205,7 @@ def test_an_evaluation_of_a_run_has_the_figures_of_opdlm_eval(folders, questions
         loop = asyncio.get_running_loop()
         teachers = ActorPool({"teacher-0": Remote(Live(teacher_actor), loop)}, 60, 0)
         rollouts = ActorPool({"rollout-0": Remote(Live(rollout_actor), loop)}, 60, 0)
-        beside = BesideTeacher(config, teachers, CheckpointDecoder(teacher).facts.tokens)
+        beside = BesideTeacher(config, teachers, PAPER_FORM, CheckpointDecoder(teacher).facts.tokens)
         if examine:
             await evaluate_teacher(teachers, exam, config.evaluation, progress, beside)
         asked = config.evaluation, "evaluation", progress, beside
