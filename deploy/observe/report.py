@@ -79,7 +79,7 @@ def _evaluated(rows: dict[str, dict[str, Any]]) -> Table:
     """The final evaluations."""
     problems = max(r["problems"] for r in rows.values())
     figures = ["exact match", "tokens per denoising step", "tokens per second"]
-    has_data = any(r.get("of_teacher") is not None for r in rows.values())
+    has_data = any(r.get("data_right") is not None for r in rows.values())
     figures += ["of the teacher's score", "KL (nats)"] if has_data else []
     table = new_table(f"{problems:,} held-out problems", "model", *figures)
     titles = {
