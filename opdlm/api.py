@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from opdlm.common.data.answers import AnswerKind
     from opdlm.common.export.names import LayoutName
     from opdlm.deploy.evaluate.generation import Model
+    from opdlm.deploy.evaluate.options import LoadDtype
 
 
 def load(folder: str | Path, device: str | None = None) -> Model:
@@ -68,8 +69,8 @@ def evaluate(
     data: str | Path | None = None,
     *,
     prompt_field: str = "prompt",
-    answer_field: str = "answer",
-    answer: AnswerKind = "exact",
+    answer_field: str | None = None,
+    answer: AnswerKind | None = None,
     problems: int | None = None,
     chat: bool = False,
     thinking: bool | None = None,
@@ -80,25 +81,28 @@ def evaluate(
     batch_size: int = 128,
     actors: int = 0,
     gpus_per_actor: float = 0.0,
+    teacher: str | Path | None = None,
+    dtype: LoadDtype = "auto",
 ) -> list[dict[str, Any]]:
     """Answers questions of a built-in task or a file, and marks the answers. The arguments are those of `opdlm eval`,
     which by default compares two strategies.
 
-    Returns: a row per strategy: `decoding`, `right` (share), `unanswered`, `tokens_per_step`, `tokens_per_second`.
+    Returns: a row per strategy: `decoding`, `right` (share), `unanswered`, `tokens_per_step`, `tokens_per_second`,
+        `by_kind`. With a `teacher` its row comes first, and the others say how close to it they are.
 
     Raises:
         OpdlmError: the folder or the questions cannot be used.
     """
     from opdlm.deploy.evaluate import commands
     from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions
-    from opdlm.deploy.evaluate.questions import open_questions
 
     file = None if data is None else _path(data)
     asked = QuestionOptions(task, file, prompt_field, answer_field, answer, problems, chat, thinking)
-    options = commands.EvalOptions(commands.known_strategies(strategies), threshold, block_size)
-    decoding = DecodingOptions(max_new_tokens, batch_size, actors, gpus_per_actor)
-    with commands.open_decoder(_path(folder), decoding, block_size) as decoder:
-        return commands.evaluate(decoder, open_questions(asked, decoder), options, decoding)
+    beside = None if teacher is None else _path(teacher)
+    options = commands.EvalOptions(commands.known_strategies(strategies), threshold, block_size, teacher=beside)
+    decoding = DecodingOptions(max_new_tokens, batch_size, actors, gpus_per_actor, dtype)
+    with commands.open_evaluation(_path(folder), asked, options, decoding) as evaluation:
+        return evaluation.rows()
 
 
 def train(config: OpdlmConfig, resume: bool = False) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -140,6 +140,22 @@ class RolloutActor:
                 return self._load_arrived() if takes_weights else None
 
             return decoder.decode(requests, max(self._version, 0), update_weights=before_step)
+
+    def use_student(self, compute: Callable[..., Any], handle: WeightHandle | None, *arguments: Any) -> Any:
+        """Computes something with the student besides decoding: `compute(model, mask_id, *arguments)`.
+
+        Args:
+            compute: a function of a module; it changes no weights.
+            handle: as for `decode`.
+
+        Raises:
+            WeightsLost: the published data is gone.
+        """
+        with self._model_lock, guarded("student", self._probe):
+            if handle is not None:
+                self._receive(handle)
+            self._load_arrived()
+            return compute(self._model, self._mask_id, *arguments)
 
     def _probe(self) -> None:
         one_token_forward(self._model)

@@ -13,6 +13,8 @@ from opdlm.common.files import home_path
 
 Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "sequential", "random"]
 Grid = Literal["absolute", "response"]
+AnswerKind = Literal["exact", "contains", "math"]
+"""How answers are marked: see `common/data/answers.py`."""
 Dtype = Literal["float32", "bfloat16"]
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}
 """Bytes of one number in each `Dtype`."""

@@ -67,8 +67,16 @@ def _data(config: OpdlmConfig) -> Iterator[str]:
         yield f"data: found {found} of `task` and `path`; give exactly one (e.g. `task: chain`)"
     if data.task is not None and data.prompts is None:
         yield "data.prompts: missing; a task needs to know how many prompts an epoch has (e.g. 20000)"
-    if data.task is None and not config.evaluation.tasks and config.evaluation.every_rounds is not None:
-        yield "evaluation.every_rounds: found neither evaluation.tasks nor data.task to evaluate on; name a task in one"
+    evaluation = config.evaluation
+    if not (data.task or evaluation.tasks or evaluation.data) and evaluation.every_rounds is not None:
+        yield (
+            "evaluation.every_rounds: found neither evaluation.tasks nor data.task to evaluate on; name a task in one, "
+            "or questions in evaluation.data"
+        )
+    for field in ("answer_field", "mark", "chat_template", "limit"):
+        if evaluation.data is None and getattr(evaluation, field) is not None:
+            found = f"evaluation.{field}: found {getattr(evaluation, field)!r} without evaluation.data"
+            yield f"{found}; name a file of questions there, or leave it out"
     if config.evaluation.actors and config.evaluation.every_rounds is None:
         yield (
             f"evaluation.actors: found {config.evaluation.actors} without evaluation.every_rounds; these actors do the "

@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from opdlm.common.config.base import (
+    AnswerKind,
     Attention,
     Dtype,
     Grid,
@@ -201,10 +202,28 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Evaluation by exact match on held-out problems of built-in tasks, before, during and after training."""
+    """Evaluation before, during and after training: on held-out problems of built-in tasks, and on own questions."""
 
     tasks: list[str] = Field(default_factory=list)
-    """Tasks to evaluate on, each by itself. Empty: `data.task`; without one, nothing is evaluated."""
+    """Tasks to evaluate on, each by itself. Empty: `data.task`; without one, no task."""
+    data: PathText | None = None
+    """Questions to evaluate on, beside the tasks: a file as `data.path` names it, or `knowledge`, which comes with the
+    package. A row has a prompt and an accepted answer, or a list of them, and perhaps `mark` (how it is marked) and
+    `kind` (whose scores are shown by themselves). With it an evaluation also says how close the student's answers are
+    to the teacher's, and KL(teacher || student) on them. Empty: tasks only."""
+    prompt_field: str = "prompt"
+    """Column of `evaluation.data` with the prompt: text, or a list of chat messages."""
+    answer_field: str | None = None
+    """Column of `evaluation.data` with the accepted answers. Empty: `answers`, else `answer`."""
+    mark: AnswerKind | None = None
+    """How rows of `evaluation.data` are marked that have no column `mark`. `exact`: the text is the answer's;
+    `contains`: the answer's words are in it, whatever case and punctuation; `math`: its last number or \\boxed{} has
+    the answer's value (needs the extra `opdlm-ray[eval]`). Empty: `exact`."""
+    chat_template: Switch | None = None
+    """Put prompts of `evaluation.data` through the chat template. Empty: as `data.chat_template` says."""
+    limit: PositiveInt | None = None
+    """Number of questions of `evaluation.data` in an evaluation during training, as many of each kind; always the same
+    ones. Empty: all. The evaluations before and after training ask all."""
     every_rounds: PositiveInt | None = None
     """Number of rounds between two evaluations during training, which decode with `low_confidence_dynamic`. Empty: none
     during training."""

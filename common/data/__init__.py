@@ -13,7 +13,16 @@ from opdlm.common.lazy import lazy_exports
 __getattr__, __all__ = lazy_exports(
     __name__,
     {
-        "answers": ["ANSWER_CHECKS", "ANSWER_KINDS", "AnswerCheck", "AnswerKind", "exact_check", "math_check"],
+        "answers": [
+            "ANSWER_CHECKS",
+            "ANSWER_KINDS",
+            "AnswerCheck",
+            "AnswerKind",
+            "answer_check",
+            "contains_check",
+            "exact_check",
+            "math_check",
+        ],
         "chat": ["ChatRefused", "ChatTemplate", "chat_prompt", "require_template"],
         "conversation": ["ROLES", "Conversation", "read_conversation"],
         "prompts": ["Prompt", "PromptOrder", "PromptSet", "load_prompts"],

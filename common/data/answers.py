@@ -1,28 +1,54 @@
-r"""Checks responses against reference answers.
+r"""Checks responses against reference answers: the one place where answers are marked.
 
-Kind `exact` compares the text; kind `math` compares values with math-verify (`\boxed{1/2}` equals `0.5`).
+Kind `exact` compares the text, `contains` looks for the answer's words in the response, and `math` compares values with
+math-verify (`\boxed{1/2}` equals `0.5`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
+from opdlm.common.config.base import AnswerKind
 from opdlm.common.errors import OpdlmError
 
-AnswerKind = Literal["exact", "math"]
 ANSWER_KINDS: tuple[AnswerKind, ...] = get_args(AnswerKind)
 
 AnswerCheck = Callable[[str], bool | None]
 """Text of a response -> whether its answer is right. None: no answer was found in the text, which counts as wrong."""
 
 _ANSWER_MARKS = ("\\boxed", "$", "\\(", "\\[")
+_WORD = re.compile(r"(?:(?<![\w.)])-)?\d+(?:,\d{3})*(?:\.\d+)?|[^\W\d_]+")
+"""A number with its sign, commas between thousands and decimals, or a run of letters."""
 
 
 def exact_check(reference: str) -> AnswerCheck:
     """The check that a response equals the reference; white space at both ends does not count."""
     wanted = reference.strip()
     return lambda response: response.strip() == wanted
+
+
+def contains_check(reference: str) -> AnswerCheck:
+    """The check that a response holds the words of the reference, side by side and in their order.
+
+    Case, accents and punctuation do not count, and only whole words and whole numbers do: `Paris` is in `The capital is
+    Paris.`, `4` is neither in `14` nor in `4.5`, and `1000` is in `1,000`. In a script without spaces a run of letters
+    is one word.
+
+    Raises:
+        ValueError: the reference has no word.
+    """
+    wanted = _words(reference)
+    if not wanted:
+        raise ValueError(f"found {reference!r}, which has no word; expected a word or a number, such as Paris or 42")
+
+    def check(response: str) -> bool:
+        said = _words(response)
+        return any(said[i : i + len(wanted)] == wanted for i in range(len(said) - len(wanted) + 1))
+
+    return check
 
 
 def math_check(reference: str) -> AnswerCheck:
@@ -51,8 +77,35 @@ def math_check(reference: str) -> AnswerCheck:
     return check
 
 
-ANSWER_CHECKS: dict[AnswerKind, Callable[[str], AnswerCheck]] = {"exact": exact_check, "math": math_check}
+ANSWER_CHECKS: dict[AnswerKind, Callable[[str], AnswerCheck]] = {
+    "exact": exact_check,
+    "contains": contains_check,
+    "math": math_check,
+}
 """Kind of check -> function that makes the check for one reference answer."""
+
+
+def answer_check(kind: AnswerKind, accepted: Sequence[str]) -> AnswerCheck:
+    """The check that a response has any one of the accepted answers.
+
+    Raises:
+        OpdlmError: math-verify is not installed.
+        ValueError: an accepted answer cannot be checked for.
+    """
+    checks = [ANSWER_CHECKS[kind](reference) for reference in accepted]
+
+    def check(response: str) -> bool | None:
+        verdicts = [one(response) for one in checks]
+        return None if all(verdict is None for verdict in verdicts) else any(verdicts)
+
+    return check
+
+
+def _words(text: str) -> list[str]:
+    """Words without case and accents; a number without commas and without zeros behind its decimals."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
+    found = (word.replace(",", "") if word[-1].isdigit() else word for word in _WORD.findall(plain))
+    return [word.rstrip("0").rstrip(".") if "." in word else word for word in found]
 
 
 def _parse(text: str) -> list[Any]:
@@ -67,5 +120,5 @@ def _math_verify() -> Any:
     try:
         import math_verify
     except ImportError:
-        raise OpdlmError("--answer math needs math-verify: pip install 'opdlm-ray[eval]'") from None
+        raise OpdlmError("marking by `math` needs math-verify: pip install 'opdlm-ray[eval]'") from None
     return math_verify

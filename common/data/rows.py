@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opdlm.common.config.schema import DataConfig
+from opdlm.common.data.answers import ANSWER_KINDS, AnswerKind
 from opdlm.common.data.conversation import Conversation, are_messages, read_conversation
 from opdlm.common.data.records import read_records
 from opdlm.common.data.tasks import get_task, problems
@@ -20,6 +21,10 @@ from opdlm.common.text import text_fault
 
 Text = str | list[int]
 """Text, or its token ids."""
+ANSWER_FIELDS = ("answers", "answer")
+"""Columns of accepted answers, the first that a row has, where none is named."""
+_QUESTION_FIELDS = ("mark", "kind")
+"""Columns that a file of questions may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +43,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row to evaluate on: a prompt, and its reference answer as text."""
+    """One row to evaluate on: a prompt, and the answers that count as right, as text."""
 
     name: str
     """`file:number`."""
     prompt: str | Conversation
-    answer: str
+    answers: tuple[str, ...]
+    mark: AnswerKind | None = None
+    """How the row is marked. None: as the file is."""
+    kind: str | None = None
+    """The kind of question, which gets figures of its own."""
 
 
 def read_rows(data: DataConfig, seed: int) -> Iterator[Row]:
@@ -65,24 +74,45 @@ def read_rows(data: DataConfig, seed: int) -> Iterator[Row]:
 
 
 def read_questions(data: DataConfig) -> Iterator[Question]:
-    """Yields the rows of `data.path` as questions, in their order; `data.response_field` names the reference answer.
+    """Yields the rows of `data.path` as questions, in their order.
 
-    A reference answer may be a number, whose text is taken. No other column is read.
+    The column of answers is `data.response_field`; where that is empty, `answers`, else `answer`. It holds one answer
+    or a list of them, each text or a number, whose text is taken. Columns `mark` and `kind` are read where they are
+    there, and no other one is.
 
     Raises:
         ConfigError: the data does not exist, a line is broken, a column is missing, or a value has a wrong type.
     """
-    answer_field = str(data.response_field)
-    for name, record in read_records(data, [data.prompt_field, answer_field]):
+    named = data.response_field
+    needed = [data.prompt_field, *([named] if named else [])]
+    for name, record in read_records(data, needed, [*([] if named else ANSWER_FIELDS), *_QUESTION_FIELDS]):
         prompt = _prompt(name, record, data, "text or chat messages")
         if isinstance(prompt, list):
             raise _wrong_type("data.prompt_field", name, data.prompt_field, prompt, "text or chat messages")
-        answer = _column(name, record, answer_field, "data.response_field")
+        field = named or next((field for field in ANSWER_FIELDS if record.get(field) is not None), ANSWER_FIELDS[-1])
+        mark, kind = (_optional_text(name, record, field) for field in _QUESTION_FIELDS)
+        if mark is not None and mark not in ANSWER_KINDS:
+            raise ConfigError(f"data.path: {name}: `mark` is {mark!r}; expected one of {', '.join(ANSWER_KINDS)}")
+        yield Question(name, prompt, _answers(name, record, field), mark, kind)
+
+
+def _answers(name: str, record: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    given = _column(name, record, field, "data.response_field")
+    answers = given if isinstance(given, list) and given else [given]
+    for answer in answers:
         finite = not isinstance(answer, float) or math.isfinite(answer)
         if not isinstance(answer, str | int | float) or isinstance(answer, bool) or not finite:
-            raise _wrong_type("data.response_field", name, answer_field, answer, "text or a number")
-        _check_text("data.response_field", name, answer_field, answer)
-        yield Question(name, prompt, str(answer))
+            raise _wrong_type("data.response_field", name, field, answer, "text or a number, or a list of them")
+        _check_text("data.response_field", name, field, answer)
+    return tuple(str(answer) for answer in answers)
+
+
+def _optional_text(name: str, record: Mapping[str, Any], field: str) -> str | None:
+    value = record.get(field)
+    if value is not None and not isinstance(value, str):
+        raise _wrong_type("data.path", name, field, value, "text, or no value")
+    _check_text("data.path", name, field, value)
+    return value
 
 
 def _row(name: str, record: Mapping[str, Any], data: DataConfig) -> Row:

@@ -23,7 +23,17 @@ def evaluate(
     ] = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of low_confidence_dynamic.")] = 0.9,
     block_size: Annotated[int | None, typer.Option(min=1, help="Default: what the checkpoint says, else 4.")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file for the results (lm-eval: and samples).")] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the teacher: it answers first, and the table says how close the checkpoint's answers are: "
+            "share of its score, same answers, length ratio, KL(teacher || student) on the checkpoint's responses."
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Print the answers to this many questions side by side.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results and samples.")] = None,
     lm_eval: Annotated[
         str | None, typer.Option(metavar="TASKS", help="Tasks of lm-eval, with commas between; they must generate.")
     ] = None,
@@ -43,6 +53,8 @@ def evaluate(
 
         opdlm eval runs/demo/student --task chain --threshold 0.8
 
+        opdlm eval runs/mine/student --data knowledge --teacher models/smollm2 --samples 6
+
         opdlm eval runs/math/student --data math500.jsonl --answer math --chat --max-new-tokens 2048
 
         opdlm eval runs/math/student --lm-eval gsm8k --chat --actors 8 --gpus-per-actor 1 --output gsm8k.json
@@ -51,10 +63,12 @@ def evaluate(
         from opdlm.deploy.evaluate.commands import EvalOptions, known_strategies, refuse_misplaced, run_eval
 
         default = ["low_confidence_dynamic"] if lm_eval else ["low_confidence_static", "low_confidence_dynamic"]
-        options = EvalOptions(known_strategies(strategy or default), threshold, block_size, output)
+        options = EvalOptions(
+            known_strategies(strategy or default), threshold, block_size, output, teacher, samples or 0
+        )
         if lm_eval:
             given = {"--task": questions.task, "--data": questions.data, "--problems": questions.problems}
-            refuse_misplaced("--lm-eval", given)
+            refuse_misplaced("--lm-eval", given | {"--teacher": teacher, "--samples": samples})
             refuse_data_options("--lm-eval", questions)
             check_thinking(questions)
             from opdlm.deploy.evaluate.lm_eval import HarnessOptions, run_harness

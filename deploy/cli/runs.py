@@ -1,4 +1,4 @@
-"""`opdlm trace`, `scale`: commands about a run directory."""
+"""`opdlm trace`, `curves`, `scale`: commands about a run directory."""
 
 from __future__ import annotations
 
@@ -51,6 +51,41 @@ def trace(
             student, prompt or [], samples, strategy, threshold, temperature, max_new_tokens, top, page
         )
         run_trace(run, options, out)
+
+
+@app.command()
+def curves(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    picture: Annotated[Path, typer.Option("--out", help="PNG; the points go beside it as JSON.")] = Path("curves.png"),
+    score_mark: Annotated[
+        float | None, typer.Option(min=0, help="Draw a line at this share of the teacher's score.")
+    ] = None,
+    speed_mark: Annotated[
+        float | None, typer.Option(min=0, help="Draw a line at this number of tokens per denoising step.")
+    ] = None,
+) -> None:
+    """Draw what runs have learned over response tokens: share of the teacher's score, tokens per step, held-out KL.
+
+    The figures are those of the runs' evaluations on `evaluation.data`; runs that go on can be drawn as well.
+
+    Examples:
+
+        opdlm curves runs/mine
+
+        opdlm curves runs/opd runs/cft runs/off_policy_kd --score-mark 0.95 --speed-mark 1.9 --out compared.png
+    """
+    with clear_errors():
+        from opdlm.common.errors import OpdlmError
+        from opdlm.deploy.evaluate.commands import check_output
+        from opdlm.deploy.observe.curves import write_curves
+
+        if picture.suffix != ".png":
+            raise OpdlmError(f"--out: found {picture}; expected a .png (the .json goes beside it)")
+        for file in (picture, picture.with_suffix(".json")):
+            check_output(file, "--out")
+        marks = {"of_teacher": score_mark, "tokens_per_step": speed_mark}
+        out.print(write_curves(runs, picture, {name: mark for name, mark in marks.items() if mark is not None}))
+        out.print(f"written: {picture}, {picture.with_suffix('.json').name}", highlight=False, soft_wrap=True)
 
 
 @app.command()

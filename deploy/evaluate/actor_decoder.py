@@ -25,6 +25,7 @@ from opdlm.common.types import RolloutRequest
 from opdlm.deploy.cluster.connection import join_or_start
 from opdlm.deploy.cluster.placement import check_demands
 from opdlm.deploy.evaluate.decoders import Answers, Decoder, cut_to_limits
+from opdlm.deploy.evaluate.options import LoadDtype
 
 _GPU_OPTION = "--gpus-per-actor"
 _PARTS_PER_ACTOR = 4
@@ -44,11 +45,12 @@ class ActorDecoder(Decoder):
         gpus_per_actor: float = 0,
         cpus_per_actor: float = 1,
         block_size: int | None = None,
+        dtype: LoadDtype = "auto",
     ) -> None:
         super().__init__(folder.resolve(), block_size)
         check_finite(read_shards(self.folder))  # before Ray starts; each actor would find the same
         self.parallel = actors
-        self._dtype = _stored_dtype(folder)
+        self._dtype: Any = _stored_dtype(folder) if dtype == "auto" else dtype
         resources = ResourcesConfig(local_dashboard=False)
         asked = {
             "CPU": [("--actors", actors, cpus_per_actor)],

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,24 +14,18 @@ from rich.console import Console
 from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import check_file, write_json
+from opdlm.deploy.evaluate.asking import (
+    EvalOptions,
+    Evaluation,
+    check_beside,
+    eval_tables,
+    open_teacher,
+    sample_lines,
+)
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder, Decoder
 from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_actors, check_questions
 from opdlm.deploy.evaluate.questions import Questions, open_questions
 from opdlm.deploy.observe.meter import Meter
-from opdlm.deploy.observe.tables import decoding_name, new_table
-
-AUTOREGRESSIVE = "autoregressive, greedy"
-
-
-@dataclass(frozen=True, slots=True)
-class EvalOptions:
-    """The ways of decoding that `opdlm eval` compares, and where its results go."""
-
-    strategies: tuple[Strategy, ...]
-    threshold: float
-    block_size: int | None
-    """None: what the checkpoint says, else 4."""
-    output: Path | None = None
 
 
 def known_strategies(names: Sequence[str]) -> tuple[Strategy, ...]:
@@ -57,79 +50,54 @@ def open_decoder(
     """The checkpoint in this process, or over Ray actors."""
     check_actors(decoding)
     if decoding.actors == 0:
-        return contextlib.nullcontext(CheckpointDecoder(folder, block_size))
+        return contextlib.nullcontext(CheckpointDecoder(folder, block_size, dtype=decoding.dtype))
     from opdlm.deploy.evaluate.actor_decoder import ActorDecoder
 
-    return ActorDecoder(folder, decoding.actors, decoding.gpus_per_actor, block_size=block_size)
+    return ActorDecoder(folder, decoding.actors, decoding.gpus_per_actor, block_size=block_size, dtype=decoding.dtype)
+
+
+@contextlib.contextmanager
+def open_evaluation(
+    folder: Path, asked: QuestionOptions, options: EvalOptions, decoding: DecodingOptions
+) -> Iterator[Evaluation]:
+    """Checks the options, and opens the checkpoint, its questions and the teacher.
+
+    Raises:
+        OpdlmError: the options contradict each other, or a folder or the questions cannot be used.
+    """
+    check_questions(asked)
+    check_beside(options, decoding)
+    with open_decoder(folder, decoding, options.block_size) as decoder:
+        questions = open_questions(asked, decoder)
+        teacher = None if options.teacher is None else open_teacher(options.teacher, decoder, decoding)
+        yield Evaluation(decoder, questions, options, decoding, teacher)
 
 
 def run_eval(
     folder: Path, asked: QuestionOptions, options: EvalOptions, decoding: DecodingOptions, console: Console
 ) -> None:
-    """Evaluates and prints the table; writes its rows to `options.output`, where given."""
+    """Evaluates and prints the tables; writes their rows to `options.output`, where given."""
     check_output(options.output)
-    check_questions(asked)
-    with open_decoder(folder, decoding, options.block_size) as decoder:
-        questions = open_questions(asked, decoder)
+    with open_evaluation(folder, asked, options, decoding) as evaluation:
+        questions = evaluation.questions
         tell_unknown(questions, console)
         with Meter(console) as meter:
-            decoder.on_progress = meter
-            rows = evaluate(decoder, questions, options, decoding, meter.begin)
-    columns = [questions.figure, "tokens per denoising step", "tokens per second"]
-    columns += ["unanswered"] if asked.answer == "math" else []
-    table = new_table(f"{folder}: {questions.title}", "decoding", *columns)
-    for row in rows:
-        figures = [f"{row['right']:.1%}", f"{row['tokens_per_step']:.2f}", f"{row['tokens_per_second']:,.0f}"]
-        unanswered = [str(row["unanswered"])] if asked.answer == "math" else []
-        way = decoding_name(row["decoding"], options.threshold)
-        table.add_row(way, *figures, *unanswered)
-    console.print(table)
+            rows = evaluation.rows(meter)
+    title = f"{folder}: {questions.title}"
+    for table in eval_tables(title, questions, rows, options.threshold):
+        console.print(table, "")
+    texts = evaluation.samples(options.samples)
+    for lines in sample_lines(texts, options.threshold):
+        console.print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
     for row in rows:
         if row["empty"]:
             line = f"{row['decoding']}: {row['empty']} of {row['responses']} responses are empty: they hold no text"
             console.print(line, style="yellow", highlight=False, soft_wrap=True)
     if options.output:
-        write_results(options.output, {"checkpoint": str(folder), "questions": questions.title, "rows": rows}, console)
-
-
-def evaluate(
-    decoder: Decoder,
-    questions: Questions,
-    options: EvalOptions,
-    decoding: DecodingOptions,
-    begins: Callable[[str, int], None] = lambda way, questions: None,
-) -> list[dict[str, Any]]:
-    """Answers the questions with each strategy (an AR checkpoint: once, greedily) and marks the answers.
-
-    `begins` is called with each way of decoding and the number of questions.
-
-    Returns: a row per way of decoding: `decoding`, `right` (share), `unanswered`, `responses`, `empty` (how many of
-        them have no text), `tokens_per_step`, `tokens_per_second`.
-
-    Raises:
-        OpdlmError: a prompt is empty or too long for the context.
-    """
-    requests = questions.requests(decoding.max_new_tokens)
-    decoder.check_room(requests)
-    rows: list[dict[str, Any]] = []
-    for strategy in options.strategies if decoder.is_student else options.strategies[:1]:
-        way = strategy if decoder.is_student else AUTOREGRESSIVE
-        settings = replace(decoder.base.greedy(strategy), threshold=options.threshold)
-        begins(decoding_name(way, options.threshold), len(requests))
-        answers = decoder.answer(requests, settings, decoding.batch_size)
-        marks = questions.mark(answers.responses)
-        rows.append(
-            {
-                "decoding": way,
-                "right": marks.right,
-                "unanswered": marks.unanswered,
-                "responses": len(answers.responses),
-                "empty": decoder.count_empty(answers.responses),
-                "tokens_per_step": answers.tokens_per_step,
-                "tokens_per_second": answers.tokens / answers.seconds,
-            }
-        )
-    return rows
+        content = {"checkpoint": str(folder), "questions": questions.title, "rows": rows}
+        content |= {"teacher": str(options.teacher)} if options.teacher else {}
+        content |= {"samples": texts} if texts else {}
+        write_results(options.output, content, console)
 
 
 def tell_unknown(questions: Questions, console: Console) -> None:

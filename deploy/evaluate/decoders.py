@@ -10,7 +10,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from opdlm.common.model.load import load_model
 from opdlm.common.model.prompt_encoder import PromptEncoder
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory
+from opdlm.deploy.evaluate.options import LoadDtype
 
 log = logging.getLogger("opdlm.evaluate")
 
@@ -39,6 +40,8 @@ class Answers:
     denoising_steps: int
     """Denoising steps summed over sequences; an autoregressive model takes one per token."""
     seconds: float
+    trajectories: list[Trajectory] = field(default_factory=list)
+    """What a student in this process decoded; empty for others."""
 
     @property
     def tokens(self) -> int:
@@ -126,16 +129,19 @@ class Decoder(ABC):
 class CheckpointDecoder(Decoder):
     """Loads a folder once, into this process."""
 
-    def __init__(self, folder: Path, block_size: int | None = None, device: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, block_size: int | None = None, device: str | None = None, dtype: LoadDtype = "auto"
+    ) -> None:
         super().__init__(folder, block_size)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(folder, "auto").to(device)
+        self.model = load_model(folder, dtype).to(device)
 
     def answer(self, requests: Sequence[RolloutRequest], settings: DecodeSettings, batch_size: int) -> Answers:
         """See `Decoder`."""
         if self.is_student:
             trajectories, stats = self.decode(requests, settings, batch_size)
-            return Answers([t.response for t in trajectories], stats.denoising_steps, stats.seconds)
+            responses = [t.response for t in trajectories]
+            return Answers(responses, stats.denoising_steps, stats.seconds, trajectories)
         started = time.perf_counter()
         responses = self.continue_prompts(requests, settings.temperature, batch_size)
         return Answers(responses, sum(len(ids) for ids in responses), time.perf_counter() - started)

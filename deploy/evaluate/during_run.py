@@ -20,6 +20,8 @@ from opdlm.common.errors import WeightsLost, last_line
 from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory, WeightHandle
 from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.evaluate.background import BackgroundEvaluations
+from opdlm.deploy.evaluate.beside_teacher import BesideTeacher
+from opdlm.deploy.evaluate.exam import Exam
 from opdlm.deploy.evaluate.held_out import EvaluationResult, HeldOutProblems
 from opdlm.deploy.observe.progress import RunProgress
 from opdlm.deploy.observe.records import RunRecords, read_records
@@ -55,12 +57,16 @@ class RunEvaluations:
         tasks = [get_task(name) for name in evaluated_tasks(config)] if config.run.replay is None else []
         ends = {*checked.teacher.eos_ids, *checked.student.eos_ids}  # both answer
 
-        def held_out(count: int | None) -> HeldOutProblems | None:
-            return HeldOutProblems(tasks, checked.tokenizer, count, ends) if tasks and count else None
+        def exam(count: int | None, limit: int | None) -> Exam | None:
+            known = checked.questions.chosen(limit) if checked.questions is not None else None
+            if not count or not (tasks or known):
+                return None
+            return Exam(HeldOutProblems(tasks, checked.tokenizer, count, ends) if tasks else None, known)
 
+        self._beside = BesideTeacher(config, roles.teachers, checked.form, checked.teacher.tokens)
         self._newest: WeightHandle | None = None
-        self._final = held_out(settings.final_problems)
-        self._periodic = held_out(settings.problems if settings.every_rounds else None)
+        self._final = exam(settings.final_problems, None)
+        self._periodic = exam(settings.problems if settings.every_rounds else None, settings.limit)
 
     def begin(self) -> None:
         """Reads from the run's records what need not be evaluated again. Call this before the loops start."""
@@ -80,7 +86,8 @@ class RunEvaluations:
             if TEACHER not in rows:
                 self._stage(f"examining the teacher: {problems:,} problems")
                 progress = self._records.progress
-                result = await evaluate_teacher(self._roles.teachers, self._final, self._config.evaluation, progress)
+                arguments = self._roles.teachers, self._final, self._config.evaluation, progress, self._beside
+                result = await evaluate_teacher(*arguments)
                 self._record(TEACHER, 0, result, step=0)
             if BEFORE not in rows:
                 self._stage(f"examining the student before training: {problems:,} problems")
@@ -114,15 +121,14 @@ class RunEvaluations:
         reason = f"no evaluation of version {handle.version}: {last_line(error)}"
         self._records.failed([], 1, reason, type(error).__name__)
 
-    async def _evaluate(
-        self, row: str, problems: HeldOutProblems, handle: WeightHandle, pool: ActorPool | None = None
-    ) -> None:
+    async def _evaluate(self, row: str, problems: Exam, handle: WeightHandle, pool: ActorPool | None = None) -> None:
         dynamic = row in (DYNAMIC, PERIODIC)
         strategy: Strategy = "low_confidence_dynamic" if dynamic else "low_confidence_static"
         pool = pool or self._roles.rollouts
         settings = self._settings.greedy(strategy)
         task, progress = f"evaluation of round {handle.version}, {row}", self._records.progress
-        result = await evaluate_student(pool, problems, handle, settings, self._config.evaluation, task, progress)
+        arguments = pool, problems, handle, settings, self._config.evaluation, task, progress, self._beside
+        result = await evaluate_student(*arguments)
         self._record(row, handle.version, result, self._checked.schedule.steps_before(handle.version))
 
     def _record(self, row: str, version: int, result: EvaluationResult, step: int) -> None:
@@ -132,12 +138,13 @@ class RunEvaluations:
 
 async def evaluate_student(
     pool: ActorPool,
-    problems: HeldOutProblems,
+    problems: Exam,
     handle: WeightHandle,
     settings: DecodeSettings,
     config: EvaluationConfig,
     task: str,
     progress: RunProgress,
+    beside: BesideTeacher,
 ) -> EvaluationResult:
     """Decodes the problems over all actors of a pool with one weight version.
 
@@ -158,15 +165,18 @@ async def evaluate_student(
         done = await asyncio.gather(*(decode(part) for part in parts))
     trajectories: list[Trajectory] = [trajectory for (decoded,), _ in done for trajectory in decoded]
     seconds = sum(stats.seconds for _, stats in done)
-    return problems.result([t.response for t in trajectories], [t.denoising_steps for t in trajectories], seconds)
+    steps = [t.denoising_steps for t in trajectories]
+    result = problems.result([t.response for t in trajectories], steps, seconds)
+    return await beside.add(problems, result, trajectories, pool, handle)
 
 
 async def evaluate_teacher(
-    pool: ActorPool, problems: HeldOutProblems, config: EvaluationConfig, progress: RunProgress
+    pool: ActorPool, problems: Exam, config: EvaluationConfig, progress: RunProgress, beside: BesideTeacher
 ) -> EvaluationResult:
     """The teacher's greedy autoregressive answers: one token per step."""
     task, count = "evaluation of the teacher", len(problems.prompt_ids)
     with progress.task(task, count), progress.call(task, range(count)) as call:
         arguments = (problems.prompt_ids, config.max_new_tokens, config.batch_size, 0.0, 0, *call.watch)
         _, (responses, seconds) = await pool.call("generate", *arguments)
+    beside.keep(problems, responses)
     return problems.result(responses, [len(response) for response in responses], seconds)

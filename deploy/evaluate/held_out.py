@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +29,19 @@ class EvaluationResult:
     by_task: dict[str, dict[str, float]]
     """By task: `exact_match`, `tokens_per_step`, and `token_match`, the share of the solution's tokens that the
     response has at the same positions. It shows how much of a skill remains where no whole answer is right."""
+    data_right: float | None = None
+    """Share of right answers to the questions of `evaluation.data`; None without them, as all that follows."""
+    by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By kind of these questions: `right`, the number of `questions`, and of a student `teacher_right`."""
+    of_teacher: float | None = None
+    """`data_right` as a share of the teacher's on the same questions; None where the teacher has none right."""
+    agreement: float | None = None
+    """This and the next two: how close the answers to these questions are to the teacher's (`against_teacher.py`)."""
+    token_agreement: float | None = None
+    length_ratio: float | None = None
+    held_out_kl: float | None = None
+    """KL(teacher || student) in nats on the student's answers to these questions, a mean over masked positions; each
+    block is in one of its visited states."""
 
 
 class HeldOutProblems:

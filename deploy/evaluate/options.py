@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from opdlm.common.data.answers import AnswerKind
 from opdlm.common.errors import OpdlmError
 
+LoadDtype = Literal["auto", "bfloat16", "float32"]
+"""Number format of a model's weights in memory; `auto` is that of the folder."""
 Chat = Annotated[bool, typer.Option("--chat", help="Put prompts through the tokenizer's chat template.")]
 Thinking = Annotated[
     bool | None,
@@ -24,16 +26,28 @@ class QuestionOptions:
 
     task: Annotated[str | None, typer.Option(help="Built-in task, such as chain; several joined by +.")] = None
     data: Annotated[
-        Path | None, typer.Option("--data", help="JSONL or parquet file of prompts with reference answers.")
+        Path | None,
+        typer.Option(
+            "--data", help="JSONL or parquet file of prompts with accepted answers, or a bundled one: knowledge."
+        ),
     ] = None
     prompt_field: Annotated[str, typer.Option(help="Column of the prompt in --data.")] = "prompt"
-    answer_field: Annotated[str, typer.Option(help="Column of the reference answer in --data.")] = "answer"
+    answer_field: Annotated[
+        str | None,
+        typer.Option(help="Column of an accepted answer, or a list of them, in --data. Default: answers, else answer."),
+    ] = None
     answer: Annotated[
-        AnswerKind,
-        typer.Option(help="Marks --data by `exact` text, or `math`: the last \\boxed{} or number (math-verify)."),
-    ] = "exact"
+        AnswerKind | None,
+        typer.Option(
+            help="Marks rows of --data that have no column `mark`: `exact` text (default), `contains` its words, or "
+            "`math`: the last \\boxed{} or number (math-verify)."
+        ),
+    ] = None
     problems: Annotated[
-        int | None, typer.Option(min=1, help="Number of problems. Default: 1,000 of a task, all rows of --data.")
+        int | None,
+        typer.Option(
+            min=1, help="Number of problems; of --data as many of each kind. Default: 1,000 of a task, all of --data."
+        ),
     ] = None
     chat: Chat = False
     thinking: Thinking = None
@@ -47,6 +61,10 @@ class DecodingOptions:
     batch_size: Annotated[int, typer.Option(min=1, help="Problems decoded side by side in each process.")] = 128
     actors: Annotated[int, typer.Option(min=0, help="Ray actors that decode; 0 decodes in this process.")] = 0
     gpus_per_actor: Annotated[float, typer.Option(min=0, help="GPUs of each of the --actors.")] = 0.0
+    dtype: Annotated[
+        LoadDtype,
+        typer.Option(help="Number format of the weights in memory; auto: as the folder has them."),
+    ] = "auto"
 
 
 _DEFAULTS = QuestionOptions()

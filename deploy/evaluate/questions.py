@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from opdlm.common.config.schema import DataConfig
-from opdlm.common.data.answers import ANSWER_CHECKS, AnswerCheck, AnswerKind
 from opdlm.common.data.chat import EMPTY, ChatRefused, chat_prompt
 from opdlm.common.data.conversation import Conversation
-from opdlm.common.data.rows import Question, read_questions
+from opdlm.common.data.rows import Question
 from opdlm.common.data.tasks import get_task
 from opdlm.common.data.unknown import UnknownCharacters
-from opdlm.common.errors import ConfigError, OpdlmError
+from opdlm.common.errors import OpdlmError
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.evaluate.decoders import Decoder
 from opdlm.deploy.evaluate.held_out import HeldOutProblems
+from opdlm.deploy.evaluate.known_answers import KnownAnswers, choose_evenly, find_questions, read_known
 from opdlm.deploy.evaluate.options import QuestionOptions, check_questions
 
 TASK_PROBLEMS = 1000
@@ -34,6 +33,8 @@ _OPTIONS = {
     "put the answer into data.response_field": "put the answer into the column of --answer-field",
 }
 """What errors of `read_questions` say of settings -> the same for the options that set them here."""
+_FIGURES = {"exact": "exact match", "contains": "right", "math": "right (math)"}
+"""By how rows are marked, the name of the share of right answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,12 @@ class Marks:
     """Share of right answers."""
     unanswered: int
     """Number of responses without any answer; they count as wrong."""
+    by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By kind of question: `right` and the number of `questions`. Empty: the questions have no kinds."""
+
+
+Asked = tuple[str, tuple[str, ...], str | None]
+"""A question as text: the prompt, its accepted answers, its kind."""
 
 
 class Questions(Protocol):
@@ -52,6 +59,9 @@ class Questions(Protocol):
     title: str
     figure: str
     """Name of `Marks.right` in tables."""
+    asked: list[Asked]
+    may_be_unanswered: bool
+    """Whether a response may hold no answer that can be marked."""
     unknown: str | None
     """One line about characters of prompts and answers that the tokenizer does not know; None: it knows them all."""
 
@@ -78,6 +88,7 @@ class TaskQuestions:
     """Held-out problems of a built-in task."""
 
     figure = "exact match"
+    may_be_unanswered = False
 
     def __init__(self, asked: QuestionOptions, decoder: Decoder) -> None:
         if asked.chat:
@@ -86,9 +97,10 @@ class TaskQuestions:
             [get_task(str(asked.task))], decoder.tokenizer, asked.problems or TASK_PROBLEMS, decoder.facts.eos_ids
         )
         self.requests = self._problems.requests
+        self.asked: list[Asked] = [(p.prompt, (p.solution,), None) for _, p in self._problems.problems]
         unknown = UnknownCharacters(decoder.tokenizer)
         for i, ((_, problem), ids) in enumerate(zip(self._problems.problems, self._problems.prompt_ids, strict=True)):
-            _note(unknown, f"{asked.task}/test/{i}", problem.prompt, ids, problem.solution, decoder)
+            _note(unknown, f"{asked.task}/test/{i}", problem.prompt, ids, (problem.solution,), decoder)
         self.unknown = unknown.line()
         self.title = f"{len(self._problems.problems)} held-out problems of {asked.task}"
 
@@ -98,39 +110,39 @@ class TaskQuestions:
 
 
 class DataQuestions:
-    """Rows of a data set, each a prompt and a reference answer."""
+    """Rows of a data set, each a prompt and the answers that count as right."""
 
     def __init__(self, asked: QuestionOptions, file: Path, decoder: Decoder) -> None:
-        questions = _read(asked, file)
-        self.title = f"{len(questions)} rows of {file.name}"
-        self.figure = "exact match" if asked.answer == "exact" else "right (math)"
-        self._decoder = decoder
-        self._names = [question.name for question in questions]
-        self._checks = [_answer_check(asked.answer, question) for question in questions]
-        self._prompts = [
-            decoder.encode(_prompt_text(asked, question, decoder), templated=asked.chat) for question in questions
-        ]
+        found = find_questions(file)
+        chat = asked.chat or (found != file and decoder.tokenizer.chat_template is not None)
+        data = DataConfig(
+            path=str(found), chat_template=chat, prompt_field=asked.prompt_field, response_field=asked.answer_field
+        )
+        questions = read_known(data, _OPTIONS)
+        if asked.problems is not None and asked.problems < len(questions):
+            questions = [questions[i] for i in choose_evenly([q.kind for q in questions], asked.problems)]
+        prompts = [decoder.encode(_prompt_text(asked, q, decoder, chat), templated=chat) for q in questions]
+        self.known = KnownAnswers(questions, prompts, asked.answer or "exact", decoder.text, "--answer")
+        self.requests = self.known.requests
+        self.asked: list[Asked] = [(_shown(q.prompt), q.answers, q.kind) for q in questions]
+        self.title = f"{len(questions)} rows of {found.name}"
+        self.figure = " and ".join(_FIGURES[mark] for mark in sorted(self.known.marks))
+        self.may_be_unanswered = "math" in self.known.marks
         unknown = UnknownCharacters(decoder.tokenizer)
-        for question, ids in zip(questions, self._prompts, strict=True):
-            _note(unknown, question.name, question.prompt, ids, question.answer, decoder)
+        for question, ids in zip(questions, prompts, strict=True):
+            _note(unknown, question.name, question.prompt, ids, question.answers, decoder)
         self.unknown = unknown.line()
-
-    def requests(self, max_new_tokens: int) -> list[RolloutRequest]:
-        """The rows as decode requests."""
-        named = zip(self._names, self._prompts, strict=True)
-        return [RolloutRequest(i, name, ids, max_new_tokens, seed=i) for i, (name, ids) in enumerate(named)]
 
     def mark(self, responses: Sequence[np.ndarray]) -> Marks:
         """Marks the text of the responses without special tokens."""
-        texts = [self._decoder.text(ids) for ids in responses]
-        verdicts = [check(text) for check, text in zip(self._checks, texts, strict=True)]
-        return Marks(sum(verdict is True for verdict in verdicts) / len(verdicts), verdicts.count(None))
+        marks = self.known.mark(responses)
+        return Marks(float(marks.right.mean()), marks.unanswered, marks.by_kind)
 
 
-def _prompt_text(asked: QuestionOptions, question: Question, decoder: Decoder) -> str:
+def _prompt_text(asked: QuestionOptions, question: Question, decoder: Decoder, chat: bool) -> str:
     if not question.prompt:
         raise OpdlmError(f"--prompt-field: {question.name}: {EMPTY}; give every row a prompt")
-    if not asked.chat:
+    if not chat:
         return str(question.prompt)  # `read_questions` takes messages with --chat only
     try:
         return chat_prompt(decoder.tokenizer, question.prompt, asked.thinking)
@@ -138,37 +150,19 @@ def _prompt_text(asked: QuestionOptions, question: Question, decoder: Decoder) -
         raise OpdlmError(f"--chat: {question.name}: {error}") from None
 
 
+def _shown(prompt: str | Conversation) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
 def _note(
     unknown: UnknownCharacters,
     name: str,
     prompt: str | Conversation,
     ids: np.ndarray,
-    answer: str,
+    answers: Sequence[str],
     decoder: Decoder,
 ) -> None:
-    """Counts the unknown characters of a prompt and of its answer, which no response could equal."""
+    """Counts the unknown characters of a prompt and of its answers, which no response could equal."""
     unknown.note(name, prompt, ids.tolist())
-    unknown.note(name, answer, decoder.encode(answer).tolist())
-
-
-def _read(asked: QuestionOptions, file: Path) -> list[Question]:
-    """Reads the questions of a file; an error names the command's option in place of the run file's setting."""
-    prompt, answer = asked.prompt_field, asked.answer_field
-    data = DataConfig(path=str(file), chat_template=asked.chat, prompt_field=prompt, response_field=answer)
-    try:
-        questions = list(itertools.islice(read_questions(data), asked.problems))
-    except ConfigError as error:
-        text = str(error)
-        for setting, option in _OPTIONS.items():
-            text = text.replace(setting, option)
-        raise OpdlmError(text) from error
-    if not questions:
-        raise OpdlmError(f"--data: {file} has no rows")
-    return questions
-
-
-def _answer_check(kind: AnswerKind, question: Question) -> AnswerCheck:
-    try:
-        return ANSWER_CHECKS[kind](question.answer)
-    except ValueError as error:
-        raise OpdlmError(f"--answer {kind}: {question.name}: {error}") from None
+    for answer in answers:
+        unknown.note(name, answer, decoder.encode(answer).tolist())

@@ -15,6 +15,8 @@ from opdlm.deploy.observe.tables import new_table
 TEACHER, BEFORE, STATIC, DYNAMIC = "teacher", "student before", "student static", "student dynamic"
 PERIODIC = "student"
 """Names of evaluation rows."""
+DATA_FIGURES = ("data_right", "of_teacher", "agreement", "token_agreement", "length_ratio", "held_out_kl")
+"""Figures of an evaluation about the questions of `evaluation.data`."""
 
 
 def write_report(run_dir: Path, samples: tuple[int, int] | None = None) -> Table:
@@ -40,6 +42,7 @@ def write_report(run_dir: Path, samples: tuple[int, int] | None = None) -> Table
         "compute_flops": last.get("compute_flops", 0),
         **_learning(records),
         **(read_ledger(records, *samples).figures() if samples else {}),
+        "data": {row: _about_data(r) for row, r in rows.items() if row != PERIODIC and r.get("data_right") is not None},
         "by_task": {row: r["by_task"] for row, r in rows.items() if row != PERIODIC},
     }
     write_json(run_dir / "report.json", report)
@@ -50,6 +53,11 @@ def write_report(run_dir: Path, samples: tuple[int, int] | None = None) -> Table
 
 def _figure(rows: dict[str, dict[str, Any]], row: str, figure: str) -> float | None:
     return rows[row][figure] if row in rows else None
+
+
+def _about_data(record: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation says of the questions of `evaluation.data`."""
+    return {name: record.get(name) for name in DATA_FIGURES} | {"by_kind": record.get("by_kind", {})}
 
 
 def _learning(records: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -70,7 +78,9 @@ def _learning(records: list[dict[str, Any]]) -> dict[str, float | None]:
 def _evaluated(rows: dict[str, dict[str, Any]]) -> Table:
     """The final evaluations."""
     problems = max(r["problems"] for r in rows.values())
-    figures = "exact match", "tokens per denoising step", "tokens per second"
+    figures = ["exact match", "tokens per denoising step", "tokens per second"]
+    has_data = any(r.get("data_right") is not None for r in rows.values())
+    figures += ["of the teacher's score", "KL (nats)"] if has_data else []
     table = new_table(f"{problems:,} held-out problems", "model", *figures)
     titles = {
         TEACHER: "teacher (autoregressive)",
@@ -81,9 +91,11 @@ def _evaluated(rows: dict[str, dict[str, Any]]) -> Table:
     for row, title in titles.items():
         if row in rows:
             r = rows[row]
-            table.add_row(
-                title, f"{r['exact_match']:.1%}", f"{r['tokens_per_step']:.2f}", f"{r['tokens_per_second']:,.0f}"
-            )
+            shown = [f"{r['exact_match']:.1%}", f"{r['tokens_per_step']:.2f}", f"{r['tokens_per_second']:,.0f}"]
+            if has_data:
+                share, kl = r.get("of_teacher"), r.get("held_out_kl")
+                shown += ["-" if share is None else f"{share:.1%}", "-" if kl is None else f"{kl:.3f}"]
+            table.add_row(title, *shown)
     return table
 
 

@@ -7,6 +7,7 @@ wandb, `opdlm_KIND_NUMBER` in Prometheus.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.errors import OpdlmError, first_line
+
+_NO_NAME = re.compile(r"\W+", re.ASCII)
+"""What the name of a metric may not have."""
 
 
 class RecordWriter(Protocol):
@@ -36,6 +40,9 @@ def numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if isinstance(value, int | float) and name not in ("round", "step"):
             yield name, value
+        elif name == "by_kind" and isinstance(value, dict):
+            for kind, of in value.items():
+                yield f"right_{_NO_NAME.sub('_', kind)}", of["right"]
 
 
 def series_name(record: dict[str, Any], number: str) -> str:

@@ -21,6 +21,8 @@ from opdlm.common.model.facts import ModelFacts, check_vocabularies, read_facts,
 from opdlm.common.model.mask_token import check_mask_row, choose_mask
 from opdlm.common.model.shards import check_finite, read_shards
 from opdlm.common.model.tokenizer import check_tokenizers, load_tokenizer
+from opdlm.deploy.evaluate.exam import load_known
+from opdlm.deploy.evaluate.known_answers import KnownAnswers
 from opdlm.deploy.run.paths import check_job_paths
 from opdlm.deploy.run.replay import check_replay
 from opdlm.learner.schedule import TrainingSchedule
@@ -40,6 +42,8 @@ class Preflight:
     schedule: TrainingSchedule
     notes: tuple[str, ...]
     """What the user should know before the run starts, a line each."""
+    questions: KnownAnswers | None = None
+    """The questions of `evaluation.data`; None without them, and in a replay, which evaluates nothing."""
 
     @property
     def form(self) -> StudentForm:
@@ -75,6 +79,8 @@ def preflight(config: OpdlmConfig) -> Preflight:
     for task in evaluated_tasks(config):
         get_task(task)
     longest = _longest_prompt(config, teacher, student)
+    room = min(teacher.context, student.context) - config.evaluation.max_new_tokens - (config.rollout.block_size - 1)
+    questions, refused = load_known(config, tokenizer, room, {*teacher.eos_ids, *student.eos_ids})
     prompts = load_prompts(config.data, tokenizer, longest, config.run.seed, teacher.tokens, student.eos_ids)
     per_round = config.rollout.prompts_per_round
     total = config.data.epochs * len(prompts.prompts) if config.run.rounds is None else config.run.rounds * per_round
@@ -84,8 +90,8 @@ def preflight(config: OpdlmConfig) -> Preflight:
     order = PromptOrder(prompts.prompts, config.run.seed, epochs)
     if config.run.replay is not None:
         check_replay(config, Path(config.run.replay), teacher, schedule, order.digest)
-    notes = tuple(end_token_notes(teacher, student, tokenizer))
-    return Preflight(config, teacher, student, tokenizer, prompts, order, schedule, notes)
+    notes = (*end_token_notes(teacher, student, tokenizer), *([refused] if refused else []))
+    return Preflight(config, teacher, student, tokenizer, prompts, order, schedule, notes, questions)
 
 
 def end_token_notes(teacher: ModelFacts, student: ModelFacts, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -126,7 +132,8 @@ def _teacher_top_k(config: OpdlmConfig) -> int:
 def _longest_prompt(config: OpdlmConfig, teacher: ModelFacts, student: ModelFacts) -> int:
     """Longest prompt that leaves room for a whole response, to the end of its last block, in both models."""
     room, setting = config.rollout.max_new_tokens, "rollout.max_new_tokens"
-    evaluates = evaluated_tasks(config) and (config.evaluation.every_rounds or config.evaluation.final_problems)
+    asks = evaluated_tasks(config) or config.evaluation.data is not None
+    evaluates = asks and (config.evaluation.every_rounds or config.evaluation.final_problems)
     if evaluates and config.evaluation.max_new_tokens > room:
         room, setting = config.evaluation.max_new_tokens, "evaluation.max_new_tokens"
     context = min(teacher.context, student.context)

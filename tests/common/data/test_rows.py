@@ -202,10 +202,24 @@ def test_a_wrong_template_is_named(tmp_path, template, settings, message) -> Non
 
 @pytest.mark.parametrize("how", ["jsonl", "parquet", "folder"])
 def test_rows_are_read_as_questions(tmp_path, how) -> None:
-    """Only prompt and answer are read, and a number is an answer too."""
+    """A number is an answer too. The column `kind` is read where there is one; `mark` there is none."""
     path, first = save(tmp_path, how)
     data = DataConfig(path=path, prompt_field="question", response_field="limit")
-    assert next(read_questions(data)) == Question(first, "1+2=", "7")
+    assert next(read_questions(data)) == Question(first, "1+2=", ("7",), None, "math")
+
+
+def test_several_answers_count_as_right(tmp_path) -> None:
+    rows = [
+        {"prompt": "a", "answers": ["4", 4.5], "answer": "5", "mark": "contains", "kind": "sums"},
+        {"prompt": "b", "answer": "6"},
+        {"prompt": "c", "answers": 7, "mark": None},
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(read_questions(DataConfig(path=str(tmp_path / "d.jsonl")))) == [
+        Question("d.jsonl:1", "a", ("4", "4.5"), "contains", "sums"),
+        Question("d.jsonl:2", "b", ("6",)),
+        Question("d.jsonl:3", "c", ("7",)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -216,6 +230,13 @@ def test_rows_are_read_as_questions(tmp_path, how) -> None:
         ({"prompt": "1+2="}, "data.response_field: d.jsonl:1 has no `answer`; found: prompt"),
         ({"prompt": "1+2=", "answer": None}, "data.response_field: d.jsonl:1: `answer` is None; expected text or a n"),
         ({"prompt": "1+2=", "answer": True}, "data.response_field: d.jsonl:1: `answer` is True; expected text or a n"),
+        ({"prompt": "1+2=", "answer": []}, r"data.response_field: d.jsonl:1: `answer` is \[\]; expected text or a n"),
+        ({"prompt": "1+2=", "answer": ["3", None]}, "data.response_field: d.jsonl:1: `answer` is None; expected text"),
+        (
+            {"prompt": "1", "answer": "3", "mark": "fuzzy"},
+            "data.path: d.jsonl:1: `mark` is 'fuzzy'; expected one of ex",
+        ),
+        ({"prompt": "1", "answer": "3", "kind": 3}, "data.path: d.jsonl:1: `kind` is 3; expected text, or no value"),
     ],
 )
 def test_rows_that_are_no_questions_are_named(tmp_path, row, message) -> None:

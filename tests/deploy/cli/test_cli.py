@@ -59,6 +59,7 @@ COMMANDS = [
     "trace",
     "plan",
     "recipes",
+    "curves",
     "scale",
 ]
 
