@@ -56,7 +56,7 @@ class PositionTargets:
         if self.token_ids is not None:
             return divergence(*restrict_to_top_k(self.token_ids, self.values, student, objective.tail), objective)
         with torch.no_grad():
-            teacher = self._teacher_logits().log_softmax(-1)
+            teacher = self._teacher_logits(objective.teacher_temperature).log_softmax(-1)
         if objective.top_k == 0:
             return divergence(teacher, student, objective)
         outcomes = teacher.shape[-1] - (0 if self.holes is None else len(self.holes))
@@ -83,7 +83,8 @@ class PositionTargets:
         if is_forward_kl and objective.top_k == 0 and self.token_ids is None:
             outcomes = self._without_holes(student_logits[:, : self.vocab_size].float())
             added_rows = student_logits.shape[1] - self.vocab_size
-            losses, gradient = forward_kl_with_gradient(self._teacher_logits(scratch), outcomes, weights)
+            teacher = self._teacher_logits(objective.teacher_temperature, scratch)
+            losses, gradient = forward_kl_with_gradient(teacher, outcomes, weights)
             return losses, torch.nn.functional.pad(gradient, (0, added_rows)) if added_rows else gradient
         with torch.enable_grad():
             logits = student_logits.detach().float().requires_grad_()
@@ -103,14 +104,14 @@ class PositionTargets:
             return None
         return self.head.new_empty(positions, self.vocab_size)
 
-    def _teacher_logits(self, scratch: torch.Tensor | None = None) -> torch.Tensor:
-        """`[N, V]` float32, in memory that the caller may overwrite. Top-K targets have none."""
+    def _teacher_logits(self, temperature: float, scratch: torch.Tensor | None = None) -> torch.Tensor:
+        """`[N, V]` float32, divided by the temperature; the caller may overwrite them. Top-K targets have none."""
         if self.head is None:
-            return self._without_holes(self.values.to(torch.float32, copy=True))
-        values = self.values.to(self.head.dtype)
-        if scratch is not None:
-            return self._without_holes(torch.mm(values, self.head.T, out=scratch[: len(values)]))
-        return self._without_holes((values @ self.head.T).float())
+            logits = self.values.to(torch.float32, copy=True)
+        else:
+            memory = None if scratch is None else scratch[: len(self.values)]
+            logits = torch.mm(self.values.to(self.head.dtype), self.head.T, out=memory).float()
+        return self._without_holes(logits if temperature == 1 else logits.div_(temperature))
 
     def _without_holes(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits `[N, V]` that give the holes the probability 0. Finite, so that 0 times their logarithm is 0."""

@@ -192,6 +192,12 @@ def _targets(config: OpdlmConfig) -> Iterator[str]:
                 f"objective.top_k: found {objective.top_k}, more than the {teacher.top_k} that the teacher sends "
                 "(teacher.top_k); give at most that number"
             )
+    if objective.teacher_temperature != 1 and (objective.kind == "cft" or teacher.targets == "topk"):
+        where = "objective.kind `cft`" if objective.kind == "cft" else "teacher.targets `topk`"
+        yield (
+            f"objective.teacher_temperature: found {objective.teacher_temperature:g} with {where}, which has no logits "
+            "of the teacher; leave it at 1, or use objective.kind `opd` with teacher.targets `hidden`"
+        )
     if objective.tail == "bucket" and objective.top_k == 0:
         yield "objective.tail: `bucket` needs objective.top_k > 0; found 0, the full vocabulary, which has no tail"
 

@@ -49,6 +49,11 @@ class ObjectiveConfig(Section):
     tail: Literal["drop", "bucket"] = "drop"
     """With `top_k` above 0, what becomes of the probability outside the top K. `drop`: it is left out, as in the public
     release. `bucket`: it counts as one more outcome, so that the loss is a true divergence, never negative."""
+    teacher_temperature: Annotated[Number, Field(ge=0.01, le=100)] = 1.0
+    """The student learns the teacher's distribution at this temperature, by which its logits are divided. 1 is the
+    teacher's own distribution (the method). A lower value keeps the teacher's likeliest tokens and makes the student
+    surer of them, so that more tokens pass the confidence threshold in a step; what the student samples then varies
+    less. `cft` has no teacher's distribution, and `teacher.targets: topk` does not give all logits."""
     exclude_eos: Switch = True
     """Take no loss at the end-of-sequence token (the release's default). Set it to false to train where responses end
     as well, as `deploy/demo.yaml` does."""
@@ -64,9 +69,13 @@ class ObjectiveConfig(Section):
 
     @property
     def loss_is_forward_kl(self) -> bool:
-        """Whether the loss is KL(teacher || student) in nats: no mixture, no JSD, no sum over the top K alone."""
+        """Whether the loss is KL(teacher || student) in nats.
+
+        No mixture, no JSD, no sum over the top K alone, no other temperature.
+        """
         has_all_mass = self.top_k == 0 or self.tail == "bucket"
-        return self.kind != "cft" and self.divergence == "kl" and self.reverse_weight == 0 and has_all_mass
+        is_own = self.kind != "cft" and self.teacher_temperature == 1
+        return is_own and self.divergence == "kl" and self.reverse_weight == 0 and has_all_mass
 
 
 class OfflineConfig(Section):

@@ -19,7 +19,7 @@ from opdlm.learner.packing import collate
 from opdlm.learner.rows import build_rows
 from opdlm.learner.targets import gather_targets
 from opdlm.learner.tied_embedding import GradientHandover, embed
-from tests.tiny import EOS, MASK, tiny_model, trajectory
+from tests.tiny import EOS, MASK, VOCABULARY, tiny_model, trajectory
 
 OBJECTIVES = [
     ObjectiveConfig(),
@@ -118,6 +118,27 @@ def test_target_kinds_agree(objective) -> None:
         results.append(module(batch, targets, torch.ones(len(batch.loss_row)))[1])
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "logits"])
+@pytest.mark.parametrize("temperature", [0.25, 3.0])
+def test_the_teachers_temperature_divides_its_logits(kind, temperature) -> None:
+    """The loss in closed form and the one that autograd takes; the student's own logits stay as they are."""
+    teacher, plain = tiny_model(1), ObjectiveConfig(exclude_eos=False)
+    batch, targets = _batch("logits", plain, teacher)
+    logits = torch.randn(len(batch.loss_row), VOCABULARY)
+    expected = torch.nn.functional.kl_div(
+        logits.log_softmax(-1), (targets.values / temperature).log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    _, targets = _batch(kind, plain, teacher)
+    weights = torch.ones(len(logits))
+    for mixed in (0.0, 1e-7):  # a weight of the reverse KL makes autograd take the gradient
+        objective = ObjectiveConfig(exclude_eos=False, teacher_temperature=temperature, reverse_weight=mixed)
+        torch.testing.assert_close(targets.losses(logits, objective), expected, rtol=1e-4, atol=1e-5)
+        losses, gradient = targets.losses_with_gradient(logits.clone(), weights, objective)
+        torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+        soft = (_batch("logits", plain, teacher)[1].values / temperature).softmax(-1)
+        torch.testing.assert_close(gradient, logits.softmax(-1) - soft, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
