@@ -92,15 +92,16 @@ class InProcess:
         self.order, self.schedule = checked.order, checked.schedule
         student = folder / "student_init"
         if not student.exists():
-            convert_checkpoint(config.model.teacher, student, config.rollout.block_size, config.rollout.block_grid)
+            grid, form = (config.rollout.block_size, config.rollout.block_grid), config.model.converted_form
+            convert_checkpoint(config.model.teacher, student, *grid, logit_shift=form.logit_shift, context=form.context)
         facts = read_facts(student)
         self.mask_id, self.eos_ids = require_mask(facts), facts.eos_ids
         self.teacher = load_model(config.model.teacher, config.teacher.dtype)
         self.student = load_model(student, config.model.dtype)
         rollout = config.rollout
         how = DecodeSettings.from_config(rollout)
-        self.decoder = BlockDecoder(self.student, how, self.mask_id, self.eos_ids, rollout.batch_size)
-        module = DistillModule(self.student, config.objective, config.learner.logits_chunk)
+        self.decoder = BlockDecoder(self.student, how, self.mask_id, self.eos_ids, rollout.batch_size, form=facts.form)
+        module = DistillModule(self.student, config.objective, config.learner.logits_chunk, form=facts.form)
         if not dist.is_initialized():
             store = dist.FileStore(tempfile.mktemp(), 1)
             dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -112,6 +113,7 @@ class InProcess:
             self.mask_id,
             load_output_matrix(config.model.teacher, config.teacher.dtype),
             config.run.seed,
+            form=facts.form,
         )
 
     def rounds(self) -> Iterator[Round]:

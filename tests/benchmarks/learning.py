@@ -39,7 +39,9 @@ def evaluate(run: InProcess, problems: HeldOutProblems, limit: int) -> dict[str,
     found = {}
     for strategy in ("low_confidence_static", "low_confidence_dynamic"):
         how = run.decoder.settings.greedy(strategy)
-        decoder = BlockDecoder(run.student, how, run.mask_id, run.eos_ids, run.decoder.batch_size)
+        decoder = BlockDecoder(
+            run.student, how, run.mask_id, run.eos_ids, run.decoder.batch_size, form=run.decoder.form
+        )
         trajectories, stats = decoder.decode(problems.requests(limit))
         found[strategy.removeprefix("low_confidence_")] = problems.exact_match([t.response for t in trajectories])
         found["tokens_per_step"] = stats.response_tokens / stats.denoising_steps
