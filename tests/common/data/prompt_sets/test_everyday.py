@@ -95,10 +95,14 @@ def test_no_prompt_is_a_knowledge_question(rows) -> None:
 
 
 _EMPTY = frozenset(
-    """a an the is are was were be do does did of in on at to for and or with from by as it its this that what which who
-    whom whose how many much when where why has have had you your can will word name give tell answer question one
-    sentence short simple words few please""".split()
+    re.findall(
+        r"\w+",
+        """a an the is are was were be do does did of in on at to for and or with from by as it its this that what which
+        who whom whose how many much when where why has have had you your can will word name give tell answer question
+        one sentence short simple words few please""",
+    )
 )
+"""Words that say nothing of what is asked."""
 
 
 def _plain(text: str) -> str:
