@@ -172,7 +172,8 @@ def _text(value: Any) -> str:
 def _failure(source: HubSource, error: Exception) -> str:
     from huggingface_hub import errors
 
-    if isinstance(error, errors.GatedRepoError) or (source.gated and isinstance(error, errors.HfHubHTTPError)):
+    # `datasets` raises an error of its own, whose text has the word.
+    if isinstance(error, errors.GatedRepoError) or (source.gated and "gated" in str(error)):
         return (
             f"prompts: {source.id} may be read only by those who accepted its conditions: accept them on its page of "
             "the hub, and set HF_TOKEN to a token of that account"
