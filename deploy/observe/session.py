@@ -30,12 +30,6 @@ def show_data(config: OpdlmConfig, prompts: PromptSet, console: Console) -> None
         console.print(f"refused prompt {line}", highlight=False, soft_wrap=True, markup=False)
     if prompts.refused:
         console.print(f"prompts refused: {len(prompts.refused)}, kept: {len(prompts.prompts)}")
-    for share in prompts.shares:
-        line = (
-            f"source {share.name}: {share.kept:,} prompts, weight {share.weight:g}, "
-            f"{share.samples_per_epoch:,} samples an epoch"
-        )
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
     unused = unused_domain_limits(config, {prompt.domain for prompt in prompts.prompts})
     for told in (prompts.unknown, unused):
         if told is not None:
