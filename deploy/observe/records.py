@@ -85,7 +85,7 @@ class RunRecords:
         self.before_write: Callable[[], None] = lambda: None
         """Called before anything is written; ends the process where the run directory is no longer its own."""
         self.samples_of_round: Callable[[int], Mapping[str, int]] = lambda _: {}
-        """Counts the samples of a round by source; the figures go into its record."""
+        """Counts the samples of a round by source, for its record."""
         self.progress = RunProgress()
         """What the actors have done of the work that goes on."""
         self.progress.at(first_round, first_step)
@@ -138,8 +138,7 @@ class RunRecords:
             sources: figures of each of `data.sources`.
         """
         counts = {"prompts_kept": kept, "prompts_refused": len(refused), "unknown_characters": unknown_characters}
-        more = {"sources": list(sources)} if sources else {}
-        self._record("data", **counts, data_digest=digest, refused=refused, **more)
+        self._record("data", **counts, data_digest=digest, refused=refused, sources=list(sources))
 
     def given(self, responses: int, forward_tokens: int, cached: bool, cut: int = 0) -> None:
         """The given responses are available.
