@@ -9,6 +9,7 @@ import ipaddress
 from collections.abc import Iterator
 from typing import Any
 
+from opdlm.common.config.data import check_sources, has_responses
 from opdlm.common.config.redact import holds_credentials, redact_credentials
 from opdlm.common.config.schema import OpdlmConfig, Schedule
 from opdlm.common.errors import ConfigError
@@ -39,8 +40,8 @@ def _texts(value: Any, path: str = "") -> Iterator[str]:
             yield from _texts(key, path)
             yield from _texts(held, f"{path}.{key}" if path else key)
     elif isinstance(value, list):
-        for held in value:
-            yield from _texts(held, path)
+        for place, held in enumerate(value):
+            yield from _texts(held, f"{path}[{place}]" if isinstance(held, dict) else path)
     elif isinstance(value, str) and (fault := text_fault(value)):
         yield f"{path}: {value!r} holds {fault}; correct the text"
 
@@ -50,6 +51,9 @@ def _secrets(section: dict[str, Any], path: str = "") -> Iterator[str]:
     for key, value in section.items():
         if isinstance(value, dict):
             yield from _secrets(value, f"{path}{key}.")
+        elif isinstance(value, list):
+            for place, held in enumerate(value):
+                yield from _secrets(held, f"{path}{key}[{place}].") if isinstance(held, dict) else ()
         elif isinstance(value, str) and holds_credentials(value):
             found = f"{path}{key}: found credentials in {redact_credentials(value)!r}"
             yield f"{found}; leave them out and set HF_TOKEN instead"
@@ -62,9 +66,11 @@ def _run(config: OpdlmConfig) -> Iterator[str]:
 
 def _data(config: OpdlmConfig) -> Iterator[str]:
     data = config.data
-    if (data.task is None) == (data.path is None):
-        found = "neither" if data.task is None else "both"
-        yield f"data: found {found} of `task` and `path`; give exactly one (e.g. `task: chain`)"
+    given = [name for name in ("task", "path", "sources") if getattr(data, name)]
+    if len(given) != 1:
+        found = " and ".join(f"`{name}`" for name in given) or "none"
+        yield f"data: found {found} of `task`, `path` and `sources`; give exactly one (e.g. `task: chain`)"
+    yield from check_sources(data)
     if data.task is not None and data.prompts is None:
         yield "data.prompts: missing; a task needs to know how many prompts an epoch has (e.g. 20000)"
     evaluation = config.evaluation
@@ -109,7 +115,7 @@ def _objective(config: OpdlmConfig) -> Iterator[str]:
             f"objective.selection: found {objective.selection!r} with objective.kind {objective.kind!r}, whose given "
             "responses have no visited states; use `random_mask`"
         )
-    if config.offline.responses == "data" and config.data.task is None and config.data.response_field is None:
+    if config.offline.responses == "data" and not has_responses(config.data):
         yield "offline.responses: found `data`, but data.response_field names no column; name one, or use `teacher`"
     if objective.kind == "cft" and (objective.divergence, objective.reverse_weight, objective.tail) != (
         "kl",

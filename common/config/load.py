@@ -113,7 +113,7 @@ def dump_config(config: OpdlmConfig) -> str:
 
 
 def _describe(item: Any) -> str:
-    location = ".".join(str(part) for part in item["loc"])
+    location = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).lstrip(".")
     if item["type"] == "extra_forbidden":
         *parents, last = [str(part) for part in item["loc"]]
         known = _fields_at(parents)
@@ -137,6 +137,8 @@ def _found(value: Any) -> str:
 def _fields_at(parents: Sequence[str]) -> list[str]:
     model: type[BaseModel] = OpdlmConfig
     for parent in parents:
+        if parent.isdecimal():  # a place in a list of sections, whose fields are those of the list's field
+            continue
         field = model.model_fields.get(parent)
         annotation: Any = field.annotation if field else None
         candidates = [annotation, *get_args(annotation)]

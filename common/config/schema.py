@@ -2,7 +2,8 @@
 
 Unknown keys are refused, and the docstring below each field documents it. This package imports neither torch nor ray,
 so that a mistake in a YAML file is reported in a fraction of a second. The sections of the roles are in `roles.py`,
-those of the method in `method.py`; checks that need two fields are in `checks.py`, loading and overrides in `load.py`.
+those of the method in `method.py`, that of the data in `data.py`; checks that need two fields are in `checks.py`,
+loading and overrides in `load.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from opdlm.common.config.base import (
     Strategy,
     Switch,
 )
+from opdlm.common.config.data import DataConfig, DataSource
 from opdlm.common.config.method import CurriculumConfig, Kind, ObjectiveConfig, OfflineConfig, Schedule, Selection
 from opdlm.common.config.roles import (
     LearnerConfig,
@@ -44,6 +46,7 @@ __all__ = [
     "CheckpointConfig",
     "CurriculumConfig",
     "DataConfig",
+    "DataSource",
     "Dtype",
     "EvaluationConfig",
     "Grid",
@@ -142,48 +145,6 @@ class ModelConfig(Section):
     def converted_form(self) -> StudentForm:
         """The form that the teacher gets where the run converts it."""
         return PAPER_FORM.replaced(self.logit_shift, self.context)
-
-
-class DataConfig(Section):
-    """Where prompts come from, how many there are, and how rows of the data are read. Give either `task` or `path`."""
-
-    task: str | None = None
-    """Built-in task that makes the prompts and checks answers: `chain`, `add`, `sub`, `sort`, `copy` or `reverse`.
-    Several names joined by `+` are mixed in equal shares (`add+sort`). Empty: prompts are read from `path`."""
-    path: PathText | None = None
-    """Data with prompts: a .jsonl or .parquet file, a folder that `datasets` saved, or the id of a data set on the
-    Hugging Face hub. Empty: `task` makes the prompts."""
-    subset: str | None = None
-    """Configuration name of a data set on the hub. Empty: its default configuration."""
-    split: str = "train"
-    """Split of a `datasets` folder or of a data set on the hub."""
-    prompt_field: str = "prompt"
-    """Column with the prompt: text, a list of token ids, or a list of chat messages. A message has a `role` (system,
-    developer, user, assistant, tool) and a `content`: text, or a list of text parts, which are joined."""
-    response_field: str | None = None
-    """Column with the response, as text or token ids; required with `offline.responses: data` and a `path`. Empty: none
-    is read."""
-    domain_field: str = "domain"
-    """Column with the domain of a row, such as `math`, by which `curriculum.max_new_tokens_per_domain` limits
-    responses. The data need not have it."""
-    max_new_tokens_field: str = "max_new_tokens"
-    """Column with a row's own limit of its response, in tokens. The data need not have it."""
-    chat_template: Switch = False
-    """Put each prompt through the tokenizer's chat template. A prompt that is text becomes one user message; token ids
-    stay as they are."""
-    system_prompt: str | None = None
-    """System message at the start of every conversation; needs `chat_template: true`. Empty: none."""
-    thinking: Switch | None = None
-    """Value of `enable_thinking` for the chat template (Qwen3 has it); needs `chat_template: true`. Empty: the
-    template's default."""
-    prompts: PositiveInt | None = None
-    """Number of prompts in an epoch. With `task` it is required. With `path` only the first rows of the data are used;
-    empty: all rows."""
-    max_prompt_tokens: PositiveInt | None = None
-    """Longest prompt in tokens. A longer one is refused and counted, never cut. Empty: the longest that leaves room for
-    its response in the model's context."""
-    epochs: PositiveInt = 1
-    """Number of times that every prompt is used; each epoch has its own random order. `run.rounds` overrides it."""
 
 
 class CheckpointConfig(Section):

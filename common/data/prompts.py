@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from opdlm.common.config.schema import DataConfig
+from opdlm.common.config.data import DataConfig, source_data, source_names
 from opdlm.common.data.chat import EMPTY, ChatRefused, ChatTemplate
 from opdlm.common.data.conversation import blank_message
+from opdlm.common.data.mixture import SourceShare, epoch_prompts
 from opdlm.common.data.rows import Row, read_rows
 from opdlm.common.data.unknown import UnknownCharacters
 from opdlm.common.errors import ConfigError
@@ -38,6 +41,8 @@ class Prompt:
     """The row's own limit of its response, in tokens."""
     response: np.ndarray | None = None  # [R] int32
     """The given response with its end-of-sequence token; None where the data has no response."""
+    source: str | None = None
+    """Name of its source in `data.sources`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,13 @@ class PromptSet:
     """Characters of prompts and responses that the tokenizer does not know."""
     unknown: str | None = None
     """One line about them, with the first; None where there are none."""
+    shares: tuple[SourceShare, ...] = ()
+    """The sources of `data.sources`, in their order; none where there is one source without a weight."""
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Number of samples that an epoch makes of the prompts."""
+        return sum(share.samples_per_epoch for share in self.shares) if self.shares else len(self.prompts)
 
 
 def load_prompts(
@@ -75,6 +87,8 @@ def load_prompts(
     Raises:
         ConfigError: the data cannot be read, a row is broken, a token id is out of range, or no prompt is left.
     """
+    if data.sources:
+        return _load_sources(data, tokenizer, longest, seed, tokens, eos_ids)
     limit = longest if data.max_prompt_tokens is None else min(longest, data.max_prompt_tokens)
     encode = _encoder(data, tokenizer)
     kept: list[Prompt] = []
@@ -103,36 +117,104 @@ def load_prompts(
     return PromptSet(kept, refused, unknown.characters, unknown.line())
 
 
+def _load_sources(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    seed: int,
+    tokens: TokenIds | None,
+    eos_ids: Sequence[int],
+) -> PromptSet:
+    """The prompts of all sources, one source after the other; each prompt's id begins with its source's name."""
+    whole = PromptSet([], [])
+    for place, name in enumerate(source_names(data)):
+        source, where = data.sources[place], f"data.sources[{place}]"
+        try:
+            found = load_prompts(source_data(data, place), tokenizer, longest, seed, tokens, eos_ids)
+        except ConfigError as error:
+            raise ConfigError(_in_source(str(error), where, source.model_fields_set)) from error
+        share = SourceShare(name, source.weight, len(whole.prompts), len(found.prompts), len(found.refused))
+        if share.samples_per_epoch == 0:
+            raise ConfigError(
+                f"{where}.weight: found {source.weight:g}, which takes none of the source's {share.kept} prompts; give "
+                f"at least {1 / share.kept:.2g}"
+            )
+        whole = PromptSet(
+            [
+                *whole.prompts,
+                *(
+                    replace(p, prompt_id=f"{name}/{p.prompt_id}", domain=p.domain or source.domain, source=name)
+                    for p in found.prompts
+                ),
+            ],
+            [*whole.refused, *(f"{name}/{line}" for line in found.refused)],
+            whole.unknown_characters + found.unknown_characters,
+            whole.unknown or found.unknown,
+            (*whole.shares, share),
+        )
+    return whole
+
+
+def _in_source(text: str, where: str, given: Set[str]) -> str:
+    """An error about `data.X` as one about the source, where the source says X itself."""
+    setting = re.match(r"data(?:\.(\w+))?:", text)
+    if setting is None:
+        return f"{where}: {text}"
+    if setting[1] is None:
+        return where + text.removeprefix("data")
+    if setting[1] in given:
+        return f"{where}.{text.removeprefix('data.')}"
+    return f"{text} ({where})"
+
+
 class PromptOrder:
     """Says which prompt each sample of the run uses: `order[i]` is the prompt of sample i.
 
-    Each epoch uses every prompt once, in a permutation of its own.
+    Each epoch uses every prompt once, in a permutation of its own. With `shares` it uses the prompts of each source as
+    often as its weight says.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, epochs: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], seed: int, epochs: int, shares: Sequence[SourceShare] = ()) -> None:
         self._prompts = prompts
         self._seed = seed
-        self.total = len(prompts) * epochs
+        self._shares = shares
+        self._per_epoch = sum(share.samples_per_epoch for share in shares) if shares else len(prompts)
+        self.total = self._per_epoch * epochs
         """Number of samples in the run."""
-        self.digest = _digest(prompts)
-        """Fingerprint of the prompts in their order: names, domains, limits, token ids and responses."""
+        self.digest = _digest(prompts, shares)
+        """Fingerprint of the prompts in their order: names, domains, limits, token ids, responses and weights."""
         self._epoch = -1
         self._permutation = np.empty(0, dtype=np.int64)
 
     def used(self, samples: int) -> list[Prompt]:
         """The prompts of the run's first `samples` samples, each once, in the order of their first use."""
-        return [self[index] for index in range(min(samples, len(self._prompts)))]
+        found: dict[str, Prompt] = {}
+        for index in range(samples):
+            if len(found) == len(self._prompts):
+                break
+            prompt = self[index]
+            found.setdefault(prompt.prompt_id, prompt)
+        return list(found.values())
+
+    def samples_by_source(self, indices: range) -> dict[str, int]:
+        """How many of these samples come from each source; empty where there are no sources."""
+        counts = Counter(self[index].source for index in indices) if self._shares else Counter()
+        return {share.name: counts[share.name] for share in self._shares}
 
     def __getitem__(self, index: int) -> Prompt:
-        epoch, place = divmod(index, len(self._prompts))
+        epoch, place = divmod(index, self._per_epoch)
         if epoch != self._epoch:
-            self._permutation = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
+            order = np.random.default_rng([self._seed, epoch]).permutation(self._per_epoch)
+            chosen = epoch_prompts(self._shares, self._seed, epoch) if self._shares else None
+            self._permutation = order if chosen is None else chosen[order]
             self._epoch = epoch
         return self._prompts[self._permutation[place]]
 
 
-def _digest(prompts: Sequence[Prompt]) -> str:
+def _digest(prompts: Sequence[Prompt], shares: Sequence[SourceShare]) -> str:
     running = hashlib.sha256()
+    for share in shares:
+        running.update(repr((share.name, share.weight)).encode())
     for prompt in prompts:
         running.update(repr((prompt.prompt_id, prompt.domain, prompt.max_new_tokens)).encode())
         for ids in (prompt.ids, prompt.response):

@@ -1,4 +1,4 @@
-"""`opdlm plan`, `recipes`: what a run file will do, and the run files that come with the package."""
+"""`opdlm plan`, `recipes`, `prompts`: what a run file will do, and the run files and prompts to begin with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from opdlm.deploy.cli.app import Overrides, RunFile, app, clear_errors, out
+from opdlm.common.errors import OpdlmError
+from opdlm.deploy.cli.app import LARGEST_SEED, Overrides, RunFile, app, clear_errors, out
 from opdlm.deploy.run.recipes import read_recipe, recipes
 
 
@@ -60,3 +61,38 @@ def show_recipes(
         for recipe, purpose in recipes().items():
             table.add_row(recipe, Text(purpose))
         out.print(table)
+
+
+@app.command()
+def prompts(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Set to write. Without it: list the sets.")] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="New file, .jsonl or .parquet, for data.path.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Which prompts are chosen, and their order.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most prompts. Default: all of the set.")] = None,
+) -> None:
+    """List the sets of prompts, or write one to a file for `data.path`.
+
+    `everyday` is made here, without network. The others are downloaded from the Hugging Face hub, and the licences of
+    their data sets are shown. What was chosen is noted in FILE.provenance.json.
+
+    Examples:
+
+        opdlm prompts
+
+        opdlm prompts everyday --out data/everyday.jsonl
+
+        opdlm prompts open-mix --out data/opdlm-prompts.parquet --seed 1 --limit 20000
+    """
+    with clear_errors():
+        from opdlm.deploy.tools.prompts import list_sets, write_prompts
+
+        if name is None:
+            if out_file is not None:
+                raise OpdlmError("--out: found without NAME; name a set (`opdlm prompts` lists them)")
+            list_sets(out)
+        elif out_file is None:
+            raise OpdlmError("--out: missing; give a new file that ends with .jsonl or .parquet")
+        else:
+            write_prompts(name, out_file, seed, limit, out)

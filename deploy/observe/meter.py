@@ -18,14 +18,18 @@ class Meter:
 
     Args:
         clock: seconds that only grow.
+        done_word: what has become of the parts that are done, for the lines.
     """
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console, self._clock = console, clock
+    def __init__(
+        self, console: Console, clock: Callable[[], float] = time.monotonic, done_word: str = "answered"
+    ) -> None:
+        self._console, self._clock, self._done_word = console, clock, done_word
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
         self._row = self._bar.add_task("", total=None)
-        self._name, self._total = "", 0
+        self._name = ""
+        self._total: int | None = None
         self._begun = self._last = clock()
 
     def __enter__(self) -> Meter:
@@ -37,8 +41,8 @@ class Meter:
         if self._console.is_terminal:
             self._bar.stop()
 
-    def begin(self, name: str, total: int) -> None:
-        """Begins something of `total` parts."""
+    def begin(self, name: str, total: int | None) -> None:
+        """Begins something of `total` parts; None: nobody knows how many."""
         self._name, self._total = name, total
         self._begun = self._last = self._clock()
         self._bar.reset(self._row, description=name, total=total)
@@ -50,5 +54,6 @@ class Meter:
         if not self._console.is_terminal and now - self._last >= PLAIN_SECONDS:
             self._last = now
             rate = f" ({rate_text(done / (now - self._begun))}/s)" if done else ""
-            line = f"{self._name}: {done:,} of {self._total:,} answered{rate}"
+            of = "" if self._total is None else f" of {self._total:,}"
+            line = f"{self._name}: {done:,}{of} {self._done_word}{rate}"
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -84,6 +84,8 @@ class RunRecords:
         self._round, self._step = first_round, first_step
         self.before_write: Callable[[], None] = lambda: None
         """Called before anything is written; ends the process where the run directory is no longer its own."""
+        self.samples_of_round: Callable[[int], Mapping[str, int]] = lambda _: {}
+        """Counts the samples of a round by source, for its record."""
         self.progress = RunProgress()
         """What the actors have done of the work that goes on."""
         self.progress.at(first_round, first_step)
@@ -120,15 +122,23 @@ class RunRecords:
         """
         self._record("failure", samples=len(indices), attempt=attempt, reason=reason, error=error)
 
-    def data(self, kept: int, refused: list[str], digest: str, unknown_characters: int = 0) -> None:
+    def data(
+        self,
+        kept: int,
+        refused: list[str],
+        digest: str,
+        unknown_characters: int = 0,
+        sources: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """The prompts were read: `kept` of them are used, those in `refused` are not.
 
         Args:
             digest: their fingerprint.
             unknown_characters: characters in them and in their responses that the tokenizer does not know.
+            sources: figures of each of `data.sources`.
         """
         counts = {"prompts_kept": kept, "prompts_refused": len(refused), "unknown_characters": unknown_characters}
-        self._record("data", **counts, data_digest=digest, refused=refused)
+        self._record("data", **counts, data_digest=digest, refused=refused, sources=list(sources))
 
     def given(self, responses: int, forward_tokens: int, cached: bool, cut: int = 0) -> None:
         """The given responses are available.
@@ -207,6 +217,7 @@ class RunRecords:
             self._add_learner_spans(event, seconds_ago)
             if event["kind"] == "round":
                 event = event | self._round_figures(event, queue_state) | queue_state
+                event |= self.samples_of_round(event["round"] - 1)
                 self._begin_round()
             self._write(event)
 

@@ -67,6 +67,7 @@ class Plan:
             "student starts from": config.model.student or "the teacher, converted",
             "end tokens": token_names(self.checked.student.eos_ids, self.checked.tokenizer),
             "prompts": f"{len(prompts.prompts):,} kept, {len(prompts.refused)} refused",
+            **self._sources(),
             "first prompt": self._first_prompt(),
             "samples": f"{schedule.total:,} in {schedule.rounds:,} rounds of {rollout.prompts_per_round}",
             "optimizer steps": (
@@ -77,6 +78,16 @@ class Plan:
             "decoding": f"block {rollout.block_size}, {rollout.block_grid} grid, {rollout.strategy}",
             "student's form": str(self.checked.form),
             "staleness": f"at most {config.queue.max_staleness} rounds",
+        }
+
+    def _sources(self) -> dict[str, str]:
+        prompts = self.checked.prompts
+        return {
+            f"source {share.name}": (
+                f"{share.kept:,} prompts, weight {share.weight:g}: {share.samples_per_epoch:,} samples an epoch "
+                f"({share.samples_per_epoch / prompts.samples_per_epoch:.1%})"
+            )
+            for share in prompts.shares
         }
 
     def _first_prompt(self) -> str:

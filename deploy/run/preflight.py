@@ -50,6 +50,12 @@ class Preflight:
         """The student's form."""
         return self.student.form if self.config.model.student else self.config.model.converted_form
 
+    def samples_of_round(self, round_: int) -> dict[str, int]:
+        """How many samples of a round (from 0) come from each of `data.sources`, as `samples_of_NAME`."""
+        start = round_ * self.schedule.prompts_per_round
+        indices = range(start, min(start + self.schedule.prompts_per_round, self.schedule.total))
+        return {f"samples_of_{name}": count for name, count in self.order.samples_by_source(indices).items()}
+
 
 def preflight(config: OpdlmConfig) -> Preflight:
     """Checks a config against the files that it names.
@@ -83,11 +89,12 @@ def preflight(config: OpdlmConfig) -> Preflight:
     questions, refused = load_known(config, tokenizer, room, {*teacher.eos_ids, *student.eos_ids})
     prompts = load_prompts(config.data, tokenizer, longest, config.run.seed, teacher.tokens, student.eos_ids)
     per_round = config.rollout.prompts_per_round
-    total = config.data.epochs * len(prompts.prompts) if config.run.rounds is None else config.run.rounds * per_round
-    epochs = -(-total // len(prompts.prompts))
+    per_epoch = prompts.samples_per_epoch
+    total = config.data.epochs * per_epoch if config.run.rounds is None else config.run.rounds * per_round
+    epochs = -(-total // per_epoch)
     learner = config.learner
     schedule = TrainingSchedule(total, per_round, learner.batch_size, config.run.seed, learner.passes)
-    order = PromptOrder(prompts.prompts, config.run.seed, epochs)
+    order = PromptOrder(prompts.prompts, config.run.seed, epochs, prompts.shares)
     if config.run.replay is not None:
         check_replay(config, Path(config.run.replay), teacher, schedule, order.digest)
     notes = (*end_token_notes(teacher, student, tokenizer), *([refused] if refused else []))

@@ -80,8 +80,10 @@ def _train(config: OpdlmConfig, resume: bool, console: Console, end: EndAtOnce) 
                 open_records(config, student, checkpoint, roles.pools(), view) as records,
             ):
                 records.before_write = lock.verify
-                prompts = checked.prompts
-                records.data(len(prompts.prompts), prompts.refused, checked.order.digest, prompts.unknown_characters)
+                records.samples_of_round = checked.samples_of_round
+                prompts, sources = checked.prompts, [share.figures() for share in checked.prompts.shares]
+                known = len(prompts.prompts), prompts.refused, checked.order.digest, prompts.unknown_characters
+                records.data(*known, sources)
                 code = asyncio.run(_run(checked, roles, records, student, responses, Driver(console, end, stage)))
                 end.take()
                 end.what = "training had ended; --resume writes the report"

@@ -220,11 +220,12 @@ def _requests(
         held_out = HeldOutProblems([get_task(config.data.task)], student.tokenizer, count)
         chosen += [(f"{config.data.task}/test/{i}", ids) for i, ids in enumerate(held_out.prompt_ids)]
     elif count:
-        first = config.data.model_copy(update={"prompts": count})
+        each = -(-count // max(len(config.data.sources), 1))
+        first = config.data.model_copy(update={"prompts": each})
         found = load_prompts(first, student.tokenizer, longest, config.run.seed, student.facts.tokens)
         for line in found.refused:
             console.print(f"refused prompt {line}", highlight=False, markup=False)
-        chosen += [(prompt.prompt_id, prompt.ids) for prompt in found.prompts]
+        chosen += [(prompt.prompt_id, prompt.ids) for prompt in found.prompts[:count]]
         if found.unknown is not None:
             console.print(found.unknown, highlight=False, soft_wrap=True, markup=False)
     if (told := unknown.line()) is not None:

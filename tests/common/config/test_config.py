@@ -31,7 +31,7 @@ def config_with(**sections) -> OpdlmConfig:
         ({"rollout": {"block_size": 0}}, "rollout.block_size: input should be greater than or equal to 1; found 0"),
         ({"rollout": {"block_size": "four"}}, "rollout.block_size: input should be a valid integer"),
         ({"model": {}}, "model.teacher: missing; it has no default"),
-        ({"data": {}}, "data: found neither of `task` and `path`; give exactly one"),
+        ({"data": {}}, "data: found none of `task`, `path` and `sources`; give exactly one"),
         ({"data": {"task": "chain"}}, "data.prompts: missing; a task needs to know"),
         ({"rollout": {"denoising_steps": 9}}, "rollout.denoising_steps: found 9, more than rollout.block_size 4"),
         ({"teacher": {"targets": "topk"}}, "teacher.targets: found `topk` with objective.top_k 0"),

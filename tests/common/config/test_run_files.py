@@ -115,13 +115,13 @@ def test_the_home_folder(tmp_path, monkeypatch) -> None:
         ("rollout: {gpus_per_actor: .inf}", "rollout.gpus_per_actor: input should be a finite number"),
         (
             "learner: {optimizer: {betas: [0.9, 1.0]}}",
-            "learner.optimizer.betas.1: input should be less than 1; found 1",
+            "learner.optimizer.betas[1]: input should be less than 1; found 1",
         ),
         (
             "learner: {optimizer: {betas: [1.5, 0.9]}}",
-            "learner.optimizer.betas.0: input should be less than 1; found 1",
+            "learner.optimizer.betas[0]: input should be less than 1; found 1",
         ),
-        ("learner: {optimizer: {betas: [true, 0.9]}}", "learner.optimizer.betas.0: input should be a number; found T"),
+        ("learner: {optimizer: {betas: [true, 0.9]}}", "learner.optimizer.betas[0]: input should be a number; found T"),
         ("learner: {optimizer: {lr: -1}}", "learner.optimizer.lr: input should be greater than 0; found -1"),
         ("learner: {optimizer: {lr: .nan}}", "learner.optimizer.lr: input should be a finite number; found nan"),
         ("learner: {zero: {stage: true}}", "learner.zero.stage: input should be a number; found True"),

@@ -60,6 +60,7 @@ COMMANDS = [
     "plan",
     "recipes",
     "curves",
+    "prompts",
     "scale",
 ]
 

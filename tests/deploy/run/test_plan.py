@@ -69,3 +69,19 @@ def test_everything_fits_100_columns(run_file, tmp_path) -> None:  # noqa: F811
     lines = (tmp_path / "out").read_text().splitlines()
     assert lines
     assert max(map(len, lines)) <= 100
+
+
+def test_the_plan_shows_each_source_and_its_share(run_file, tmp_path) -> None:  # noqa: F811
+    for name, count in (("sums", 6), ("rest", 8)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{i}+1="}}\n' for i in range(count)))
+    sources = f"[{{path: {tmp_path}/sums.jsonl, weight: 2}}, {{path: {tmp_path}/rest.jsonl, weight: 0.5}}]"
+    more = ("--set", "data.task=null", "--set", "data.prompts=null", "--set", f"data.sources={sources}")
+    text = opdlm("plan", run_file, *more, "--json", tmp_path / "plan.json")
+    assert "6 prompts, weight 2: 12 samples an epoch (75.0%)" in text
+    run = json.loads((tmp_path / "plan.json").read_text())["run"]
+    assert run["source rest"] == "8 prompts, weight 0.5: 4 samples an epoch (25.0%)"
+    assert run["prompts"] == "14 kept, 0 refused"
+    assert run["samples"].startswith("16 in 1 rounds")
+    missing = sources.replace("rest.jsonl", "no.jsonl")
+    text = opdlm("train", run_file, "--dry-run", *more[:-1], f"data.sources={missing}", code=2)
+    assert f"data.sources[1].path: {tmp_path}/no.jsonl does not exist" in text
