@@ -1,9 +1,9 @@
 """Exports a student in one of the layouts that other programs load.
 
 `a2d-*` is the layout of the public OPDLM and A2D checkpoints (`AutoModelForMaskedLM`, with code beside the weights).
-`sdar` is the one that SGLang and LMDeploy serve. `qwen3`, `qwen2` and `llama` are the plain network, for programs that
-make the attention mask themselves. The weight files are the same bytes in all layouts; `common/export/templates` holds
-the code that is copied into the first two.
+`sdar` is the one that SGLang and LMDeploy serve. The names of the model families (`qwen3`, `llama`, ...) are the plain
+network, for programs that make the attention mask themselves. The weight files are the same bytes in all layouts;
+`common/export/templates` holds the code that is copied into the first two.
 """
 
 from __future__ import annotations
