@@ -18,10 +18,11 @@ class Meter:
 
     Args:
         clock: seconds that only grow.
+        done: what is done with the parts, for the plain lines.
     """
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console, self._clock = console, clock
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic, done: str = "answered") -> None:
+        self._console, self._clock, self._done = console, clock, done
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
         self._row = self._bar.add_task("", total=None)
@@ -50,5 +51,5 @@ class Meter:
         if not self._console.is_terminal and now - self._last >= PLAIN_SECONDS:
             self._last = now
             rate = f" ({rate_text(done / (now - self._begun))}/s)" if done else ""
-            line = f"{self._name}: {done:,} of {self._total:,} answered{rate}"
+            line = f"{self._name}: {done:,} of {self._total:,} {self._done}{rate}"
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
