@@ -17,9 +17,10 @@ from opdlm.common.export.card import Card, write_card
 from opdlm.common.export.names import LAYOUTS, LayoutName
 from opdlm.common.files import atomic_folder, check_new_folder
 from opdlm.common.form import PAPER_FORM
-from opdlm.common.model.config import A2D_PREFIX, read_config
+from opdlm.common.model.config import read_config
 from opdlm.common.model.convert import check_tensors, know_dtype, tied_copies
 from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.families import A2D_PREFIX
 from opdlm.common.model.folder import write_all_but_weights
 from opdlm.common.model.shards import check_finite, copy_shards, read_shards
 from opdlm.common.model.tokenizer import load_tokenizer

@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
+import opdlm
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model import hub
 from opdlm.common.model.facts import read_facts
@@ -131,3 +132,11 @@ def test_a_gguf_file_is_no_model_folder(tmp_path) -> None:
             OpdlmError, match=f"model.teacher: {name} is a GGUF file; .* `opdlm convert {name} --teacher"
         ):
             model_folder(name, "model.teacher")
+
+
+def test_from_python_a_hub_id_is_a_model_too(tmp_path, capsys) -> None:
+    cached(tmp_path)
+    opdlm.convert("me/tiny", tmp_path / "student")
+    assert read_facts(tmp_path / "student").is_student
+    with pytest.raises(OpdlmError, match=r"source: x\.gguf is a GGUF file"):
+        opdlm.convert("x.gguf", tmp_path / "other")
