@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load(folder: str | Path, device: str | None = None) -> Model:
-    """Loads a checkpoint folder: a student, or an autoregressive model.
+    """Loads a checkpoint folder or hub id: a student, or an autoregressive model.
 
     Args:
         device: by default the GPU if torch sees one, else the CPU.
@@ -26,7 +26,7 @@ def load(folder: str | Path, device: str | None = None) -> Model:
     """
     from opdlm.deploy.evaluate.generation import Model
 
-    return Model(_path(folder), device=device)
+    return Model(_model(folder, "folder"), device=device)
 
 
 def convert(
@@ -46,7 +46,7 @@ def convert(
     from opdlm.common.model.convert import convert_checkpoint
 
     return convert_checkpoint(
-        _path(source), _path(destination), block_size, block_grid, mask_token, logit_shift, context
+        _model(source, "source"), _path(destination), block_size, block_grid, mask_token, logit_shift, context
     )
 
 
@@ -60,7 +60,7 @@ def export(
     """
     from opdlm.common.export import export as write_export
 
-    return write_export(_path(checkpoint), _path(destination), layout, base_model)
+    return write_export(_model(checkpoint, "checkpoint"), _path(destination), layout, base_model)
 
 
 def evaluate(
@@ -98,10 +98,10 @@ def evaluate(
 
     file = None if data is None else _path(data)
     asked = QuestionOptions(task, file, prompt_field, answer_field, answer, problems, chat, thinking)
-    beside = None if teacher is None else _path(teacher)
+    beside = None if teacher is None else _model(teacher, "teacher")
     options = commands.EvalOptions(commands.known_strategies(strategies), threshold, block_size, teacher=beside)
     decoding = DecodingOptions(max_new_tokens, batch_size, actors, gpus_per_actor, dtype)
-    with commands.open_evaluation(_path(folder), asked, options, decoding) as evaluation:
+    with commands.open_evaluation(_model(folder, "folder"), asked, options, decoding) as evaluation:
         return evaluation.rows()
 
 
@@ -119,6 +119,12 @@ def train(config: OpdlmConfig, resume: bool = False) -> int:
     from opdlm.deploy.run.train import train as run_training
 
     return run_training(config, resume, Console())
+
+
+def _model(given: str | Path, argument: str) -> Path:
+    from opdlm.common.model.hub import model_folder
+
+    return model_folder(given, argument)
 
 
 def _path(given: str | Path) -> Path:

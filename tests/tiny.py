@@ -83,6 +83,10 @@ YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_ma
 OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2"},
     "llama": {"family": "llama", "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE},
+    "mistral": {"family": "mistral", "sliding_window": None},
+    "phi3": {"family": "phi3", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "smollm3": {"family": "smollm3", "no_rope_layers": [0, 1]},  # its first layer has no rotation
+    "olmo2": {"family": "olmo2"},
     "qwen3-heads": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "qwen3-yarn": {"rope_parameters": YARN_ROPE, "attention_bias": True},
 }

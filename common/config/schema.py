@@ -114,10 +114,11 @@ class ModelConfig(Section):
     """The frozen teacher, and the student that is trained."""
 
     teacher: PathText
-    """Folder of the autoregressive teacher, in Hugging Face layout. It has no default."""
+    """Folder of the autoregressive teacher in Hugging Face layout, or a hub id such as `Qwen/Qwen3-0.6B`, which the
+    driver downloads. It has no default."""
     student: PathText | None = None
-    """Folder of a converted model whose weights the student starts from. Empty: the teacher is converted, and a mask
-    token added where it has none."""
+    """Folder (or hub id) of a converted model whose weights the student starts from. Empty: the teacher is converted,
+    and a mask token added where it has none."""
     mask_token: str | None = None
     """Text of the mask token where the teacher is converted, as in `opdlm convert --mask-token`. Needed where the
     tokenizer's own mask token has another role (it ends responses, say). Empty: the tokenizer's, else `<|MASK|>`."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm.common.files import read_json, read_yaml
 from opdlm.common.model.end_tokens import as_ids, token_names
+from opdlm.common.model.hub import hub_id
 from opdlm.common.model.prompt_encoder import PromptEncoder
 
 _PAPER = "https://arxiv.org/abs/2606.06712"
@@ -167,13 +168,13 @@ def _run_and_figures(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _without_paths(value: Any) -> Any:
-    """Returns the value with each path and address replaced by its last name."""
+    """Returns the value with each path and address replaced by its last name, or by its hub id in the hub's cache."""
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
     if isinstance(value, str) and (value.startswith(("/", "~", "..")) or "://" in value):
-        return Path(value).name
+        return hub_id(value) or Path(value).name
     return value
 
 

@@ -1,9 +1,9 @@
 """Exports a student in one of the layouts that other programs load.
 
 `a2d-*` is the layout of the public OPDLM and A2D checkpoints (`AutoModelForMaskedLM`, with code beside the weights).
-`sdar` is the one that SGLang and LMDeploy serve. `qwen3`, `qwen2` and `llama` are the plain network, for programs that
-make the attention mask themselves. The weight files are the same bytes in all layouts; `common/export/templates` holds
-the code that is copied into the first two.
+`sdar` is the one that SGLang and LMDeploy serve. The names of the model families (`qwen3`, `llama`, ...) are the plain
+network, for programs that make the attention mask themselves. The weight files are the same bytes in all layouts;
+`common/export/templates` holds the code that is copied into the first two.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from opdlm.common.export.card import Card, write_card
 from opdlm.common.export.names import LAYOUTS, LayoutName
 from opdlm.common.files import atomic_folder, check_new_folder
 from opdlm.common.form import PAPER_FORM
-from opdlm.common.model.config import A2D_PREFIX, read_config
+from opdlm.common.model.config import read_config
 from opdlm.common.model.convert import check_tensors, know_dtype, tied_copies
 from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.families import A2D_PREFIX
 from opdlm.common.model.folder import write_all_but_weights
 from opdlm.common.model.shards import check_finite, copy_shards, read_shards
 from opdlm.common.model.tokenizer import load_tokenizer

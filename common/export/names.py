@@ -6,7 +6,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-LayoutName = Literal["a2d-qwen3", "a2d-qwen2", "a2d-llama", "sdar", "qwen3", "qwen2", "llama"]
+LayoutName = Literal[
+    "a2d-qwen3",
+    "a2d-qwen2",
+    "a2d-llama",
+    "a2d-mistral",
+    "a2d-phi3",
+    "a2d-smollm3",
+    "a2d-olmo2",
+    "sdar",
+    "qwen3",
+    "qwen2",
+    "llama",
+    "mistral",
+    "phi3",
+    "smollm3",
+    "olmo2",
+]
 
 TEMPLATES = Path(__file__).parent / "templates"
 """Folder of the code that a layout puts beside the weights."""
@@ -40,6 +56,10 @@ LAYOUTS: dict[LayoutName, Layout] = {
     "a2d-qwen3": _a2d("qwen3", "A2DQwen3"),
     "a2d-qwen2": _a2d("qwen2", "A2DQwen2"),
     "a2d-llama": _a2d("llama", "A2DLlama"),
+    "a2d-mistral": _a2d("mistral", "A2DMistral"),
+    "a2d-phi3": _a2d("phi3", "A2DPhi3"),
+    "a2d-smollm3": _a2d("smollm3", "A2DSmolLM3"),
+    "a2d-olmo2": _a2d("olmo2", "A2DOlmo2"),
     "sdar": Layout(
         "qwen3",
         "SDARForCausalLM",
@@ -49,4 +69,8 @@ LAYOUTS: dict[LayoutName, Layout] = {
     "qwen3": Layout("qwen3"),
     "qwen2": Layout("qwen2"),
     "llama": Layout("llama"),
+    "mistral": Layout("mistral"),
+    "phi3": Layout("phi3"),
+    "smollm3": Layout("smollm3"),
+    "olmo2": Layout("olmo2"),
 }

@@ -17,13 +17,14 @@ __getattr__, __all__ = lazy_exports(
     {
         "attention": ["ATTENTION", "AttentionLayout"],
         "char_tokenizer": ["build_char_tokenizer"],
-        "config": ["EMBEDDING", "OUTPUT", "SUPPORTED_TYPES", "read_config"],
+        "config": ["EMBEDDING", "OUTPUT", "read_config"],
         "convert": [
             "check_tensors",
             "convert_checkpoint",
             "know_dtype",
             "mask_rows",
             "tied_copies",
+            "write_teacher",
         ],
         "end_tokens": ["EndTokens", "as_setting", "read_end_tokens", "token_names"],
         "facts": [
@@ -34,7 +35,11 @@ __getattr__, __all__ = lazy_exports(
             "require_mask",
             "shared_tokens",
         ],
+        "families": ["SUPPORTED_TYPES"],
         "folder": ["own_layout", "save_model", "write_all_but_weights"],
+        "gguf_convert": ["convert_gguf"],
+        "gguf_file": ["is_gguf"],
+        "hub": ["hub_id", "model_folder"],
         "load": ["hidden_states", "input_device", "load_model", "load_output_matrix"],
         "mask_token": ["MASK_TOKEN", "check_mask_row", "choose_mask", "mask_problem"],
         "prompt_encoder": ["PromptEncoder"],

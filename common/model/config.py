@@ -17,9 +17,8 @@ from transformers import AutoConfig
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import read_json
 from opdlm.common.model.end_tokens import GENERATION_KEYS, checked_end_tokens
+from opdlm.common.model.families import check_attention, family_of
 
-A2D_PREFIX = "a2d-"
-"""How the `model_type` of the public OPDLM and A2D (AR-to-diffusion) checkpoints begins."""
 _IGNORED_KEYS = (
     "auto_map",  # names code beside the weights
     "attn_implementation",  # may name a kernel on the hub, which is code too
@@ -29,13 +28,9 @@ _IGNORED_KEYS = (
     "transformers_weights",  # would be loaded instead of the files that were checked
 )
 """Keys of config.json that would choose code or other files; a checkpoint must not decide these."""
-SUPPORTED_TYPES = ("qwen3", "qwen2", "llama")
-"""Model families that take 4-D attention masks and whose logits are `lm_head(hidden)` without a further operation."""
-SDAR_TYPE = "sdar"
-"""`model_type` of SDAR checkpoints: diffusion models with Qwen3's network."""
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-"""Names of the embedding and the output matrix `[V, D]` in all three families; a tied model has the first one only."""
+"""Names of the embedding and the output matrix `[V, D]` of all families; a tied model has the first one only."""
 
 
 def read_config(folder: str | Path) -> Any:
@@ -57,13 +52,7 @@ def read_config(folder: str | Path) -> Any:
     if (path / "adapter_config.json").is_file():  # transformers would load the base model that it names
         raise OpdlmError(f"model folder {path} holds an adapter (adapter_config.json); expected a merged model")
     raw = read_json(file)
-    named = str(raw.get("model_type", ""))
-    family = "qwen3" if named == SDAR_TYPE else named.removeprefix(A2D_PREFIX)
-    if family not in SUPPORTED_TYPES:
-        raise OpdlmError(
-            f"{file}: model_type is {raw.get('model_type')!r}; supported: "
-            + ", ".join([*(f"{t}, {A2D_PREFIX}{t}" for t in SUPPORTED_TYPES), SDAR_TYPE])
-        )
+    family = family_of(raw.get("model_type"), file)
     left_out = {"model_type", "eos_token_id", *_IGNORED_KEYS, *GENERATION_KEYS}
     settings = {key: value for key, value in raw.items() if key not in left_out}
     try:
@@ -72,13 +61,6 @@ def read_config(folder: str | Path) -> Any:
         raise OpdlmError(f"{file} cannot be used: {' '.join(str(error).split())}") from None
     checked_end_tokens(raw.get("eos_token_id"), file, config.vocab_size)
     config.eos_token_id = raw.get("eos_token_id")  # a family's default may be an ordinary token of this vocabulary
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise OpdlmError(f"{file}: use_sliding_window is on; expected a model without one, for block-causal masks")
-    rope = config.rope_parameters["rope_type"]
-    if rope in ("dynamic", "longrope"):
-        raise OpdlmError(
-            f"{file}: rope_type is {rope!r}, whose rotation changes with the sequence's length, so keys in the "
-            "cache would be wrong; expected one that depends on the position alone (default, linear, yarn, llama3)"
-        )
+    check_attention(config, file)
     config.is_diffusion_student = raw["model_type"] != family or raw.get("mask_token_id") is not None
     return config

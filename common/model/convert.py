@@ -73,6 +73,32 @@ def convert_checkpoint(
     return mask_id
 
 
+def write_teacher(source: str | Path, destination: str | Path) -> None:
+    """Writes an autoregressive model as an ordinary folder, whose weight files are copied as bytes.
+
+    Args:
+        source: folder of an autoregressive model.
+        destination: a folder that does not exist yet; it appears whole or not at all.
+
+    Raises:
+        OpdlmError: the source is a student or cannot be used, or the destination exists.
+    """
+    destination = Path(destination)
+    check_new_folder("convert", destination)
+    config, shards, facts = read_config(source), read_shards(source), read_facts(source)
+    if facts.is_student:
+        raise OpdlmError(
+            f"--teacher: {source} is a student, with weights of its own; there is no autoregressive model in it"
+        )
+    tokenizer = load_tokenizer(source)
+    check_tensors(config, shards)
+    know_dtype(config, shards)
+    check_finite(shards)
+    with atomic_folder(destination) as folder:
+        copy_shards(shards, folder, {}, frozenset())
+        write_all_but_weights(folder, config, tokenizer, facts.eos_ids, own_layout(config))
+
+
 def mask_rows(shards: Shards, mask_id: int) -> dict[str, torch.Tensor]:
     """Returns the row `[D]` for the mask token that each of embedding and output matrix needs: the mean of its rows.
 

@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from opdlm.common.export.names import LAYOUTS, TEMPLATES, LayoutName
 from opdlm.common.files import atomic_folder, read_json
-from opdlm.common.model.config import A2D_PREFIX
 from opdlm.common.model.end_tokens import as_setting
+from opdlm.common.model.families import A2D_PREFIX
 
 _TOKENIZER_KEYS = (
     "model_max_length",
@@ -85,6 +85,8 @@ def _rewrite_config(file: Path, config: Any, layout: LayoutName) -> None:
     raw.pop("is_diffusion_student", None)  # `read_config` adds it
     rope = dict(raw.pop("rope_parameters"))
     raw |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": raw.pop("dtype")}
+    if "partial_rotary_factor" in rope:  # Phi3 rotates a part of each head
+        raw["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if rope.get("rope_type", "default") != "default":
         raw["rope_scaling"] = rope
     raw["architectures"] = [target.architecture or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]

@@ -60,7 +60,14 @@ app = CheckedTyper(
 )
 out = Console()
 
-CheckpointFolder = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint folder in Hugging Face layout.")]
+CheckpointFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CKPT",
+        help="Checkpoint folder in Hugging Face layout, or a hub id such as Qwen/Qwen3-0.6B.",
+        callback=lambda given: _model_folder(given),
+    ),
+]
 RunFile = Annotated[
     Path,
     typer.Argument(
@@ -74,6 +81,8 @@ Overrides = Annotated[
 ]
 
 LARGEST_SEED = 2**64 - 1
+_HUB_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
+_BARS_GIVEN = os.environ.get(_HUB_BARS)
 _EXIT_SECONDS = 5.0
 """Longest time that the process takes to exit after a Ctrl-C that ends it at once."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -99,10 +108,17 @@ def _run_file(given: Path) -> Path:
         return find_run_file(Path(home_path(str(given))))
 
 
+def _model_folder(given: Path) -> Path:
+    with clear_errors():
+        from opdlm.common.model.hub import model_folder
+
+        return model_folder(given, "CKPT")
+
+
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
     """A user's mistake, a full disk and Ctrl-C are printed as one line, without a traceback; exits with 2, and 130."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault(_HUB_BARS, "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see `deploy/cluster/local_ray.py`
     try:
         yield
@@ -123,6 +139,12 @@ def clear_errors() -> Iterator[None]:
             raise
         print(f"opdlm: {error.filename or 'a file'} cannot be written: {error.strerror}; make room", file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+def show_hub_bars() -> None:
+    """Lets the hub's library show its progress bars on a terminal; call it before that library is imported."""
+    if _BARS_GIVEN is None and sys.stderr.isatty():
+        os.environ[_HUB_BARS] = "0"
 
 
 def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:

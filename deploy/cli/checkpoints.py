@@ -1,4 +1,4 @@
-"""`opdlm convert`, `export`, `generate`: commands about one checkpoint folder."""
+"""`opdlm convert`, `export`, `push`, `generate`: commands about one checkpoint folder."""
 
 from __future__ import annotations
 
@@ -10,16 +10,32 @@ import typer
 
 from opdlm.common.config.schema import Strategy
 from opdlm.common.export.names import LayoutName
-from opdlm.deploy.cli.app import LARGEST_SEED, CheckpointFolder, app, clear_errors, out
+from opdlm.deploy.cli.app import LARGEST_SEED, CheckpointFolder, app, clear_errors, out, show_hub_bars
 from opdlm.deploy.evaluate.options import Chat, Thinking
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Autoregressive checkpoint folder.")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="New student folder.")],
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens in a block, written to config.json.")] = 4,
-    block_grid: Annotated[Literal["absolute", "response"], typer.Option(help="Block grid, likewise.")] = "absolute",
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Autoregressive checkpoint folder, GGUF file, or hub id.")
+    ],
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="New student folder. Not needed with --teacher.")
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(metavar="DST", help="Write the autoregressive model itself as an ordinary Hugging Face folder."),
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None,
+        typer.Option(help="GGUF only: number format of the weights. Default: bfloat16; float32 keeps every number."),
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a block, written to config.json. Default: 4.")
+    ] = None,
+    block_grid: Annotated[
+        Literal["absolute", "response"] | None, typer.Option(help="Block grid, likewise. Default: absolute.")
+    ] = None,
     mask_token: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="Mask token; added if new. Default: the tokenizer's, else <|MASK|>."),
@@ -45,18 +61,17 @@ def convert(
 
         opdlm convert models/chain-teacher models/chain-student --block-size 4
 
+        opdlm convert Qwen/Qwen3-0.6B models/qwen-student
+
+        opdlm convert SmolLM2-135M-Instruct.Q4_1.gguf --teacher models/smollm2
+
         opdlm convert models/mine models/mine-student --mask-token '<|MASK|>'
     """
     with clear_errors():
-        from opdlm.common.model.convert import convert_checkpoint
-        from opdlm.common.model.facts import read_facts
+        from opdlm.deploy.tools.convert import StudentSettings, run_convert
 
-        mask_id = convert_checkpoint(source, destination, block_size, block_grid, mask_token, logit_shift, context)
-        if note := read_facts(source).end_tokens_note:
-            print(f"opdlm: {note}", file=sys.stderr)
-        form = read_facts(destination).form
-        made = f"mask token id {mask_id}, block size {block_size}, {block_grid} grid, {form}"
-        out.print(f"{destination}: {made}", highlight=False)
+        student = StudentSettings(block_size, block_grid, mask_token, logit_shift, context)
+        run_convert(source, destination, teacher, student, dtype, out)
 
 
 @app.command()
@@ -88,6 +103,40 @@ def export(
         for warning in write_export(checkpoint, destination, layout, base_model):
             print(f"opdlm: warning: {warning}", file=sys.stderr)
         out.print(f"{destination}: {layout} layout", highlight=False)
+
+
+@app.command()
+def push(
+    checkpoint: CheckpointFolder,
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Model repository on the Hugging Face hub.")],
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public", help="Who sees a new repository. Default: the hub's own (public, or as ORG decides)."
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base model, for a card that is written here.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the folder and list what would be sent; ask and send nothing.")
+    ] = False,
+) -> None:
+    """Upload a student or an export to the hub, with its model card, in one commit.
+
+    The token is that of `hf auth login` or HF_TOKEN. A folder without a card (README.md) gets one on the hub.
+
+    Examples:
+
+        opdlm push runs/mine/student me/mine-opdlm --private --dry-run
+
+        opdlm push exported/a2d me/mine-opdlm --public
+    """
+    with clear_errors():
+        show_hub_bars()
+        from opdlm.deploy.tools.push import run_push
+
+        run_push(checkpoint, repository, private, base_model, dry_run, out)
 
 
 @app.command()

@@ -30,6 +30,7 @@ from opdlm.common.data.chat import chat_prompt, require_template
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import home_path, read_text
 from opdlm.common.model.facts import read_facts
+from opdlm.common.model.hub import model_folder
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder, Decoder
 
@@ -42,7 +43,7 @@ class OpdlmLM(LM):
     """`generate_until` with the block decoder, or token by token for an AR checkpoint.
 
     Args (lm-eval's `model_args`):
-        pretrained: checkpoint folder; or, from Python, a `Decoder`.
+        pretrained: checkpoint folder or hub id; or, from Python, a `Decoder`.
         strategy: remasking strategy.
         threshold: confidence threshold of `low_confidence_dynamic`.
         block_size: None takes the checkpoint's own, else 4.
@@ -86,7 +87,7 @@ class OpdlmLM(LM):
         self.decoder = (
             pretrained
             if isinstance(pretrained, Decoder)
-            else CheckpointDecoder(Path(home_path(pretrained)), block_size, device)
+            else CheckpointDecoder(model_folder(pretrained, "model_args: pretrained"), block_size, device)
         )
         self.settings = replace(self.decoder.base.greedy(strategy), threshold=float(threshold))
         self.seed, self._thinking, self._templated = seed, enable_thinking, False

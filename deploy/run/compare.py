@@ -20,7 +20,7 @@ from opdlm.deploy.observe.comparison import write_comparison
 from opdlm.deploy.observe.report import DYNAMIC, STATIC
 from opdlm.deploy.run.directory import check_run, check_same_config, held_config
 from opdlm.deploy.run.lock import RunLock, check_unlocked
-from opdlm.deploy.run.paths import absolute_paths
+from opdlm.deploy.run.paths import absolute_paths, local_models
 from opdlm.deploy.run.preflight import preflight
 from opdlm.deploy.run.train import train
 
@@ -65,7 +65,7 @@ def run_comparison(
         raise OpdlmError(
             f"evaluation.tasks: found {base.evaluation.tasks}, none of data.task {base.data.task}; add them"
         )
-    runs = [(name, seed, _config(base, name, seed, out)) for seed in seeds for name in objectives]
+    runs = [(name, seed, local_models(_config(base, name, seed, out))) for seed in seeds for name in objectives]
     check_folder(out, "--out")
     check_unlocked(out)
     for _, _, config in runs:

@@ -3,6 +3,8 @@
 Actors have other working directories than the driver, so paths become absolute. In a run that `ray job submit
 --working-dir` started, relative paths point into a copy of that directory: every node unpacks one of its own, sees
 nothing of the others, and Ray deletes them when no job uses them any more. Nothing may be kept there.
+
+The driver alone asks the Hugging Face hub: actors get the folder in its cache, which every node must see.
 """
 
 from __future__ import annotations
@@ -12,9 +14,35 @@ from pathlib import Path
 
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.errors import ConfigError
+from opdlm.common.files import read_yaml
+from opdlm.common.model.hub import hub_id, model_folder
 
 _COPIES = ("runtime_resources", "working_dir_files")
 """Ray unpacks to SESSION/runtime_resources/working_dir_files/_ray_pkg_HASH (its WorkingDirPlugin)."""
+
+
+def local_models(config: OpdlmConfig) -> OpdlmConfig:
+    """The config with a folder for each model that is named by its hub id, downloaded where it is not in the cache.
+
+    A run that has begun keeps the files that it started with, whatever the hub has by now: where config.yaml of the run
+    directory names a folder in the cache of the same hub id, that one is taken.
+
+    Raises:
+        OpdlmError: a model is no folder and cannot be downloaded, or is a GGUF file.
+    """
+    file = Path(config.run.dir, "config.yaml")
+    held = read_yaml(file).get("model") if file.is_file() else None
+    before = held if isinstance(held, dict) else {}
+    found: dict[str, str | None] = {}
+    for name in ("teacher", "student"):
+        given, earlier = getattr(config.model, name), before.get(name)
+        if given is None:
+            found[name] = None
+        elif isinstance(earlier, str) and hub_id(earlier) == given and os.path.isdir(earlier):
+            found[name] = earlier
+        else:
+            found[name] = str(model_folder(given, f"model.{name}"))
+    return config.model_copy(update={"model": config.model.model_copy(update=found)})
 
 
 def absolute_paths(config: OpdlmConfig) -> OpdlmConfig:

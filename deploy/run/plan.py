@@ -38,7 +38,7 @@ from opdlm.deploy.cluster.placement import Demands, demands, placement_lines, pl
 from opdlm.deploy.evaluate.commands import check_output
 from opdlm.deploy.observe.session import show_data, show_notes
 from opdlm.deploy.run.directory import check_run, find_checkpoint, holds_run
-from opdlm.deploy.run.paths import absolute_paths
+from opdlm.deploy.run.paths import absolute_paths, local_models
 from opdlm.deploy.run.preflight import Preflight, preflight
 
 GIB = 2**30
@@ -157,6 +157,7 @@ def show_plan(config: OpdlmConfig, console: Console, json_file: Path | None = No
         OpdlmError: see `make_plan`, `check_run`, `find_checkpoint`; or `json_file` cannot be written.
     """
     check_output(json_file, "--json")
+    config = local_models(config)
     if resume is not None:
         check_run(absolute_paths(config), resume)
     plan = make_plan(config)

@@ -15,9 +15,10 @@ from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import ConfigError
 from opdlm.common.form import StudentForm
 from opdlm.common.grid import BlockGrid
-from opdlm.common.model.config import A2D_PREFIX, read_config
+from opdlm.common.model.config import read_config
 from opdlm.common.model.end_tokens import token_names
 from opdlm.common.model.facts import ModelFacts, check_vocabularies, read_facts, require_mask
+from opdlm.common.model.families import A2D_PREFIX
 from opdlm.common.model.mask_token import check_mask_row, choose_mask
 from opdlm.common.model.shards import check_finite, read_shards
 from opdlm.common.model.tokenizer import check_tokenizers, load_tokenizer

@@ -39,7 +39,7 @@ from opdlm.deploy.run.ending import run_together
 from opdlm.deploy.run.given_responses import GivenResponses, known_responses
 from opdlm.deploy.run.lock import RunLock
 from opdlm.deploy.run.loops import Loops
-from opdlm.deploy.run.paths import absolute_paths
+from opdlm.deploy.run.paths import absolute_paths, local_models
 from opdlm.deploy.run.preflight import Preflight, check_weights, preflight
 from opdlm.deploy.run.recovery import survive_queue_deaths
 from opdlm.deploy.run.sources import open_source
@@ -52,7 +52,7 @@ from opdlm.learner.setup import LearnerSetup
 def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
     """Runs a job to its end; returns the exit code (0 done, 128 + signal after a stop with a checkpoint)."""
     with EndAtOnce() as end:
-        return _train(absolute_paths(config), resume, console, end)
+        return _train(absolute_paths(local_models(config)), resume, console, end)
 
 
 def _train(config: OpdlmConfig, resume: bool, console: Console, end: EndAtOnce) -> int:

@@ -1,4 +1,4 @@
-"""Qwen3, Qwen2 and Llama as block diffusion language models, with the names of the public A2D (AR-to-diffusion) models.
+"""Causal language models as block diffusion models, with the names of the public A2D (AR-to-diffusion) models.
 
 `AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)` loads one. See block_causal.py for the
 differences from the autoregressive network.
@@ -11,10 +11,18 @@ from typing import Any
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from .block_causal import BlockCausalMixin
@@ -38,6 +46,30 @@ class A2DLlamaConfig(LlamaConfig):
     model_type = "a2d-llama"
 
 
+class A2DMistralConfig(MistralConfig):
+    """Mistral's config with block_size, block_grid and mask_token_id."""
+
+    model_type = "a2d-mistral"
+
+
+class A2DPhi3Config(Phi3Config):
+    """Phi3's config with block_size, block_grid and mask_token_id."""
+
+    model_type = "a2d-phi3"
+
+
+class A2DSmolLM3Config(SmolLM3Config):
+    """SmolLM3's config with block_size, block_grid and mask_token_id."""
+
+    model_type = "a2d-smollm3"
+
+
+class A2DOlmo2Config(Olmo2Config):
+    """Olmo2's config with block_size, block_grid and mask_token_id."""
+
+    model_type = "a2d-olmo2"
+
+
 class A2DQwen3LMHeadModel(BlockCausalMixin, Qwen3ForCausalLM):
     """Block diffusion on Qwen3."""
 
@@ -54,6 +86,30 @@ class A2DLlamaLMHeadModel(BlockCausalMixin, LlamaForCausalLM):
     """Block diffusion on Llama."""
 
     config_class = A2DLlamaConfig
+
+
+class A2DMistralLMHeadModel(BlockCausalMixin, MistralForCausalLM):
+    """Block diffusion on Mistral."""
+
+    config_class = A2DMistralConfig
+
+
+class A2DPhi3LMHeadModel(BlockCausalMixin, Phi3ForCausalLM):
+    """Block diffusion on Phi3."""
+
+    config_class = A2DPhi3Config
+
+
+class A2DSmolLM3LMHeadModel(BlockCausalMixin, SmolLM3ForCausalLM):
+    """Block diffusion on SmolLM3."""
+
+    config_class = A2DSmolLM3Config
+
+
+class A2DOlmo2LMHeadModel(BlockCausalMixin, Olmo2ForCausalLM):
+    """Block diffusion on Olmo2."""
+
+    config_class = A2DOlmo2Config
 
 
 class IsNotCausal:
@@ -79,3 +135,19 @@ class A2DQwen2IsNotCausal(IsNotCausal, A2DQwen2LMHeadModel):
 
 class A2DLlamaIsNotCausal(IsNotCausal, A2DLlamaLMHeadModel):
     """The refusal for Llama."""
+
+
+class A2DMistralIsNotCausal(IsNotCausal, A2DMistralLMHeadModel):
+    """The refusal for Mistral."""
+
+
+class A2DPhi3IsNotCausal(IsNotCausal, A2DPhi3LMHeadModel):
+    """The refusal for Phi3."""
+
+
+class A2DSmolLM3IsNotCausal(IsNotCausal, A2DSmolLM3LMHeadModel):
+    """The refusal for SmolLM3."""
+
+
+class A2DOlmo2IsNotCausal(IsNotCausal, A2DOlmo2LMHeadModel):
+    """The refusal for Olmo2."""
