@@ -65,7 +65,7 @@ CheckpointFolder = Annotated[
     typer.Argument(
         metavar="CKPT",
         help="Checkpoint folder in Hugging Face layout, or a hub id such as Qwen/Qwen3-0.6B.",
-        callback=lambda given: _model_folder(given),
+        callback=lambda given: model_folder_of(given, "CKPT"),
     ),
 ]
 RunFile = Annotated[
@@ -108,11 +108,16 @@ def _run_file(given: Path) -> Path:
         return find_run_file(Path(home_path(str(given))))
 
 
-def _model_folder(given: Path) -> Path:
+def model_folder_of(given: Path, name: str) -> Path:
+    """The folder of a model that is given as a folder or a hub id; exits with one line where there is none.
+
+    Args:
+        name: the argument, for the line.
+    """
     with clear_errors():
         from opdlm.common.model.hub import model_folder
 
-        return model_folder(given, "CKPT")
+        return model_folder(given, name)
 
 
 @contextlib.contextmanager

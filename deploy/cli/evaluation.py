@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opdlm.deploy.cli.app import CheckpointFolder, app, clear_errors, out, with_option_groups
+from opdlm.deploy.cli.app import CheckpointFolder, app, clear_errors, model_folder_of, out, with_option_groups
 from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_thinking, refuse_data_options
 
 
@@ -26,8 +26,9 @@ def evaluate(
     teacher: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the teacher: it answers first, and the table says how close the checkpoint's answers are: "
-            "share of its score, same answers, length ratio, KL(teacher || student) on the checkpoint's responses."
+            callback=lambda given: given and model_folder_of(given, "--teacher"),
+            help="Folder or hub id of the teacher: it answers first, and the table says how close the checkpoint's answers "
+            "are: share of its score, same answers, length ratio, KL(teacher || student) on the checkpoint's responses.",
         ),
     ] = None,
     samples: Annotated[
