@@ -27,8 +27,8 @@ def evaluate(
         Path | None,
         typer.Option(
             callback=lambda given: given and model_folder_of(given, "--teacher"),
-            help="Folder or hub id of the teacher: it answers first, and the table says how close the checkpoint's answers "
-            "are: share of its score, same answers, length ratio, KL(teacher || student) on the checkpoint's responses.",
+            help="Folder or hub id of the teacher: it answers first, and the table says how close the checkpoint's "
+            "answers are: share of its score, same answers, length ratio, KL(teacher || student) on its responses.",
         ),
     ] = None,
     samples: Annotated[
