@@ -72,6 +72,10 @@ class QueueClient:
                         f"for {silent:.0f} s (resources.call_timeout_seconds {self._limit:g})"
                     ) from None
 
+    def ends_early(self) -> bool:
+        """Whether the run, which takes no further round, is finished; equal on every rank."""
+        return self.wait_for(self._queue.ends_early.remote(), "the replay queue")
+
     def remade_sample(self, index: int, lost: SampleRef) -> SampleRef:
         """Waits until a sample whose data is lost has been made again; returns the new one."""
         what = f"sample {index}, whose data was lost, to be made again"

@@ -6,9 +6,9 @@ The state is gathered before anything is written, so no rank waits in a collecti
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,8 @@ from safetensors import SafetensorError
 from opdlm.common.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
 from opdlm.common.config.schema import OpdlmConfig
 from opdlm.common.errors import OpdlmError
-from opdlm.common.model.facts import read_facts
-from opdlm.common.model.folder import save_model
+from opdlm.common.model.folder import save_student
 from opdlm.common.model.load import load_model
-from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.common.types import WeightPack
 from opdlm.common.weights import load_weights
 from opdlm.learner import zero
@@ -172,18 +170,24 @@ class Saver:
         def write() -> None:
             if pack is None or destination.exists():
                 return
-            student, facts, rollout = load_model(start, config.model.dtype), read_facts(start), config.rollout
+            student = load_model(start, config.model.dtype)
             load_weights(student, pack)
-            # A given student's config.json may not name them, and the code beside the weights decodes by them.
-            decoding = {"block_size": rollout.block_size, "block_grid": rollout.block_grid, **asdict(facts.form)}
-            student.config.update({"mask_token_id": facts.mask_id, **decoding})
-            save_model(student, load_tokenizer(start), destination, facts.eos_ids)
+            save_student(student, start, destination, config.rollout.block_size, config.rollout.block_grid)
 
         self.require(str(destination), write)
 
     def _advice(self, problem: str) -> str:
         newest = _newest_checkpoint(self.root) if dist.get_rank() == 0 else "see rank 0"
         return f"{problem}; {newest}; make room and go on with --resume"
+
+
+def forget_student(run_dir: Path) -> None:
+    """Removes the finished student of a run that trains further, as after an early stop: it would be outdated."""
+    for folder in (run_dir / "student", run_dir / "adapter"):
+        if folder.exists():
+            aside = folder.with_name(f".old-{folder.name}.{os.getpid()}")
+            folder.rename(aside)  # in one step: no half of a student can be taken for a whole one
+            shutil.rmtree(aside)
 
 
 def problem_of_first_rank(act: Callable[[], object], device: torch.device | str = "cpu") -> str | None:

@@ -2,7 +2,7 @@
 
     restore ─► publish ─► for each round: take ─► train ─► publish version r + 1 ─► save, if due ─► export the student
                                            │
-                                           └ None: a stop was requested; save and end
+                                           └ None: an end was requested; save and end
 
 A rank that dies takes the group down. Ray Train starts the group again, and it goes on from the last checkpoint with
 the same samples, which the queue keeps until a checkpoint covers them. A sample whose data is lost with a node is made
@@ -32,7 +32,7 @@ from opdlm.learner import zero
 from opdlm.learner.distill import DistillModule
 from opdlm.learner.queue_client import QueueClient
 from opdlm.learner.round_training import RoundTrainer
-from opdlm.learner.saving import BehindQueue, GiveUp, Saver
+from opdlm.learner.saving import BehindQueue, GiveUp, Saver, forget_student
 from opdlm.learner.schedule import Progress, TrainingSchedule
 from opdlm.learner.setup import LearnerSetup
 from opdlm.learner.targets import load_teacher_head
@@ -129,6 +129,8 @@ class Learner:
             if taken is None:
                 break
             samples, staleness = taken
+            if self.rank == 0:
+                forget_student(self.run_dir)
             self.train(samples, staleness, wait_seconds=time.perf_counter() - started)
             del taken, samples  # the queue alone holds samples after their round (deploy/run/sample_references.py)
             pack = self._publish()
@@ -136,7 +138,7 @@ class Learner:
                 saved = self.progress.rounds
         if saved != self.progress.rounds:
             self._save(last=True)
-        if self.progress.rounds == self.schedule.rounds:
+        if self.progress.rounds == self.schedule.rounds or self.queue.ends_early():
             self.saver.export_student(self.run_dir, self.setup.student, self.config, pack)
         dist.barrier()
 

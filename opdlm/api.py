@@ -106,7 +106,9 @@ def evaluate(
 
 
 def train(config: OpdlmConfig, resume: bool = False) -> int:
-    """Runs `opdlm train` in this process, which joins or starts Ray; returns 0, or 128 + signal after a stop.
+    """Runs `opdlm train` in this process, which joins or starts Ray.
+
+    Returns 0, also where its time is over (`run.max_minutes`), or 128 + signal after a stop.
 
     Args:
         config: as from `opdlm.load_config("run.yaml", ["run.dir=runs/mine"])`.

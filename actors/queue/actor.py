@@ -59,7 +59,6 @@ class ReplayQueueActor(ProgressBoard):
         self._events_being_written = False
         """The driver has received events and not asked for more since, so it may not have written them yet."""
         self._driver_listens = True
-        self._stop_requested = False
         self._learner_ended = False
         self._failure: str | None = None
         """Why the learner ended the run as a failure."""
@@ -77,14 +76,8 @@ class ReplayQueueActor(ProgressBoard):
         list is empty once the learner has ended.
         """
         queue = self._queue
-
-        def something_to_decode() -> bool:
-            return queue.lost > 0 or (queue.free_slots > 0 and not self._stop_requested)
-
-        await self._until(lambda: self._learner_ended or something_to_decode())
-        if self._learner_ended:
-            return []
-        return queue.lease_lost(most) if self._stop_requested else queue.lease(most)
+        await self._until(lambda: self._learner_ended or queue.lost > 0 or queue.free_slots > 0)
+        return [] if self._learner_ended else queue.lease(most)
 
     async def put(self, indices: list[int], weight_versions: list[int], samples: list[Any]) -> list[Answer]:
         """Takes in finished samples (one `SampleRef` each); returns the answer to each, see `ReplayQueue.put`.
@@ -133,10 +126,20 @@ class ReplayQueueActor(ProgressBoard):
         self._driver_listens = False
         self._wake()
 
-    async def request_stop(self) -> None:
-        """Requests an orderly end: no new sample is leased; the learner finishes its round, saves and ends."""
-        self._stop_requested = True
+    async def request_stop(self, finish: bool = False) -> bool:
+        """Requests an orderly end: no new sample is leased; the learner finishes its round, saves and ends.
+
+        `finish`: the learner also exports the student, because the run is finished then. Returns whether it is.
+        """
+        self._queue.stop(finish)
         self._wake()
+        return self._queue.ends_early
+
+    async def end_after_round(self) -> int:
+        """Requests an end after the round that is being made; returns how many rounds of the run are trained then."""
+        self._queue.stop_after_round()
+        self._wake()
+        return self._queue.last_round
 
     async def learner_ended(self) -> None:
         """Notes that the learner has ended, which ends every wait for it."""
@@ -165,22 +168,24 @@ class ReplayQueueActor(ProgressBoard):
     async def take_round(self, round_: int) -> tuple[list[Any], list[int]] | None:
         """Waits until a round is complete; every rank gets the same answer as the first.
 
-        Returns: (samples in index order, staleness of each); None if a stop was requested before any rank had taken
-        this round.
+        Returns: (samples in index order, staleness of each); None if an end was requested before any rank had taken it.
         """
         self._waiting_ranks += 1
         try:
-            begun = self._queue.taken_rounds  # a stop waits for a round that was begun, even for its lost samples
-            await self._until(lambda: self._queue.is_ready(round_) or (self._stop_requested and round_ not in begun))
+            await self._until(lambda: self._queue.is_ready(round_) or self._queue.ends_before(round_))
         finally:
             self._waiting_ranks -= 1
-        if self._stop_requested and round_ not in self._queue.taken_rounds:
+        if self._queue.ends_before(round_):
             return None
         if round_ not in self._queue.taken_rounds:
             now = time.monotonic()
             waited = [now - self._accepted_at.pop(index) for index in self._queue.indices_of(round_)]
             self._mean_wait_seconds = sum(waited) / len(waited)
         return self._queue.take_round(round_), self._queue.staleness(round_)
+
+    async def ends_early(self) -> bool:
+        """After a `take_round` that gave None: whether the run is finished although rounds are left."""
+        return self._queue.ends_early
 
     async def driver_silent_seconds(self) -> float:
         """Seconds since the driver last asked for events. It asks regularly while it is alive."""

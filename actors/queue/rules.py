@@ -52,6 +52,10 @@ class ReplayQueue:
         """Rounds that a learner rank has taken."""
         self.refused: dict[str, int] = {"duplicate": 0, "stale": 0}
         """Number of samples that `put` refused, by reason."""
+        self.stops = self.ends_early = False
+        """No new sample is leased; and the run is finished then, although rounds are left."""
+        self.last_round = self.rounds
+        """Rounds from this one on are neither leased nor taken; `rounds` unless the run was told to end earlier."""
         self._first_index = self._next_index = min(first_round * prompts_per_round, total)
         """Index of the run's first sample, and of the next sample that was never leased."""
         self._leased: set[int] = set()
@@ -68,12 +72,34 @@ class ReplayQueue:
         start = round_ * self.prompts_per_round
         return range(start, min(start + self.prompts_per_round, self.total))
 
+    def stop(self, finish: bool) -> None:
+        """Ends the run after the rounds that a rank has taken.
+
+        Args:
+            finish: it is finished then. Where an end was asked for before, that stays what it was, so that all ranks
+                know one `ends_early`.
+        """
+        if finish and (self.stops or self.last_round < self.rounds):
+            return
+        self.ends_early |= finish
+        self.stops = True
+
+    def stop_after_round(self) -> None:
+        """Ends the run after the round that is being made: the first one that is not trained."""
+        self.last_round = min(self.last_round, self.trained_rounds + 1)
+
+    def ends_before(self, round_: int) -> bool:
+        """Whether the run ends before this round. An end waits for a round that was begun, even for lost samples."""
+        return (self.stops or round_ >= self.last_round) and round_ not in self.taken_rounds
+
     @property
     def free_slots(self) -> int:
-        """Number of new samples that could be leased now; 0 before the rollout actors hold their first weights."""
-        if self.version is None:
+        """Number of new samples that could be leased now; 0 before the rollout actors hold their first weights, and
+        after `stop`."""
+        if self.version is None or self.stops:
             return 0
-        limit = min((self.version + self.max_staleness + 1) * self.prompts_per_round, self.total)
+        rounds = min(self.version + self.max_staleness + 1, self.last_round)
+        limit = min(rounds * self.prompts_per_round, self.total)
         return max(limit - self._next_index, 0)
 
     @property
@@ -105,17 +131,11 @@ class ReplayQueue:
 
         Lost samples come first: they still have their slots, and the learner waits for them.
         """
-        again = self.lease_lost(most)
+        again, self._lost = self._lost[:most], self._lost[most:]
         indices = list(range(self._next_index, self._next_index + min(most - len(again), self.free_slots)))
         self._next_index += len(indices)
-        self._leased.update(indices)
+        self._leased.update(again + indices)
         return again + indices
-
-    def lease_lost(self, most: int) -> list[int]:
-        """Leases lost samples, which are to be made again, at most `most`; may be empty."""
-        again, self._lost = self._lost[:most], self._lost[most:]
-        self._leased.update(again)
-        return again
 
     def lose(self, index: int, sample: Any) -> bool:
         """Notes that the data of a sample is gone, so that its index is leased again.

@@ -10,14 +10,17 @@ loads the received weights into the model between two denoising steps. One threa
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import ObjectLostError
+from safetensors import SafetensorError
 
 from opdlm.actors.engine_guard import guarded, one_token_forward
 from opdlm.actors.progress import Teller, Watch
@@ -25,9 +28,10 @@ from opdlm.actors.rollout.cuda_graphs import CudaGraphs
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.config.schema import OnNewWeights
-from opdlm.common.errors import WeightsLost, last_line
+from opdlm.common.errors import OpdlmError, WeightsLost, first_line, last_line
 from opdlm.common.model.device import device_for
 from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.folder import save_student
 from opdlm.common.model.load import load_model
 from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory, WeightHandle, WeightPack
 from opdlm.common.weights import load_weights
@@ -48,7 +52,7 @@ class RolloutActor:
     ) -> None:
         device = device_for(gpus, gpu_setting)
         torch.set_num_threads(max(threads, 1))
-        facts = read_facts(student)
+        self._folder, facts = student, read_facts(student)
         self._mask_id, self._facts = require_mask(facts), facts
         self._model = load_model(student, dtype).to(device)
         self._make_recorder = CudaGraphs if cuda_graphs else None
@@ -156,6 +160,26 @@ class RolloutActor:
                 self._receive(handle)
             self._load_arrived()
             return compute(self._model, self._mask_id, *arguments)
+
+    def save_student(self, handle: WeightHandle, destination: Path, block_size: int, block_grid: str) -> None:
+        """Writes the student of exactly this weight version as a model folder, in place of an earlier one there.
+
+        Raises:
+            OpdlmError: the disk did not take it.
+            ValueError: the actor has newer weights.
+            WeightsLost: the published data is gone.
+        """
+        with self._model_lock, guarded("student", self._probe):
+            self._receive(handle)
+            self._load_arrived()
+            if self._version != handle.version:
+                raise ValueError(f"saving version {handle.version}: the actor has version {self._version}")
+            try:
+                shutil.rmtree(destination, ignore_errors=True)
+                save_student(self._model, self._folder, destination, block_size, block_grid)
+            except (OSError, SafetensorError) as error:
+                reason = getattr(error, "strerror", None) or first_line(error)
+                raise OpdlmError(f"{destination} could not be written: {reason}; make room") from error
 
     def _probe(self) -> None:
         one_token_forward(self._model)

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
-from typing import Any
 
 from opdlm.common.config.data import check_sources, has_responses
-from opdlm.common.config.redact import holds_credentials, redact_credentials
 from opdlm.common.config.schema import OpdlmConfig, Schedule
+from opdlm.common.config.values import no_texts, secrets
 from opdlm.common.errors import ConfigError
-from opdlm.common.text import text_fault
 
 
 def check_config(config: OpdlmConfig) -> None:
@@ -22,46 +20,44 @@ def check_config(config: OpdlmConfig) -> None:
     Raises:
         ConfigError: with one line per mistake, which names the setting by its path.
     """
-    checks = (_run, _data, _model, _objective, _rollout, _teacher, _targets, _learner, _curriculum, _resources)
+    checks = (
+        _run,
+        _checkpoint,
+        _data,
+        _model,
+        _objective,
+        _rollout,
+        _teacher,
+        _targets,
+        _learner,
+        _curriculum,
+        _resources,
+    )
     values = config.model_dump()
     problems = [
-        *_texts(values),
-        *_secrets(values),
+        *no_texts(values),
+        *secrets(values),
         *(problem for check in checks for problem in check(config)),
     ]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _texts(value: Any, path: str = "") -> Iterator[str]:
-    """Finds names and values that are no text: paths, columns and messages that nothing could use."""
-    if isinstance(value, dict):
-        for key, held in value.items():
-            yield from _texts(key, path)
-            yield from _texts(held, f"{path}.{key}" if path else key)
-    elif isinstance(value, list):
-        for place, held in enumerate(value):
-            yield from _texts(held, f"{path}[{place}]" if isinstance(held, dict) else path)
-    elif isinstance(value, str) and (fault := text_fault(value)):
-        yield f"{path}: {value!r} holds {fault}; correct the text"
-
-
-def _secrets(section: dict[str, Any], path: str = "") -> Iterator[str]:
-    """Finds credentials, because the config is written to the run directory and to model cards."""
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _secrets(value, f"{path}{key}.")
-        elif isinstance(value, list):
-            for place, held in enumerate(value):
-                yield from _secrets(held, f"{path}{key}[{place}].") if isinstance(held, dict) else ()
-        elif isinstance(value, str) and holds_credentials(value):
-            found = f"{path}{key}: found credentials in {redact_credentials(value)!r}"
-            yield f"{found}; leave them out and set HF_TOKEN instead"
-
-
 def _run(config: OpdlmConfig) -> Iterator[str]:
     if config.run.replay is not None and config.run.dump_rollouts:
         yield f"run.dump_rollouts: found with run.replay; {config.run.replay} holds the rollouts already, leave one out"
+
+
+def _checkpoint(config: OpdlmConfig) -> Iterator[str]:
+    if config.checkpoint.keep_best is None:
+        return
+    if config.run.replay is not None:
+        yield "checkpoint.keep_best: found with run.replay, which evaluates nothing; leave one of them out"
+    elif config.evaluation.every_rounds is None:
+        yield (
+            "checkpoint.keep_best: found without evaluation.every_rounds; the best is chosen among the evaluations "
+            "during training, so set evaluation.every_rounds"
+        )
 
 
 def _data(config: OpdlmConfig) -> Iterator[str]:

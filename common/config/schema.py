@@ -8,7 +8,7 @@ loading and overrides in `load.py`.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -50,6 +50,7 @@ __all__ = [
     "Dtype",
     "EvaluationConfig",
     "Grid",
+    "KeepBestConfig",
     "Kind",
     "LearnerConfig",
     "LoraConfig",
@@ -83,6 +84,10 @@ class RunConfig(Section):
     numbers of actors and workers, on the same kind of machine, give the same results. 0 to 2^64 - 1."""
     rounds: PositiveInt | None = None
     """Number of rounds to train, whatever `data.epochs` says. Empty: as many as `data.epochs` needs."""
+    max_minutes: Annotated[Number, Field(gt=0)] | None = None
+    """Minutes after which the run ends by itself: after the round in which they are over, with a checkpoint and exit
+    code 0; `--resume` goes on for as long again. They count from the start of the command, and at least one round is
+    trained. For machines that are lent by the hour. Empty: no limit."""
     deterministic: Switch = False
     """Use only deterministic torch kernels in the learner. Some are slower, and an operation that has none ends the run
     with an error. Turn it on to repeat a run on GPUs to the bit."""
@@ -148,6 +153,27 @@ class ModelConfig(Section):
         return PAPER_FORM.replaced(self.logit_shift, self.context)
 
 
+class KeepBestConfig(Section):
+    """Which weights are the best, by a figure of the evaluations during training, and when no better ones are expected.
+
+    Only these evaluations count (`evaluation.every_rounds`): the ones before and after training have other problems.
+    """
+
+    figure: str = "exact_match"
+    """The figure: `exact_match` or `tokens_per_step`, of everything that is asked; that of one task, as
+    `add/exact_match` (`exact_match`, `token_match` and `tokens_per_step`); with `evaluation.data` also `data_right`,
+    `of_teacher`, `agreement`, `token_agreement`, `held_out_kl`, and that of one kind of questions, as
+    `capitals/right`."""
+    mode: Literal["max", "min"] = "max"
+    """Whether a high figure is good (`max`) or a low one (`min`). Of equal ones the first counts."""
+    patience: PositiveInt | None = None
+    """Early stop: training ends after this number of evaluations in a row without a better figure. The run is finished
+    then: the student is exported, and the last evaluations are made. Empty: all rounds are trained."""
+    min_delta: Annotated[Number, Field(ge=0)] = 0.0
+    """For `patience`, a figure counts as better if it is better by more than this. The best weights are kept whatever
+    it says."""
+
+
 class CheckpointConfig(Section):
     """When checkpoints are written, and how many are kept."""
 
@@ -161,6 +187,9 @@ class CheckpointConfig(Section):
     first failure ends it. Earlier checkpoints stay whole. Until a save succeeds, the queue keeps all samples since the
     last checkpoint in Ray's object store, for a learner that has to train them again. The last checkpoint of a run must
     succeed."""
+    keep_best: KeepBestConfig | None = None
+    """Keep the student of the best evaluation during training as a model folder, `RUN/best/round-NNNNNN`; `{}` turns it
+    on with its defaults. It stays when old checkpoints are removed. Empty: only the last student is kept."""
 
 
 class EvaluationConfig(Section):

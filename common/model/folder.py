@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from opdlm.common.export.names import LAYOUTS, TEMPLATES, LayoutName
 from opdlm.common.files import atomic_folder, read_json
 from opdlm.common.model.end_tokens import as_setting
+from opdlm.common.model.facts import read_facts
 from opdlm.common.model.families import A2D_PREFIX
+from opdlm.common.model.tokenizer import load_tokenizer
 
 _TOKENIZER_KEYS = (
     "model_max_length",
@@ -52,6 +55,19 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, destination: Path
     with atomic_folder(destination) as folder:
         model.save_pretrained(folder)
         write_all_but_weights(folder, model.config, tokenizer, eos_ids, own_layout(model.config))
+
+
+def save_student(model: Any, start: str | Path, destination: Path, block_size: int, block_grid: str) -> None:
+    """Saves a trained student with the tokenizer of its start weights' folder, and how it decodes.
+
+    Args:
+        start: folder of the start weights. A given student's config.json may not name the mask token, nor blocks and
+            grid, and the code beside the weights decodes by them.
+    """
+    facts = read_facts(start)
+    decoding = {"block_size": block_size, "block_grid": block_grid, **asdict(facts.form)}
+    model.config.update({"mask_token_id": facts.mask_id, **decoding})
+    save_model(model, load_tokenizer(start), destination, facts.eos_ids)
 
 
 def write_all_but_weights(

@@ -25,6 +25,10 @@ def train(
     dump_rollouts: Annotated[
         bool, typer.Option("--dump-rollouts", help="Keep every scored trajectory in the run directory's rollouts/.")
     ] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="End by itself after the round in which these minutes are over; --resume goes on."),
+    ] = None,
     replay: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Train on the rollouts that a run kept: no rollout or teacher actors."),
@@ -43,6 +47,8 @@ def train(
 
         opdlm train deploy/demo.yaml --resume
 
+        opdlm train deploy/demo.yaml --resume --minutes 110
+
         opdlm train deploy/demo.yaml --dump-rollouts
 
         opdlm train deploy/demo.yaml --replay runs/demo/rollouts --set run.dir=runs/jsd --set objective.divergence=jsd
@@ -51,6 +57,7 @@ def train(
         from opdlm.common.config import load_config
 
         flags = ["run.dump_rollouts=true"] if dump_rollouts else []
+        flags += [f"run.max_minutes={minutes!r}"] if minutes is not None else []
         flags += [f"run.replay={json.dumps(str(replay))}"] if replay else []
         config = load_config(run, [*(override or []), *flags])
         if dry_run:

@@ -7,7 +7,8 @@ spare actors the rollout actors evaluate, and decoding waits for them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory, WeightHa
 from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.evaluate.background import BackgroundEvaluations
 from opdlm.deploy.evaluate.beside_teacher import BesideTeacher
+from opdlm.deploy.evaluate.best import BestStudent
 from opdlm.deploy.evaluate.exam import Exam
 from opdlm.deploy.evaluate.held_out import EvaluationResult, HeldOutProblems
 from opdlm.deploy.observe.progress import RunProgress
 from opdlm.deploy.observe.records import RunRecords, read_records
-from opdlm.deploy.observe.report import BEFORE, DYNAMIC, PERIODIC, STATIC, TEACHER
+from opdlm.deploy.observe.report import BEFORE, DYNAMIC, PERIODIC, STATIC, TEACHER, figure_of
 from opdlm.deploy.run.preflight import Preflight, evaluated_tasks
 
 
@@ -64,14 +66,27 @@ class RunEvaluations:
             return Exam(HeldOutProblems(tasks, checked.tokenizer, count, ends) if tasks else None, known)
 
         self._beside = BesideTeacher(config, roles.teachers, checked.form, checked.teacher.tokens)
+        keep = config.checkpoint.keep_best
+        self._best = BestStudent(Path(config.run.dir), keep) if keep is not None else None
+        self._end_early: Callable[[], Awaitable[bool]] = _too_late
+        self.early_stop: str | None = None
+        """Why training ends early, in words; None: it does not."""
         self._newest: WeightHandle | None = None
         self._final = exam(settings.final_problems, None)
         self._periodic = exam(settings.problems if settings.every_rounds else None, settings.limit)
 
-    def begin(self) -> None:
-        """Reads from the run's records what need not be evaluated again. Call this before the loops start."""
+    def begin(self, end_early: Callable[[], Awaitable[bool]]) -> None:
+        """Reads from the run's records what need not be evaluated again. Call this before the loops start.
+
+        Args:
+            end_early: ends training as a finished run; returns False where an end was asked for before.
+        """
         records = read_records(Path(self._config.run.dir))
-        self._done = {(record["row"], record["round"]) for record in records if record["kind"] == "evaluation"}
+        evaluations = [record for record in records if record["kind"] == "evaluation"]
+        self._done = {(record["row"], record["round"]) for record in evaluations}
+        self._end_early, self.early_stop = end_early, None
+        if self._best is not None and (note := self._best.restore(evaluations)):
+            self._stage(note)
 
     async def on_weights(self, handle: WeightHandle) -> None:
         """Evaluates what is due with a version: the first rows of the table with version 0, later the curve's points.
@@ -80,6 +95,7 @@ class RunEvaluations:
             WeightsLost: the version died before the rollout actors had it.
         """
         self._newest = handle
+        await self._end_if_enough()  # a resumed run had perhaps ended early
         if handle.version == 0 and self._final is not None:
             rows = {row for row, _ in self._done}
             problems = len(self._final.prompt_ids)
@@ -88,7 +104,7 @@ class RunEvaluations:
                 progress = self._records.progress
                 arguments = self._roles.teachers, self._final, self._config.evaluation, progress, self._beside
                 result = await evaluate_teacher(*arguments)
-                self._record(TEACHER, 0, result, step=0)
+                self._record(TEACHER, 0, result)
             if BEFORE not in rows:
                 self._stage(f"examining the student before training: {problems:,} problems")
                 await self._evaluate(BEFORE, self._final, handle)
@@ -104,10 +120,13 @@ class RunEvaluations:
 
     async def finish(self) -> None:
         """Waits for the background evaluations, also after a stop: a resumed run would not make them."""
+        self._end_early = _too_late
         await self._background.finish()
 
     async def final(self) -> None:
         """Evaluates the newest version, which is the trained student, for the last rows of the table."""
+        if self._best is not None:
+            self._best.prune(last=True)
         if self._final is not None and self._newest is not None:
             self._stage("examining the trained student, with two decodings")
             await self._evaluate(STATIC, self._final, self._newest)
@@ -115,25 +134,52 @@ class RunEvaluations:
 
     async def _evaluate_periodically(self, handle: WeightHandle) -> None:
         assert self._periodic is not None
-        await self._evaluate(PERIODIC, self._periodic, handle, self._roles.evaluators)
+        pool = self._roles.evaluators or self._roles.rollouts
+        result = await self._ask(PERIODIC, self._periodic, handle, pool)
+        if (best := self._best) is None:
+            return self._record(PERIODIC, handle.version, result)
+        figure = figure_of(asdict(result), best.settings.figure)
+        if better := best.is_better(figure):  # before the record, which says that the student is kept
+            rollout = self._config.rollout
+            arguments = handle, best.folder(handle.version), rollout.block_size, rollout.block_grid
+            await pool.call("save_student", *arguments)
+        self._record(PERIODIC, handle.version, result, best_by=best.label if better else None)
+        best.note(handle.version, figure, better)
+        await self._end_if_enough()
+
+    async def _end_if_enough(self) -> None:
+        """Ends training early where no better student is expected (`checkpoint.keep_best.patience`)."""
+        last = self._newest is not None and self._newest.version == self._checked.schedule.rounds
+        if self._best is None or last or self.early_stop or not (why := self._best.enough()):
+            return
+        if await self._end_early():
+            self.early_stop = why
+            self._records.ends_early(why)
 
     def _note_lost_weights(self, handle: WeightHandle, error: WeightsLost) -> None:
         reason = f"no evaluation of version {handle.version}: {last_line(error)}"
         self._records.failed([], 1, reason, type(error).__name__)
 
-    async def _evaluate(self, row: str, problems: Exam, handle: WeightHandle, pool: ActorPool | None = None) -> None:
+    async def _evaluate(self, row: str, problems: Exam, handle: WeightHandle) -> None:
+        self._record(row, handle.version, await self._ask(row, problems, handle, self._roles.rollouts))
+
+    async def _ask(self, row: str, problems: Exam, handle: WeightHandle, pool: ActorPool) -> EvaluationResult:
         dynamic = row in (DYNAMIC, PERIODIC)
         strategy: Strategy = "low_confidence_dynamic" if dynamic else "low_confidence_static"
-        pool = pool or self._roles.rollouts
         settings = self._settings.greedy(strategy)
         task, progress = f"evaluation of round {handle.version}, {row}", self._records.progress
         arguments = pool, problems, handle, settings, self._config.evaluation, task, progress, self._beside
-        result = await evaluate_student(*arguments)
-        self._record(row, handle.version, result, self._checked.schedule.steps_before(handle.version))
+        return await evaluate_student(*arguments)
 
-    def _record(self, row: str, version: int, result: EvaluationResult, step: int) -> None:
-        self._records.evaluated(row, version, result, step)
+    def _record(self, row: str, version: int, result: EvaluationResult, best_by: str | None = None) -> None:
+        step = self._checked.schedule.steps_before(version)
+        self._records.evaluated(row, version, result, step, best_by)
         self._done.add((row, version))
+
+
+async def _too_late() -> bool:
+    """Training has ended."""
+    return False
 
 
 async def evaluate_student(

@@ -82,6 +82,11 @@ class KnownAnswers:
         questions, ids = [self.questions[i] for i in places], [self.prompt_ids[i] for i in places]
         return KnownAnswers(questions, ids, self._mark, self.text, self._setting)
 
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of the questions, in the order of the file."""
+        return list(dict.fromkeys(question.kind for question in self.questions if question.kind is not None))
+
     def requests(self, max_new_tokens: int, first: int = 0) -> list[RolloutRequest]:
         """The questions as decode requests, whose indices count from `first`."""
         named = zip(self.questions, self.prompt_ids, strict=True)
@@ -96,7 +101,7 @@ class KnownAnswers:
         verdicts = [check(text) for check, text in zip(self._checks, texts, strict=True)]
         right = np.array([verdict is True for verdict in verdicts], dtype=bool)
         by_kind = {}
-        for kind in dict.fromkeys(question.kind for question in self.questions if question.kind is not None):
+        for kind in self.kinds:
             of = right[[question.kind == kind for question in self.questions]]
             by_kind[kind] = {"right": float(of.mean()), "questions": len(of)}
         return AnswerMarks(right, verdicts.count(None), by_kind)

@@ -2,7 +2,8 @@
 
 A record has a `kind`: `data`, `step` (one optimizer step), `round`, `publish`, `checkpoint`, `evaluation`, `failure`,
 `offline` (given responses), `skipped_step` (the gradient was not finite), `failed_save` (of a checkpoint),
-`actor_death`, `learner_restart`, `queue_death`, `damaged_checkpoint`, `scale` (actors were added or removed).
+`actor_death`, `learner_restart`, `queue_death`, `damaged_checkpoint`, `scale` (actors were added or removed),
+`early_stop`.
 `metrics.jsonl` has each round and step once: training a round again replaces its earlier records.
 The figures are measured where the work is done (the decoder, the train step, ...) and only collected here.
 """
@@ -16,15 +17,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from opdlm.actors.progress import CallProgress
 from opdlm.actors.teacher.actor import ScoreStats
 from opdlm.common.errors import OpdlmError
 from opdlm.common.types import DecodeStats, WeightHandle
 from opdlm.deploy.evaluate.held_out import EvaluationResult
+from opdlm.deploy.observe.outlook import Outlook
 from opdlm.deploy.observe.progress import RunProgress
 from opdlm.deploy.observe.round_figures import LEARNER_WORK, RoundReports
+from opdlm.deploy.observe.terminal import View
 from opdlm.deploy.observe.timeline import Timeline
 from opdlm.deploy.observe.writers import PrometheusWriter, RecordWriter, TensorBoardWriter
 from opdlm.deploy.run.directory import HISTORY, truncate_metrics
@@ -33,14 +36,6 @@ log = logging.getLogger("opdlm.records")
 
 QUEUE_TOTALS = ("refused_duplicate", "refused_stale", "samples_made_again")
 """Counts that each queue actor starts at 0. The run's totals are the sums over all queue actors that it had."""
-
-
-class View(Protocol):
-    """Shows records to the user while the run goes on."""
-
-    def show(self, record: dict[str, Any]) -> None:
-        """Takes one record."""
-        ...
 
 
 class RunRecords:
@@ -89,6 +84,8 @@ class RunRecords:
         self.progress = RunProgress()
         """What the actors have done of the work that goes on."""
         self.progress.at(first_round, first_step)
+        self.outlook: Outlook | None = None
+        """Adds to a round's record how long the run still takes, and its GPU-hours. None: nothing is added."""
         self._begin_round()
 
     def _begin_round(self) -> None:
@@ -214,17 +211,28 @@ class RunRecords:
                 continue
             self._round, self._step = event["round"], event["step"]
             self._reports.learner_seconds += sum(event.get(name, 0.0) for name in LEARNER_WORK)
-            self._add_learner_spans(event, seconds_ago)
+            self._timeline.learner_spans(event, seconds_ago, LEARNER_WORK)
             if event["kind"] == "round":
                 event = event | self._round_figures(event, queue_state) | queue_state
                 event |= self.samples_of_round(event["round"] - 1)
                 self._begin_round()
             self._write(event)
 
-    def evaluated(self, row: str, version: int, result: EvaluationResult, step: int | None = None) -> None:
-        """A weight version was evaluated. `step`: optimizer steps before it; None: those reported so far."""
-        step = self._step if step is None else step
-        self._write({"kind": "evaluation", "row": row, "round": version, "step": step, **asdict(result)})
+    def evaluated(
+        self, row: str, version: int, result: EvaluationResult, step: int | None = None, best_by: str | None = None
+    ) -> None:
+        """A weight version was evaluated.
+
+        Args:
+            step: optimizer steps before it; None: those reported so far.
+            best_by: by which figure its student is the best so far and is kept; None: it is not kept.
+        """
+        step, best = self._step if step is None else step, {"best_by": best_by} if best_by else {}
+        self._write({"kind": "evaluation", "row": row, "round": version, "step": step, **asdict(result), **best})
+
+    def ends_early(self, reason: str) -> None:
+        """Training ends before its last round."""
+        self._record("early_stop", reason=reason)
 
     def close(self) -> None:
         """Flushes and closes all files and writers."""
@@ -251,15 +259,6 @@ class RunRecords:
         self._round, self._step = round_, step
         self._record("learner_restart", restarts=1, lost_steps=lost_steps)
 
-    def _add_learner_spans(self, event: dict[str, Any], seconds_ago: float) -> None:
-        for name in LEARNER_WORK:
-            if name in event:
-                span = name.removesuffix("_seconds")
-                self._timeline.span("learner", span, event[name], seconds_ago, round=event["round"])
-        if "learner_wait_seconds" in event:  # the wait for the round's samples, before its training
-            waited_until = seconds_ago + event["train_seconds"]
-            self._timeline.span("learner", "wait", event["learner_wait_seconds"], waited_until)
-
     def _round_figures(self, event: dict[str, Any], queue_state: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - self._round_started
         parameters = self._student_parameters, self._teacher_parameters
@@ -273,6 +272,7 @@ class RunRecords:
     def _write(self, record: dict[str, Any]) -> None:
         self.before_write()
         record = {"wall_seconds": round(self.wall_seconds, 3), **record}
+        record |= self.outlook.note(record) if self.outlook is not None else {}
         try:
             self._file.write(json.dumps(record) + "\n")
         except OSError as error:

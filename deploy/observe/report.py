@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,44 @@ def write_report(run_dir: Path, samples: tuple[int, int] | None = None) -> Table
         "weight_version": last["round"],
         "wall_seconds": records[-1]["wall_seconds"] if records else 0.0,
         "compute_flops": last.get("compute_flops", 0),
+        "gpu_hours": _gpu_hours(records, last),
         **_learning(records),
         **(read_ledger(records, *samples).figures() if samples else {}),
         "data": {row: _about_data(r) for row, r in rows.items() if row != PERIODIC and r.get("data_right") is not None},
+        "best": kept_best(run_dir, records),
         "by_task": {row: r["by_task"] for row, r in rows.items() if row != PERIODIC},
     }
     write_json(run_dir / "report.json", report)
     _draw(records, run_dir / "report.png")
     shown = rows.keys() & {TEACHER, BEFORE, STATIC, DYNAMIC}
     return _evaluated({row: rows[row] for row in shown}) if shown else _done(report)
+
+
+def figure_of(evaluation: Mapping[str, Any], figure: str) -> float:
+    """A figure of an evaluation, given as its record or as the dict of an `EvaluationResult`; NaN where it has none.
+
+    `figure`: its name, or that of a task or of a kind of questions before it, as in `add/exact_match`.
+    """
+    group, _, name = figure.rpartition("/")
+    of_group = {**evaluation.get("by_kind", {}), **evaluation["by_task"]}
+    value = of_group[group][name] if group else evaluation[name]
+    return float("nan") if value is None else float(value)
+
+
+def best_folder(run_dir: Path, version: int) -> Path:
+    """Where a run keeps the student of a version while that is its best one (`checkpoint.keep_best`)."""
+    return run_dir / "best" / f"round-{version:06d}"
+
+
+def kept_best(run_dir: Path, records: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The best student of a run: its `round`, `figure`, `mode`, `value` and `folder`; None where none is kept."""
+    for record in reversed([record for record in records if "best_by" in record]):
+        folder = best_folder(run_dir, record["round"])
+        if folder.is_dir():
+            mode, figure = record["best_by"].split(" ", 1)
+            value = figure_of(record, figure)
+            return {"round": record["round"], "figure": figure, "mode": mode, "value": value, "folder": str(folder)}
+    return None
 
 
 def _figure(rows: dict[str, dict[str, Any]], row: str, figure: str) -> float | None:
@@ -58,6 +88,12 @@ def _figure(rows: dict[str, dict[str, Any]], row: str, figure: str) -> float | N
 def _about_data(record: dict[str, Any]) -> dict[str, Any]:
     """What an evaluation says of the questions of `evaluation.data`."""
     return {name: record.get(name) for name in DATA_FIGURES} | {"by_kind": record.get("by_kind", {})}
+
+
+def _gpu_hours(records: list[dict[str, Any]], last: dict[str, Any]) -> float:
+    """GPUs that were reserved times their time, to the last record; 0 for a run without GPUs."""
+    after = records[-1]["wall_seconds"] - last["wall_seconds"] if "gpu_hours" in last else 0.0
+    return last.get("gpu_hours", 0.0) + last.get("gpus_reserved", 0.0) * after / 3600
 
 
 def _learning(records: list[dict[str, Any]]) -> dict[str, float | None]:

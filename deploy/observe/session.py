@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -16,8 +17,10 @@ from opdlm.common.curriculum import unused_domain_limits
 from opdlm.common.data.prompts import PromptSet
 from opdlm.common.data.tasks import get_task, problems
 from opdlm.common.model.facts import count_parameters
-from opdlm.deploy.observe.records import RunRecords, View, read_records
-from opdlm.deploy.observe.report import write_report
+from opdlm.deploy.observe.outlook import Outlook
+from opdlm.deploy.observe.records import RunRecords, read_records
+from opdlm.deploy.observe.report import kept_best, write_report
+from opdlm.deploy.observe.terminal import View
 from opdlm.deploy.observe.writers import WandbWriter
 
 _REFUSED_SHOWN = 10
@@ -53,19 +56,22 @@ def show_start(config: OpdlmConfig, checkpoint: Checkpoint | None, rounds: int, 
 
 @contextmanager
 def open_records(
-    config: OpdlmConfig, student: str, checkpoint: Checkpoint | None, pools: list[ActorPool], view: View
+    config: OpdlmConfig, student: str, checkpoint: Checkpoint | None, pools: list[ActorPool], view: View, rounds: int
 ) -> Iterator[RunRecords]:
     """The records of a run, which the pools tell of calls and deaths; they are closed when the block ends.
 
     Args:
         student: folder of the student's first weights.
         checkpoint: where a resumed run goes on.
+        rounds: of the run.
     """
     first_round = checkpoint.rounds if checkpoint else 0
     first_step = int(checkpoint.state["optimizer_steps"]) if checkpoint else 0
     parameters = count_parameters(student), count_parameters(config.model.teacher)
     wandb = [WandbWriter(config)] if config.run.wandb_project is not None else []
+    outlook = Outlook(config, rounds, read_records(Path(config.run.dir)))
     records = RunRecords(Path(config.run.dir), view, first_round, first_step, parameters, wandb)
+    records.outlook = outlook
     for pool in pools:
         pool.on_death, pool.on_answer = records.actor_died, records.called
     try:
@@ -74,11 +80,20 @@ def open_records(
         records.close()
 
 
-def show_end(config: OpdlmConfig, samples: tuple[int, int], stopped: bool, console: Console) -> None:
+def show_end(
+    config: OpdlmConfig,
+    samples: tuple[int, int],
+    stopped: bool,
+    console: Console,
+    time_over: bool = False,
+    early_stop: str | None = None,
+) -> None:
     """Writes and shows the report; says what the run has written, how to try it, and how a stopped one goes on.
 
     Args:
         samples: in a round and in the run.
+        time_over: it is stopped because its time is over (`run.max_minutes`).
+        early_stop: why training ended early, if it did.
     """
     run_dir = Path(config.run.dir)
     if stopped and not any(record["kind"] == "round" for record in read_records(run_dir)):
@@ -87,11 +102,38 @@ def show_end(config: OpdlmConfig, samples: tuple[int, int], stopped: bool, conso
     console.print(write_report(run_dir, samples))
     written = "report.json, report.png, metrics.jsonl, timeline.json, tensorboard/" + ("" if stopped else ", student/")
     console.print(f"written: {run_dir}/{written}", highlight=False, soft_wrap=True)
-    if stopped:
+    for line in _outcome(run_dir, samples, early_stop):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if time_over:
+        console.print(_next_part(config, samples), highlight=False, markup=False, soft_wrap=True)
+    elif stopped:
         saved = "with a checkpoint" if list_checkpoints(run_dir / "checkpoints") else "before any checkpoint"
         console.print(f"stopped {saved}; go on with --resume")
     else:
         console.print(f"try it: {_trial(config)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _outcome(run_dir: Path, samples: tuple[int, int], early_stop: str | None) -> Iterator[str]:
+    """Whether training ended early, and which student was the best."""
+    records = read_records(run_dir)
+    trained, rounds = _rounds(records, samples)
+    if early_stop is not None and trained < rounds:
+        yield f"training ended early, after round {trained} of {rounds}: {early_stop}"
+    if best := kept_best(run_dir, records):
+        yield f"best student: round {best['round']}, {best['figure']} {best['value']:.4g}: {best['folder']}"
+
+
+def _next_part(config: OpdlmConfig, samples: tuple[int, int]) -> str:
+    """How a run goes on whose time is over."""
+    run_dir, minutes = config.run.dir, f"{config.run.max_minutes:g}"
+    trained, rounds = _rounds(read_records(Path(run_dir)), samples)
+    command = shlex.join(["opdlm", "train", f"{run_dir}/config.yaml", "--resume", "--minutes", minutes])
+    return f"stopped after round {trained} of {rounds}, its {minutes} minutes are over; go on with: {command}"
+
+
+def _rounds(records: Iterable[Mapping[str, Any]], samples: tuple[int, int]) -> tuple[int, int]:
+    """Rounds trained, and rounds of the run. `samples`: in a round and in the run."""
+    return max((r["round"] for r in records if r["kind"] == "round"), default=0), -(-samples[1] // samples[0])
 
 
 def _trial(config: OpdlmConfig) -> str:

@@ -5,32 +5,45 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from opdlm.deploy.observe.outlook import duration_text, gpu_hours_text
 
 _PLAIN_EVERY_SECONDS = 5.0
 _PROGRESS_EVERY_SECONDS = 10.0
 
 
-class LiveView:
-    """A table of the newest figures, redrawn at most four times per second."""
+class View(Protocol):
+    """Shows records to the user while the run goes on."""
 
-    def __init__(self, console: Console, rounds: int, first_round: int) -> None:
+    def show(self, record: dict[str, Any]) -> None:
+        """Takes one record."""
+        ...
+
+
+class LiveView:
+    """A table of the newest figures, redrawn at most four times per second. `clock`: seconds that only grow."""
+
+    def __init__(
+        self, console: Console, rounds: int, first_round: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._latest: dict[str, dict[str, Any]] = {}
         self._progress = Progress(
             TextColumn("round"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False, compact=True),
+            TextColumn("{task.fields[left]}"),
         )
-        self._task = self._progress.add_task("rounds", total=rounds, completed=first_round)
+        self._task = self._progress.add_task("rounds", total=rounds, completed=first_round, left="")
+        self._clock, self._shown = clock, 0.0
+        """When the newest round was shown."""
         self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
     def show(self, record: dict[str, Any]) -> None:
@@ -38,15 +51,20 @@ class LiveView:
         key = f"evaluation {record['row']}" if record["kind"] == "evaluation" else record["kind"]
         self._latest[key] = record
         if record["kind"] == "round":
+            self._shown = self._clock()
             self._progress.update(self._task, completed=record["round"])
         elif line := warning_line(record):
             self.live.console.print(line, soft_wrap=True, highlight=False)  # stays above the table
 
     def _render(self) -> Group:
         step, round_ = self._latest.get("step", {}), self._latest.get("round", {})
+        still = left_text(round_, self._clock() - self._shown)
+        self._progress.update(self._task, left=f"left {still}" if still else "")
         table = Table(box=None, show_header=False, pad_edge=False)
         for left, right in zip(_training_figures(step, round_), _throughput_figures(round_), strict=True):
             table.add_row(*left, "   ", *right)
+        if spent := gpu_hours_text(round_):
+            table.add_row("GPU-hours", spent)
         for record in self._latest.values():
             if record["kind"] == "evaluation":
                 name, exact = f"{record['row']}, round {record['round']}", f"{record['exact_match']:.1%}"
@@ -67,9 +85,9 @@ class PlainView:
     def __init__(self, console: Console, rounds: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._rounds, self._clock = console, rounds, clock
         self._loss = float("nan")
-        self._last = self._started = clock()
-        """When the last line about rounds was printed."""
-        self._first: int | None = None
+        self._last = self._shown = clock()
+        """When the last line about rounds was printed, and when the newest round was shown."""
+        self._round: dict[str, Any] = {}
 
     def show(self, record: dict[str, Any]) -> None:
         """Prints a line about a record, or only remembers its loss."""
@@ -80,19 +98,23 @@ class PlainView:
         elif record["kind"] == "progress":
             if self._clock() - self._last >= _PROGRESS_EVERY_SECONDS:
                 self._last = self._clock()
-                for line in progress_lines(record):
-                    self._print(line)
+                *tasks, made = progress_lines(record) if "stages" in record else [*progress_lines(record), ""]
+                more = outlook_text(self._round, self._last - self._shown)
+                for line in (*tasks, f"{made} | {more}" if made and more else made):
+                    if line:
+                        self._print(line)
         elif record["kind"] == "evaluation":
             self._print(
                 f"evaluation of round {record['round']}, {record['row']}: exact match {record['exact_match']:.1%}, "
                 f"{record['tokens_per_step']:.2f} tokens/step, {record['tokens_per_second']:.0f} tokens/s"
+                + (", the best so far" if "best_by" in record else "")
             )
         elif record["kind"] == "round":
-            self._first = record["round"] - 1 if self._first is None else self._first
+            self._round, self._shown = record, self._clock()
             last = record["round"] == self._rounds
             if last or self._clock() - self._last > _PLAIN_EVERY_SECONDS:
                 self._last = self._clock()
-                pace = (self._last - self._started) / (record["round"] - self._first)
+                more = outlook_text(record, 0.0)
                 speeds = " ".join(
                     f"{role} {_number(record, f'{role}_tokens_per_second', '{:.0f}')}"
                     for role in ("rollout", "teacher", "learner", "run")
@@ -101,7 +123,7 @@ class PlainView:
                     f"round {record['round']}/{self._rounds} step {record['step']} loss {self._loss:.4f} "
                     f"tokens/step {_number(record, 'tokens_per_step', '{:.2f}')} | tokens/s {speeds} | "
                     f"queue {record['queue_depth']} staleness {record['staleness_mean']:.1f} "
-                    f"version {record['weight_version']} | left {pace * (self._rounds - record['round']):.0f} s"
+                    f"version {record['weight_version']}" + (f" | {more}" if more else "")
                 )
 
     def _print(self, line: str) -> None:
@@ -119,8 +141,20 @@ def open_view(console: Console, rounds: int, first_round: int) -> Iterator[LiveV
         yield view
 
 
+def left_text(round_: dict[str, Any], since: float) -> str:
+    """How long the run still takes, `since` seconds after the record of its newest round; empty while unknown."""
+    left = round_.get("time_left_seconds")
+    return f"about {duration_text(max(left - since, 0))}" if left else ""
+
+
+def outlook_text(round_: dict[str, Any], since: float) -> str:
+    """Time left and GPU-hours: `left about 2 h 05 min | GPU-hours 3.2 of about 20.1`; empty while unknown."""
+    left, spent = left_text(round_, since), gpu_hours_text(round_)
+    return " | ".join([*([f"left {left}"] if left else []), *([f"GPU-hours {spent}"] if spent else [])])
+
+
 def warning_line(record: dict[str, Any]) -> str | None:
-    """A line about what went wrong without ending the run; None for other records."""
+    """A line about what went wrong without ending the run, or why it ends early; None for other records."""
     if record["kind"] == "skipped_step":
         return f"step {record['step']} skipped: {record['reason']} ({record['in_a_row']} in a row)"
     if record["kind"] == "actor_death":
@@ -132,6 +166,8 @@ def warning_line(record: dict[str, Any]) -> str | None:
     if record["kind"] == "learner_restart":
         again = f"{record['lost_steps']} optimizer steps are done again"
         return f"the learner begins again after round {record['round']}; {again}"
+    if record["kind"] == "early_stop":
+        return f"training ends early: {record['reason']}"
     if record["kind"] == "failed_save":
         return f"checkpoint of round {record['round']} not written ({record['in_a_row']} in a row): {record['reason']}"
     return None

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,20 @@ class Timeline:
         begin = (time.time() - ended_ago - seconds) * 1e6
         span = {"ph": "X", "name": name, "pid": 1, "tid": number, "ts": round(begin), "dur": round(seconds * 1e6)}
         self._event({**span, "args": figures})
+
+    def learner_spans(self, event: Mapping[str, Any], ended_ago: float, work: Sequence[str]) -> None:
+        """Writes the spans of an event of the learner.
+
+        Args:
+            ended_ago: seconds since the event.
+            work: names of the durations that an event may have, as in `train_seconds`.
+        """
+        for name in work:
+            if name in event:
+                span = name.removesuffix("_seconds")
+                self.span("learner", span, event[name], ended_ago, round=event["round"])
+        if "learner_wait_seconds" in event:  # the wait for the round's samples, before its training
+            self.span("learner", "wait", event["learner_wait_seconds"], ended_ago + event["train_seconds"])
 
     def close(self) -> None:
         """Closes the file."""

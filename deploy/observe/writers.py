@@ -89,7 +89,16 @@ INCREMENTS = {
     "failed_save": {"saves"},
 }
 """By kind, numbers that count what happened since the record before. Prometheus counters are increased by them."""
-TOTALS = {"round": {"rollout_tokens", "compute_flops", "refused_duplicate", "refused_stale", "samples_made_again"}}
+TOTALS = {
+    "round": {
+        "rollout_tokens",
+        "compute_flops",
+        "gpu_hours",
+        "refused_duplicate",
+        "refused_stale",
+        "samples_made_again",
+    }
+}
 """By kind, numbers that are totals of the run. Prometheus counters are raised to them."""
 _TAGS = {"row": "row", "error": "reason", "role": "role"}
 """The text fields of a record that become tags, and the tags' names."""

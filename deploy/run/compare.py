@@ -86,7 +86,7 @@ def _run_all(runs: Sequence[tuple[str, int, OpdlmConfig]], out: Path, trained: S
             continue
         console.print(f"[{number}/{len(runs)}] {name}, seed {seed}: {root}", highlight=False)
         code = train(config, resume=(root / "config.yaml").exists(), console=console)
-        if code:
+        if code or not _is_done(root):  # `run.max_minutes` ends a run with code 0
             return code
     for table in write_comparison(out, [(name, seed, Path(c.run.dir)) for name, seed, c in runs], trained):
         console.print(table, "")

@@ -1,7 +1,7 @@
 """The run directory: what a run writes there, and whether a run may start or resume there.
 
 RUN/config.yaml  models.json  metrics.jsonl  timeline.json  tensorboard/  checkpoints/  student_init/  student/
-    adapter/  rollouts/  offline_responses.parquet  report.json  report.png  lock.json (while a process works there)
+    best/  adapter/  rollouts/  offline_responses.parquet  report.json  report.png  lock.json (a process works there)
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ _MAY_CHANGE = (
     "learner.max_failures",
     "run.dir",
     "run.dump_rollouts",
+    "run.max_minutes",
     "run.wandb_project",
     "offline.cache",
 )
@@ -161,7 +162,16 @@ def config_digest(config: OpdlmConfig) -> str:
 
 
 HISTORY = frozenset(
-    {"failure", "actor_death", "learner_restart", "queue_death", "damaged_checkpoint", "failed_save", "scale"}
+    {
+        "failure",
+        "actor_death",
+        "learner_restart",
+        "queue_death",
+        "damaged_checkpoint",
+        "failed_save",
+        "scale",
+        "early_stop",
+    }
 )
 """Kinds of records about what happened to the run, not what it learned. They stay when rounds are trained again."""
 

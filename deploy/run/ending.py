@@ -40,9 +40,10 @@ async def run_together(loops: Loops, learn: Callable[[], None]) -> None:
         with contextlib.suppress(RayActorError):  # the queue is dead: the learner notices that by itself
             await loops.stop()
         await _wait_for_learner(learner, recording, queue, loops.config.resources.call_timeout_seconds)
-    # After a stop, nobody needs what is still being decoded or pushed. Otherwise these loops end by themselves.
+    # After a stop, nobody needs what is still being decoded or pushed, and where training has ended early, nobody needs
+    # what is being decoded. Otherwise these loops end by themselves.
     failed = all_loops.done() or learner.exception()
-    for task in tasks if failed else making if loops.stopping else []:
+    for task in tasks if failed else making if loops.stopping else making[:1] if loops.finishing else []:
         task.cancel()
     ended = [learner] if learner.done() else []
     for error in await asyncio.gather(all_loops, *tasks, *ended, return_exceptions=True):

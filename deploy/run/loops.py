@@ -43,6 +43,8 @@ class Loops:
         self.records, self.on_weights = records, on_weights
         self.stopping = False
         """Whether an end with a checkpoint was asked for."""
+        self.finishing = False
+        """Whether training ends early, as a finished run."""
         self._calls = Repetition(config, roles.queue, records)
         self._references = SampleReferences(config.rollout.prompts_per_round)
 
@@ -115,3 +117,20 @@ class Loops:
         """Asks for an end with a checkpoint: nothing more is leased, the learner finishes its round, saves and ends."""
         self.stopping = True
         await self.roles.queue.request_stop.remote()
+
+    async def stop_after_round(self, rounds: int) -> int:
+        """Asks for an end with a checkpoint after the round that is being made; returns the rounds trained then.
+
+        `rounds`: of the whole run. If the last one is being made, the run ends as it would have.
+        """
+        end: int = await self.roles.queue.end_after_round.remote()
+        self.stopping = self.stopping or end < rounds
+        return end
+
+    async def finish(self) -> bool:
+        """Ends training early: as `stop`, but the run is finished. False: an end was asked for before, and that holds.
+
+        The newest weights are still pushed, so that they can be evaluated.
+        """
+        self.finishing = bool(await self.roles.queue.request_stop.remote(True))
+        return self.finishing

@@ -36,6 +36,8 @@ from opdlm.deploy.cluster.memory import (
 )
 from opdlm.deploy.cluster.placement import Demands, demands, placement_lines, plural
 from opdlm.deploy.evaluate.commands import check_output
+from opdlm.deploy.observe.outlook import time_lines
+from opdlm.deploy.observe.records import read_records
 from opdlm.deploy.observe.session import show_data, show_notes
 from opdlm.deploy.run.directory import check_run, find_checkpoint, holds_run
 from opdlm.deploy.run.paths import absolute_paths, local_models
@@ -78,6 +80,7 @@ class Plan:
             "decoding": f"block {rollout.block_size}, {rollout.block_grid} grid, {rollout.strategy}",
             "student's form": str(self.checked.form),
             "staleness": f"at most {config.queue.max_staleness} rounds",
+            **time_lines(config, schedule.rounds, read_records(Path(config.run.dir))),
         }
 
     def _sources(self) -> dict[str, str]:

@@ -22,6 +22,7 @@ from opdlm.common.model.families import A2D_PREFIX
 from opdlm.common.model.mask_token import check_mask_row, choose_mask
 from opdlm.common.model.shards import check_finite, read_shards
 from opdlm.common.model.tokenizer import check_tokenizers, load_tokenizer
+from opdlm.deploy.evaluate.best import check_best_figure
 from opdlm.deploy.evaluate.exam import load_known
 from opdlm.deploy.evaluate.known_answers import KnownAnswers
 from opdlm.deploy.run.paths import check_job_paths
@@ -88,6 +89,8 @@ def preflight(config: OpdlmConfig) -> Preflight:
     longest = _longest_prompt(config, teacher, student)
     room = min(teacher.context, student.context) - config.evaluation.max_new_tokens - (config.rollout.block_size - 1)
     questions, refused = load_known(config, tokenizer, room, {*teacher.eos_ids, *student.eos_ids})
+    kinds = questions.chosen(config.evaluation.limit).kinds if questions is not None else None
+    check_best_figure(config.checkpoint.keep_best, evaluated_tasks(config), kinds)
     prompts = load_prompts(config.data, tokenizer, longest, config.run.seed, teacher.tokens, student.eos_ids)
     per_round = config.rollout.prompts_per_round
     per_epoch = prompts.samples_per_epoch

@@ -45,18 +45,22 @@ from opdlm.deploy.run.recovery import survive_queue_deaths
 from opdlm.deploy.run.sources import open_source
 from opdlm.deploy.run.start_models import prepare_student
 from opdlm.deploy.run.stop import EndAtOnce, StopRequest
+from opdlm.deploy.run.time_limit import TimeLimit
 from opdlm.learner.group import fit
 from opdlm.learner.setup import LearnerSetup
 
 
 def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
-    """Runs a job to its end; returns the exit code (0 done, 128 + signal after a stop with a checkpoint)."""
+    """Runs a job to its end; returns the exit code.
+
+    0: done, or its time is over (`run.max_minutes`). 128 + signal: after a stop with a checkpoint.
+    """
     with EndAtOnce() as end:
         return _train(absolute_paths(local_models(config)), resume, console, end)
 
 
 def _train(config: OpdlmConfig, resume: bool, console: Console, end: EndAtOnce) -> int:
-    stage = Stages(console)
+    stage, limit = Stages(console), TimeLimit(config.run.max_minutes)
     check_run(config, resume)
     checked = preflight(config)
     schedule = checked.schedule
@@ -77,31 +81,34 @@ def _train(config: OpdlmConfig, resume: bool, console: Console, end: EndAtOnce) 
         try:
             with (
                 open_view(console, schedule.rounds, first_round) as view,
-                open_records(config, student, checkpoint, roles.pools(), view) as records,
+                open_records(config, student, checkpoint, roles.pools(), view, schedule.rounds) as records,
             ):
                 records.before_write = lock.verify
                 records.samples_of_round = checked.samples_of_round
                 prompts, sources = checked.prompts, [share.figures() for share in checked.prompts.shares]
                 known = len(prompts.prompts), prompts.refused, checked.order.digest, prompts.unknown_characters
                 records.data(*known, sources)
-                code = asyncio.run(_run(checked, roles, records, student, responses, Driver(console, end, stage)))
+                driver = Driver(console, end, stage, limit)
+                code, early_stop = asyncio.run(_run(checked, roles, records, student, responses, driver))
                 end.take()
                 end.what = "training had ended; --resume writes the report"
         finally:
             roles.stop()
         lock.verify()
         samples = schedule.prompts_per_round, schedule.total
-        show_end(config, samples, stopped=code != 0, console=console)
+        stopped, time_over = code != 0 or limit.over, code == 0 and limit.over
+        show_end(config, samples, stopped, console, time_over, early_stop)
     return code
 
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """What the loops have of the process that they run in: its terminal, its signals, the lines about its stages."""
+    """What the loops have of the process: its terminal, its signals, the lines about its stages, its time."""
 
     console: Console
     end: EndAtOnce
     stage: Stages
+    limit: TimeLimit
 
 
 async def _run(
@@ -111,19 +118,21 @@ async def _run(
     student: str,
     responses: GivenResponses | None,
     driver: Driver,
-) -> int:
-    config, total = checked.config, checked.schedule.total
-    stop = StopRequest(driver.console, driver.end)
+) -> tuple[int, str | None]:
+    """Returns the exit code, and why training ended early where it did."""
+    config, total, rounds = checked.config, checked.schedule.total, checked.schedule.rounds
+    stop, limit = StopRequest(driver.console, driver.end), driver.limit
     views = asyncio.create_task(ProgressWatch(roles, checked.schedule, records).watch())
     source = await stop.cancels(open_source(checked, roles, records, responses))
     if source is None:  # a stop while the teacher wrote responses: nothing has begun
-        return stop.exit_code
+        return stop.exit_code, None
     evaluations = RunEvaluations(checked, roles, records, driver.stage)
 
     async def run_loops() -> None:
-        evaluations.begin()
         loops = Loops(config, roles, source, records, evaluations.on_weights)
-        stop.calls(loops.stop, lambda: loops.how_it_ends(checked.schedule.rounds))
+        evaluations.begin(loops.finish)
+        stop.calls(loops.stop, lambda: loops.how_it_ends(rounds))
+        watching = asyncio.create_task(limit.watch(loops, rounds, driver.stage))
         setup = LearnerSetup(
             config.model_dump(mode="json"),
             student,
@@ -138,12 +147,14 @@ async def _run(
         except BaseException:
             evaluations.drop()  # a new queue takes the evaluators' weights back
             raise
+        finally:
+            watching.cancel()
 
     scaling = asyncio.create_task(Scaler(config, roles, student, records).watch())
-    await survive_queue_deaths(config, roles, total, records, run_loops, lambda: stop.asked)
+    await survive_queue_deaths(config, roles, total, records, run_loops, lambda: stop.asked or limit.over)
     scaling.cancel()
     await evaluations.finish()
-    if not stop.asked:
+    if not (stop.asked or limit.over):
         await evaluations.final()
     views.cancel()
-    return stop.exit_code
+    return stop.exit_code, evaluations.early_stop

@@ -14,7 +14,7 @@ from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import load_model
 from opdlm.common.weights import WeightPacker
-from opdlm.learner.saving import Saver
+from opdlm.learner.saving import Saver, forget_student
 from tests.tiny import save_teacher
 
 
@@ -55,3 +55,12 @@ def test_a_given_student_that_names_no_block_size_gets_the_runs(tmp_path, one_ra
     assert {"modeling_a2d.py", "block_causal.py", "tokenizer.json"} <= {file.name for file in student.iterdir()}
     for name, tensor in load_model(student).state_dict().items():
         assert torch.equal(tensor, trained.state_dict()[name]), name
+
+
+def test_a_run_that_trains_further_removes_the_student_of_its_early_stop(tmp_path) -> None:
+    for name in ("student", "adapter", "checkpoints"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("of round 3")
+    forget_student(tmp_path)
+    forget_student(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]

@@ -158,3 +158,30 @@ def test_misuse_is_named() -> None:
         queue.weights_taken(1)
     with pytest.raises(ValueError, match="round 0 is not ready"):
         queue.take_round(0)
+
+
+def test_an_end_after_the_round_leases_and_takes_nothing_of_later_rounds() -> None:
+    queue = ReplayQueue(prompts_per_round=2, max_staleness=2, total=10)
+    queue.weights_taken(0)
+    queue.lease(1)
+    queue.stop_after_round()
+    assert queue.lease(9) == [1], "the rest of the round is still made"
+    assert not queue.ends_before(0)
+    assert queue.ends_before(1)
+    queue.published(1)
+    queue.weights_taken(1)
+    queue.stop_after_round()
+    assert queue.lease(9) == [], "asking again changes nothing"
+
+
+def test_only_the_first_end_says_whether_the_run_is_finished() -> None:
+    finished, stopped = ReplayQueue(2, 0, 10), ReplayQueue(2, 0, 10)
+    finished.stop(finish=True)
+    finished.stop(finish=False)
+    stopped.stop_after_round()
+    stopped.stop(finish=True)
+    assert (finished.ends_early, stopped.ends_early) == (True, False)
+    last = ReplayQueue(2, 0, 2)
+    last.stop_after_round()  # the last round is being made, so this asks for nothing
+    last.stop(finish=True)
+    assert last.ends_early

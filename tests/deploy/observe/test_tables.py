@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -188,3 +188,26 @@ def test_plans(chain_teacher, tmp_path, monkeypatch) -> None:
     assert "not checked: the run needs 2 `decode`" in text
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert "the run needs 1 GPU; this machine has 4" in plan("rollout.gpus_per_actor=1")
+
+
+def test_the_end_says_why_it_came_early_which_student_is_best_and_how_a_part_goes_on(tmp_path) -> None:
+    folder = _run(tmp_path / "my run", evaluated=False)
+    best = {"kind": "evaluation", "row": "student", "round": 1, "exact_match": 0.5, "by_task": {}, "wall_seconds": 9}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(best | {"tokens_per_step": 1.0, "best_by": "max exact_match"}) + "\n")
+    (folder / "best" / "round-000001").mkdir(parents=True)
+    sections = {"model": {"teacher": "t"}, "data": {"path": "p"}, "run": {"dir": str(folder), "max_minutes": 110}}
+
+    def said(rounds: int, **how: Any) -> list[str]:
+        console = Console(file=io.StringIO(), width=80, record=True)
+        show_end(config_from_dict(sections), (8, 8 * rounds), console=console, **how)
+        return console.export_text().splitlines()
+
+    lines = said(5, stopped=False, early_stop="it was not better")
+    assert "training ended early, after round 2 of 5: it was not better" in lines
+    assert f"best student: round 1, exact_match 0.5: {folder}/best/round-000001" in lines
+    assert "early" not in "".join(said(2, stopped=False, early_stop="only the last round was left"))
+    assert said(5, stopped=True, time_over=True)[-1] == (
+        "stopped after round 2 of 5, its 110 minutes are over; go on with: "
+        f"opdlm train '{folder}/config.yaml' --resume --minutes 110"
+    )

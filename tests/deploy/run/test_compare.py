@@ -99,6 +99,16 @@ def test_missing_runs_are_made_and_compared(monkeypatch, tmp_path, chain_teacher
     assert not compare_job._is_done(report_file.parent), "a run without its last evaluation is resumed"
 
 
+def test_a_run_whose_time_is_over_ends_the_comparison_until_the_next_call(monkeypatch, tmp_path, chain_teacher) -> None:
+    """It ends with code 0, but has no last evaluations."""
+    begun = []
+    monkeypatch.setattr(compare_job, "train", lambda config, **_: begun.append(config.run.dir) or 0)
+    limited = base(chain_teacher, run={"max_minutes": 5})
+    assert compare_job.run_comparison(limited, ["opd", "cft"], [0], tmp_path, Console(quiet=True)) == 0
+    assert begun == [str(tmp_path / "opd-seed0")]
+    assert not (tmp_path / "compare.json").exists()
+
+
 def test_mistakes_are_named_before_any_run(monkeypatch, tmp_path, chain_teacher) -> None:
     def train(*_):
         raise AssertionError("a run was started")

@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError
 
 from opdlm.actors.queue.actor import ReplayQueueActor
 from opdlm.common.errors import OpdlmError
-from tests.fakes.actors import FakeRun, N, Rollout, Teacher
+from tests.fakes.actors import ROUNDS, FakeRun, N, Rollout, Teacher
 from tests.patience import PATIENCE
 from tests.system.full_disk import no_file_above
 
@@ -100,5 +100,47 @@ def test_metrics_that_cannot_be_written_end_the_run_without_blocking_the_learner
             await run.run(learn)
         run.records.close()
         assert run.trained, "the learner did not come to its end"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("seconds", [0, 3600])
+def test_training_that_ends_early_still_pushes_its_last_weights(tmp_path, seconds) -> None:
+    """So that they can be evaluated. What is being decoded then is not waited for."""
+    finished = []
+
+    async def scenario() -> None:
+        rollout = Rollout()
+        run = FakeRun(tmp_path, 1, rollout, Teacher())
+
+        async def on_weights(handle) -> None:
+            run.pushed.append(handle.version)
+            if handle.version == 2:
+                rollout.seconds = seconds
+                assert await run.loops.finish()
+
+        def learn() -> None:
+            run.learn()
+            finished.append(run.ask(run.queue.ends_early()))
+
+        run.loops.on_weights = on_weights
+        await run.run(learn)
+        assert 2 <= len(run.trained) <= 3, "the round that was in training is finished"
+        assert run.pushed == list(range(len(run.trained) + 1))
+
+    asyncio.run(scenario())
+    assert finished == [True]
+
+
+@pytest.mark.parametrize("first", ["stop", "time"])
+def test_an_end_that_was_asked_for_stays_what_it_was(tmp_path, first) -> None:
+    async def scenario() -> None:
+        run = FakeRun(tmp_path, 0, Rollout(), Teacher())
+        loops = run.loops
+        await (loops.stop() if first == "stop" else loops.stop_after_round(ROUNDS))
+        assert not await loops.finish(), "some rank may have asked already whether the run is finished"
+        await run.run()
+        assert not await run.queue.ends_early()
+        assert len(run.trained) == (0 if first == "stop" else 1)
 
     asyncio.run(scenario())

@@ -85,3 +85,42 @@ def test_the_plan_shows_each_source_and_its_share(run_file, tmp_path) -> None:  
     missing = sources.replace("rest.jsonl", "no.jsonl")
     text = opdlm("train", run_file, "--dry-run", *more[:-1], f"data.sources={missing}", code=2)
     assert f"data.sources[1].path: {tmp_path}/no.jsonl does not exist" in text
+
+
+def rows(*arguments: object) -> str:
+    """What a command prints, without the borders of its tables and without its line ends."""
+    return " ".join(opdlm(*arguments).replace("│", " ").split())
+
+
+def test_the_plan_says_what_is_known_of_time_and_gpu_hours(run_file, tmp_path) -> None:  # noqa: F811
+    gpus = ["--set", "rollout.gpus_per_actor=1", "--set", "learner.gpus_per_worker=1", "--set", "run.rounds=10"]
+    text = rows("plan", run_file, *gpus)
+    assert "time left not known before the first round; the run shows it then" in text
+    assert "GPU-hours 2 for each hour" in text
+    text = rows("plan", run_file, *gpus, "--set", "run.max_minutes=90")
+    assert "part ends after the round in which 90 minutes are over; --resume goes on" in text
+    assert "GPU-hours 2 for each hour, about 3.0 in a part" in text
+    assert "GPU-hours" not in opdlm("plan", run_file)
+    (tmp_path / "run").mkdir()
+    records = [{"kind": "data", "round": 0, "wall_seconds": 0}]
+    records += [{"kind": "round", "round": r, "wall_seconds": 1800 * r, "gpu_hours": float(r)} for r in (1, 2)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = rows("plan", run_file, *gpus)
+    assert "time left about 4 h 00 min, as the 2 rounds so far took" in text
+    assert "GPU-hours 2.0 spent, about 10.0 at the end" in text
+
+
+def test_a_figure_that_the_evaluations_do_not_have_is_refused_by_plan_and_train(run_file) -> None:  # noqa: F811
+    best = ["--set", "checkpoint.keep_best.figure=accuracy", "--set", "evaluation.every_rounds=1"]
+    for command in (["plan"], ["train", "--dry-run"], ["train"]):
+        text = opdlm(*command, run_file, *best, code=2)
+        assert "checkpoint.keep_best.figure: found 'accuracy'; this run's evaluations have exact_match," in text
+
+
+def test_the_minutes_of_the_command_line_are_a_setting(run_file) -> None:  # noqa: F811
+    text = rows("train", run_file, "--dry-run", "--minutes", "110")
+    assert "in which 110 minutes are over" in text
+    text = opdlm("train", run_file, "--dry-run", "--minutes", "0", code=2)
+    assert "run.max_minutes: input should be greater than 0" in text
+    twice = opdlm("train", run_file, "--dry-run", "--minutes", "9", "--set", "run.max_minutes=8", code=2)
+    assert "--set run.max_minutes: it is given twice" in twice
