@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class GgufFile:
 def is_gguf(path: str | Path) -> bool:
     """Whether a path is a GGUF file, by its first bytes or its name."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for a name that is too long, too
         return False
     with path.open("rb") as stream:
         return stream.read(4) == b"GGUF" or path.suffix.lower() == ".gguf"

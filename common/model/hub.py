@@ -52,7 +52,7 @@ def model_folder(name: str | Path, setting: str = "model") -> Path:
     """
     given = str(name)
     path = Path(home_path(given))
-    if path.suffix.lower() == ".gguf" and not path.is_dir():
+    if path.suffix.lower() == ".gguf" and not os.path.isdir(path):
         raise OpdlmError(
             f"{setting}: {given} is a GGUF file; expected a model folder: make one with "
             f"`opdlm convert {given} --teacher DST` (the model itself) or `opdlm convert {given} DST` (a student)"

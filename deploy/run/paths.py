@@ -31,7 +31,7 @@ def local_models(config: OpdlmConfig) -> OpdlmConfig:
         OpdlmError: a model is no folder and cannot be downloaded, or is a GGUF file.
     """
     file = Path(config.run.dir, "config.yaml")
-    held = read_yaml(file).get("model") if file.is_file() else None
+    held = read_yaml(file).get("model") if os.path.isfile(file) else None
     before = held if isinstance(held, dict) else {}
     found: dict[str, str | None] = {}
     for name in ("teacher", "student"):

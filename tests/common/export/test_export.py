@@ -40,15 +40,13 @@ EXPORTS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "a2d-qwen3-shift": ("a2d-qwen3", "AutoModelForMaskedLM", {"grid": "absolute", "logit_shift": True}),
     "a2d-llama-causal": ("a2d-llama", "AutoModelForMaskedLM", {**CAUSAL, **OTHER_FAMILIES["llama"]}),
     "a2d-qwen3-both": ("a2d-qwen3", "AutoModelForMaskedLM", {**CAUSAL, "logit_shift": True}),
-    "a2d-mistral": ("a2d-mistral", "AutoModelForMaskedLM", {"grid": "absolute", **OTHER_FAMILIES["mistral"]}),
-    "a2d-phi3": ("a2d-phi3", "AutoModelForMaskedLM", {"grid": "response", **OTHER_FAMILIES["phi3"]}),
-    "a2d-smollm3": ("a2d-smollm3", "AutoModelForMaskedLM", {"grid": "absolute", **OTHER_FAMILIES["smollm3"]}),
-    "a2d-olmo2": ("a2d-olmo2", "AutoModelForMaskedLM", {"grid": "response", **OTHER_FAMILIES["olmo2"]}),
     "sdar": ("sdar", "AutoModelForCausalLM", {"grid": "absolute", "max_shard_size": "4KB"}),
     "sdar-yarn": ("sdar", "AutoModelForCausalLM", {"grid": "response", **OTHER_FAMILIES["qwen3-yarn"]}),
     "plain-qwen3": ("qwen3", None, {"grid": "absolute"}),
     "plain-llama": ("llama", None, {"grid": "response", **OTHER_FAMILIES["llama"]}),
 }
+for family in ("mistral", "phi3", "smollm3", "olmo2"):
+    EXPORTS[f"a2d-{family}"] = (f"a2d-{family}", "AutoModelForMaskedLM", {"grid": "absolute", **OTHER_FAMILIES[family]})
 WITH_CODE = [name for name, (_, auto, _) in EXPORTS.items() if auto]
 
 
