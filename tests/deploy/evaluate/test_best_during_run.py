@@ -61,15 +61,16 @@ def evaluations(root: Path, teacher: Path, scores: list[int], beside: bool, cons
     }
     config, tokenizer = config_from_dict(settings), load_tokenizer(str(teacher))
     eos = tokenizer.eos_token_id
-    facts = SimpleNamespace(eos_ids=(eos,))
+    facts = SimpleNamespace(eos_ids=(eos,), tokens=None)
     schedule = TrainingSchedule(LAST * 8, 8, 8, 0)
     checked = SimpleNamespace(config=config, tokenizer=tokenizer, teacher=facts, student=facts, schedule=schedule)
+    checked.questions = checked.form = None
     actor = Student(dict(enumerate(scores)), asyncio.Semaphore(0) if beside else None)
     pool = ActorPool({"eval-0": Remote(actor, asyncio.get_running_loop())}, 600, 0)
     roles = SimpleNamespace(rollouts=pool, evaluators=pool if beside else None, teachers=None)
     records = RunRecords(root, SimpleNamespace(show=lambda record: console.append(str(record.get("reason", "")))))
     run = RunEvaluations(checked, roles, records)
-    for _, problem in run._periodic.problems:
+    for _, problem in run._periodic._problems.problems:
         right = [*tokenizer(problem.solution, add_special_tokens=False)["input_ids"], eos]
         actor.answers.append((np.array([eos]), np.array(right)))
     return run, actor, records
