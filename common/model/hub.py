@@ -19,11 +19,8 @@ from opdlm.common.files import home_path
 
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _LOCAL_BEGINNINGS = ("/", "./", "../", "~")
-_WANTED = [
-    "*.safetensors",
-    "*.safetensors.index.json",
+BESIDE_WEIGHTS = (
     "config.json",
-    "adapter_config.json",  # so that the folder is refused as an adapter
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -32,6 +29,13 @@ _WANTED = [
     "vocab.*",
     "merges.txt",
     "LICENSE*",
+)
+"""Files of a model folder beside its weights and its layout's code."""
+_WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    *BESIDE_WEIGHTS,
+    "adapter_config.json",  # so that the folder is refused as an adapter
 ]
 _NOT_WANTED = ["*/*", "consolidated*"]  # copies of the weights in other forms
 _CACHED = re.compile(r"models--(.+?)--(.+)/snapshots/([0-9a-f]+)/*")

@@ -19,24 +19,13 @@ from opdlm.common.export.names import LAYOUTS, LayoutName
 from opdlm.common.model.config import read_config
 from opdlm.common.model.convert import check_tensors
 from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.hub import BESIDE_WEIGHTS
 from opdlm.common.model.shards import Shards, check_finite, read_shards
 from opdlm.common.model.tokenizer import load_tokenizer
 
 _CARD = "README.md"
-_SENT = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-    "LICENSE*",
-    _CARD,
-)
-"""Files of a model folder beside its weights and its layout's code; nothing else leaves the machine."""
+_SENT = (*BESIDE_WEIGHTS, "model.safetensors.index.json", _CARD)
+"""What is sent beside weights and the layout's code; nothing else leaves the machine."""
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
