@@ -54,7 +54,7 @@ class RowParts:
         """Finds the parts of a micro-batch.
 
         Args:
-            dtype: number format of the masks.
+            dtype: number format of the masks, in which attention is computed.
             causal: as in `training_mask`.
         """
         samples, copies, blocks = (getattr(batch, name).cpu().numpy() for name in ("samples", "copies", "blocks"))
@@ -98,6 +98,8 @@ class RowParts:
     ) -> torch.Tensor:
         """See `AttentionLayout`. Keys and values are those of the batch's own tokens; `mask` is `clean_mask`."""
         batch, heads, length, width = query.shape
+        given = query.dtype
+        query, key, value = (tensor.to(self.noisy_mask.dtype) for tensor in (query, key, value))
         flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]  # [B * T, heads, D]
         clean_q, clean_k, clean_v = (_gather(tensor, self.clean) for tensor in flat)
         noisy_q, noisy_k, noisy_v = (_gather(tensor, self.noisy) for tensor in flat)
@@ -113,7 +115,7 @@ class RowParts:
             return output.transpose(1, 2).flatten(0, 1)
 
         outputs = attention(clean_q, clean_k, clean_v, mask), attention(noisy_q, seen_k, seen_v, self.noisy_mask)
-        places = torch.cat(outputs)  # [G * C + M * N, heads, D]
+        places = torch.cat(outputs).to(given)  # [G * C + M * N, heads, D]
         tokens = places.new_zeros(batch * length, heads, width)
         return tokens.index_copy(0, self.target, places.index_select(0, self.source)).unflatten(0, (batch, length))
 
