@@ -50,7 +50,7 @@ def initialise(module: Any, config: LearnerConfig, dtype: str) -> Any:
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
-        fused=on_gpu,
+        fused=True,  # one pass over memory, on CPUs too
     )
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=_engine_config(config, dtype), dist_init_required=False
