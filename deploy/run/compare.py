@@ -17,6 +17,7 @@ from opdlm.common.config import OpdlmConfig, config_from_dict
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import check_folder
 from opdlm.deploy.observe.comparison import write_comparison
+from opdlm.deploy.observe.curves import write_curves
 from opdlm.deploy.observe.report import DYNAMIC, STATIC
 from opdlm.deploy.run.directory import check_run, check_same_config, held_config
 from opdlm.deploy.run.lock import RunLock, check_unlocked
@@ -35,6 +36,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "reverse_weight": 0.0,
         "top_k": 0,
         "tail": "drop",
+        "teacher_temperature": 1.0,
     },
 }
 """What each objective sets; the run file decides everything else. `opd_random_mask` is the paper's OPDLM-off."""
@@ -56,12 +58,13 @@ def run_comparison(
         if len(set(given)) < len(given):
             found = ",".join(str(each) for each in given)
             raise OpdlmError(f"{option}: found {found}; a run counts once, so give each of them once")
-    if not base.data.task or not base.evaluation.final_problems or base.run.replay is not None:
+    evaluates = base.evaluation.final_problems and (base.data.task or base.evaluation.data)
+    if not evaluates or base.run.replay is not None:
         raise OpdlmError(
-            "compare: needs prompts of a task (data.task) and a final evaluation (evaluation.final_problems), and no "
-            "run.replay"
+            "compare: needs prompts of a task (data.task) or questions of your own (evaluation.data), a final "
+            "evaluation (evaluation.final_problems), and no run.replay"
         )
-    if base.evaluation.tasks and not set(_trained(base)) & set(base.evaluation.tasks):
+    if base.data.task and base.evaluation.tasks and not set(_trained(base)) & set(base.evaluation.tasks):
         raise OpdlmError(
             f"evaluation.tasks: found {base.evaluation.tasks}, none of data.task {base.data.task}; add them"
         )
@@ -73,10 +76,12 @@ def run_comparison(
             check_run(absolute_paths(config), resume=(root / "config.yaml").exists())
         preflight(config)
     with RunLock(out):
-        return _run_all(runs, out, _trained(base), console)
+        stopped = _make_runs(runs, console)
+        return _write_results(runs, out, base, console) if stopped is None else stopped
 
 
-def _run_all(runs: Sequence[tuple[str, int, OpdlmConfig]], out: Path, trained: Sequence[str], console: Console) -> int:
+def _make_runs(runs: Sequence[tuple[str, int, OpdlmConfig]], console: Console) -> int | None:
+    """Makes the runs that are not done; returns None, or the exit code of a run that has stopped before its end."""
     for number, (name, seed, config) in enumerate(runs, start=1):
         root = Path(config.run.dir)
         if (root / "config.yaml").exists():
@@ -88,9 +93,19 @@ def _run_all(runs: Sequence[tuple[str, int, OpdlmConfig]], out: Path, trained: S
         code = train(config, resume=(root / "config.yaml").exists(), console=console)
         if code or not _is_done(root):  # `run.max_minutes` ends a run with code 0
             return code
-    for table in write_comparison(out, [(name, seed, Path(c.run.dir)) for name, seed, c in runs], trained):
-        console.print(table, "")
-    console.print(f"written: {out}/compare.json, compare.png, retention.png", highlight=False, soft_wrap=True)
+    return None
+
+
+def _write_results(runs: Sequence[tuple[str, int, OpdlmConfig]], out: Path, base: OpdlmConfig, console: Console) -> int:
+    folders, written = [(name, seed, Path(config.run.dir)) for name, seed, config in runs], []
+    if base.data.task:
+        for table in write_comparison(out, folders, _trained(base)):
+            console.print(table, "")
+        written += ["compare.json", "compare.png", "retention.png"]
+    if base.evaluation.data:
+        console.print(write_curves([folder for *_, folder in folders], out / "curves.png", {}), "")
+        written += ["curves.json", "curves.png"]
+    console.print(f"written: {out}/{', '.join(written)}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -104,7 +119,7 @@ def _config(base: OpdlmConfig, name: str, seed: int, out: Path) -> OpdlmConfig:
 
 
 def _trained(base: OpdlmConfig) -> list[str]:
-    return str(base.data.task).split("+")
+    return base.data.task.split("+") if base.data.task else []
 
 
 def _is_done(root: Path) -> bool:

@@ -109,6 +109,43 @@ def test_a_run_whose_time_is_over_ends_the_comparison_until_the_next_call(monkey
     assert not (tmp_path / "compare.json").exists()
 
 
+def test_runs_on_own_prompts_are_compared_by_questions_of_ones_own(monkeypatch, tmp_path, chain_teacher) -> None:
+    """Their prompts belong to no task, so the tables are those of `opdlm curves`."""
+    prompts, questions = tmp_path / "prompts.jsonl", tmp_path / "questions.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(20)))
+    questions.write_text(json.dumps({"prompt": "1+1=", "answers": ["2"]}) + "\n")
+
+    def train(config: OpdlmConfig, resume: bool, console: Console) -> int:
+        folder = Path(config.run.dir)
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(dump_config(absolute_paths(config)))
+        records = RunRecords(folder, Listener(), parameters=(10, 10))
+        records.learned([ROUND | {"round": 1, "step": 1}], QUEUE)
+        share = 0.75 if config.objective.kind == "opd" else 0.5
+        for row in (report.STATIC, report.DYNAMIC):
+            right = EvaluationResult(1, share, 2.0, 9.0, {}, data_right=share, of_teacher=share, held_out_kl=0.5)
+            records.evaluated(row, 1, right)
+        records.close()
+        report.write_report(folder)
+        return 0
+
+    monkeypatch.setattr(compare_job, "train", train)
+    config = base(chain_teacher, data={"path": str(prompts)}, evaluation={"data": str(questions), "max_new_tokens": 9})
+    config = config_from_dict(config.model_dump(mode="json") | {"objective": {"teacher_temperature": 0.5}})
+    out = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    assert compare_job.run_comparison(config, ["opd", "cft"], [0], tmp_path / "out", out) == 0
+    runs = json.loads((tmp_path / "out" / "curves.json").read_text())["runs"]
+    assert [(run["name"], run["dynamic"][-1]["of_teacher"]) for run in runs] == [
+        ("opd-seed0", 0.75),
+        ("cft-seed0", 0.5),
+    ]
+    assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"curves.png"}
+    text = out.export_text()
+    assert "75.0%" in text
+    assert "out/curves.json, curves.png" in text
+    assert "compare.json" not in text
+
+
 def test_mistakes_are_named_before_any_run(monkeypatch, tmp_path, chain_teacher) -> None:
     def train(*_):
         raise AssertionError("a run was started")
