@@ -33,10 +33,11 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 @pytest.fixture(autouse=True)
 def handlers_are_put_back() -> Iterator[None]:
     """The handlers of this process are after a test what they were before it, and its logging works."""
+    given = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under `nohup` it is ignored
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     after = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
+    for number, handler in (before | {signal.SIGHUP: given}).items():
         signal.signal(number, handler)
     assert after[signal.SIGTERM] == before[signal.SIGTERM]
     assert logging.root.manager.disable == logging.NOTSET
