@@ -17,7 +17,9 @@ from typing import Any
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import home_path
 
-_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""A model's id on the hub, ORG/NAME."""
+_HUB_ID = re.compile(rf"(?P<id>{REPOSITORY.pattern})(@(?P<revision>[\w./-]+))?")
 _LOCAL_BEGINNINGS = ("/", "./", "../", "~")
 BESIDE_WEIGHTS = (
     "config.json",

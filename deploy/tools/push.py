@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,14 +18,13 @@ from opdlm.common.export.names import LAYOUTS, LayoutName
 from opdlm.common.model.config import read_config
 from opdlm.common.model.convert import check_tensors
 from opdlm.common.model.facts import read_facts, require_mask
-from opdlm.common.model.hub import BESIDE_WEIGHTS
+from opdlm.common.model.hub import BESIDE_WEIGHTS, REPOSITORY
 from opdlm.common.model.shards import Shards, check_finite, read_shards
 from opdlm.common.model.tokenizer import load_tokenizer
 
 _CARD = "README.md"
 _SENT = (*BESIDE_WEIGHTS, "model.safetensors.index.json", _CARD)
 """What is sent beside weights and the layout's code; nothing else leaves the machine."""
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ def run_push(
         OpdlmError: the folder holds no finished student, the name has another form, there is no token, or the hub
             cannot be reached or refuses.
     """
-    if not _REPOSITORY.fullmatch(repository):
+    if not REPOSITORY.fullmatch(repository):
         raise OpdlmError(f"push: found {repository!r}; expected a repository on the hub, as ORG/NAME")
     with tempfile.TemporaryDirectory() as temporary:
         upload = collect(folder, base_model, Path(temporary))
