@@ -17,7 +17,6 @@ from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.masks import training_mask_mod
 from opdlm.common.model.attention import ATTENTION
-from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import hidden_states, load_model
 from opdlm.learner.chunked_loss import chunked_loss
 from opdlm.learner.lora import add_adapters
@@ -58,7 +57,7 @@ class DistillModule(nn.Module):
             student.set_attn_implementation(ATTENTION)
 
     @classmethod
-    def load(cls, folder: str, config: OpdlmConfig) -> DistillModule:
+    def load(cls, folder: str, config: OpdlmConfig, form: StudentForm) -> DistillModule:
         """Loads a student as the run file asks for it: dtype, attention, adapters, gradient checkpointing."""
         attention = config.model.attention
         if attention == "auto":
@@ -68,7 +67,7 @@ class DistillModule(nn.Module):
             add_adapters(student, config.model.lora, config.run.seed)
         if config.learner.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
-        return cls(student, config.objective, config.learner.logits_chunk, attention, read_facts(folder).form)
+        return cls(student, config.objective, config.learner.logits_chunk, attention, form)
 
     def forward(
         self, batch: MicroBatch, targets: PositionTargets, weights: torch.Tensor

@@ -98,11 +98,12 @@ class Learner:
         )
         _configure_torch(config)
         self.queue = QueueClient(setup.queue, self.rank, config.resources.call_timeout_seconds)
-        self.engine = zero.initialise(DistillModule.load(setup.student, config), config.learner, config.model.dtype)
+        facts = read_facts(setup.student)
+        module = DistillModule.load(setup.student, config, facts.form)
+        self.engine = zero.initialise(module, config.learner, config.model.dtype)
         self.saver = Saver(
             self.engine, self.run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.max_failed_saves
         )
-        facts = read_facts(setup.student)
         step = TrainStep(
             self.engine,
             config.learner,

@@ -107,11 +107,10 @@ class SlotLayout:
         if self.commit is None:
             ends = ends[:, None]
         else:  # clamp: before the first block there is none to commit; attending to no position would give NaN
-            ends = torch.stack([ends, (ends - self.block).clamp(min=1)], dim=1)
-            ends = ends.repeat_interleave(group * self.block, dim=1)
+            ends = torch.stack([ends, ends - self.block], dim=1).repeat_interleave(group * self.block, dim=1)
             if self.causal:
                 later = torch.arange(self.block - 1, -1, -1, device=ends.device).repeat(group)
                 ends[:, group * self.block :] -= later
-                ends.clamp_(min=1)
+            ends = ends.clamp(min=1)
         beyond = torch.arange(width, device=ends.device) >= ends[:, None, :, None]
         return torch.zeros(beyond.shape, dtype=dtype, device=ends.device).masked_fill_(beyond, float("-inf"))
