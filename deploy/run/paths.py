@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from opdlm.common.config import OpdlmConfig
-from opdlm.common.errors import ConfigError
+from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.common.files import read_yaml
 from opdlm.common.model.hub import hub_id, model_folder
 
@@ -28,7 +28,8 @@ def local_models(config: OpdlmConfig) -> OpdlmConfig:
     directory names a folder in the cache of the same hub id, that one is taken.
 
     Raises:
-        OpdlmError: a model is no folder and cannot be downloaded, or is a GGUF file.
+        OpdlmError: a model is no folder and cannot be downloaded, or is a GGUF file. In a job, where a
+            relative path looks like a hub id that does not exist, what `check_job_paths` says comes first.
     """
     file = Path(config.run.dir, "config.yaml")
     held = read_yaml(file).get("model") if os.path.isfile(file) else None
@@ -41,7 +42,10 @@ def local_models(config: OpdlmConfig) -> OpdlmConfig:
         elif isinstance(earlier, str) and hub_id(earlier) == given and os.path.isdir(earlier):
             found[name] = earlier
         else:
-            found[name] = str(model_folder(given, f"model.{name}"))
+            try:
+                found[name] = str(model_folder(given, f"model.{name}"))
+            except OpdlmError as error:
+                raise OpdlmError("\n".join([*_lines_of_job_copies(config), str(error)])) from None
     return config.model_copy(update={"model": config.model.model_copy(update=found)})
 
 
@@ -67,6 +71,11 @@ def check_job_paths(config: OpdlmConfig) -> None:
     Raises:
         ConfigError: one line per setting. A relative path in a job is the usual reason.
     """
+    if lines := _lines_of_job_copies(config):
+        raise ConfigError("\n".join(lines))
+
+
+def _lines_of_job_copies(config: OpdlmConfig) -> list[str]:
     paths = {
         "run.dir": config.run.dir,
         "run.replay": config.run.replay,
@@ -74,14 +83,12 @@ def check_job_paths(config: OpdlmConfig) -> None:
         "model.student": config.model.student,
         "offline.cache": config.offline.cache,
     }
-    lines = [
+    return [
         f"{name}: {inside} is in this job's copy of the working directory, which no other node sees and which Ray "
         f"deletes after the job; give an absolute path that every node sees, e.g. {name}=/shared/{inside}"
         for name, path in paths.items()
         if path is not None and (inside := inside_job_copy(Path(path))) is not None
     ]
-    if lines:
-        raise ConfigError("\n".join(lines))
 
 
 def inside_job_copy(path: Path) -> Path | None:

@@ -73,3 +73,19 @@ def test_a_gguf_file_and_an_unknown_name_are_told_by_setting(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OpdlmError, match=r"model\.teacher: me/nothing does not exist as a folder, and as a hub id"):
         local_models(config(tmp_path, teacher="me/nothing"))
+
+
+def test_in_a_job_a_relative_folder_is_named_beside_what_the_hub_says(tmp_path, monkeypatch) -> None:
+    """`models/chain-teacher` of a demo that was sent as a job looks like a hub id, which no hub has."""
+    hub._download.cache_clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(OpdlmError) as refused:
+        local_models(config(tmp_path, teacher="models/chain-teacher"))
+    job, hub_line = str(refused.value).split("\n")
+    assert job.startswith("model.teacher: models/chain-teacher is in this job's copy of the working directory")
+    assert job.endswith("give an absolute path that every node sees, e.g. model.teacher=/shared/models/chain-teacher")
+    assert hub_line.startswith("model.teacher: models/chain-teacher does not exist as a folder, and as a hub id it ")
+    hub._download.cache_clear()
