@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,12 +98,12 @@ class RowParts:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
     ) -> torch.Tensor:
         """See `AttentionLayout`. Keys and values are those of the batch's own tokens; `mask` is `clean_mask`."""
-        batch, heads, length, width = query.shape
-        given = query.dtype
-        query, key, value = (tensor.to(self.noisy_mask.dtype) for tensor in (query, key, value))
-        flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]  # [B * T, heads, D]
-        clean_q, clean_k, clean_v = (_gather(tensor, self.clean) for tensor in flat)
-        noisy_q, noisy_k, noisy_v = (_gather(tensor, self.noisy) for tensor in flat)
+        batch, _, length, _ = query.shape
+        given, attended = query.dtype, self.noisy_mask.dtype
+        places = [
+            _ToPlaces.apply(tensor.transpose(1, 2).flatten(0, 1), self).to(attended) for tensor in (query, key, value)
+        ]
+        (clean_q, noisy_q), (clean_k, noisy_k), (clean_v, noisy_v) = (self._split(tensor) for tensor in places)
         seen_k = torch.cat([clean_k.index_select(0, self.owner), noisy_k], dim=2)
         seen_v = torch.cat([clean_v.index_select(0, self.owner), noisy_v], dim=2)
 
@@ -115,9 +116,52 @@ class RowParts:
             return output.transpose(1, 2).flatten(0, 1)
 
         outputs = attention(clean_q, clean_k, clean_v, mask), attention(noisy_q, seen_k, seen_v, self.noisy_mask)
-        places = torch.cat(outputs).to(given)  # [G * C + M * N, heads, D]
-        tokens = places.new_zeros(batch * length, heads, width)
-        return tokens.index_copy(0, self.target, places.index_select(0, self.source)).unflatten(0, (batch, length))
+        attended_places = torch.cat(outputs).to(given)  # [G * C + M * N, heads, D]
+        return _ToTokens.apply(attended_places, self, batch * length).unflatten(0, (batch, length))
+
+    def _split(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[G * C + M * N, heads, D]` -> `[G, heads, C, D]` and `[M, heads, N, D]`."""
+        clean, noisy = places.split([self.clean.numel(), self.noisy.numel()])
+        return (
+            clean.unflatten(0, self.clean.shape).transpose(1, 2),
+            noisy.unflatten(0, self.noisy.shape).transpose(1, 2),
+        )
+
+    def to_places(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[B * T, heads, D]` -> `[G * C + M * N, heads, D]`, the first token in the places of padding."""
+        return tokens.index_select(0, torch.cat([self.clean.flatten(), self.noisy.flatten()]))
+
+    def to_tokens(self, places: torch.Tensor, count: int) -> torch.Tensor:
+        """`[G * C + M * N, heads, D]` -> `[count, heads, D]` with count B * T, 0 for the batch's padding."""
+        tokens = places.new_zeros(count, *places.shape[1:])
+        return tokens.index_copy_(0, self.target, places.index_select(0, self.source))
+
+
+class _ToPlaces(torch.autograd.Function):
+    """`RowParts.to_places`. A token has one place, and nothing reads the places of padding, so the gradient moves back
+    as tokens move forth. Autograd, which does not know that, would fill and add up a tensor of all tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, parts: RowParts) -> torch.Tensor:
+        ctx.parts, ctx.count = parts, len(tokens)
+        return parts.to_places(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        return ctx.parts.to_tokens(gradient, ctx.count), None
+
+
+class _ToTokens(torch.autograd.Function):
+    """`RowParts.to_tokens`, with the gradient of `_ToPlaces` reversed: what padding gets reaches no token."""
+
+    @staticmethod
+    def forward(ctx: Any, places: torch.Tensor, parts: RowParts, count: int) -> torch.Tensor:
+        ctx.parts = parts
+        return parts.to_tokens(places, count)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        return ctx.parts.to_places(gradient), None, None
 
 
 def _padded(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -147,8 +191,3 @@ def _added_mask(
     places = tuple(n[:, :, None] for n in q), tuple(n[:, None, :] for n in k)
     seen = visible(*places, causal)[:, None]  # type: ignore[arg-type]
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
-
-
-def _gather(flat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """`[B * T, heads, D]` at `[parts, length]` -> `[parts, heads, length, D]`."""
-    return flat.index_select(0, indices.flatten()).unflatten(0, indices.shape).transpose(1, 2)

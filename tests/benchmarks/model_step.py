@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.model_step runs/smollm2-135m/student models/smollm2-135m [--threads 2]
 
-Random rows of one state a block go through the learner's own module and DeepSpeed engine. The bare forward of as many
+The rows of random trajectories go through the learner's own module and DeepSpeed engine. The bare forward of as many
 tokens is measured beside them, because its speed is the floor: a step without waste takes three of them.
 """
 
@@ -33,11 +33,11 @@ from opdlm.learner.rows import Row, build_rows
 from opdlm.learner.targets import gather_targets
 from tests.benchmarks.measure import parser, write_json
 
-OBJECTIVE = ObjectiveConfig(exclude_eos=False)
 
-
-def random_rows(count: int, prompt: int, response: int, width: int, folder: Path) -> list[Row]:
-    """Rows of random tokens with targets of random hidden states, one state of every block of 4."""
+def random_rows(
+    count: int, prompt: int, response: int, width: int, folder: Path, objective: ObjectiveConfig
+) -> list[Row]:
+    """The rows of `count` trajectories of random tokens in blocks of 4, with random hidden states as targets."""
     facts, rng = read_facts(folder), np.random.default_rng(0)
     grid, rows = BlockGrid(4, "response"), []
     for index in range(count):
@@ -53,7 +53,7 @@ def random_rows(count: int, prompt: int, response: int, width: int, folder: Path
             denoising_steps=response,
         )
         targets = HiddenTargets(rng.standard_normal((response, width), dtype=np.float32))
-        rows += build_rows(ScoredTrajectory(trajectory, targets), grid, OBJECTIVE, require_mask(facts), rng, facts.form)
+        rows += build_rows(ScoredTrajectory(trajectory, targets), grid, objective, require_mask(facts), rng, facts.form)
     return rows
 
 
@@ -74,7 +74,8 @@ def main() -> None:
     arguments.add_argument("student", type=Path, help="folder of a student")
     arguments.add_argument("teacher", type=Path, help="folder of its teacher")
     arguments.add_argument("--dtype", default="bfloat16")
-    arguments.add_argument("--rows", type=int, default=16)
+    arguments.add_argument("--trajectories", type=int, default=16)
+    arguments.add_argument("--selection", default="one_state_per_block", help="as objective.selection")
     arguments.add_argument("--prompt", type=int, default=45, help="tokens")
     arguments.add_argument("--response", type=int, default=36, help="tokens, a multiple of 4")
     chosen = arguments.parse_args()
@@ -82,13 +83,15 @@ def main() -> None:
     os.environ |= {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
     dist.init_process_group("gloo", store=dist.FileStore(tempfile.mktemp(), 1), rank=0, world_size=1)
     student = load_model(chosen.student, chosen.dtype)
-    rows = random_rows(chosen.rows, chosen.prompt, chosen.response, student.config.hidden_size, chosen.student)
+    objective = ObjectiveConfig(exclude_eos=False, selection=chosen.selection)
+    lengths, width = (chosen.prompt, chosen.response), student.config.hidden_size
+    rows = random_rows(chosen.trajectories, *lengths, width, chosen.student, objective)
     facts = read_facts(chosen.student)
     tokens = shared_tokens(read_facts(chosen.teacher), facts)
     batch = pack(rows)
-    targets = gather_targets(rows, load_output_matrix(chosen.teacher, chosen.dtype), OBJECTIVE, tokens)
+    targets = gather_targets(rows, load_output_matrix(chosen.teacher, chosen.dtype), objective, tokens)
     weights = torch.full((len(batch.loss_row),), 1 / len(batch.loss_row))
-    module = DistillModule(student, OBJECTIVE, 1024, form=facts.form)
+    module = DistillModule(student, objective, 1024, form=facts.form)
     engine = zero.initialise(module, LearnerConfig(), chosen.dtype)
     count, width = batch.input_ids.numel(), 64
 
