@@ -63,6 +63,8 @@ class Trajectory:
     """Student forwards that revealed tokens of this sequence."""
     token_versions: np.ndarray | None = None
     """`[R'] int32`, the weight version that revealed each kept token. None: `weight_version` revealed all of them."""
+    reveal_logprob: np.ndarray | None = None
+    """`[R'] float32`, log-probability of each kept token in the distribution it was drawn from. None: not asked for."""
 
     @property
     def response(self) -> np.ndarray:
@@ -102,18 +104,29 @@ class LogitsTargets:
     logits: np.ndarray  # [R, V] float32
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyTargets:
+    """What the policy gradient has instead of a teacher's distributions (METHOD.md section 7)."""
+
+    advantage: float
+    """Of the whole response, from the rewards of its group."""
+    reference_logprobs: np.ndarray | None = None
+    """`[R] float32`, log-probabilities of the response's tokens under the reference model, in the states in which they
+    were revealed. None: no distance from a reference is asked for."""
+
+
 TeacherTargets = TopKTargets | HiddenTargets | LogitsTargets
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredTrajectory:
-    """A trajectory, and the teacher's target for each response token.
+    """A trajectory, and what it is trained towards.
 
-    The target of a token is the teacher's next-token distribution after the clean tokens before it.
+    The teacher's target of a token is its next-token distribution after the clean tokens before it.
     """
 
     trajectory: Trajectory
-    targets: TeacherTargets
+    targets: TeacherTargets | PolicyTargets
 
 
 @dataclass(frozen=True, slots=True)

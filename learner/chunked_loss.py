@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.learner.policy_gradient import PolicyPositions
 from opdlm.learner.targets import PositionTargets
 from opdlm.learner.tied_embedding import GradientHandover
 
@@ -22,7 +23,7 @@ from opdlm.learner.tied_embedding import GradientHandover
 def chunked_loss(
     hidden: torch.Tensor,
     matrix: torch.Tensor,
-    targets: PositionTargets,
+    targets: PositionTargets | PolicyPositions,
     weights: torch.Tensor,
     objective: ObjectiveConfig,
     chunk: int,
@@ -33,7 +34,7 @@ def chunked_loss(
     Args:
         hidden: `[N, D]` final hidden states at the loss positions.
         matrix: `[V', D]` the student's output matrix.
-        targets: the teacher's, at the same N positions.
+        targets: the teacher's, or the policy gradient's side, at the same N positions.
         weights: `[N]` float32, the weight of each position.
         chunk: positions whose logits exist at one time.
         handover: takes the matrix's gradient in the backward pass; without one, autograd does.
@@ -49,7 +50,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any,
         hidden: torch.Tensor,
         matrix: torch.Tensor,
-        targets: PositionTargets,
+        targets: PositionTargets | PolicyPositions,
         weights: torch.Tensor,
         objective: ObjectiveConfig,
         chunk: int,

@@ -21,6 +21,7 @@ from opdlm.common.model.load import hidden_states, load_model
 from opdlm.learner.chunked_loss import chunked_loss
 from opdlm.learner.lora import add_adapters
 from opdlm.learner.packing import MicroBatch
+from opdlm.learner.policy_gradient import PolicyPositions
 from opdlm.learner.row_attention import RowParts
 from opdlm.learner.targets import PositionTargets
 from opdlm.learner.tied_embedding import GradientHandover, embed
@@ -70,12 +71,12 @@ class DistillModule(nn.Module):
         return cls(student, config.objective, config.learner.logits_chunk, attention, form)
 
     def forward(
-        self, batch: MicroBatch, targets: PositionTargets, weights: torch.Tensor
+        self, batch: MicroBatch, targets: PositionTargets | PolicyPositions, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of a micro-batch.
 
         Args:
-            targets: the teacher's, at the batch's N loss positions.
+            targets: the teacher's, or the policy gradient's side, at the batch's N loss positions.
             weights: `[N]` float32, the weight of each loss position.
 
         Returns: (sum of weight x divergence, a float32 scalar; the divergences `[N]`, detached).

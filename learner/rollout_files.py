@@ -3,6 +3,7 @@
     RUN/rollouts/round-000012.safetensors
         INDEX.prompt_ids, INDEX.response_ids, INDEX.reveal_step     each sample's arrays, as in `Trajectory`
         INDEX.token_versions        only for a sample that several weight versions decoded
+        INDEX.reveal_logprob        only if the decoder was asked for it
         INDEX.hidden | INDEX.logits | INDEX.token_ids, INDEX.logprobs    its targets
         metadata `rollouts`, JSON: `facts` (see `RolloutFacts`), `samples` (the fields that are not arrays)
 
@@ -25,7 +26,15 @@ from safetensors.numpy import save_file
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import atomic_file
-from opdlm.common.types import HiddenTargets, LogitsTargets, ScoredTrajectory, TeacherTargets, TopKTargets, Trajectory
+from opdlm.common.types import (
+    HiddenTargets,
+    LogitsTargets,
+    PolicyTargets,
+    ScoredTrajectory,
+    TeacherTargets,
+    TopKTargets,
+    Trajectory,
+)
 
 _TARGETS: dict[str, type[HiddenTargets] | type[LogitsTargets] | type[TopKTargets]] = {
     "hidden": HiddenTargets,
@@ -35,7 +44,8 @@ _TARGETS: dict[str, type[HiddenTargets] | type[LogitsTargets] | type[TopKTargets
 }
 """Types of the targets by `RolloutFacts.targets`."""
 _TRAJECTORY_ARRAYS = ("prompt_ids", "response_ids", "reveal_step")
-_VERSIONS = "token_versions"
+_OPTIONAL = ("token_versions", "reveal_logprob")
+"""Arrays of a trajectory that not every one has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +135,10 @@ def load_samples(file: Path, indices: Sequence[int]) -> list[ScoredTrajectory]:
         target_type, names = _TARGETS[facts.targets], set(tensors.keys())
         samples = []
         for index in indices:
-            optional = [_VERSIONS] if f"{index}.{_VERSIONS}" in names else []
+            optional = [name for name in _OPTIONAL if f"{index}.{name}" in names]
             arrays = {name: tensors.get_tensor(f"{index}.{name}") for name in [*_array_names(target_type), *optional]}
             arrays["reveal_step"] = _widened(arrays["reveal_step"], file, index)
-            fields = {_VERSIONS: None} | plain[index] | arrays
+            fields = dict.fromkeys(_OPTIONAL) | plain[index] | arrays
             trajectory = Trajectory(**_pick(Trajectory, fields))
             samples.append(ScoredTrajectory(trajectory, target_type(**_pick(target_type, fields))))
         return samples
@@ -185,7 +195,7 @@ def _metadata(tensors: Any, file: Path) -> tuple[RolloutFacts, dict[int, dict[st
         raise OpdlmError(f"saved rollouts: {file} cannot be read: its metadata `rollouts`: {reason}") from None
 
 
-def _fields(record: Trajectory | TeacherTargets) -> dict[str, Any]:
+def _fields(record: Trajectory | TeacherTargets | PolicyTargets) -> dict[str, Any]:
     return {name: getattr(record, name) for name in type(record).__slots__}
 
 

@@ -19,7 +19,7 @@ from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.grid import BlockGrid
 from opdlm.common.types import ScoredTrajectory, Trajectory
-from opdlm.learner.states import SELECTIONS, BlockStates
+from opdlm.learner.states import SELECTIONS, BlockStates, ChosenStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Row:
     blocks: np.ndarray  # [T] int64
     loss_columns: np.ndarray  # [n] int64, where the tokens of the loss are predicted, as indices into the row
     loss_positions: np.ndarray  # [n] int64, these tokens as indices into the response, and so into the targets
+    loss_weights: np.ndarray | None = None  # [n] float32, how much each counts; None: 1
 
 
 def build_rows(
@@ -47,27 +48,28 @@ def build_rows(
     trajectory = scored.trajectory
     states = BlockStates(trajectory.reveal_step, len(trajectory.prompt_ids), grid)
     selected = SELECTIONS[objective.resolved_selection](states, rng)
-    return [build_row(scored, masked, grid, mask_id, objective.exclude_eos, form) for masked in selected]
+    exclude_eos = objective.exclude_eos and objective.kind != "rl"  # where to end is part of a policy
+    return [build_row(scored, chosen, grid, mask_id, exclude_eos, form) for chosen in selected]
 
 
 def build_row(
     scored: ScoredTrajectory,
-    masked: np.ndarray,
+    chosen: ChosenStates,
     grid: BlockGrid,
     mask_id: int,
     exclude_eos: bool,
     form: StudentForm = PAPER_FORM,
 ) -> Row:
-    """The row of one state. `masked`: `[R']` bool over the kept response."""
+    """The row of the chosen states of a trajectory's blocks."""
     trajectory = scored.trajectory
     prompt_length = len(trajectory.prompt_ids)
     clean = np.concatenate([trajectory.prompt_ids, trajectory.response_ids]).astype(np.int64)
     start = grid.first_block_start(prompt_length)
     noisy = clean[start:].copy()
-    noisy[prompt_length - start :][masked] = mask_id
+    noisy[prompt_length - start :][chosen.masked] = mask_id
     positions = np.concatenate([np.arange(len(clean)), np.arange(start, len(clean))])
     blocks = (positions + grid.offset(prompt_length)) // grid.block_size
-    loss_positions = np.flatnonzero(masked & _in_loss(trajectory, exclude_eos))
+    loss_positions = np.flatnonzero(chosen.in_loss & _in_loss(trajectory, exclude_eos))
     loss_columns = len(clean) + prompt_length - start + loss_positions  # in the noisy half
     if form.logit_shift:
         before = prompt_length + loss_positions - 1  # of the token; in the clean half, its index as well
@@ -81,6 +83,7 @@ def build_row(
         blocks=blocks,
         loss_columns=loss_columns,
         loss_positions=loss_positions,
+        loss_weights=None if chosen.weight is None else chosen.weight[loss_positions],
     )
 
 

@@ -1,18 +1,34 @@
 """Which positions of a response are masked in a training row: the states the rollout visited (METHOD.md section 4).
 
+The last two selections are the policy gradient's (section 7): a token's loss is taken in the state that revealed it.
+
 State k of a block (from 1) masks exactly the positions that were revealed in the block's k-th distinct step or later.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from opdlm.common.grid import BlockGrid
 
-Selection = Callable[["BlockStates", np.random.Generator], list[np.ndarray]]
-"""Chooses states of a trajectory: one `[R']` bool array for each training row, True where a position is masked."""
+
+@dataclass(frozen=True, slots=True)
+class ChosenStates:
+    """The states of all blocks of one training row."""
+
+    masked: np.ndarray
+    """`[R']` bool, True where a position is masked."""
+    in_loss: np.ndarray
+    """`[R']` bool, the masked positions at which the loss is taken."""
+    weight: np.ndarray | None = None
+    """`[R']` float32, how much the loss of a position counts. None: all count 1."""
+
+
+Selection = Callable[["BlockStates", np.random.Generator], list[ChosenStates]]
+"""Chooses states of a trajectory, one `ChosenStates` for each training row."""
 
 
 class BlockStates:
@@ -44,26 +60,47 @@ class BlockStates:
         """`[R']` bool, True where a position is masked. `state`: of every block, or `[blocks]`, one per block."""
         return self.rank >= (state if isinstance(state, int) else state[self.block])
 
+    def all_masked_of(self, state: np.ndarray | int) -> ChosenStates:
+        """A row whose loss is taken at every masked position."""
+        masked = self.masked_in(state)
+        return ChosenStates(masked, masked)
 
-def one_state_per_block(states: BlockStates, rng: np.random.Generator) -> list[np.ndarray]:
+    def revealed_in(self, state: np.ndarray | int, weight: np.ndarray | None = None) -> ChosenStates:
+        """A row whose loss is taken where the rollout's next step revealed a token."""
+        masked = self.masked_in(state)
+        return ChosenStates(masked, masked & ~self.masked_in(state + 1), weight)
+
+
+def one_state_per_block(states: BlockStates, rng: np.random.Generator) -> list[ChosenStates]:
     """The paper's recipe: one row, in which every block has a state of its own, drawn uniformly."""
-    return [states.masked_in(rng.integers(1, states.count + 1))]
+    return [states.all_masked_of(rng.integers(1, states.count + 1))]
 
 
-def one_state_per_response(states: BlockStates, rng: np.random.Generator) -> list[np.ndarray]:
+def one_state_per_response(states: BlockStates, rng: np.random.Generator) -> list[ChosenStates]:
     """One row, in which every block is in its k-th state, with one k drawn for the whole response.
 
     In blocks with fewer than k states, nothing is masked.
     """
-    return [states.masked_in(int(rng.integers(1, states.count.max() + 1)))]
+    return [states.all_masked_of(int(rng.integers(1, states.count.max() + 1)))]
 
 
-def all_states(states: BlockStates, rng: np.random.Generator) -> list[np.ndarray]:
+def all_states(states: BlockStates, rng: np.random.Generator) -> list[ChosenStates]:
     """As many rows as the block with the most states has; in row k, every block is in its k-th state."""
-    return [states.masked_in(k) for k in range(1, int(states.count.max()) + 1)]
+    return [states.all_masked_of(k) for k in range(1, int(states.count.max()) + 1)]
 
 
-def random_mask(states: BlockStates, rng: np.random.Generator) -> list[np.ndarray]:
+def revealed(states: BlockStates, rng: np.random.Generator) -> list[ChosenStates]:
+    """The rows of `all_states`, with the loss where a state's own step revealed a token: each token counts once."""
+    return [states.revealed_in(k) for k in range(1, int(states.count.max()) + 1)]
+
+
+def one_sampled_state(states: BlockStates, rng: np.random.Generator) -> list[ChosenStates]:
+    """One row of `revealed`, each block in a state drawn uniformly, whose tokens count for those of all its states."""
+    weight = states.count[states.block].astype(np.float32)
+    return [states.revealed_in(rng.integers(1, states.count + 1), weight)]
+
+
+def random_mask(states: BlockStates, rng: np.random.Generator) -> list[ChosenStates]:
     """OPDLM-off: one row, without regard to the visited states.
 
     Each block draws a mask ratio t ~ U(0, 1) and masks each position with probability t, and at least one position.
@@ -74,7 +111,7 @@ def random_mask(states: BlockStates, rng: np.random.Generator) -> list[np.ndarra
     has_none = ~np.logical_or.reduceat(masked, states.starts)
     lowest = np.minimum.reduceat(noise, states.starts)
     masked |= has_none[states.block] & (noise == lowest[states.block])
-    return [masked]
+    return [ChosenStates(masked, masked)]
 
 
 SELECTIONS: dict[str, Selection] = {
@@ -82,5 +119,7 @@ SELECTIONS: dict[str, Selection] = {
     "one_state_per_response": one_state_per_response,
     "all_states": all_states,
     "random_mask": random_mask,
+    "revealed": revealed,
+    "one_sampled_state": one_sampled_state,
 }
 """By their names in `objective.selection`."""

@@ -13,7 +13,7 @@ from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.common.model.load import load_output_matrix
 from opdlm.common.tensors import array_to_tensor
 from opdlm.common.token_ids import TokenIds
-from opdlm.common.types import LogitsTargets, TeacherTargets, TopKTargets
+from opdlm.common.types import LogitsTargets, PolicyTargets, TeacherTargets, TopKTargets
 from opdlm.learner.losses import divergence, forward_kl_with_gradient, restrict_to_top_k
 from opdlm.learner.rows import Row
 
@@ -133,7 +133,7 @@ def gather_targets(
     Raises:
         ValueError: hidden-state targets without the teacher's output matrix.
     """
-    parts = [(row.scored.targets, row.loss_positions) for row in rows]
+    parts = [(_teachers(row), row.loss_positions) for row in rows]
     first = parts[0][0]
     holes = torch.tensor(sorted(tokens.holes)) if tokens is not None and tokens.holes else None
     if isinstance(first, TopKTargets):
@@ -148,6 +148,11 @@ def gather_targets(
         raise ValueError("hidden-state targets need the teacher's output matrix on the learner; found none")
     size = tokens.end if tokens is not None else teacher_head.shape[0]
     return PositionTargets(_concatenate(parts, "hidden"), size, head=teacher_head[:size], holes=holes)
+
+
+def _teachers(row: Row) -> TeacherTargets:
+    assert not isinstance(row.scored.targets, PolicyTargets), "`gather_policy` takes these"
+    return row.scored.targets
 
 
 def _concatenate(parts: Sequence[tuple[TeacherTargets, np.ndarray]], field: str) -> torch.Tensor:

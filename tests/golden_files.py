@@ -14,7 +14,7 @@ import numpy as np
 
 from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.common.form import PAPER_FORM, StudentForm
-from opdlm.common.types import HiddenTargets, ScoredTrajectory, Trajectory
+from opdlm.common.types import HiddenTargets, PolicyTargets, ScoredTrajectory, Trajectory
 
 ROOT = Path(os.environ.get("OPDLM_GOLDEN") or Path(__file__).parent / "golden")
 
@@ -33,7 +33,9 @@ def load(path: Path) -> dict[str, Any]:
 
 def objective_of(case: dict[str, Any]) -> ObjectiveConfig:
     """The objective of a case, as the config section."""
-    return ObjectiveConfig(**case["objective"])
+    settings = dict(case["objective"])
+    assert settings.pop("kl_estimator", "k3") == "k3", "the only estimator there is"
+    return ObjectiveConfig(**settings)
 
 
 def form_of(case: dict[str, Any]) -> StudentForm:
@@ -56,6 +58,31 @@ def trajectory_of(row: dict[str, Any], case: dict[str, Any], index: int = 0) -> 
         finish_reason="eos" if stops.size else "length",
         denoising_steps=max(row["reveal_step"]),
     )
+
+
+def group_trajectories(case: dict[str, Any]) -> list[tuple[ScoredTrajectory, dict[str, Any]]]:
+    """The trajectories of an `rl` case, whose group is not left out, and what the file says of each."""
+    found = []
+    for group in case["groups"]:
+        for sample in group["samples"]:
+            length, kept = sample["response_length"], len(sample["response_ids"])
+            trajectory = Trajectory(
+                index=len(found),
+                prompt_id=str(len(found)),
+                prompt_ids=np.array(group["prompt_ids"], dtype=np.int32),
+                response_ids=np.array(sample["response_ids"], dtype=np.int32),
+                reveal_step=np.array(sample["reveal_step"], dtype=np.int32),
+                response_length=length,
+                weight_version=0,
+                finish_reason=sample["finish_reason"],
+                denoising_steps=max(sample["reveal_step"]),
+                reveal_logprob=np.array(sample["old_logprobs"] + [0.0] * (kept - length), dtype=np.float32),
+            )
+            if not group["dropped"]:
+                reference = sample.get("reference_logprobs")
+                as_array = None if reference is None else np.array(reference, dtype=np.float32)
+                found.append((ScoredTrajectory(trajectory, PolicyTargets(sample["advantage"], as_array)), sample))
+    return found
 
 
 def unscored(trajectory: Trajectory) -> ScoredTrajectory:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,10 +17,13 @@ from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.teacher.scoring import score
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.load import load_model
+from opdlm.common.rewards.advantage import advantages
 from opdlm.common.types import RolloutRequest, ScoredTrajectory
 from opdlm.learner.distill import DistillModule
-from opdlm.learner.packing import collate
+from opdlm.learner.packing import collate, pack
+from opdlm.learner.policy_gradient import gather_policy
 from opdlm.learner.rows import build_row, build_rows
+from opdlm.learner.states import ChosenStates
 from opdlm.learner.targets import gather_targets
 from tests import golden_files
 
@@ -64,15 +69,7 @@ def test_loss_and_gradients(path, kind, student, teacher) -> None:
         torch.testing.assert_close(ours, torch.tensor(row["loss_per_position"]), rtol=RELATIVE, atol=1e-5)
         assert ours.mean().item() == pytest.approx(row["loss"], rel=RELATIVE)
     assert loss.item() == pytest.approx(case["loss"], rel=RELATIVE)
-    norm = torch.stack([p.grad.norm() for p in student.parameters()]).norm()
-    assert norm.item() == pytest.approx(case["grad_norm"], rel=RELATIVE)
-    reference = load_file(path.with_suffix(".safetensors"))
-    named = dict(student.named_parameters())
-    gradients = {k.removeprefix("grad."): v for k, v in reference.items() if k.startswith("grad.")}
-    assert gradients, "the reference file names no gradients"
-    for name, gradient in gradients.items():
-        difference = (named[name].grad - gradient).norm() / gradient.norm()
-        assert difference < RELATIVE, f"gradient of {name} is off by {difference:.1e}"
+    _compare_gradients(student, case["grad_norm"], path)
 
 
 @pytest.mark.parametrize("path", golden_files.cases("train"), ids=lambda p: p.stem)
@@ -139,5 +136,62 @@ def test_decoded_tokens_and_reveal_steps(path, batch_size, student) -> None:
         assert ours.reveal_step[: ours.response_length].tolist() == steps[:limit]
 
 
-def _masked(row: dict, case: dict) -> np.ndarray:
-    return np.array(row["noisy_response_ids"]) == case["mask_id"]
+@pytest.mark.parametrize("path", golden_files.cases("rl"), ids=lambda p: p.stem)
+def test_policy_gradient(path) -> None:
+    """Advantages, log-probabilities, ratios, surrogates, clipped share, loss and gradients (METHOD.md section 7)."""
+    case = golden_files.load(path)
+    objective, student = golden_files.objective_of(case), load_model(golden_files.ROOT / "models" / case["model"])
+    for group in case["groups"]:
+        expected = None if group["dropped"] else [sample["advantage"] for sample in group["samples"]]
+        ours = advantages([sample["reward"] for sample in group["samples"]], objective.advantage)
+        assert ours is expected is None or ours == pytest.approx(expected, rel=RELATIVE)
+    samples = golden_files.group_trajectories(case)
+    grid, rng = BlockGrid(case["block_size"], case["block_grid"]), np.random.default_rng(0)
+    rows = [row for scored, _ in samples for row in build_rows(scored, grid, objective, case["mask_id"], rng)]
+    count = sum(len(row.loss_positions) for row in rows)
+    assert count == case["tokens"]
+    positions = gather_policy(rows, case["temperature"], [case["mask_id"]])
+    module = DistillModule(student, objective, logits_chunk=7)
+    loss, losses = module(pack(rows), positions, torch.full((count,), 1 / count))
+    loss.backward()
+
+    def of_each_sample(values: torch.Tensor) -> list[torch.Tensor]:
+        """Values of the loss positions -> by sample, in the order of the response."""
+        parts = values.split([len(row.loss_positions) for row in rows])
+        found = []
+        for scored, _ in samples:
+            mine = [(row.loss_positions, part) for row, part in zip(rows, parts, strict=True) if row.scored is scored]
+            order = torch.from_numpy(np.concatenate([places for places, _ in mine])).argsort()
+            found.append(torch.cat([part for _, part in mine])[order])
+        return found
+
+    distance = objective.kl_beta * positions.distance()
+    for name, values in [
+        ("new_logprobs", positions.new_logprobs),
+        ("ratio", positions.ratio()),
+        ("surrogate", distance - losses),
+    ]:
+        for ours, (_, sample) in zip(of_each_sample(values), samples, strict=True):
+            theirs = torch.tensor(sample["expected"][name])
+            torch.testing.assert_close(ours, theirs, rtol=RELATIVE, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert positions.is_clipped(objective).float().mean().item() == pytest.approx(case["clipped_share"])
+    assert loss.item() == pytest.approx(case["loss"], rel=RELATIVE, abs=1e-6)
+    _compare_gradients(student, case["grad_norm"], path)
+
+
+def _compare_gradients(student: torch.nn.Module, norm: float, path: Path) -> None:
+    """The gradients' norm, and those that the reference file names."""
+    found = torch.stack([p.grad.norm() for p in student.parameters()]).norm()
+    assert found.item() == pytest.approx(norm, rel=RELATIVE)
+    reference = load_file(path.with_suffix(".safetensors"))
+    named = dict(student.named_parameters())
+    gradients = {k.removeprefix("grad."): v for k, v in reference.items() if k.startswith("grad.")}
+    assert gradients, "the reference file names no gradients"
+    for name, gradient in gradients.items():
+        difference = (named[name].grad - gradient).norm() / gradient.norm()
+        assert difference < RELATIVE, f"gradient of {name} is off by {difference:.1e}"
+
+
+def _masked(row: dict, case: dict) -> ChosenStates:
+    masked = np.array(row["noisy_response_ids"]) == case["mask_id"]
+    return ChosenStates(masked, masked)

@@ -16,8 +16,11 @@ from opdlm.common.config.base import (
     Switch,
 )
 
-Kind = Literal["opd", "off_policy_kd", "cft"]
-Selection = Literal["one_state_per_block", "one_state_per_response", "all_states", "random_mask"]
+Kind = Literal["opd", "off_policy_kd", "cft", "rl"]
+Advantage = Literal["group_std", "group_mean"]
+Selection = Literal[
+    "one_state_per_block", "one_state_per_response", "all_states", "random_mask", "revealed", "one_sampled_state"
+]
 
 
 class ObjectiveConfig(Section):
@@ -27,13 +30,17 @@ class ObjectiveConfig(Section):
     """What the run trains on and towards what. `opd`: on-policy distillation, on the student's own rollouts towards the
     teacher's distributions. `off_policy_kd`: on given responses towards the teacher's distributions. `cft`: conversion
     fine-tuning (the SDAR and BD3-LM baseline), by cross-entropy on the tokens of given responses. The section `offline`
-    says where given responses come from."""
+    says where given responses come from. `rl`: policy gradient, on groups of the student's own rollouts towards a
+    higher `reward`; no teacher is needed."""
     selection: Selection | None = None
     """Which states of a trajectory become training rows. `one_state_per_block`: one visited state per block, drawn
     uniformly (the paper's recipe). `one_state_per_response`: one index, drawn for the whole response, picks the state
     of every block. `all_states`: every visited state; row k holds the k-th state of every block. `random_mask`: the
-    trajectory is ignored and each block is masked at random (with `opd`, the paper's OPDLM-off). Empty:
-    `one_state_per_block` for `opd`, and `random_mask` for the other kinds, whose responses have no visited states."""
+    trajectory is ignored and each block is masked at random (with `opd`, the paper's OPDLM-off). With
+    `rl`, `revealed` takes each token's loss in the state that revealed it, one row for each of a block's states, and
+    `one_sampled_state` draws one of these states for each block, which costs one row and has the same expectation.
+    Empty: `one_state_per_block` for `opd`, `revealed` for `rl`, and `random_mask` for the other kinds, whose responses
+    have no visited states."""
     divergence: Literal["kl", "jsd"] = "kl"
     """The distance that is minimised. `kl`: forward KL(teacher || student), mixed with reverse KL by `reverse_weight`.
     `jsd`: the Jensen-Shannon divergence with `jsd_alpha`. `cft` uses neither."""
@@ -56,16 +63,28 @@ class ObjectiveConfig(Section):
     less. `cft` has no teacher's distribution, and `teacher.targets: topk` does not give all logits."""
     exclude_eos: Switch = True
     """Take no loss at the end-of-sequence token (the release's default). Set it to false to train where responses end
-    as well, as `deploy/demo.yaml` does."""
+    as well, as `deploy/demo.yaml` does. `rl` always trains it."""
+    advantage: Advantage = "group_std"
+    """With `rl`, how the rewards R of a prompt's responses become advantages. `group_std`: (R - mean) / (standard
+    deviation + 1e-6). `group_mean`: R - mean."""
+    clip_low: Annotated[Number, Field(ge=0, le=1)] = 0.2
+    """With `rl`, a token whose probability has fallen below 1 - `clip_low` times that of the rollout gets no gradient
+    that lowers it further."""
+    clip_high: Annotated[Number, Field(ge=0)] = 0.2
+    """With `rl`, a token whose probability has risen above 1 + `clip_high` times that of the rollout gets no gradient
+    that raises it further."""
+    kl_beta: Annotated[Number, Field(ge=0)] = 0.0
+    """With `rl`, the weight of the distance from a frozen reference, the student as the run began. 0: no reference."""
     reduction: Literal["row", "token"] = "row"
     """How the loss of a batch is averaged. `row`: over the loss positions of each row, then over the rows (the
     release's), so every response has the same weight. `token`: over all loss positions of the batch, so every token has
-    the same weight."""
+    the same weight; `rl` always does this."""
 
     @property
     def resolved_selection(self) -> Selection:
         """The `selection`, or the default of the `kind` where it is empty."""
-        return self.selection or ("one_state_per_block" if self.kind == "opd" else "random_mask")
+        default: dict[Kind, Selection] = {"opd": "one_state_per_block", "rl": "revealed"}
+        return self.selection or default.get(self.kind, "random_mask")
 
     @property
     def loss_is_forward_kl(self) -> bool:

@@ -23,27 +23,55 @@ def test_selected_states_were_visited(blocks, selection, seed) -> None:
     """Every block of every row is in one of its visited states; where its states have run out, nothing is masked."""
     reveal = np.concatenate([np.array(b) + 10 * i for i, b in enumerate(blocks)])
     rows = SELECTIONS[selection](BlockStates(reveal, 8, BlockGrid(4)), np.random.default_rng(seed))
-    for masked in rows:
+    for row in rows:
+        assert (row.masked | ~row.in_loss).all(), "a loss is taken at masked positions alone"
         for i in range(len(blocks)):
-            block, inside = reveal[4 * i : 4 * i + 4], masked[4 * i : 4 * i + 4]
+            block, inside = reveal[4 * i : 4 * i + 4], row.masked[4 * i : 4 * i + 4]
             visited = [tuple(block >= s) for s in sorted(set(block))]
             if selection == "random_mask":
                 assert inside.any()
-            elif selection == "one_state_per_block":
+            elif selection in ("one_state_per_block", "one_sampled_state"):
                 assert tuple(inside) in visited
             else:
                 assert tuple(inside) in visited or not inside.any()
-    if selection == "all_states":
+    if selection in ("all_states", "revealed"):
         assert len(rows) == max(len(set(b)) for b in blocks)
         for i, b in enumerate(blocks):
-            states = [tuple(r[4 * i : 4 * i + 4]) for r in rows if r[4 * i : 4 * i + 4].any()]
+            masked = [tuple(row.masked[4 * i : 4 * i + 4]) for row in rows]
+            states = [state for state in masked if any(state)]
             assert len(states) == len(set(states)) == len(set(b))
+
+
+@given(steps_of_blocks)
+def test_the_policy_gradient_takes_each_token_once(blocks) -> None:
+    """In `revealed` exactly, in the state that revealed it; in `one_sampled_state` in expectation."""
+    reveal = np.concatenate([np.array(b) + 10 * i for i, b in enumerate(blocks)])
+    states = BlockStates(reveal, 8, BlockGrid(4))
+    rows = SELECTIONS["revealed"](states, np.random.default_rng(0))
+    assert (sum(row.in_loss.astype(int) for row in rows) == 1).all()
+    for row in rows:
+        for place in np.flatnonzero(row.in_loss):
+            block = slice(place // 4 * 4, place // 4 * 4 + 4)
+            assert (row.masked[block] == (reveal[block] >= reveal[place])).all()
+
+    class EachInTurn:
+        """Draws every state of every block equally often in twelve draws."""
+
+        def __init__(self, turn: int) -> None:
+            self.turn = turn
+
+        def integers(self, low: int, high: np.ndarray) -> np.ndarray:
+            return low + self.turn % (high - low)
+
+    draws = [SELECTIONS["one_sampled_state"](states, EachInTurn(turn)) for turn in range(12)]
+    assert {len(drawn) for drawn in draws} == {1}
+    assert np.allclose(np.mean([drawn[0].in_loss * drawn[0].weight for drawn in draws], axis=0), 1)
 
 
 def test_states_are_drawn_uniformly() -> None:
     states = BlockStates(np.array([1, 2, 3, 4]), 4, BlockGrid(4))
     rng = np.random.default_rng(0)
-    counts = np.bincount([SELECTIONS["one_state_per_block"](states, rng)[0].sum() for _ in range(4000)])
+    counts = np.bincount([SELECTIONS["one_state_per_block"](states, rng)[0].masked.sum() for _ in range(4000)])
     assert counts[0] == 0
     assert abs(counts[1:] - 1000).max() < 150
 
@@ -51,7 +79,7 @@ def test_states_are_drawn_uniformly() -> None:
 def test_random_mask_ratio_is_uniform_per_block() -> None:
     states = BlockStates(np.arange(1, 65), 64, BlockGrid(64))
     rng = np.random.default_rng(0)
-    masked = np.array([SELECTIONS["random_mask"](states, rng)[0].sum() for _ in range(3000)])
+    masked = np.array([SELECTIONS["random_mask"](states, rng)[0].masked.sum() for _ in range(3000)])
     assert masked.min() >= 1
     assert np.allclose(np.quantile(masked, [0.25, 0.5, 0.75]), [16, 32, 48], atol=2.5)
 

@@ -26,6 +26,7 @@ from opdlm.deploy.cluster.learner_memory import (
 from opdlm.deploy.cluster.memory import Lengths, model_size, rollout_memory, teacher_memory
 from opdlm.learner.lora import add_adapters
 from opdlm.learner.rows import build_row
+from opdlm.learner.states import ChosenStates
 from tests.tiny import EOS, MASK, request, save_teacher, tiny_model, trajectory
 
 LENGTHS = Lengths(prompt=40, end=100, row=160)
@@ -89,7 +90,9 @@ def test_the_cache_is_what_a_decoder_allocates(tmp_path, prompts_per_round, acto
 def test_rows_have_the_assumed_length() -> None:
     grid = BlockGrid(4, "absolute")
     sample = trajectory([5] * 6, [6] * 10, [1] * 10)
-    row = build_row(_scored(sample), sample.reveal_step > 0, grid, MASK, exclude_eos=False)
+    row = build_row(
+        _scored(sample), ChosenStates(sample.reveal_step > 0, sample.reveal_step > 0), grid, MASK, exclude_eos=False
+    )
     end = grid.end_position(6, 10)
     assert len(row.input_ids) == 2 * end - grid.first_block_start(6)
 
