@@ -1,15 +1,16 @@
 """Built-in tasks: seeded problems with known answers, for demos, tests and benchmarks.
 
 `TASKS` holds every task by its name, `get_task` returns one of them or a mixture, and `problems` yields the problems of
-a task from its training or its test split. The package is pure Python.
+a task from its training or its test split.
 """
 
 from opdlm.common.data.tasks.base import MixedTask, Problem, Split, Task, problems, split_of
 from opdlm.common.data.tasks.chain import ChainTask
+from opdlm.common.data.tasks.rerank import RerankTask
 from opdlm.common.data.tasks.skills import ChainSkill, DigitsSkill, skills
 from opdlm.common.errors import ConfigError
 
-TASKS: dict[str, Task] = {task.name: task for task in [ChainTask(), *skills()]}
+TASKS: dict[str, Task] = {task.name: task for task in [ChainTask(), RerankTask(), *skills()]}
 
 
 def get_task(name: str) -> Task:
@@ -34,6 +35,7 @@ __all__ = [
     "DigitsSkill",
     "MixedTask",
     "Problem",
+    "RerankTask",
     "Split",
     "Task",
     "get_task",

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+from opdlm.common.data.reranking import RerankCase
+
 Split = Literal["train", "test"]
 
 
@@ -19,6 +21,8 @@ class Problem:
     solution: str
     task: str = ""
     """The task that it comes from, where a mixture of tasks drew it; empty otherwise."""
+    case: RerankCase | None = None
+    """What a re-ranking problem is measured by; None: another task."""
 
 
 class Task(Protocol):
