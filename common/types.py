@@ -108,8 +108,8 @@ class LogitsTargets:
 class PolicyTargets:
     """What the policy gradient has instead of a teacher's distributions (METHOD.md section 7)."""
 
-    advantage: float
-    """Of the whole response, from the rewards of its group."""
+    advantage: float | None
+    """Of the whole response, from the rewards of its group. None: these are all equal, so the group is left out."""
     reference_logprobs: np.ndarray | None = None
     """`[R] float32`, log-probabilities of the response's tokens under the reference model, in the states in which they
     were revealed. None: no distance from a reference is asked for."""

@@ -120,7 +120,8 @@ def gather_policy(rows: Sequence[Row], temperature: float, never: Sequence[int])
     tokens, old, advantages, reference = [], [], [], []
     for row in rows:
         trajectory, targets, places = row.scored.trajectory, row.scored.targets, row.loss_positions
-        assert isinstance(targets, PolicyTargets), "the driver gives advantages to rollouts for `rl`"
+        assert isinstance(targets, PolicyTargets), "reward actors give rollouts of `rl` their advantages"
+        assert targets.advantage is not None, "groups left out make no rows"
         assert trajectory.reveal_logprob is not None, "the decoder keeps log-probabilities for `rl`"
         tokens.append(trajectory.response_ids[places].astype(np.int64))
         old.append(trajectory.reveal_logprob[places])

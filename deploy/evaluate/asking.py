@@ -21,6 +21,7 @@ from opdlm.deploy.evaluate.decoders import Answers, CheckpointDecoder, Decoder
 from opdlm.deploy.evaluate.known_answers import choose_evenly
 from opdlm.deploy.evaluate.options import DecodingOptions
 from opdlm.deploy.evaluate.questions import Questions
+from opdlm.deploy.evaluate.reranked import rerank_figures, rerank_tables
 from opdlm.deploy.observe.meter import Meter
 from opdlm.deploy.observe.tables import decoding_name, new_table
 
@@ -92,9 +93,9 @@ class Evaluation:
         `meter` shows how far each way of decoding is.
 
         Returns: a row per way of decoding, the teacher's first: `decoding`, `right` (share), `unanswered`, `responses`,
-            `empty` (how many of them have no text), `tokens_per_step`, `tokens_per_second`, `by_kind`. Beside a teacher
-            also `of_teacher` (share of its score), `agreement`, `token_agreement`, `length_ratio` and, of a student,
-            `held_out_kl` in nats (`against_teacher.py`).
+            `empty` (how many of them have no text), `tokens_per_step`, `tokens_per_second`, `by_kind`, and where cases
+            are re-ranked `rerank`. Beside a teacher also `of_teacher` (share of its score), `agreement`,
+            `token_agreement`, `length_ratio` and, of a student, `held_out_kl` in nats (`against_teacher.py`).
 
         Raises:
             OpdlmError: a prompt is empty or too long for the context.
@@ -157,6 +158,7 @@ class Evaluation:
             "tokens_per_step": answers.tokens_per_step,
             "tokens_per_second": answers.tokens / answers.seconds,
             "by_kind": marks.by_kind,
+            **({"rerank": rerank_figures(self.questions.cases, marks.reranked)} if marks.reranked else {}),
         }
 
     def _held_out_kl(self, way: str, trajectories: Sequence[Trajectory], grid: BlockGrid) -> float | None:
@@ -203,6 +205,8 @@ def eval_tables(title: str, questions: Questions, rows: Sequence[dict[str, Any]]
             shares = [f"{row['by_kind'][kind]['right']:.1%}" for row in rows]
             third.add_row(kind, f"{of['questions']:,}", *shares)
         tables.append(third)
+    if questions.cases:
+        tables += rerank_tables(questions.cases, [(name, row["rerank"]) for name, row in zip(names, rows, strict=True)])
     return tables
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from opdlm.common.data.reranking import RerankAnswer, RerankCase, read_answer, rerank_metrics
 from opdlm.common.data.tasks import Problem, Task, problems
 from opdlm.common.model.prompt_encoder import PromptEncoder
 from opdlm.common.types import RolloutRequest
@@ -28,7 +29,8 @@ class EvaluationResult:
     """Response tokens per second of one actor."""
     by_task: dict[str, dict[str, float]]
     """By task: `exact_match`, `tokens_per_step`, and `token_match`, the share of the solution's tokens that the
-    response has at the same positions. It shows how much of a skill remains where no whole answer is right."""
+    response has at the same positions. It shows how much of a skill remains where no whole answer is right. A
+    re-ranking task also has its metrics (`common/data/reranking.py`)."""
     data_right: float | None = None
     """Share of right answers to the questions of `evaluation.data`; None without them, as all that follows."""
     by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -96,6 +98,9 @@ class HeldOutProblems:
                 "token_match": float(tokens[of].mean()),
                 "tokens_per_step": float(lengths[of].sum() / np.array(steps)[of].sum()),
             }
+            places = np.flatnonzero(of)
+            if cases := [case for place in places if (case := self.problems[place][1].case) is not None]:
+                by_task[name] |= rerank_metrics(cases, self.reranked(responses, places))
         return EvaluationResult(
             problems=len(responses),
             exact_match=float(right.mean()),
@@ -104,12 +109,29 @@ class HeldOutProblems:
             by_task=by_task,
         )
 
+    def cases(self) -> list[RerankCase]:
+        """The cases of a re-ranking task; empty for any other."""
+        return [problem.case for _, problem in self.problems if problem.case is not None]
+
+    def reranked(self, responses: Sequence[np.ndarray], places: Sequence[int] | np.ndarray) -> list[RerankAnswer]:
+        """What the responses to the problems at these places say, which all have a case."""
+        found = []
+        for place in places:
+            case, ids = self.problems[place][1].case, responses[place]
+            assert case is not None, "a problem of a re-ranking task"
+            has_ended = self._has_ended(ids)
+            found.append(read_answer(case, self.tokenizer.decode(ids[:-1] if has_ended else ids), has_ended))
+        return found
+
+    def _has_ended(self, ids: np.ndarray) -> bool:
+        return len(ids) > 0 and ids[-1] in self._eos_ids
+
     def _solution_ids(self) -> list[np.ndarray]:
         return [np.array(self.tokenizer(p.solution, add_special_tokens=False)["input_ids"]) for _, p in self.problems]
 
     def _right(self, responses: Sequence[np.ndarray]) -> np.ndarray:
         marks = [
-            len(ids) > 0 and ids[-1] in self._eos_ids and task.is_correct(problem, self.tokenizer.decode(ids[:-1]))
+            self._has_ended(ids) and task.is_correct(problem, self.tokenizer.decode(ids[:-1]))
             for (task, problem), ids in zip(self.problems, responses, strict=True)
         ]
         return np.array(marks, dtype=bool)

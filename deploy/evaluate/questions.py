@@ -12,6 +12,7 @@ import numpy as np
 from opdlm.common.config.schema import DataConfig
 from opdlm.common.data.chat import EMPTY, ChatRefused, chat_prompt
 from opdlm.common.data.conversation import Conversation
+from opdlm.common.data.reranking import RerankAnswer, RerankCase
 from opdlm.common.data.rows import Question
 from opdlm.common.data.tasks import get_task
 from opdlm.common.data.unknown import UnknownCharacters
@@ -47,6 +48,8 @@ class Marks:
     """Number of responses without any answer; they count as wrong."""
     by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
     """By kind of question: `right` and the number of `questions`. Empty: the questions have no kinds."""
+    reranked: list[RerankAnswer] = field(default_factory=list)
+    """What each response says; empty where nothing is re-ranked."""
 
 
 Asked = tuple[str, tuple[str, ...], str | None]
@@ -62,6 +65,8 @@ class Questions(Protocol):
     asked: list[Asked]
     may_be_unanswered: bool
     """Whether a response may hold no answer that can be marked."""
+    cases: list[RerankCase]
+    """By question, where the task is to re-rank; else empty."""
     unknown: str | None
     """One line about characters of prompts and answers that the tokenizer does not know; None: it knows them all."""
 
@@ -96,7 +101,7 @@ class TaskQuestions:
         self._problems = HeldOutProblems(
             [get_task(str(asked.task))], decoder.tokenizer, asked.problems or TASK_PROBLEMS, decoder.facts.eos_ids
         )
-        self.requests = self._problems.requests
+        self.requests, self.cases = self._problems.requests, self._problems.cases()
         self.asked: list[Asked] = [(p.prompt, (p.solution,), None) for _, p in self._problems.problems]
         unknown = UnknownCharacters(decoder.tokenizer)
         for i, ((_, problem), ids) in enumerate(zip(self._problems.problems, self._problems.prompt_ids, strict=True)):
@@ -106,7 +111,8 @@ class TaskQuestions:
 
     def mark(self, responses: Sequence[np.ndarray]) -> Marks:
         """A right answer is the whole solution with an end-of-sequence token."""
-        return Marks(self._problems.exact_match(responses), 0)
+        answers = self._problems.reranked(responses, range(len(self.cases)))
+        return Marks(self._problems.exact_match(responses), 0, reranked=answers)
 
 
 class DataQuestions:
@@ -122,6 +128,7 @@ class DataQuestions:
         if asked.problems is not None and asked.problems < len(questions):
             questions = [questions[i] for i in choose_evenly([q.kind for q in questions], asked.problems)]
         prompts = [decoder.encode(_prompt_text(asked, q, decoder, chat), templated=chat) for q in questions]
+        self.cases: list[RerankCase] = []
         self.known = KnownAnswers(questions, prompts, asked.answer or "exact", decoder.text, "--answer")
         self.requests = self.known.requests
         self.asked: list[Asked] = [(_shown(q.prompt), q.answers, q.kind) for q in questions]

@@ -1,0 +1,127 @@
+"""Reward actor: text of the responses of a group in, rewards and advantages out (METHOD.md section 7)."""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from opdlm.actors.reward.time_limit import TookTooLong, time_limit
+from opdlm.common.config.method import Advantage
+from opdlm.common.config.reward import RewardConfig
+from opdlm.common.data.reranking import RerankCase, read_answer
+from opdlm.common.errors import OpdlmError
+from opdlm.common.model.facts import read_facts
+from opdlm.common.model.tokenizer import load_tokenizer
+from opdlm.common.rewards import Attempt, Reference, advantages, make_reward
+from opdlm.common.types import PolicyTargets, ScoredTrajectory, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class RewardStats:
+    """Counts of one call."""
+
+    rewards: tuple[float, ...]
+    """Of each response."""
+    groups: int
+    equal_groups: int
+    """Groups whose rewards are all equal, which are left out."""
+    failures: dict[str, int]
+    """By kind, invalid answers of re-ranking cases."""
+    seconds: float
+
+
+class RewardActor:
+    """A reward in a Ray actor.
+
+    Args:
+        student: folder of the student, whose tokenizer reads the responses.
+        config: which reward.
+        advantage: how rewards become advantages.
+    """
+
+    def __init__(self, student: str, config: RewardConfig, advantage: Advantage) -> None:
+        self._tokenizer, self._eos_ids = load_tokenizer(student), read_facts(student).eos_ids
+        self._config, self._advantage = config, advantage
+        self._reward = make_reward(config)
+
+    def ready(self) -> None:
+        """Returns once the reward can be asked."""
+
+    def judge(
+        self, groups: Sequence[Sequence[Trajectory]], references: Sequence[Reference | None]
+    ) -> tuple[list[tuple[ScoredTrajectory, ...]], RewardStats]:
+        """Gives each group of responses to one prompt its advantages.
+
+        Args:
+            references: what the data says of each group's prompt.
+
+        Raises:
+            OpdlmError: the reward failed, took too long, or is no finite number; the sample is named.
+        """
+        started = time.perf_counter()
+        judged, all_rewards, equal = [], [], 0
+        failures: dict[str, int] = {}
+        for group, reference in zip(groups, references, strict=True):
+            attempts = [self._attempt(trajectory, reference) for trajectory in group]
+            rewards = [self._ask(a, t.index) for a, t in zip(attempts, group, strict=True)]
+            found = advantages(rewards, self._advantage)
+            equal += found is None
+            targets = [PolicyTargets(None if found is None else float(found[i])) for i in range(len(group))]
+            judged.append(tuple(ScoredTrajectory(t, target) for t, target in zip(group, targets, strict=True)))
+            all_rewards += rewards
+            if isinstance(reference, RerankCase):
+                for a in attempts:
+                    if failure := read_answer(reference, a.response, a.has_ended).failure:
+                        failures[failure] = failures.get(failure, 0) + 1
+        stats = RewardStats(tuple(all_rewards), len(groups), equal, failures, time.perf_counter() - started)
+        return judged, stats
+
+    def _attempt(self, trajectory: Trajectory, reference: Reference | None) -> Attempt:
+        has_ended = trajectory.finish_reason == "eos"
+        response = trajectory.response[:-1] if has_ended else trajectory.response
+        # Special tokens are shown: what the model wrote is judged, not what is left of it.
+        prompt, text = (self._tokenizer.decode(ids) for ids in (trajectory.prompt_ids, response))
+        return Attempt(trajectory.prompt_id, prompt, text, has_ended, reference)
+
+    def _ask(self, attempt: Attempt, index: int) -> float:
+        where = f"reward: sample {index} ({attempt.prompt_id})"
+        limit = self._config.time_limit_seconds
+        try:
+            with time_limit(limit):
+                value = self._reward(attempt)
+        except TookTooLong:
+            raise OpdlmError(
+                f"{where}: the reward took more than reward.time_limit_seconds {limit:g}; make it faster, or raise it"
+            ) from None
+        except Exception as error:  # the function is the user's: it may raise anything
+            if self._config.kind != "python":
+                raise
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise OpdlmError(
+                f"{where}: {self._config.function}: {type(error).__name__}: {error} (line {place.lineno} of "
+                f"{place.filename})"
+            ) from error
+        if isinstance(value, bool | int | float | np.number) and math.isfinite(value):
+            return float(value)
+        raise OpdlmError(f"{where}: {self._config.function} returned {value!r}; expected a finite number")
+
+
+def start_reward_actor(
+    name: str, student: str, config: RewardConfig, advantage: Advantage, restarts: int, **placement: Any
+) -> Any:
+    """Starts a `RewardActor` and returns its handle; the pool repeats a call that dies with an actor.
+
+    Args:
+        name: name of the Ray actor.
+        restarts: how often Ray may restart the actor.
+        placement: more of Ray's actor options, which place it on a node.
+    """
+    actor = ray.remote(num_cpus=config.cpus_per_actor, max_restarts=restarts)(RewardActor)
+    return actor.options(name=name, **placement).remote(student, config, advantage)
