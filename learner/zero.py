@@ -66,7 +66,7 @@ def _engine_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
     if config.gpus_per_worker > 0 and config.zero.offload_weights:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {
-        "train_micro_batch_size_per_gpu": config.micro_batch_rows,
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; our micro-batches are bounded by tokens
         "gradient_accumulation_steps": 1,  # the caller sets the boundary, before each backward
         "gradient_clipping": config.optimizer.grad_clip,
         "zero_optimization": zero,

@@ -219,9 +219,11 @@ class LearnerConfig(Section):
     states where the selection draws them. Set it to 2 where decoding takes the most time: the run learns more from each
     rollout and trains twice as long. The second pass is less on-policy, because the first one has changed the weights
     since the trajectories were decoded."""
-    micro_batch_rows: PositiveInt = 8
-    """Number of training rows in one forward of one rank; gradients of the further rows are accumulated. Lower it where
-    a rank runs out of memory; the result does not depend on it."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Largest number of tokens in one forward of one rank; gradients of the further rows are accumulated. A training
+    row of P prompt and R response tokens has P + 2R tokens, and a row that is longer than this gets a forward of its
+    own. So the memory of a step follows this number, however long the responses are. Lower it where a rank runs out of
+    memory; the result does not depend on it."""
     logits_chunk: PositiveInt = 1024
     """Number of loss positions whose full-vocabulary logits are in memory at the same time. Lower it where a rank runs
     out of memory; the result does not depend on it."""

@@ -91,9 +91,9 @@ def activation_values(size: ModelSize) -> int:
 
 def _activations(config: OpdlmConfig, student: ModelSize, lengths: Lengths, size: int) -> list[Term]:
     learner = config.learner
-    tokens = learner.micro_batch_rows * lengths.row
+    tokens = max(learner.micro_batch_tokens, lengths.row)
     values, layers = activation_values(student), student.layers
-    shape = f"{learner.micro_batch_rows} x {lengths.row:,} tokens"
+    shape = f"{tokens:,} tokens"
     if learner.gradient_checkpointing:
         what = f"{shape} x ({layers} layers x {student.width:,} + {values:,}) x {size} B"
         terms = [Term("activations", what, tokens * (layers * student.width + values) * size, estimate=True)]
@@ -102,9 +102,9 @@ def _activations(config: OpdlmConfig, student: ModelSize, lengths: Lengths, size
         terms = [Term("activations", what, tokens * layers * values * size, estimate=True)]
     on_gpu = learner.gpus_per_worker > 0
     if config.model.attention == "sdpa" or (config.model.attention == "auto" and not on_gpu):
-        rows, clean, noisy = learner.micro_batch_rows, lengths.end, lengths.row - lengths.end
-        what = f"{rows} rows x ({clean:,} x {clean:,} + {noisy:,} x {clean + noisy:,}) x {size} B"
-        terms.append(Term("attention masks", what, rows * (clean**2 + noisy * (clean + noisy)) * size))
+        number = size if on_gpu else DTYPE_BYTES["float32"]  # a CPU computes attention in float32
+        what = f"at most {tokens:,} x {lengths.row:,} tokens x {number} B"
+        terms.append(Term("attention masks", what, tokens * lengths.row * number, estimate=True))
     return terms
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from opdlm.common.grid import BlockGrid
 from opdlm.common.masks import PADDING, training_mask
 from opdlm.common.types import ScoredTrajectory
 from opdlm.learner.distill import DistillModule
-from opdlm.learner.packing import collate, pack
+from opdlm.learner.packing import collate, micro_batches, pack
 from opdlm.learner.row_attention import RowParts
 from opdlm.learner.rows import Row, build_rows
 from opdlm.learner.targets import gather_targets
@@ -95,6 +97,35 @@ def test_every_token_has_one_place(shapes) -> None:
     assert not (packed.samples == PADDING).any()
     parts = RowParts.from_batch(packed, torch.float32)
     assert parts.padding == parts.clean.numel() + parts.noisy.numel() - packed.input_ids.numel()
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(1, 30)), min_size=1, max_size=9),
+    st.sampled_from(["one_state_per_block", "all_states"]),
+    st.integers(1, 200),
+)
+@settings(max_examples=60, deadline=None)
+def test_micro_batches_hold_each_row_once_and_are_bounded(shapes, states, most) -> None:
+    """A micro-batch with more than one row has at most `most` tokens, and the next row found no room in it."""
+    rows = _rows(states, shapes)
+    batches = micro_batches(rows, most)
+    assert sorted(id(row) for batch in batches for row in batch.rows) == sorted(map(id, rows))
+    lengths = [len(row.input_ids) for batch in batches for row in batch.rows]
+    assert lengths == sorted(lengths, reverse=True)
+
+    def places(batch) -> int:
+        parts = RowParts.from_batch(batch, torch.float32)
+        return parts.clean.numel() + parts.noisy.numel()
+
+    assert all(len(batch.rows) == 1 or places(batch) <= most for batch in batches)
+    for batch, following in itertools.pairwise(batches):
+        assert places(pack([*batch.rows, following.rows[0]])) > most
+
+
+def test_rows_that_are_longer_than_a_micro_batch_are_alone() -> None:
+    rows = _rows("one_state_per_block", [(4, 40), (4, 12), (4, 60), (4, 8), (4, 8)])
+    batches = [[len(row.input_ids) for row in batch.rows] for batch in micro_batches(rows, 64)]
+    assert batches == [[124], [84], [28, 20], [20]]
 
 
 @pytest.mark.parametrize("form", [PAPER_FORM, StudentForm(True, "causal")], ids=str)

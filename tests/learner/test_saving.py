@@ -37,7 +37,7 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     data, seen = zero_ranks.batches(), {}
     for stage in (2, 3):
         root = Path(folder) / f"zero-{stage}"
-        config = zero_ranks.learner_config(stage, WORLD, micro_batch_rows=2)
+        config = zero_ranks.learner_config(stage, WORLD, micro_batch_tokens=40)
         engine = zero.initialise(DistillModule(zero_ranks.student(), zero_ranks.OBJECTIVE, 3), config, "float32")
         step, saver, told = zero_ranks.make_step(engine, config), Saver(engine, root, keep=1, max_failed=1), []
 

@@ -30,13 +30,13 @@ def student(dtype: str = "float32", tied: bool = False):
     return tiny_model(2, hidden_size=15, tied=tied).to(getattr(torch, dtype))
 
 
-def learner_config(stage: int, workers: int, micro_batch_rows: int) -> LearnerConfig:
+def learner_config(stage: int, workers: int, micro_batch_tokens: int) -> LearnerConfig:
     """Settings with a gradient clip that takes effect; the tests set the learning rate themselves."""
     return LearnerConfig.model_validate(
         {
             "workers": workers,
             "batch_size": 5,
-            "micro_batch_rows": micro_batch_rows,
+            "micro_batch_tokens": micro_batch_tokens,
             "optimizer": {"lr": RATE, "grad_clip": 0.5},
             "zero": {"stage": stage},
         }
@@ -99,7 +99,7 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
         lora: bool = False,
         tied: bool = False,
     ) -> None:
-        config = learner_config(stage, world, micro_batch_rows=2)
+        config = learner_config(stage, world, micro_batch_tokens=40)
         model = student(dtype, tied)
         if lora:
             add_adapters(model, LORA, seed=0)
@@ -131,7 +131,7 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
         train(f"tied-{stage}", stage, "float32", 0, None, None, tied=True)
     train("tied-lora", 3, "float32", 0, None, None, lora=True, tied=True)
     for stage, dtype in ((1, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16")):
-        config = learner_config(stage, world, micro_batch_rows=2)
+        config = learner_config(stage, world, micro_batch_tokens=40)
         engine = zero.initialise(DistillModule(student(dtype), OBJECTIVE, 3), config, dtype)
         step, good = make_step(engine, config), data[0]
         outcomes = [step(good[rank::world], good[0], RATE)]

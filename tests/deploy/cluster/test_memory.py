@@ -158,7 +158,7 @@ def test_activations_are_about_what_autograd_keeps(tmp_path, checkpointing) -> N
     alive = []  # so that no later tensor gets the address of a freed one
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (alive.append(t), keep(t))[1], lambda t: t):
         hidden_states(model, torch.zeros(rows, length, dtype=torch.int64))
-    learner = {"gradient_checkpointing": checkpointing, "micro_batch_rows": rows}
+    learner = {"gradient_checkpointing": checkpointing, "micro_batch_tokens": rows * length}
     config = config_with(model={"teacher": "t", "dtype": "float32"}, learner=learner)
     size = model_size(tmp_path)
     terms = by_name(learner_memory(config, size, size, None, Lengths(1, length, length)).terms)
@@ -182,7 +182,17 @@ def test_losses_follow_the_targets(tmp_path) -> None:
     assert hidden["output matrix's gradient"] == 32 * 16 * 2
     top_k = terms(teacher={"targets": "topk"}, objective={"top_k": 4})
     assert (top_k["logits chunk"], "teacher's output matrix" in top_k) == (chunk, False)
-    assert hidden["attention masks"] == 8 * (100 * 100 + 60 * 160) * 2
+
+
+@pytest.mark.parametrize(("most", "tokens"), [(64, 160), (1000, 1000)])
+def test_a_micro_batch_is_bounded_by_its_tokens(tmp_path, most, tokens) -> None:
+    """A row of 160 tokens that is longer than a micro-batch is one alone."""
+    tiny_model().save_pretrained(tmp_path)
+    size = model_size(tmp_path)
+    config = config_with(learner={"micro_batch_tokens": most})
+    terms = by_name(learner_memory(config, size, size, None, LENGTHS).terms)
+    assert terms["activations"] == tokens * size.layers * activation_values(size) * 2
+    assert terms["attention masks"] == tokens * 160 * 4
 
 
 def test_teacher_targets_by_hand(tmp_path: Path) -> None:
