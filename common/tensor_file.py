@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
 
 from opdlm.common.tensors import tensor_to_array
@@ -53,7 +54,7 @@ class TensorFile:
         if tensor.dtype is not torch.float32 or tuple(tensor.shape) != self._shapes[name]:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}; expected float32 {self._shapes[name]}")
         self._stream.seek(self._begin + self._places.pop(name))
-        self._stream.write(memoryview(tensor_to_array(tensor).reshape(-1)).cast("B"))
+        self._stream.write(tensor_to_array(tensor).reshape(-1).view(np.uint8).data)
 
     def __enter__(self) -> TensorFile:
         return self
