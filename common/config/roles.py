@@ -1,4 +1,4 @@
-"""The settings of the roles of a run (rollout, teacher, queue, learner) and of the Ray cluster they run on."""
+"""The settings of the roles of a run: rollout, teacher, queue, learner."""
 
 from __future__ import annotations
 
@@ -240,30 +240,3 @@ class LearnerConfig(Section):
     max_failures: NonNegativeInt = 3
     """Number of times that the worker group is restarted from its last checkpoint after a failure. One more failure
     ends the run."""
-
-
-class ResourcesConfig(Section):
-    """The Ray cluster, and how many failures and how long a wait the run accepts."""
-
-    ray_address: str | None = None
-    """Address (`host:port`) of the head of the Ray cluster to join. Empty: the cluster of the environment variable
-    RAY_ADDRESS, which Ray sets in a submitted job; without that variable, a local Ray is started."""
-    local_cpus: PositiveInt | None = None
-    """Number of logical CPUs of a local Ray; it may exceed the real number. Empty: as many as the run asks for."""
-    local_dashboard: Switch = True
-    """Start the dashboard of a local Ray."""
-    dashboard_host: str = "127.0.0.1"
-    """Address on which the dashboard of a local Ray listens. The default is reachable from this machine only. Any other
-    address needs Ray's token authentication (on unless RAY_AUTH_MODE says otherwise), because everyone who reaches the
-    dashboard can run code."""
-    worker_logs: Switch = False
-    """Show the log lines of the actors on this terminal. They are kept in Ray's session folder in any case."""
-    actor_restarts: NonNegativeInt = 3
-    """Number of times that each rollout actor, each teacher actor and the replay queue may die and be started again.
-    After that the run goes on without the actor; it ends with the last actor of a pool, or with the queue. Going back
-    to an older checkpoint because the newest is damaged counts with the deaths of the queue."""
-    sample_attempts: PositiveInt = 3
-    """Number of times that a call to decode or score prompts is tried before the run ends with a checkpoint."""
-    call_timeout_seconds: Annotated[Number, Field(gt=0)] = 1800.0
-    """Longest wait for an answer of an actor, in seconds. After it the run ends with an error that names the actor.
-    Raise it where one call takes longer, as with long responses."""

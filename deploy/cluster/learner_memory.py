@@ -8,7 +8,7 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.base import DTYPE_BYTES
 from opdlm.common.config.schema import LoraConfig
 from opdlm.common.model.shards import read_shards
-from opdlm.deploy.cluster.memory import Lengths, ModelSize, RoleMemory, Term, process_term, weights_term
+from opdlm.deploy.cluster.memory import Lengths, ModelSize, RoleMemory, Term, process_terms, weights_term
 
 BUCKET_ELEMENTS = 500_000_000
 """Elements of a gradient bucket: DeepSpeed's default of `reduce_bucket_size`."""
@@ -19,7 +19,8 @@ LIVE_PARAMETERS = 1_000_000_000
 def learner_memory(
     config: OpdlmConfig, student: ModelSize, teacher: ModelSize, adapters: int | None, lengths: Lengths
 ) -> RoleMemory:
-    """The memory of one ZeRO rank: see `learner/zero.py`, `learner/distill.py`, and `WeightPacker` for the push.
+    """The memory of one ZeRO rank, the first: see `learner/zero.py`, `learner/distill.py`, `learner/saving.py`, and
+    `WeightPacker` for the push.
 
     `adapters`: parameters that LoRA trains; None: all weights are trained.
     """
@@ -27,16 +28,25 @@ def learner_memory(
     direct = config.rollout.weight_transport == "nixl"
     versions = config.queue.max_staleness + 2 if direct else 1  # actors may still read the older ones
     pushed = f"{student.parameters:,} x {size} B{f' x {versions} versions' if direct else ''}, the first rank only"
-    on_host = learner.gpus_per_worker > 0 and not direct
+    on_gpu = learner.gpus_per_worker > 0
+    largest = f"the largest tensor, {student.vocabulary:,} x {student.width:,} x 4 B, the first rank only"
     return RoleMemory(
         "learner",
         learner.gpus_per_worker,
         [
-            process_term("learner", learner.gpus_per_worker),
+            *process_terms("learner", learner.gpus_per_worker, student.parameters * size),
             *zero_terms(config, student.parameters + (adapters or 0), adapters or student.parameters),
             *_activations(config, student, lengths, size),
             *_losses(config, student, teacher, trains_matrix=adapters is None),
-            Term("packed weights", pushed, student.parameters * size * versions, on_host=on_host),
+            Term("packed weights", pushed, student.parameters * size * versions, False, on_gpu and not direct, True),
+            Term("a checkpoint", largest, student.vocabulary * student.width * 4, False, on_gpu, True),
+            Term(
+                "the finished student",
+                f"written at the end, {student.parameters:,} x {size} B, the first rank only",
+                student.parameters * size,
+                on_host=on_gpu,
+                first_rank_only=True,
+            ),
         ],
     )
 
