@@ -9,6 +9,7 @@ from opdlm.common.config.base import DTYPE_BYTES
 from opdlm.common.config.schema import LoraConfig
 from opdlm.common.model.shards import read_shards
 from opdlm.deploy.cluster.memory import Lengths, ModelSize, RoleMemory, Term, process_terms, weights_term
+from opdlm.learner.row_attention import PIECE
 
 BUCKET_ELEMENTS = 500_000_000
 """Elements of a gradient bucket: DeepSpeed's default of `reduce_bucket_size`."""
@@ -113,8 +114,9 @@ def _activations(config: OpdlmConfig, student: ModelSize, lengths: Lengths, size
     on_gpu = learner.gpus_per_worker > 0
     if config.model.attention == "sdpa" or (config.model.attention == "auto" and not on_gpu):
         number = size if on_gpu else DTYPE_BYTES["float32"]  # a CPU computes attention in float32
-        what = f"at most {tokens:,} x {lengths.row:,} tokens x {number} B"
-        terms.append(Term("attention masks", what, tokens * lengths.row * number, estimate=True))
+        keys = min(lengths.row, lengths.row // 4 + 3 * PIECE // 2)  # a long row's pieces see half of the row on average
+        what = f"{tokens:,} tokens x {keys:,} keys x {number} B"
+        terms.append(Term("attention masks", what, tokens * keys * number, estimate=True))
     return terms
 
 
