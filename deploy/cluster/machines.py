@@ -23,7 +23,7 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 @dataclass(frozen=True, slots=True)
 class Machines:
-    """Machines that are alike; where a cluster's are not, the least that one of them has."""
+    """Machines that are alike; where a cluster's are not, the least memory and the most GPUs that one of them has."""
 
     where: str
     """What one of them is, in words for a warning."""
@@ -77,10 +77,9 @@ def joined_machines(nodes: Sequence[Mapping[str, Any]], with_gpus: bool) -> Mach
         return int(min(sum(node.get(kind, 0.0) for kind in kinds) for node in counted))
 
     here = _gpu_bytes(torch.cuda.device_count()) if len(alive) == 1 else 0
-    store = least("object_store_memory")
-    return Machines(
-        "a node of the cluster", len(counted), least("GPU"), here, least("memory", "object_store_memory"), store
-    )
+    gpus = int(max(node.get("GPU", 0) for node in counted))
+    memory, store = least("memory", "object_store_memory"), least("object_store_memory")
+    return Machines("a node of the cluster", len(counted), gpus, here, memory, store)
 
 
 def this_memory() -> int:

@@ -132,7 +132,7 @@ def test_a_container_has_the_memory_of_its_limit(tmp_path, monkeypatch) -> None:
     assert machines_module.this_memory() == 123456
 
 
-def test_a_cluster_counts_with_its_smallest_node_that_the_run_can_use() -> None:
+def test_a_cluster_counts_with_the_least_memory_of_a_node_that_the_run_can_use() -> None:
     def node(alive: bool = True, **resources: float) -> dict:
         return {"Alive": alive, "Resources": resources}
 
@@ -143,5 +143,5 @@ def test_a_cluster_counts_with_its_smallest_node_that_the_run_can_use() -> None:
         node(alive=False, GPU=1, memory=1, object_store_memory=1),
     ]
     found = joined_machines(nodes, with_gpus=True)
-    assert (found.nodes, found.gpus, found.memory_bytes, found.store_bytes) == (2, 4, 100, 20)
+    assert (found.nodes, found.gpus, found.memory_bytes, found.store_bytes) == (2, 8, 100, 20)
     assert joined_machines(nodes, with_gpus=False).memory_bytes == 10
