@@ -8,7 +8,7 @@ from rich.console import Console
 
 from opdlm.common.config import load_config
 from opdlm.deploy.cluster.node_memory import shares
-from opdlm.deploy.run.plan import make_plan, show_plan
+from opdlm.deploy.run.plan import make_plan, show_plan, warnings_of_joined
 from opdlm.deploy.run.preflight import preflight
 from tests.deploy.cli.test_cli import opdlm, run_file  # noqa: F401  (a fixture)
 
@@ -54,6 +54,17 @@ def test_what_does_not_fit_is_said_by_plan_and_dry_run(run_file, tmp_path) -> No
     assert "resources.machines.memory_gib: missing; it has no default" in text
     text = opdlm("plan", run_file, "--set", "resources.machines.memory_gib=0", code=2)
     assert "resources.machines.memory_gib: input should be greater than 0; found 0" in text
+
+
+def test_a_run_is_compared_with_the_nodes_that_it_has_joined(run_file) -> None:  # noqa: F811
+    checked = preflight(load_config(run_file))
+    assert (
+        warnings_of_joined(checked, [{"Alive": True, "Resources": {"memory": 1e12, "object_store_memory": 1e12}}]) == []
+    )
+    small = {"Alive": True, "Resources": {"memory": 2**30, "object_store_memory": 2**20}}
+    host, store = warnings_of_joined(checked, [small])
+    assert "GiB of host memory; a node of the cluster has 1.00" in host
+    assert "GiB of Ray's object store; a node of the cluster has 0.00" in store
 
 
 def test_mistakes_are_named(run_file, tmp_path) -> None:  # noqa: F811
