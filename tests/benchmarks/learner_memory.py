@@ -3,9 +3,10 @@
     make bench        # or: python -m tests.benchmarks.learner_memory [--tokens 16384] [--lengths 256 1024 4000 8000]
 
 A rank's rows, of responses of R tokens each, are cut into micro-batches of `--tokens` by the learner's own code. One
-full micro-batch goes through the module that it trains, in the layer shape of Qwen3-0.6B with random weights. The goal:
-over R the peak stays within 25 %, as long as `--tokens` is at least the longest row. `--rows 8` measures micro-batches
-of a fixed number of rows instead, as they were before.
+full micro-batch goes through the module that it trains, with random weights. The goal: over R the peak stays within
+25 %, as long as `--tokens` is at least the longest row. `--rows 8` measures micro-batches of a fixed number of rows
+instead, as they were before. With `--width 1024` a layer has the shape of one of Qwen3-0.6B; that takes four times as
+long.
 
 `--device cuda` measures what torch allocates on the GPU, with flex_attention, as a learner on a GPU has it.
 """
@@ -32,7 +33,7 @@ OBJECTIVE = ObjectiveConfig(exclude_eos=False)
 
 
 def model(layers: int, width: int, vocabulary: int, attention: str) -> Qwen3ForCausalLM:
-    """Random weights; at width 1,024 a layer has the shape of one of Qwen3-0.6B."""
+    """Random weights, in the proportions of Qwen3-0.6B."""
     config = Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -93,7 +94,7 @@ def main() -> None:
     options.add_argument("--rows", type=int, help="micro-batches of so many rows instead")
     options.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4000, 8000], help="R")
     options.add_argument("--layers", type=int, default=4)
-    options.add_argument("--width", type=int, default=1024)
+    options.add_argument("--width", type=int, default=512)
     options.add_argument("--vocabulary", type=int, default=151_936)
     options.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     options.add_argument("--device", default="cpu")
