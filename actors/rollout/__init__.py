@@ -1,7 +1,8 @@
 """Rollout: the student decodes prompts to trajectories (METHOD.md section 2).
 
     actor.py        RolloutActor: a student in a Ray actor; loads weight versions, decodes
-    decoder.py      BlockDecoder: the decoding loop and one denoising step
+    decoder.py      BlockDecoder: the engine; takes requests, runs denoising steps, gives trajectories
+    denoise.py      one denoising step of all slots
     settings.py     DecodeSettings: what a decoder is set to
     slots.py        the decoder's state, one row per sequence
     sampling.py     candidates of masked positions

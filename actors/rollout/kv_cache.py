@@ -58,6 +58,11 @@ class SlotCache:
             attended.append(new)
         return attended[0], attended[1]
 
+    def take(self, other: SlotCache) -> None:
+        """Copies all of a smaller cache; the slots and positions stay what they are."""
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            mine[:, : other.slots, : other.positions] = theirs
+
     def reorder(self, order: list[int], width: int) -> None:
         """Puts the first `len(order)` slots into another order, as far as their first `width` positions.
 

@@ -29,13 +29,13 @@ _PROMPT, _END, _START, _STEP, _BLOCK_STEP, _SEED = range(6)
 class Slots:
     """State of up to B sequences that are being decoded. Shapes: n occupied slots, T positions, S tokens per block."""
 
-    def __init__(self, positions: int, block: int, mask_id: int, border: torch.Tensor) -> None:
-        """Allocates the state of B free slots.
+    def __init__(self, block: int, mask_id: int, border: torch.Tensor) -> None:
+        """Makes a state without slots; `enlarge` adds some.
 
         Args:
-            border: `[B, D]` zeros, which become each slot's `border`; D is 0 for a student without a logit shift.
+            border: `[0, D]`, of the dtype and on the device of each slot's `border`; D is 0 for a student without a
+                logit shift.
         """
-        self.capacity = capacity = len(border)
         self.block = block
         self.mask_id, self.device = mask_id, border.device
         self.requests: list[RolloutRequest] = []
@@ -47,20 +47,37 @@ class Slots:
         self._history: list[list[tuple[int, int]]] = []
         """Per occupied slot, for each weight version that decoded it: (denoising steps done before it, version)."""
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=self.device)
+        def none(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(0, *shape, dtype=dtype, device=self.device)
 
-        self._tokens = zeros(capacity, positions)
-        self._reveal = zeros(capacity, positions)
-        self._threshold = zeros(capacity, dtype=torch.float32)
-        self._numbers = zeros(capacity, 6)
+        self._tokens, self._reveal, self._numbers = none(0), none(0), none(6)
+        self._threshold = none(dtype=torch.float32)
         self._border = border
-        self.host_starts = np.zeros(capacity, dtype=np.int64)
+        self.host_starts = np.zeros(0, dtype=np.int64)
         """`[B]` on the host: position at which the current block starts."""
-        self.host_commits = np.zeros(capacity, dtype=bool)
+        self.host_commits = np.zeros(0, dtype=bool)
         """`[B]` on the host: whether the block before the current one has yet to be committed to the cache."""
-        self.host_masked = np.zeros((capacity, block), dtype=bool)
+        self.host_masked = np.zeros((0, block), dtype=bool)
         """`[B, S]` on the host: whether a position of the current block is still masked."""
+
+    @property
+    def capacity(self) -> int:
+        """B, the number of slots."""
+        return len(self._tokens)
+
+    def enlarge(self, capacity: int, positions: int) -> None:
+        """Makes at least this many slots of at least this many positions; what they hold stays."""
+        if capacity <= self.capacity and positions <= self._tokens.shape[1]:
+            return
+        for name in ("_tokens", "_reveal", "_numbers", "_threshold", "_border"):
+            old = getattr(self, name)
+            width = [positions] if name in ("_tokens", "_reveal") else list(old.shape[1:])
+            new = old.new_full((capacity, *width), self.mask_id if name == "_tokens" else 0)
+            new[tuple(slice(size) for size in old.shape)] = old
+            setattr(self, name, new)
+        for name in ("host_starts", "host_commits", "host_masked"):
+            old = getattr(self, name)
+            setattr(self, name, np.concatenate([old, np.zeros((capacity - len(old), *old.shape[1:]), old.dtype)]))
 
     @property
     def occupied(self) -> int:

@@ -44,16 +44,16 @@ def step_seconds(model: Any, lengths: list[int], narrowest: int) -> float:
     ]
     how = DecodeSettings(block_size=S, strategy="low_confidence_static", ignore_eos=True)
     decoder = BlockDecoder(model, how, MASK, [0], len(requests))
-    step = decoder._step
+    denoise = decoder._denoise
 
-    def timed(*arguments: Any) -> list[int]:
+    def timed(*arguments: Any) -> tuple[list[int], int]:
         started = time.perf_counter()
-        finished = step(*arguments)
+        finished = denoise(*arguments)
         seconds.append(time.perf_counter() - started)
         return finished
 
     with (
-        mock.patch.object(decoder, "_step", timed),
+        mock.patch.object(decoder, "_denoise", timed),
         mock.patch.object(decoder, "_prefill"),
         mock.patch("opdlm.actors.rollout.attention.NARROWEST_PART", narrowest),
     ):
