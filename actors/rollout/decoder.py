@@ -44,8 +44,9 @@ from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory
 
 PREFILL_TOKENS = 16384
 """Most tokens, padding included, in one prefill forward; a sequence that is longer gets a forward of its own."""
-_REFILL_SHARE = 1 / 4
-"""Share of the slots that must be free before free slots are filled again (measured in tests/benchmarks/RESULTS.md)."""
+_PREFILL_COST = 1 / 2
+"""Cost of a prefill relative to a denoising step of the same slots. It reads all weights, even for one prompt, so free
+slots are filled once they have idled for as long as that costs."""
 
 _GROW_POSITIONS = 256
 """Positions by which the cache is enlarged for a longer sequence while others are being decoded."""
@@ -96,6 +97,8 @@ class BlockDecoder:
         self._slots: Slots | None = None
         self._waiting: deque[RolloutRequest] = deque()
         self._version = 0
+        self._idle_steps = 0
+        """Steps that slots were free for waiting requests since the last refill, summed over the slots."""
         self._finished: dict[int, Trajectory] = {}
         """By index, the sequences that the running `decode` has finished."""
         self.forwards = self.forward_tokens = 0
@@ -115,8 +118,8 @@ class BlockDecoder:
 
     @property
     def room(self) -> int:
-        """Number of further requests that could begin with the next step."""
-        return max(self.batch_size - self.occupied - self.waiting, 0)
+        """Number of further requests that could begin with the next step; negative if more wait than can begin."""
+        return self.batch_size - self.occupied - self.waiting
 
     def add(self, requests: Sequence[RolloutRequest]) -> None:
         """Adds requests, which begin as slots become free, in this order.
@@ -128,20 +131,21 @@ class BlockDecoder:
         self._waiting.extend(requests)
 
     @torch.inference_mode()
-    def step(self, observer: Observer | None = None) -> list[Trajectory]:
+    def step(self, observer: Observer | None = None, refill: bool = True) -> list[Trajectory]:
         """Fills free slots, runs one denoising step, and returns the trajectories that it ended; frees their slots.
 
         Args:
             observer: called after the step with what it did.
+            refill: whether waiting requests may begin.
 
         Raises:
             OpdlmError: the model's logits are not finite, so no token can be drawn from them.
         """
-        # A free slot costs nothing, but a prefill reads all weights even for one prompt: so fill several at a time.
-        enough = min(self.waiting, max(1, int(self.batch_size * _REFILL_SHARE)))
-        if self.waiting and (not self.occupied or self.batch_size - self.occupied >= enough):
+        self._idle_steps += min(self.batch_size - self.occupied, self.waiting) if refill else 0
+        if refill and self.waiting and self._idle_steps >= _PREFILL_COST * self.occupied:
             slots, cache = self._allocate()
             self._prefill(slots, cache, slots.refill(self._waiting, self.grid, self.settings.threshold))
+            self._idle_steps = 0
         if self._slots is None or not self.occupied:
             return []
         assert self._cache is not None, "`_allocate` makes it together with the slots"
@@ -173,7 +177,7 @@ class BlockDecoder:
     def clear(self) -> None:
         """Drops all requests and sequences, finished or not."""
         self._waiting.clear()
-        self._slots, self._finished = None, {}
+        self._slots, self._finished, self._idle_steps = None, {}, 0
 
     def progress(self) -> CallProgress:
         """How far the running `decode` has come. Call it between two denoising steps, from `update_weights`."""

@@ -35,7 +35,7 @@ MODELS = [*(tiny_model(seed) for seed in range(3)), *(tiny_model(3, **other) for
     top_p=st.sampled_from([1.0, 0.8]),
     lengths=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 13)), min_size=1, max_size=7),
     batch_size=st.integers(1, 4),
-    refill_share=st.sampled_from([0.25, 1.0]),
+    prefill_cost=st.sampled_from([0.5, 8.0]),
     narrowest=st.sampled_from([256, 4]),
     sorting=st.sampled_from([4, 0.1]),
     seed=st.integers(0, 10**6),
@@ -52,7 +52,7 @@ def test_equals_uncached_oracle(
     top_p,
     lengths,
     batch_size,
-    refill_share,
+    prefill_cost,
     narrowest,
     sorting,
     seed,
@@ -74,7 +74,7 @@ def test_equals_uncached_oracle(
     # After a prompt of mask tokens alone all positions get equal logits, and rounding would decide between them.
     assume(all(set(r.prompt_ids) != {MASK} for r in requests))
     with (
-        mock.patch("opdlm.actors.rollout.decoder._REFILL_SHARE", refill_share),  # some, or all slots free
+        mock.patch("opdlm.actors.rollout.decoder._PREFILL_COST", prefill_cost),  # few slots free, or all
         mock.patch("opdlm.actors.rollout.attention.NARROWEST_PART", narrowest),
         mock.patch("opdlm.actors.rollout.slots._SORT_COST", sorting),
     ):

@@ -36,7 +36,7 @@ def test_requests_that_come_at_any_time_decode_as_if_each_were_alone(arrivals, s
                 assert decoder.occupied <= slots
             requests[index] = request(prompt, index, limit)
             decoder.add([requests[index]])
-            assert decoder.room == max(slots - decoder.occupied - decoder.waiting, 0)
+            assert decoder.room == slots - decoder.occupied - decoder.waiting
         while decoder.occupied or decoder.waiting:
             ended |= {t.index: t for t in decoder.step()}
     assert decoder.step() == []
