@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opdlm.actors.rollout.decoder import PREFILL_TOKENS
+from opdlm.actors.rollout.forward import PREFILL_TOKENS
 from opdlm.actors.teacher.scoring import LOGITS_CHUNK
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.base import DTYPE_BYTES

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.kv_cache import SPARE, SlotCache
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.config import OpdlmConfig, config_from_dict
 from opdlm.common.config.schema import LoraConfig
@@ -63,7 +64,7 @@ def test_a_mask_token_that_conversion_adds_is_counted(tmp_path, tied) -> None:
 
 
 @pytest.mark.parametrize(("prompts_per_round", "actors", "slots"), [(8, 1, 4), (8, 3, 3)])
-def test_the_cache_is_what_a_decoder_allocates(tmp_path, prompts_per_round, actors, slots) -> None:
+def test_the_cache_is_at_least_what_a_decoder_allocates(tmp_path, prompts_per_round, actors, slots) -> None:
     """The slots are the batch, or fewer if an actor's part of a round does not fill it."""
     model = tiny_model()
     model.save_pretrained(tmp_path)
@@ -75,14 +76,13 @@ def test_the_cache_is_what_a_decoder_allocates(tmp_path, prompts_per_round, acto
     requests = requests[: -(-prompts_per_round // actors)]
     decoder = BlockDecoder(model, DecodeSettings.from_config(config.rollout), MASK, (EOS,), batch_size=4)
     decoder.decode(requests)
-    cache = decoder._cache
-    assert cache is not None
-    allocated = cache.keys.nbytes + cache.values.nbytes
+    a_position = SlotCache(model, 1).nbytes - SlotCache(model, 0).nbytes
+    allocated = decoder.cache.nbytes - SPARE * a_position
 
     grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
     end = max(grid.end_position(r.prompt_ids.size, r.max_new_tokens) for r in requests)
     terms = rollout_memory(config, model_size(tmp_path), Lengths(14, end, 2 * end)).terms
-    assert by_name(terms)["key/value cache"] == allocated
+    assert by_name(terms)["key/value cache"] == slots * end * a_position >= allocated
     assert by_name(terms)["logits of a step"] == torch.zeros(slots, 4, 32, dtype=torch.float32).nbytes
 
 
