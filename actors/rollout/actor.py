@@ -26,6 +26,7 @@ from opdlm.actors.engine_guard import guarded, one_token_forward
 from opdlm.actors.progress import Teller, Watch
 from opdlm.actors.rollout.cuda_graphs import CudaGraphs
 from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.config.schema import OnNewWeights
 from opdlm.common.errors import OpdlmError, WeightsLost, first_line, last_line
@@ -38,7 +39,7 @@ from opdlm.common.weights import load_weights
 
 
 class RolloutActor:
-    """A student, and one decoder for each pair of settings and batch size that it was called with."""
+    """A student, and a decoder for each pair of settings and batch size that it was called with. All share a cache."""
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class RolloutActor:
         threads: int,
         on_new_weights: OnNewWeights = "finish",
         cuda_graphs: bool = False,
+        cache_tokens: int | None = None,
         gpus: float = 0,
         gpu_setting: str = "rollout.gpus_per_actor",
     ) -> None:
@@ -56,6 +58,7 @@ class RolloutActor:
         self._mask_id, self._facts = require_mask(facts), facts
         self._model = load_model(student, dtype).to(device)
         self._make_recorder = CudaGraphs if cuda_graphs else None
+        self._cache = SlotCache(self._model, cache_tokens)
         self._version = -1
         """Weight version in the model; -1: none. Start weights are pushed too, so that a broken path shows at once."""
         self._decoders: dict[tuple[DecodeSettings, int], BlockDecoder] = {}
@@ -135,6 +138,7 @@ class RolloutActor:
                     self._make_recorder,
                     self._facts.tokens,
                     self._facts.form,
+                    self._cache,
                 )
             decoder, tell = self._decoders[key], Teller(watch)
             takes_weights = self._continues and handle is not None
@@ -231,6 +235,7 @@ def start_rollout_actor(
     restarts: int,
     on_new_weights: OnNewWeights = "finish",
     cuda_graphs: bool = False,
+    cache_tokens: int | None = None,
     gpu_setting: str = "rollout.gpus_per_actor",
     **placement: Any,
 ) -> Any:
@@ -240,6 +245,7 @@ def start_rollout_actor(
         name: name of the Ray actor.
         student: folder of the student model.
         restarts: how often Ray may restart the actor.
+        cache_tokens: positions of the cache; None: it grows as needed.
         gpu_setting: what says `gpus`, for errors.
         placement: more of Ray's actor options, which place it on a node.
     """
@@ -249,5 +255,5 @@ def start_rollout_actor(
         max_restarts=restarts,
         max_concurrency=2 if on_new_weights == "continue" else 1,  # a decoding call, and a push during it
     )(RolloutActor)
-    arguments = (student, dtype, int(cpus), on_new_weights, cuda_graphs, gpus, gpu_setting)
+    arguments = (student, dtype, int(cpus), on_new_weights, cuda_graphs, cache_tokens, gpus, gpu_setting)
     return actor.options(name=name, **placement).remote(*arguments)

@@ -36,6 +36,7 @@ from opdlm.actors.rollout.places import ADMISSION_SLACK, GROWING_SLACK, LEAST_SL
 from opdlm.actors.rollout.sequences import check_requests, extent
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.slots import Slots
+from opdlm.common.errors import OpdlmError
 from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.attention import ATTENTION
@@ -180,7 +181,11 @@ class BlockDecoder:
             return []
         self._make_room()
         self.forward_tokens += prefill(self.model, self.cache, slots, self.grid, self.form)
-        finished, count = self._denoise(slots, self._step_forward, observer)
+        try:
+            finished, count = self._denoise(slots, self._step_forward, observer)
+        except OpdlmError:
+            self.cache.clear()
+            raise
         self.forwards += 1
         self.forward_tokens += count
         if not finished:

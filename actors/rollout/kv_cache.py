@@ -58,6 +58,12 @@ class SlotCache:
                 layer[i][: self.positions] = old[: self.positions]
         self.positions = positions
 
+    def clear(self) -> None:
+        """Forgets all: what is hidden by a mask counts 0 times, but 0 times NaN is NaN."""
+        for layer in self.layers:
+            for tensor in layer:
+                tensor.zero_()
+
     def move(self, old: np.ndarray, new: np.ndarray, lengths: np.ndarray) -> None:
         """Moves stretches of positions, as if all at once. Copies one tensor at a time, to need little memory.
 

@@ -30,6 +30,7 @@ _MAY_CHANGE = (
     "rollout.prompts_per_call",
     "rollout.weight_transport",
     "rollout.cuda_graphs",
+    "rollout.cache_tokens",
     "teacher.actors",
     "teacher.cpus_per_actor",
     "teacher.gpus_per_actor",

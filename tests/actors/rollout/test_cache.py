@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +16,7 @@ from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.kv_cache import SPARE, SlotCache
 from opdlm.actors.rollout.places import LEAST_SLACK, arrange, widths_of
 from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.errors import OpdlmError
 from tests.oracles import uncached_decode
 from tests.tiny import EOS, FORMS_AND_GRIDS, MASK, request, tiny_model
 
@@ -131,6 +135,20 @@ def test_room_counts_what_the_cache_can_hold() -> None:
     assert decoder.room == 0
     decoder.step()
     assert (decoder.occupied, decoder.waiting) == (4, 1)
+
+
+def test_after_broken_weights_the_cache_holds_no_nan() -> None:
+    """Their keys and values stay behind masks, where 0 times NaN would be NaN for whoever comes next."""
+    model, how = copy.deepcopy(MODEL), DecodeSettings(ignore_eos=True)
+    good = model.state_dict()["model.layers.0.self_attn.v_proj.weight"].clone()
+    decoder = BlockDecoder(model, how, MASK, [EOS], 4)
+    model.model.layers[0].self_attn.v_proj.weight.data.fill_(torch.nan)
+    with pytest.raises(OpdlmError, match="NaN or infinity"):
+        decoder.decode([request(40, i, limit=20) for i in range(4)])
+    model.model.layers[0].self_attn.v_proj.weight.data.copy_(good)
+    asked = [request(3 + i, i, limit=8) for i in range(4)]
+    for ours, wanted in zip(decoder.decode(asked)[0], asked, strict=True):
+        assert ours.response_ids.tolist() == uncached_decode(MODEL, how, MASK, set(), wanted)[0]
 
 
 @given(st.data())

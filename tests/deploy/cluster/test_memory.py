@@ -86,6 +86,28 @@ def test_the_cache_is_at_least_what_a_decoder_allocates(tmp_path, prompts_per_ro
     assert by_name(terms)["logits of a step"] == torch.zeros(slots, 4, 32, dtype=torch.float32).nbytes
 
 
+def test_a_bounded_cache_is_allocated_at_once(tmp_path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    config = config_with(model={"teacher": "t", "dtype": "float32"}, rollout={"cache_tokens": 333})
+    terms = rollout_memory(config, model_size(tmp_path), LENGTHS).terms
+    assert by_name(terms)["key/value cache"] == SlotCache(model, 333).nbytes
+
+
+def test_evaluations_may_need_the_larger_cache(tmp_path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    lengths, size = Lengths(prompt=40, end=100, row=160, question=90), model_size(tmp_path)
+
+    def positions(slots: int) -> float:
+        config = config_with(rollout={"batch_size": 4}, evaluation={"batch_size": slots})
+        term = next(t for t in rollout_memory(config, size, lengths).terms if t.what == "key/value cache")
+        assert term.estimate
+        return term.nbytes / (2 * 2 * 8 * 2)  # layers, keys and values, one head of 8, bfloat16
+
+    assert positions(64) == 64 * 90
+    assert positions(2) == 4 * 100
+
+
 def test_rows_have_the_assumed_length() -> None:
     grid = BlockGrid(4, "absolute")
     sample = trajectory([5] * 6, [6] * 10, [1] * 10)
