@@ -96,7 +96,8 @@ class BlockDecoder:
         self._step_forward: StepForward | None = None
         self._slots: Slots | None = None
         self._waiting: deque[RolloutRequest] = deque()
-        self._version = 0
+        self.version = 0
+        """Weight version of the next denoising step."""
         self._idle_steps = 0
         """Steps that slots were free for waiting requests since the last refill, summed over the slots."""
         self._finished: dict[int, Trajectory] = {}
@@ -125,10 +126,18 @@ class BlockDecoder:
         """Adds requests, which begin as slots become free, in this order.
 
         Raises:
-            ValueError: a prompt is empty, or prompt and response do not fit into the model's context; none is added.
+            ValueError: see `check`; none is added.
+        """
+        self.check(requests)
+        self._waiting.extend(requests)
+
+    def check(self, requests: Sequence[RolloutRequest]) -> None:
+        """Refuses requests that cannot be decoded.
+
+        Raises:
+            ValueError: a prompt is empty, or prompt and response do not fit into the model's context.
         """
         longest_sequence(requests, self.grid, self.model.config.max_position_embeddings)
-        self._waiting.extend(requests)
 
     @torch.inference_mode()
     def step(self, observer: Observer | None = None, refill: bool = True) -> list[Trajectory]:
@@ -168,7 +177,7 @@ class BlockDecoder:
         Unfinished sequences go on with them, as if their tokens so far had been given: a step depends on tokens and
         weights alone, so no slot has to wait for the end of its block.
         """
-        self._version = version
+        self.version = version
         if self._slots is not None and self._cache is not None:
             self._slots.change_version(version)
             self._prefill(self._slots, self._cache, range(self.occupied))
@@ -226,7 +235,7 @@ class BlockDecoder:
             ValueError, OpdlmError: see `add` and `step`.
         """
         self.clear()
-        self._version = weight_version
+        self.version = weight_version
         self.add(requests)
         while self.waiting or self.occupied:
             if update_weights is not None and (version := update_weights()) is not None:
@@ -263,7 +272,7 @@ class BlockDecoder:
             border = self.model.config.hidden_size * self.form.logit_shift
             empty = self.model.lm_head.weight.new_zeros(0, border)
             self._slots = Slots(self.grid.block_size, self.mask_id, empty)
-            self._slots.version = self._version
+            self._slots.version = self.version
         self._slots.enlarge(cache.slots, cache.positions)
         return self._slots, cache
 
