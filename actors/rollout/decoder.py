@@ -55,9 +55,9 @@ class BlockDecoder:
 
     `step` returns the trajectories that ended; `stream` and `decode` are loops over it.
 
-    A sequence begins if a slot is free and the cache has room. Where sequences have grown until the cache is full, the
-    one that began last is put back: it waits in front of all others and is decoded from its beginning, to the same
-    tokens, once another has ended. The others go on, so the one that began first always ends.
+    A sequence begins if a slot is free and the cache has room. Where sequences grow until the cache is full, the one
+    that began last is put back: it waits in front of all others and is decoded again, to the same tokens, once another
+    has ended. So the one that began first always ends.
 
     Args:
         model: causal LM of transformers, in eval mode. The decoder sets its attention to `common/model/attention.py`,
@@ -96,23 +96,15 @@ class BlockDecoder:
         model.set_attn_implementation(ATTENTION)
         self._make_recorder = make_recorder
         self.cache = SlotCache(model) if cache is None else cache
-        block = settings.block_size
-        self._step_forward = StepForward(model, self.cache, block, batch_size, make_recorder, form.causal)
-        self._slots = self._no_slots()
-        self._waiting: deque[RolloutRequest] = deque()
+        self._step_forward = StepForward(model, self.cache, settings.block_size, batch_size, make_recorder, form.causal)
         self._longest_need = 1
         """Positions, to the end of the first block, of the longest prompt so far."""
-        self._crowded = False
-        """Whether a sequence was put back and none has ended since."""
-        self._version = 0
-        self._idle_steps = 0
-        """Steps that slots were free for waiting requests since the last refill, summed over the slots."""
-        self._finished: dict[int, Trajectory] = {}
-        """By index, the sequences that the running `decode` has finished."""
-        self.forwards = self.forward_tokens = 0
-        """Denoising forwards, and tokens that went through the student, since the decoder was made."""
-        self.put_back = 0
-        """Sequences that were put back, since the decoder was made."""
+        self.version = 0
+        """Weight version of the next denoising step."""
+        self.forwards = self.forward_tokens = self.put_back = 0
+        """Since the decoder was made: denoising forwards, tokens that went through the student, sequences put back."""
+        self._idle_steps: int
+        self.clear()
 
     # --- the engine: add requests at any time between two steps -----------------------------------------------------
 
@@ -137,7 +129,8 @@ class BlockDecoder:
             return free
         if self._crowded:
             return 0
-        waiting = sum(extent(request, self.grid)[0] for request in self._waiting)
+        # Another thread may ask, so it copies what it iterates over.
+        waiting = sum(extent(request, self.grid)[0] for request in list(self._waiting))
         spare = self.cache.limit / (1 + ADMISSION_SLACK) - self.live_tokens - waiting
         fitting = max(int(spare // self._longest_need), 0)
         return min(free, fitting if self.occupied or self.waiting else max(fitting, 1))
@@ -148,15 +141,18 @@ class BlockDecoder:
         return int(self._slots.host_ends.sum())
 
     def add(self, requests: Sequence[RolloutRequest]) -> None:
-        """Adds requests, which begin as slots become free, in this order.
-
-        Raises:
-            ValueError: a prompt is empty, or prompt and response do not fit into the model's context or the cache; none
-                is added.
-        """
-        check_requests(requests, self.grid, self.model.config.max_position_embeddings, self.cache.limit)
+        """Adds requests, which begin as slots become free, in this order. Adds none if `check` refuses one."""
+        self.check(requests)
         self._waiting.extend(requests)
         self._longest_need = max([self._longest_need, *(extent(request, self.grid)[0] for request in requests)])
+
+    def check(self, requests: Sequence[RolloutRequest]) -> None:
+        """Refuses requests that cannot be decoded.
+
+        Raises:
+            ValueError: a prompt is empty, or prompt and response do not fit into the model's context or the cache.
+        """
+        check_requests(requests, self.grid, self.model.config.max_position_embeddings, self.cache.limit)
 
     @torch.inference_mode()
     def step(self, observer: Observer | None = None, refill: bool = True) -> list[Trajectory]:
@@ -202,14 +198,21 @@ class BlockDecoder:
         Unfinished sequences go on with them, as if their tokens so far had been given: a step depends on tokens and
         weights alone, so no slot has to wait for the end of its block.
         """
-        self._version = version
+        self.version = version
         self._slots.change_version(version)
         self._slots.lose_cache()
 
     def clear(self) -> None:
         """Drops all requests and sequences, finished or not."""
-        self._waiting.clear()
-        self._slots, self._finished, self._idle_steps, self._crowded = self._no_slots(), {}, 0, False
+        border = self.model.lm_head.weight.new_zeros(0, self.model.config.hidden_size * self.form.logit_shift)
+        self._slots = Slots(self.grid.block_size, self.mask_id, border, self.version)
+        self._waiting: deque[RolloutRequest] = deque()
+        self._crowded = False
+        """Whether a sequence was put back and none has ended since."""
+        self._idle_steps = 0
+        """Steps that slots were free for waiting requests since the last refill, summed over the slots."""
+        self._finished: dict[int, Trajectory] = {}
+        """By index, the sequences that the running `decode` has finished."""
 
     def progress(self) -> CallProgress:
         """How far the running `decode` has come. Call it between two denoising steps, from `update_weights`."""
@@ -257,26 +260,19 @@ class BlockDecoder:
         Raises:
             ValueError, OpdlmError: see `add` and `step`.
         """
+        self.version = weight_version
         self.clear()
-        self._version = self._slots.version = weight_version
         self.add(requests)
         while self.waiting or self.occupied:
             if update_weights is not None and (version := update_weights()) is not None:
                 self.use_weights(version)
             yield from self.step(observer)
 
-    # --- memory and prompts -----------------------------------------------------------------------------------------
-
-    def _no_slots(self) -> Slots:
-        border = self.model.lm_head.weight.new_zeros(0, self.model.config.hidden_size * self.form.logit_shift)
-        return Slots(self.grid.block_size, self.mask_id, border)
-
     def _begin(self) -> None:
         """Begins as many waiting requests, in their order, as there are free slots and room in the cache."""
         chosen: list[RolloutRequest] = []
-        while self._waiting and self.occupied + len(chosen) < self.batch_size:
-            if not self._fit([*chosen, self._waiting[0]]):
-                break
+        free = self.batch_size - self.occupied
+        while self._waiting and len(chosen) < free and self._fit([*chosen, self._waiting[0]]):
             chosen.append(self._waiting.popleft())
         if chosen:
             self._slots.enlarge(self.batch_size, max(extent(request, self.grid)[1] for request in chosen))
@@ -284,10 +280,8 @@ class BlockDecoder:
 
     def _fit(self, fresh: list[RolloutRequest]) -> bool:
         """Whether these requests can begin beside the sequences that are being decoded."""
-        if self.cache.limit is None:
-            return True
-        if self._crowded and self.occupied:
-            return False
+        if self.cache.limit is None or (self._crowded and self.occupied):
+            return self.cache.limit is None
         begin, end = zip(*(extent(request, self.grid) for request in fresh), strict=True)
         needs, limits = np.append(self._slots.host_ends, begin), np.append(self._slots.host_limits, end)
         return widths_of(needs, limits, self.cache.limit, ADMISSION_SLACK) is not None

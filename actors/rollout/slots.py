@@ -32,7 +32,7 @@ _PROMPT, _END, _START, _STEP, _BLOCK_STEP, _SEED, _BASE = range(7)
 class Slots:
     """State of up to B sequences that are being decoded. Shapes: n occupied slots, T positions, S tokens per block."""
 
-    def __init__(self, block: int, mask_id: int, border: torch.Tensor) -> None:
+    def __init__(self, block: int, mask_id: int, border: torch.Tensor, version: int) -> None:
         """Makes a state without slots; `enlarge` adds some.
 
         Args:
@@ -43,7 +43,7 @@ class Slots:
         self.mask_id, self.device = mask_id, border.device
         self.requests: list[RolloutRequest] = []
         """The requests in the occupied slots, in slot order."""
-        self.version = 0
+        self.version = version
         """Weight version of the next denoising step."""
         self._wasted = 0
         """What attention has cost since the last sorting that a sorted order of the slots would have saved."""

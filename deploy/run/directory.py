@@ -27,7 +27,6 @@ _MAY_CHANGE = (
     "rollout.cpus_per_actor",
     "rollout.gpus_per_actor",
     "rollout.placement",
-    "rollout.prompts_per_call",
     "rollout.weight_transport",
     "rollout.cuda_graphs",
     "rollout.cache_tokens",

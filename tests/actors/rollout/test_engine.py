@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from opdlm.actors.rollout.decoder import BlockDecoder
@@ -39,6 +39,8 @@ def test_requests_that_come_at_any_time_decode_as_if_each_were_alone(
         requests[index] = request(prompt, index, limit)
         decoder.add([requests[index]])
         assert cache_tokens or decoder.room == slots - decoder.occupied - decoder.waiting
+    # After a prompt of mask tokens alone all positions get equal logits, and rounding would decide between them.
+    assume(all(set(asked.prompt_ids) != {MASK} for asked in requests.values()))
     while decoder.occupied or decoder.waiting:
         ended |= {t.index: t for t in decoder.step()}
     assert decoder.step() == []
