@@ -64,14 +64,15 @@ class RolloutConfig(Section):
     prompts_per_round: PositiveInt = 128
     """Number of prompts that are decoded with one weight version (paper: 128). Training on them gives the next
     version."""
-    prompts_per_call: PositiveInt | None = None
-    """Number of prompts that an actor is given in one call. Empty: its share of a round. With a smaller number, the
-    first samples are scored while the rest of the round is still decoded; keep it at `batch_size` or above, or slots
-    stay empty. With `queue.max_staleness: 1` this shortens a round by up to a third where decoding, scoring and
-    training take equally long."""
     batch_size: PositiveInt = 64
     """Number of sequences that one actor decodes at the same time (its slots). A slot takes the next prompt as soon as
-    its sequence ends. Lower it where the actor runs out of memory."""
+    its sequence ends, and the sequence goes to a teacher. Lower it where the actor runs out of memory."""
+    cache_tokens: PositiveInt | None = None
+    """Size of an actor's key/value cache: the number of tokens, of prompts and responses so far, that all its sequences
+    together may have. Sequences begin while it has room; where they grow until it is full, the one that began last is
+    put back and decoded again later, to the same tokens. So `batch_size` may be as high as typical lengths allow, and
+    memory does not depend on the longest response. It must hold the longest request, of training and evaluation. Empty:
+    the cache grows with its sequences, at most to `batch_size` times the longest."""
     block_size: PositiveInt = 4
     """Number of tokens in a block (paper: 4). Decoding and training use the same size."""
     block_grid: Grid = "absolute"
@@ -158,11 +159,10 @@ class QueueConfig(Section):
     """The replay queue, which holds scored trajectories between decoding and training."""
 
     max_staleness: NonNegativeInt = 0
-    """Number of rounds that decoding may run ahead of training. 0: strictly on-policy; decoding, scoring, training and
-    the push of weights take turns, and a round takes the sum of their times. k: up to k + 1 rounds are in progress at
-    once, and a round takes as long as its slowest role (the rollout actors both decode and load weights), or the sum
-    divided by k + 1 where that is longer. Raise it to 1 or 2 where roles wait for each other; see
-    `rollout.prompts_per_call`."""
+    """Number of rounds that decoding may run ahead of training. 0: strictly on-policy; decoding with scoring, training
+    and the push of weights take turns, and a round takes the sum of their times. k: up to k + 1 rounds are in progress
+    at once, and a round takes as long as its slowest role (the rollout actors both decode and load weights), or the
+    sum divided by k + 1 where that is longer. Raise it to 1 or 2 where roles wait for each other."""
 
 
 class OptimizerConfig(Section):
