@@ -189,6 +189,12 @@ class DecodeStats:
     """Largest difference between the weight versions of two tokens of one sequence."""
     weight_versions: tuple[int, ...] = ()
     """Oldest weight version that decoded each sequence, in the order of the requests."""
+    slot_steps: int = 0
+    """Slots times denoising steps of a continuous decoder; 0 for any other."""
+    occupied_slot_steps: int = 0
+    """Those of them in which the slot had a sequence."""
+    waiting_requests: int = 0
+    """Requests that waited in the actor for a slot when it reported."""
 
     @classmethod
     def of(
@@ -210,3 +216,33 @@ class DecodeStats:
             version_spread_max=max((int(v.max()) - t.weight_version for t, v in continued), default=0),
             weight_versions=tuple(t.weight_version for t in trajectories),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class EndedSequence:
+    """A trajectory that has ended, without its tokens."""
+
+    index: int
+    lengths: tuple[int, int]
+    """Prompt tokens, response tokens."""
+    weight_version: int
+    lane: int
+    """Number of the slot that it occupied, as seen from outside: the lowest that was free when it began."""
+    began: float
+    ended: float
+    """Seconds before the report."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamReport:
+    """What has happened in a stream since its last report."""
+
+    ended: tuple[EndedSequence, ...]
+    """In the order of the trajectories that come with the report."""
+    room: int
+    """Number of further requests that the actor would take; negative if it has too many."""
+    added: int
+    """Number of requests that the stream had taken when it made the report."""
+    tokens_so_far: int
+    """Response tokens of the sequences that are still being decoded."""
+    stats: DecodeStats

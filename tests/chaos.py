@@ -213,7 +213,7 @@ def main(
     settings = [
         f"run.rounds={rounds if minutes is None else 10_000}",
         f"queue.max_staleness={staleness}",
-        *("rollout.actors=2", "rollout.cpus_per_actor=1", "rollout.prompts_per_call=32"),
+        *("rollout.actors=2", "rollout.cpus_per_actor=1", "rollout.batch_size=32"),
         *("teacher.actors=2", "teacher.cpus_per_actor=1"),
         *("evaluation.every_rounds=null", "evaluation.final_problems=0", "checkpoint.every_rounds=5"),
         *("resources.actor_restarts=100000", "learner.max_failures=100000", "resources.call_timeout_seconds=300"),

@@ -1,44 +1,45 @@
-"""Rollout actor: a student replica on its own device that decodes prompts to trajectories.
+"""Rollout actor: a student replica on its own device that decodes prompts to trajectories, continuously.
 
-A call names the weight version to decode with and carries its handle, and the actor decodes nothing before it holds
-that version. So an actor that died and was restarted fetches the current version by itself.
+    driver ──add──► inbox ──► engine thread: step, step, step ... ──► outbox ──harvest──► driver
+              load_weights, decode (evaluation), ... are jobs between two steps ▲
 
-With `rollout.on_new_weights: finish` the actor runs one call at a time, so a weight push waits for the decoding call
-before it. With `continue` the actor has a second thread, which receives a push during decoding; the decoding thread
-loads the received weights into the model between two denoising steps. One thread at a time uses the model.
+Requests come at any time and name the weight version to decode with, and carry its handle; nothing is decoded before
+the actor holds that version. So an actor that died and was restarted fetches the current version by itself. One thread
+(`engine_thread.py`) uses the model; Ray's threads hand it what they receive.
+
+When weights arrive while sequences are decoded, `rollout.on_new_weights: finish` decodes these to their end, begins no
+other, and then loads the weights. `continue` loads them before the next denoising step.
 """
 
 from __future__ import annotations
 
-import shutil
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
-import torch
 from ray.exceptions import ObjectLostError
-from safetensors import SafetensorError
 
-from opdlm.actors.engine_guard import guarded, one_token_forward
+from opdlm.actors.engine_guard import guarded
 from opdlm.actors.progress import Teller, Watch
-from opdlm.actors.rollout.cuda_graphs import CudaGraphs
-from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.engine_thread import EngineThread
 from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.rollout.stream import SequenceStream
+from opdlm.actors.rollout.student import Student
 from opdlm.common.config.schema import OnNewWeights
-from opdlm.common.errors import OpdlmError, WeightsLost, first_line, last_line
+from opdlm.common.errors import OpdlmError, WeightsLost, last_line
 from opdlm.common.model.device import device_for
-from opdlm.common.model.facts import read_facts, require_mask
-from opdlm.common.model.folder import save_student
-from opdlm.common.model.load import load_model
-from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory, WeightHandle, WeightPack
-from opdlm.common.weights import load_weights
+from opdlm.common.types import DecodeStats, RolloutRequest, StreamReport, Trajectory, WeightHandle, WeightPack
+
+Result = TypeVar("Result")
+
+_CALLS_AT_ONCE = 8
+"""Calls that Ray lets run beside each other: a harvest, more requests, a push, an evaluation, and some to spare."""
 
 
-class RolloutActor:
-    """A student, and one decoder for each pair of settings and batch size that it was called with."""
+class RolloutActor(Student):
+    """A student in an engine's thread, and the stream of the sequences that it decodes."""
 
     def __init__(
         self,
@@ -47,52 +48,80 @@ class RolloutActor:
         threads: int,
         on_new_weights: OnNewWeights = "finish",
         cuda_graphs: bool = False,
+        cache_tokens: int | None = None,
         gpus: float = 0,
         gpu_setting: str = "rollout.gpus_per_actor",
     ) -> None:
-        device = device_for(gpus, gpu_setting)
-        torch.set_num_threads(max(threads, 1))
-        self._folder, facts = student, read_facts(student)
-        self._mask_id, self._facts = require_mask(facts), facts
-        self._model = load_model(student, dtype).to(device)
-        self._make_recorder = CudaGraphs if cuda_graphs else None
-        self._version = -1
-        """Weight version in the model; -1: none. Start weights are pushed too, so that a broken path shows at once."""
-        self._decoders: dict[tuple[DecodeSettings, int], BlockDecoder] = {}
+        super().__init__(student, dtype, threads, cuda_graphs, cache_tokens, device_for(gpus, gpu_setting))
         self._continues = on_new_weights == "continue"
-        self._model_lock = threading.Lock()
-        """Held by the thread that uses the model."""
-        self._arrived_lock = threading.Lock()
-        """Held while a thread reads or replaces `_arrived`; never during a fetch or a forward."""
-        self._arrived: tuple[int, WeightPack] | None = None
-        """The newest version that was fetched and is not in the model yet."""
+        self._stream: SequenceStream | None = None
+        self._engine = EngineThread(self._changed, self._has_step, self._step, self._must_finish)
 
     def ready(self) -> None:
         """Returns once the student is loaded."""
 
     def forget_weights(self) -> None:
-        """Drops all weights, because the run goes back to a checkpoint and newer versions are no longer valid."""
-        with self._model_lock, self._arrived_lock:
-            self._version, self._arrived = -1, None
+        """Drops all weights and sequences, because the run goes back to a checkpoint and they are no longer valid."""
+
+        def forget() -> None:
+            self._version = -1
+            if self._stream is not None:
+                self._stream.fail(OpdlmError("the run went back to a checkpoint, so what was being decoded is dropped"))
+
+        with self._changed:
+            self._arrived = None
+        self._engine.run(forget)
 
     def load_weights(self, handle: WeightHandle) -> float:
         """Loads a published version into the model; returns the seconds it took. An older version changes nothing.
 
-        If the other thread is decoding (`continue`), this call only fetches the weights. The decoding thread loads them
-        before its next denoising step.
+        With `finish`, it waits for the sequences that are being decoded. With `continue`, if the actor is decoding, it
+        only fetches the weights; they are loaded before the next denoising step.
 
         Raises:
             WeightsLost: the published data is gone.
         """
         started = time.perf_counter()
         self._receive(handle)
-        if self._model_lock.acquire(blocking=not self._continues):
-            try:
-                with guarded("student", self._probe):
-                    self._load_arrived()
-            finally:
-                self._model_lock.release()
+        if not (self._continues and (self._engine.in_job or self._has_step())):
+            self._on_engine(self._load_arrived)
         return time.perf_counter() - started
+
+    def open_stream(self, settings: DecodeSettings, batch_size: int, ahead: int) -> int:
+        """Begins a stream of sequences in place of the one before, whose sequences are dropped.
+
+        Args:
+            batch_size: number of slots.
+            ahead: requests that may wait for a slot.
+
+        Returns: number of requests that the actor would take.
+        """
+
+        def begin() -> int:
+            if self._stream is not None:
+                self._stream.fail(OpdlmError("a new stream has begun"))
+            decoder = self._new_decoder(settings, batch_size)
+            decoder.use_weights(max(self._version, 0))
+            self._stream = SequenceStream(decoder, ahead, self._changed)
+            return self._stream.room
+
+        return self._engine.run(begin)
+
+    def add(self, requests: Sequence[RolloutRequest], handle: WeightHandle) -> None:
+        """Takes requests into the stream, to be decoded with the given version, or with a newer one.
+
+        Raises:
+            ValueError: one of them cannot be decoded; then none is taken.
+            WeightsLost: the published data is gone.
+        """
+        assert self._stream is not None, "`open_stream` comes before `add`"
+        self._receive(handle)
+        self._stream.add(requests)
+
+    def harvest(self, eager: bool) -> tuple[list[Trajectory], StreamReport]:
+        """See `SequenceStream.harvest`."""
+        assert self._stream is not None, "`open_stream` comes before `harvest`"
+        return self._stream.harvest(eager)
 
     def decode(
         self,
@@ -118,25 +147,14 @@ class RolloutActor:
                 the decoder refuses.
             WeightsLost: the published data is gone.
         """
-        with self._model_lock, guarded("student", self._probe):
-            if handle is not None:
-                self._receive(handle)
+        if handle is not None:
+            self._receive(handle)
+
+        def decode() -> tuple[list[Trajectory], DecodeStats]:
             self._load_arrived()
             if handle is None and self._version >= 0:
                 raise ValueError(f"decode without a handle: version {self._version} has replaced the folder's weights")
-            key = (settings, batch_size)
-            if key not in self._decoders:
-                self._decoders[key] = BlockDecoder(
-                    self._model,
-                    settings,
-                    self._mask_id,
-                    self._facts.eos_ids,
-                    batch_size,
-                    self._make_recorder,
-                    self._facts.tokens,
-                    self._facts.form,
-                )
-            decoder, tell = self._decoders[key], Teller(watch)
+            decoder, tell = self._decoder(settings, batch_size), Teller(watch)
             takes_weights = self._continues and handle is not None
 
             def before_step() -> int | None:
@@ -144,6 +162,8 @@ class RolloutActor:
                 return self._load_arrived() if takes_weights else None
 
             return decoder.decode(requests, max(self._version, 0), update_weights=before_step)
+
+        return self._on_engine(decode)
 
     def use_student(self, compute: Callable[..., Any], handle: WeightHandle | None, *arguments: Any) -> Any:
         """Computes something with the student besides decoding: `compute(model, mask_id, *arguments)`.
@@ -155,11 +175,14 @@ class RolloutActor:
         Raises:
             WeightsLost: the published data is gone.
         """
-        with self._model_lock, guarded("student", self._probe):
-            if handle is not None:
-                self._receive(handle)
+        if handle is not None:
+            self._receive(handle)
+
+        def use() -> Any:
             self._load_arrived()
             return compute(self._model, self._mask_id, *arguments)
+
+        return self._on_engine(use)
 
     def save_student(self, handle: WeightHandle, destination: Path, block_size: int, block_grid: str) -> None:
         """Writes the student of exactly this weight version as a model folder, in place of an earlier one there.
@@ -169,50 +192,57 @@ class RolloutActor:
             ValueError: the actor has newer weights.
             WeightsLost: the published data is gone.
         """
-        with self._model_lock, guarded("student", self._probe):
-            self._receive(handle)
+        self._receive(handle)
+
+        def save() -> None:
             self._load_arrived()
             if self._version != handle.version:
                 raise ValueError(f"saving version {handle.version}: the actor has version {self._version}")
-            try:
-                shutil.rmtree(destination, ignore_errors=True)
-                save_student(self._model, self._folder, destination, block_size, block_grid)
-            except (OSError, SafetensorError) as error:
-                reason = getattr(error, "strerror", None) or first_line(error)
-                raise OpdlmError(f"{destination} could not be written: {reason}; make room") from error
+            self._save(destination, block_size, block_grid)
 
-    def _probe(self) -> None:
-        one_token_forward(self._model)
+        self._on_engine(save)
 
-    def _receive(self, handle: WeightHandle) -> None:
-        """Fetches a version, unless the actor already has this version or a newer one."""
-        with self._arrived_lock:
-            if handle.version <= self._newest_version():
-                return
-        pack = _fetch(handle)  # without the lock, which the decoding thread takes at every denoising step
-        with self._arrived_lock:
-            if handle.version > self._newest_version():
-                self._arrived = handle.version, pack
+    # --- the engine's thread --------------------------------------------------------------------------------------
 
-    def _newest_version(self) -> int:
-        return self._version if self._arrived is None else self._arrived[0]
+    def _on_engine(self, job: Callable[[], Result]) -> Result:
+        """Runs a job between two denoising steps."""
+
+        def run() -> Result:
+            with guarded("student", self._probe):
+                return job()
+
+        return self._engine.run(run)
+
+    def _has_step(self) -> bool:
+        return self._stream is not None and self._stream.busy
+
+    def _must_finish(self) -> bool:
+        """Whether sequences must end before anything else, as weights have arrived that they must not see."""
+        live = self._stream is not None and self._stream.live
+        return live and self._arrived is not None and not self._continues
+
+    def _step(self) -> None:
+        stream = self._stream
+        assert stream is not None, "`_has_step` said so"
+        try:
+            with guarded("student", self._probe):
+                with self._changed:  # a request is taken together with the weights that came before it
+                    finishes, arrived = self._must_finish(), self._arrived
+                    begin = None if finishes else stream.take()
+                if arrived is not None and not finishes:
+                    self._load_arrived()
+                stream.step(begin)
+        except BaseException as error:  # the driver gets it with its next `harvest`
+            stream.fail(error)
 
     def _load_arrived(self) -> int | None:
-        """Loads the weights that have arrived into the model; returns their version, or None if none have.
+        version = super()._load_arrived()
+        if version is not None and self._stream is not None:
+            self._stream.decoder.use_weights(version)
+        return version
 
-        Call this only while holding `_model_lock`.
-        """
-        with self._arrived_lock:
-            arrived = self._arrived
-        if arrived is None:
-            return None
-        self._version = -1  # until all of the pack is loaded and checked
-        load_weights(self._model, arrived[1])
-        with self._arrived_lock:
-            self._version = arrived[0]
-            if self._arrived is arrived:  # if loading fails it stays: the next call must not decode with older weights
-                self._arrived = None
-        return self._version
+    def _fetch(self, handle: WeightHandle) -> WeightPack:
+        return _fetch(handle)
 
 
 def _fetch(handle: WeightHandle) -> WeightPack:
@@ -231,6 +261,7 @@ def start_rollout_actor(
     restarts: int,
     on_new_weights: OnNewWeights = "finish",
     cuda_graphs: bool = False,
+    cache_tokens: int | None = None,
     gpu_setting: str = "rollout.gpus_per_actor",
     **placement: Any,
 ) -> Any:
@@ -240,6 +271,7 @@ def start_rollout_actor(
         name: name of the Ray actor.
         student: folder of the student model.
         restarts: how often Ray may restart the actor.
+        cache_tokens: positions of the cache; None: it grows as needed.
         gpu_setting: what says `gpus`, for errors.
         placement: more of Ray's actor options, which place it on a node.
     """
@@ -247,7 +279,7 @@ def start_rollout_actor(
         num_cpus=cpus,
         num_gpus=gpus,
         max_restarts=restarts,
-        max_concurrency=2 if on_new_weights == "continue" else 1,  # a decoding call, and a push during it
+        max_concurrency=_CALLS_AT_ONCE,
     )(RolloutActor)
-    arguments = (student, dtype, int(cpus), on_new_weights, cuda_graphs, gpus, gpu_setting)
+    arguments = (student, dtype, int(cpus), on_new_weights, cuda_graphs, cache_tokens, gpus, gpu_setting)
     return actor.options(name=name, **placement).remote(*arguments)

@@ -37,6 +37,8 @@ class ScoreStats:
     """Bytes of targets that travel to the learner."""
     lengths: tuple[tuple[int, int], ...] = ()
     """(prompt tokens, response tokens) of each trajectory."""
+    room_tokens: int = 0
+    """Tokens that the teacher's forwards had room for: `teacher.batch_tokens` each, or one longer trajectory."""
 
 
 class TeacherActor:
@@ -46,32 +48,47 @@ class TeacherActor:
         if device_for(config.gpus_per_actor, gpu_setting) == "cpu" and config.backend == "vllm":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # vLLM takes whatever GPU it sees
         torch.set_num_threads(max(int(config.cpus_per_actor), 1))
-        self._backend = make_backend(folder, config)
+        self._backend, self._batch_tokens = make_backend(folder, config), config.batch_tokens
 
     def ready(self) -> None:
         """Returns once the teacher is loaded."""
 
     def score(
-        self, trajectories: Sequence[Trajectory], per_reference: int, watch: Watch | None = None
+        self,
+        places: Sequence[tuple[int, int]],
+        per_reference: int,
+        watch: Watch | None,
+        *groups: Sequence[Trajectory],
     ) -> tuple[list[ScoredTrajectory] | ScoreStats, ...]:
         """Scores trajectories. If one fails, the call fails: a score is never made up (METHOD.md section 3).
 
-        `watch` is told how far the call has come.
+        Args:
+            places: of each trajectory, the number of the list that it is in and its index in that list.
+            watch: is told how far the call has come.
+            groups: the lists. Where the caller has references, Ray fetches what they refer to.
 
         Returns: one list of scored trajectories for each `per_reference` trajectories, in order, and last the
         `ScoreStats`. Ray makes one object reference of each.
         """
+        trajectories = [groups[group][place] for group, place in places]
         started = time.perf_counter()
         with guarded("teacher", self._backend.probe):
             told = BatchCount(watch, [t.index for t in trajectories], [t.response_length for t in trajectories])
-            targets = self._backend.score(list(trajectories), told)
+            room = 0
+
+            def on_batch(places: Sequence[int]) -> None:
+                nonlocal room
+                room += max(self._batch_tokens, max(sum(trajectories[place].lengths) - 1 for place in places))
+                told(places)
+
+            targets = self._backend.score(trajectories, on_batch)
         scored = [ScoredTrajectory(t, target) for t, target in zip(trajectories, targets, strict=True)]
         arrays = [getattr(target, field) for target in targets for field in type(target).__slots__]
         nbytes = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
         lengths = tuple(t.lengths for t in trajectories)
         tokens = sum(response for _, response in lengths)
         forward_tokens = tokens + sum(prompt - 1 for prompt, _ in lengths)
-        stats = ScoreStats(tokens, forward_tokens, time.perf_counter() - started, nbytes, lengths)
+        stats = ScoreStats(tokens, forward_tokens, time.perf_counter() - started, nbytes, lengths, room)
         return (*in_groups(scored, per_reference), stats)
 
     def generate(

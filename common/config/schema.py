@@ -27,6 +27,7 @@ from opdlm.common.config.base import (
     Strategy,
     Switch,
 )
+from opdlm.common.config.cluster import MachinesConfig, ResourcesConfig
 from opdlm.common.config.data import DataConfig, DataSource
 from opdlm.common.config.method import CurriculumConfig, Kind, ObjectiveConfig, OfflineConfig, Schedule, Selection
 from opdlm.common.config.roles import (
@@ -34,7 +35,6 @@ from opdlm.common.config.roles import (
     OptimizerConfig,
     PlacementConfig,
     QueueConfig,
-    ResourcesConfig,
     RolloutConfig,
     TeacherConfig,
     ZeroConfig,
@@ -54,6 +54,7 @@ __all__ = [
     "Kind",
     "LearnerConfig",
     "LoraConfig",
+    "MachinesConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OfflineConfig",
@@ -81,7 +82,8 @@ class RunConfig(Section):
     path that every node can reach. One process at a time works in it (`lock.json`)."""
     seed: Seed = 0
     """Seed of the order of the data, of sampling, and of the selection of states. Two runs with one seed and the same
-    numbers of actors and workers, on the same kind of machine, give the same results. 0 to 2^64 - 1."""
+    numbers of actors and workers, on the same kind of machine, give the same results up to rounding, which depends on
+    what is computed together (see `deterministic`). 0 to 2^64 - 1."""
     rounds: PositiveInt | None = None
     """Number of rounds to train, whatever `data.epochs` says. Empty: as many as `data.epochs` needs."""
     max_minutes: Annotated[Number, Field(gt=0)] | None = None
@@ -89,8 +91,9 @@ class RunConfig(Section):
     code 0; `--resume` goes on for as long again. They count from the start of the command, and at least one round is
     trained. For machines that are lent by the hour. Empty: no limit."""
     deterministic: Switch = False
-    """Use only deterministic torch kernels in the learner. Some are slower, and an operation that has none ends the run
-    with an error. Turn it on to repeat a run on GPUs to the bit."""
+    """Use only deterministic torch kernels in the learner; some are slower, and an operation that has none ends the run
+    with an error. The `transformers` teacher scores each trajectory in a forward of its own, and each rollout actor
+    gets its share of a round at once. Turn it on, with `queue.max_staleness: 0`, to repeat a run to the bit."""
     dump_rollouts: Switch = False
     """Keep every scored trajectory that is trained on, one file per round, in `rollouts/` of the run directory, for
     `run.replay` of another run."""

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opdlm.actors.rollout.decoder import PREFILL_TOKENS
+from opdlm.actors.rollout.forward import PREFILL_TOKENS
+from opdlm.actors.rollout.kv_cache import SPARE
 from opdlm.actors.teacher.scoring import LOGITS_CHUNK
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.base import DTYPE_BYTES
@@ -50,6 +51,8 @@ class Lengths:
     row: int
     """A training row `[clean | noisy]`: P + 2R, plus the prompt tokens that share the first response block (METHOD.md
     section 4)."""
+    question: int = 0
+    """A question of the run's evaluations and its answer, up to the end of the last block; 0: there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,8 @@ class Term:
     estimate: bool = False
     on_host: bool = False
     """Whether it is in host memory although the role has a GPU."""
+    first_rank_only: bool = False
+    """Whether only the first of several ranks has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,11 @@ class RoleMemory:
         """Bytes in host memory of a process that has a GPU."""
         return sum(term.nbytes for term in self.terms if term.on_host)
 
+    def on_its_node(self, first_rank: bool = False) -> int:
+        """Bytes of a process in the host memory of its node. `first_rank`: what the first rank has more than others."""
+        terms = [term for term in self.terms if term.on_host or not self.gpus]
+        return sum(term.nbytes for term in terms if term.first_rank_only == first_rank)
+
 
 PROCESS_MIB = {"rollout": 600, "teacher": 600, "learner": 700}
 """Host memory that Python, torch, Ray and the libraries of a role take in each of its processes, whatever the model:
@@ -93,10 +103,16 @@ DRIVER_MIB = 3500
 Ray's own processes on the driver's node, with its dashboard. Some pages are shared, so this is an upper bound."""
 
 
-def process_term(role: str, gpus: float) -> Term:
-    """What a process takes before it has a model."""
+def process_terms(role: str, gpus: float, weights: int) -> list[Term]:
+    """What a process takes in host memory before its model works: libraries, and the weights on their way to a GPU.
+
+    `weights`: bytes of all weights of the model; 0 for a model that goes to its GPUs in parts.
+    """
     nbytes = PROCESS_MIB[role] * 2**20
-    return Term("Python, torch, Ray", "libraries, of each process", nbytes, estimate=True, on_host=gpus > 0)
+    terms = [Term("Python, torch, Ray", "libraries, of each process", nbytes, estimate=True, on_host=gpus > 0)]
+    if gpus > 0 and weights:
+        terms.append(Term("weights at the start", "read here, then moved to the GPU", weights, on_host=True))
+    return terms
 
 
 def model_size(folder: str | Path) -> ModelSize:
@@ -124,20 +140,14 @@ def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) ->
     slots = min(rollout.batch_size, -(-rollout.prompts_per_round // rollout.actors))
     longest = lengths.end if rollout.on_new_weights == "continue" else lengths.prompt
     tokens = max(min(slots * longest, PREFILL_TOKENS), longest)
-    cache = slots * lengths.end * student.layers * 2 * student.kv_heads * student.head_dim * size
     return RoleMemory(
         "rollout",
         rollout.gpus_per_actor,
         [
-            process_term("rollout", rollout.gpus_per_actor),
+            *process_terms("rollout", rollout.gpus_per_actor, student.parameters * size),
             weights_term(student.parameters, config.model.dtype),
             *_arriving_weights(config, student.parameters * size),
-            Term(
-                "key/value cache",
-                f"{slots} slots x {lengths.end:,} positions x {student.layers} layers x 2 x "
-                f"{student.kv_heads} heads x {student.head_dim} x {size} B",
-                cache,
-            ),
+            _cache(config, student, slots, lengths),
             Term(
                 "logits of a step",
                 f"{slots} slots x block {rollout.block_size} x {student.vocabulary:,} x 4 B",
@@ -156,6 +166,23 @@ def _arriving_weights(config: OpdlmConfig, nbytes: int) -> list[Term]:
     return [Term("weights that arrive", "as much again, during a push", nbytes)]
 
 
+def _cache(config: OpdlmConfig, student: ModelSize, slots: int, lengths: Lengths) -> Term:
+    """The one cache of the actor. Without `rollout.cache_tokens` it grows to this if all sequences get longest."""
+    bound, evaluation = config.rollout.cache_tokens, config.evaluation
+    positions, what = slots * lengths.end, f"at most {slots} slots x {lengths.end:,} positions"
+    asked = evaluation.batch_size * lengths.question
+    if bound is not None:
+        positions, what = bound + SPARE, f"{bound:,} + {SPARE} positions"
+    elif asked > positions:
+        positions, what = (
+            asked,
+            f"in evaluations, at most {evaluation.batch_size} slots x {lengths.question:,} positions",
+        )
+    each, size = student.layers * 2 * student.kv_heads * student.head_dim, DTYPE_BYTES[config.model.dtype]
+    heads = f"{student.layers} layers x 2 x {student.kv_heads} heads x {student.head_dim} x {size} B"
+    return Term("key/value cache", f"{what} x {heads}", positions * each * size, estimate=bound is None)
+
+
 def _sampling(config: OpdlmConfig, slots: int, vocabulary: int) -> Term:
     """Probabilities in fp32 and their cumulative sum in fp64 (`actors/rollout/sampling.py`); greedy needs neither."""
     each = 12 if config.rollout.temperature else 0
@@ -169,8 +196,9 @@ def teacher_memory(config: OpdlmConfig, teacher: ModelSize, lengths: Lengths) ->
     settings = config.teacher
     size, parts = DTYPE_BYTES[settings.dtype], max(1, math.ceil(settings.gpus_per_actor))
     tokens = max(settings.batch_tokens, lengths.end)
+    in_parts = settings.backend == "vllm" or settings.device_map == "auto"
     terms = [
-        process_term("teacher", settings.gpus_per_actor),
+        *process_terms("teacher", settings.gpus_per_actor, 0 if in_parts else teacher.parameters * size),
         weights_term(teacher.parameters, settings.dtype, parts, "GPUs"),
     ]
     if settings.backend == "vllm":

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from opdlm.actors.pool import ActorPool, stop_actors
+from opdlm.actors.members import stop_actors
+from opdlm.actors.pool import ActorPool
 from opdlm.actors.queue.actor import start_queue
 from opdlm.actors.rollout.actor import start_rollout_actor
 from opdlm.actors.teacher.actor import start_teacher_actor
@@ -94,11 +95,21 @@ def start_rollout(
     rollout = config.rollout
     each = (rollout.cpus_per_actor, rollout.gpus_per_actor, config.resources.actor_restarts)
     return start_rollout_actor(
-        name, student, config.model.dtype, *each, on_new_weights, rollout.cuda_graphs, **placement
+        name,
+        student,
+        config.model.dtype,
+        *each,
+        on_new_weights,
+        rollout.cuda_graphs,
+        rollout.cache_tokens,
+        **placement,
     )
 
 
 def start_teacher(config: OpdlmConfig, name: str, placement: Mapping[str, Any]) -> Any:
     """Starts one teacher actor of a run. `placement`: as for `start_rollout`."""
-    restarts = config.resources.actor_restarts
-    return start_teacher_actor(name, config.model.teacher, config.teacher, restarts, **placement)
+    restarts, teacher = config.resources.actor_restarts, config.teacher
+    if config.run.deterministic and teacher.backend == "transformers":
+        # The last bits of a forward depend on what else is in it, and that on when trajectories came.
+        teacher = teacher.model_copy(update={"batch_tokens": 1})
+    return start_teacher_actor(name, config.model.teacher, teacher, restarts, **placement)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from opdlm.actors.pool import ActorPool, stop_actors
+from opdlm.actors.members import stop_actors
+from opdlm.actors.pool import ActorPool
 from opdlm.actors.rollout.actor import start_rollout_actor
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.teacher.actor import start_teacher_actor

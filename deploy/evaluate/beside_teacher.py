@@ -103,7 +103,8 @@ class BesideTeacher:
         config, total, positions = self._config, 0.0, 0
         grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
         for part in in_groups(trajectories, _SCORED_AT_ONCE):
-            (scored,), _ = await self._teachers.fetch("score", part, len(part), outputs=1)
+            places = [(0, place) for place in range(len(part))]
+            (scored,), _ = await self._teachers.fetch("score", places, len(part), None, part, outputs=1)
             arguments = (scored, config.model.teacher, config.teacher.dtype, grid, self._form, self._tokens)
             _, (nats, count) = await pool.call("use_student", kl_on_actor, handle, *arguments)
             total, positions = total + nats, positions + count

@@ -1,7 +1,8 @@
 """How far a run is between two records: samples decoded and scored of the round, steps trained, answers given.
 
-The driver's loops note each call of an actor when it begins and ends (`RunProgress.call`). How far a long call has come
-tells the actor itself (`actors/progress.py`). Only the view is told; no record is written.
+Rollout actors report what they decode as they go (`actors/rollout/stream.py`). The driver notes each other call of an
+actor when it begins and ends (`RunProgress.call`); how far a long call has come tells the actor itself
+(`actors/progress.py`). Only the view is told; no record is written.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class RunProgress:
         """The run's; without it there are figures of tasks only."""
         self.learner_began = True
         """Whether the learner has told anything; before that the run only starts."""
+        self.unfinished: dict[str, int] = {}
+        """By rollout actor, response tokens of the sequences that it is decoding."""
         self._counts: dict[str, _Counts] = {}
         self._tasks: dict[str, int] = {}
         """By name of a task that goes on, how many sequences it has."""
@@ -87,6 +90,13 @@ class RunProgress:
                 counts.done.update(samples)
         finally:
             del counts.open[key]
+
+    def decoded(self, samples: Sequence[int], tokens: int) -> None:
+        """These samples were decoded, outside of any call."""
+        counts = self._counts.setdefault(DECODED, _Counts())
+        counts.ended += len(samples)
+        counts.tokens += tokens
+        counts.done.update(samples)
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[None]:
@@ -125,6 +135,9 @@ class RunProgress:
         of samples of later rounds.
         """
         so_far = {name: _so_far(counts, board) for name, counts in self._counts.items()} | {_STEPS: (self._step, 0)}
+        if DECODED in so_far:
+            sequences, tokens = so_far[DECODED]
+            so_far[DECODED] = sequences, tokens + sum(self.unfinished.values())
         self._history.append((seconds, so_far))
         while len(self._history) > 2 and self._history[1][0] <= seconds - _WINDOW_SECONDS:
             self._history.popleft()

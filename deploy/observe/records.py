@@ -22,7 +22,7 @@ from typing import Any
 from opdlm.actors.progress import CallProgress
 from opdlm.actors.teacher.actor import ScoreStats
 from opdlm.common.errors import OpdlmError
-from opdlm.common.types import DecodeStats, WeightHandle
+from opdlm.common.types import DecodeStats, StreamReport, WeightHandle
 from opdlm.deploy.evaluate.held_out import EvaluationResult
 from opdlm.deploy.observe.outlook import Outlook
 from opdlm.deploy.observe.progress import RunProgress
@@ -96,6 +96,14 @@ class RunRecords:
     def wall_seconds(self) -> float:
         """Seconds that the run has taken so far, before a resume included."""
         return time.perf_counter() - self._started
+
+    def streamed(self, actor: str, report: StreamReport) -> None:
+        """A rollout actor reported what it decoded since its last report."""
+        self.before_write()
+        self.decoded(report.stats)
+        self.progress.decoded([one.index for one in report.ended], report.stats.response_tokens)
+        self.progress.unfinished[actor] = report.tokens_so_far
+        self._timeline.sequences(actor, report.ended)
 
     def decoded(self, stats: DecodeStats) -> None:
         """A rollout actor decoded prompts."""

@@ -54,12 +54,12 @@ class RoundReports:
             "rollout_forward_tokens": sum(s.forward_tokens for s in self.decoded),
             "teacher_forward_tokens": sum(s.forward_tokens for s in self.scored),
         }
-        if self.decoded:
+        if sequences := sum(s.sequences for s in self.decoded):
             tokens = sum(s.response_tokens for s in self.decoded)
-            sequences = sum(s.sequences for s in self.decoded)
             ended = sum(s.ended_by_eos for s in self.decoded) / sequences
             figures |= {
                 "rollout_tokens_per_second": tokens / decode_seconds,
+                "rollout_tokens_per_forward": tokens / sum(s.forwards for s in self.decoded),
                 "tokens_per_step": tokens / sum(s.denoising_steps for s in self.decoded),
                 "response_tokens_mean": tokens / sequences,
                 "ended_by_eos_share": ended,
@@ -68,6 +68,11 @@ class RoundReports:
                 "continued_tokens": sum(s.continued_tokens for s in self.decoded),
                 "version_spread_max": max(s.version_spread_max for s in self.decoded),
             }
+        if slot_steps := sum(s.slot_steps for s in self.decoded):
+            figures["rollout_slot_occupancy"] = sum(s.occupied_slot_steps for s in self.decoded) / slot_steps
+            figures["rollout_waiting_requests_max"] = max(s.waiting_requests for s in self.decoded)
+        if room_tokens := sum(s.room_tokens for s in self.scored):
+            figures["teacher_batch_fill"] = figures["teacher_forward_tokens"] / room_tokens
         if self.scored:
             tokens = sum(s.tokens for s in self.scored)
             figures |= {

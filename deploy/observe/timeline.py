@@ -1,4 +1,6 @@
-"""What each actor did at which time: `RUN/timeline.json` in Chrome's trace format, with one track per actor.
+"""What each actor did at which time: `RUN/timeline.json` in Chrome's trace format.
+
+Each teacher actor, each slot of a rollout actor, the learner and the pushes have a track; a slot's spans are sequences.
 
 Open the file at ui.perfetto.dev. Its JSON array is never closed, which the format allows: the file of a run that died
 can be opened, and a resumed run appends to it.
@@ -15,6 +17,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from opdlm.common.types import EndedSequence
 
 log = logging.getLogger("opdlm.timeline")
 
@@ -48,6 +52,12 @@ class Timeline:
         begin = (time.time() - ended_ago - seconds) * 1e6
         span = {"ph": "X", "name": name, "pid": 1, "tid": number, "ts": round(begin), "dur": round(seconds * 1e6)}
         self._event({**span, "args": figures})
+
+    def sequences(self, actor: str, ended: Sequence[EndedSequence]) -> None:
+        """Writes a span for each sequence that a rollout actor has decoded, on a track of its slot."""
+        for one in ended:
+            track, name, seconds = f"{actor} slot {one.lane}", f"sample {one.index}", one.began - one.ended
+            self.span(track, name, seconds, one.ended, tokens=one.lengths[1], weight_version=one.weight_version)
 
     def learner_spans(self, event: Mapping[str, Any], ended_ago: float, work: Sequence[str]) -> None:
         """Writes the spans of an event of the learner.

@@ -14,13 +14,17 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from opdlm.actors.queue.rules import Answer
+from opdlm.common.batches import in_groups
 from opdlm.common.config import OpdlmConfig
+from opdlm.common.samples import SampleRef
 from opdlm.common.types import WeightHandle
 from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.observe.records import RunRecords
 from opdlm.deploy.run.recovery import Repetition, SamplesStale, learner_events
 from opdlm.deploy.run.sample_references import SampleReferences
 from opdlm.deploy.run.sources import SampleSource
+from opdlm.deploy.run.together import Together
 
 
 class Loops:
@@ -47,6 +51,7 @@ class Loops:
         """Whether training ends early, as a finished run."""
         self._calls = Repetition(config, roles.queue, records)
         self._references = SampleReferences(config.rollout.prompts_per_round)
+        self._put = Together(self._put_together)
 
     @property
     def weights(self) -> WeightHandle | None:
@@ -54,10 +59,11 @@ class Loops:
         return self._calls.weights
 
     async def produce(self) -> None:
-        """Makes samples whenever slots are free, until the learner has ended."""
+        """Makes samples whenever slots are free and the source has room, until the learner has ended."""
         async with asyncio.TaskGroup() as tasks:
-            while indices := await self.roles.queue.lease.remote(self._prompts_per_call()):
-                tasks.create_task(self._make_samples(indices))
+            while indices := await self.roles.queue.lease.remote(await self.source.room()):
+                for together in in_groups(indices, self.source.together):
+                    tasks.create_task(self._make_samples(together))
 
     async def _make_samples(self, indices: list[int]) -> None:
         assert self.weights is not None, "slots are free only after the first push"
@@ -67,18 +73,20 @@ class Loops:
         async def make(weights: WeightHandle) -> None:
             samples, versions = await self.source.sample(missing, weights)
             self._references.hold(missing, samples)
-            answers = await self.roles.queue.put.remote(missing, versions, samples)
+            made = zip(missing, versions, samples, strict=True)
+            answers = await asyncio.gather(*(self._put.send(one) for one in made))
             missing[:] = [index for index, answer in zip(missing, answers, strict=True) if answer == "stale"]
             if missing:
                 raise SamplesStale(missing, min(versions))
 
-        await self._calls.until_done(make, self.weights, f"samples {indices[0]} to {indices[-1]}", missing)
+        name = f"sample {indices[0]}" if len(indices) == 1 else f"samples {indices[0]} to {indices[-1]}"
+        await self._calls.until_done(make, self.weights, name, missing)
 
-    def _prompts_per_call(self) -> int:
-        """At most an equal share of a round for each actor that serves at the moment."""
-        rollout = self.config.rollout
-        share = -(-rollout.prompts_per_round // max(self.roles.rollouts.serving, 1))
-        return min(rollout.prompts_per_call or share, share)
+    async def _put_together(self, made: list[tuple[int, int, SampleRef]]) -> list[Answer]:
+        """Hands samples to the queue: (index, oldest weights, sample) each."""
+        indices, versions, samples = (list(column) for column in zip(*made, strict=True))
+        answers: list[Answer] = await self.roles.queue.put.remote(indices, versions, samples)
+        return answers
 
     async def push(self) -> None:
         """Loads each new version into every rollout actor, evaluates it where due, then frees its samples' slots."""

@@ -25,7 +25,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 
-from opdlm.actors.pool import stop_actors, value_of
+from opdlm.actors.members import stop_actors, value_of
 from opdlm.actors.queue.actor import NAME, start_queue
 from opdlm.common.checkpoint import latest_checkpoint
 from opdlm.common.config import OpdlmConfig
@@ -73,6 +73,8 @@ class Repetition:
         """The newest version that every rollout actor has loaded; None before the first one."""
         self._lost_since: dict[int, float] = {}
         """By weight version, when its data was first found lost."""
+        self._failed: tuple[Exception, list[int]] | None = None
+        """The error of a call that failed in this turn of the event loop, and its samples so far."""
 
     async def until_done(
         self,
@@ -145,10 +147,19 @@ class Repetition:
         return again
 
     def _note_failure(self, indices: Sequence[int], attempt: int, error: Exception) -> str:
-        """Records a failed call; returns the line of the error that says why."""
+        """Records a failed call, once for all samples that fail with it; returns the error's line that says why."""
         reason = last_line(error)
-        self._records.failed(list(indices), attempt, reason, type(error).__name__)
+        if self._failed is not None and self._failed[0] is error:
+            self._failed[1].extend(indices)
+        else:
+            samples = list(indices)
+            self._failed = error, samples
+            asyncio.get_running_loop().call_soon(self._record_failure, samples, attempt, reason, type(error).__name__)
         return reason
+
+    def _record_failure(self, samples: list[int], attempt: int, reason: str, kind: str) -> None:
+        self._failed = None
+        self._records.failed(samples, attempt, reason, kind)
 
 
 async def learner_events(

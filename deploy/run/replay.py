@@ -42,6 +42,11 @@ class ReplaySource:
         self._folder = folder
         self._prompts_per_round = prompts_per_round
         self._per_reference = per_reference
+        self.together = prompts_per_round
+
+    async def room(self) -> int:
+        """See `SampleSource`. The queue's slots are the limit."""
+        return self._prompts_per_round
 
     async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], list[int]]:
         """Reads the samples; returns their references and weight versions, in order.

@@ -9,10 +9,10 @@ run.replay      files of an earlier run (`replay.py`)
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import ray
@@ -29,40 +29,30 @@ from opdlm.common.samples import SampleRef, sample_refs, samples_per_reference
 from opdlm.common.seeds import sample_seed
 from opdlm.common.types import RolloutRequest, ScoredTrajectory, TopKTargets, Trajectory, WeightHandle
 from opdlm.deploy.cluster.roles import Roles
-from opdlm.deploy.observe.progress import DECODED, SCORED
 from opdlm.deploy.observe.records import RunRecords
+from opdlm.deploy.run.dealing import Dealer, Decoded
 from opdlm.deploy.run.given_responses import GivenResponses, generate_responses, response_recipe
 from opdlm.deploy.run.preflight import Preflight
 from opdlm.deploy.run.replay import ReplaySource
+from opdlm.deploy.run.scoring import Scoring
+
+_AHEAD_SHARE = 1 / 8
+"""Requests that may wait in an actor, as a share of its slots, so that a slot need not wait for a message."""
 
 
 class SampleSource(Protocol):
     """Makes the samples of given indices in the run's order of prompts. After a failure the same call is repeated."""
 
+    together: int
+    """Most samples that one call of `sample` makes. 1: each leaves as it is made."""
+
+    async def room(self) -> int:
+        """Waits until further samples may be asked for; returns how many."""
+        ...
+
     async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], list[int]]:
         """Returns (a reference to the `ScoredTrajectory` of each index, the oldest weights that decoded each)."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """Has the teacher pool score trajectories. Neither they nor the samples pass through this process."""
-
-    teachers: ActorPool
-    records: RunRecords
-    per_reference: int
-    """Samples that share a reference (`common/samples.py`)."""
-
-    async def score(self, trajectories: Any, indices: Sequence[int]) -> list[SampleRef]:
-        """One sample per trajectory. `trajectories`: the list of those of `indices`, or a reference to it."""
-        outputs = -(-len(indices) // self.per_reference)
-        with self.records.progress.call(SCORED, indices) as call:
-            groups, stats = await self.teachers.call(
-                "score", trajectories, self.per_reference, *call.watch, outputs=outputs
-            )
-            call.tokens = stats.tokens
-        self.records.scored(stats)
-        return sample_refs(groups, self.per_reference, stats.lengths)
 
 
 async def open_source(
@@ -79,7 +69,7 @@ async def open_source(
     per_reference = samples_per_reference(config, read_config(config.model.teacher), longest_prompt)
     if config.run.replay is not None:
         return ReplaySource(Path(config.run.replay), config.rollout.prompts_per_round, per_reference)
-    scoring = Scoring(roles.teachers, records, per_reference)
+    scoring = Scoring(roles.teachers, records, per_reference, config.teacher.batch_tokens)
     if config.objective.kind == "opd":
         return OnPolicySource(config, roles.rollouts, scoring, checked.order)
     if responses is None:
@@ -95,22 +85,28 @@ async def open_source(
 class OnPolicySource:
     """The student's own rollouts: decodes with the newest weights, then scores."""
 
+    together = 1
+
     def __init__(self, config: OpdlmConfig, rollouts: ActorPool, scoring: Scoring, order: PromptOrder) -> None:
-        self.config, self.rollouts, self.scoring, self.order = config, rollouts, scoring, order
-        self.settings = DecodeSettings.from_config(config.rollout)
+        self.config, self.scoring, self.order = config, scoring, order
+        rollout = config.rollout
+        # Requests that wait in an actor save a message, but then decide who decodes them before anybody is free. Where
+        # a run must be repeated to the bit, each actor gets its share of a round in one message.
+        ahead = (
+            rollout.prompts_per_round if config.run.deterministic else max(int(rollout.batch_size * _AHEAD_SHARE), 1)
+        )
+        settings = DecodeSettings.from_config(rollout)
+        self.dealer = Dealer(rollouts, scoring.records, settings, rollout.batch_size, ahead)
+
+    async def room(self) -> int:
+        """See `SampleSource`."""
+        return await self.dealer.room()
 
     async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], list[int]]:
         """See `SampleSource`."""
-        batch = self.config.rollout.batch_size
-        requests = [rollout_request(self.config, self.order, index) for index in indices]
-        with self.scoring.records.progress.call(DECODED, indices) as call:
-            (trajectories,), decoded = await self.rollouts.call(
-                "decode", requests, weights, self.settings, batch, *call.watch, outputs=1
-            )
-            call.tokens = decoded.response_tokens
-        samples = await self.scoring.score(trajectories, indices)
-        self.scoring.records.decoded(decoded)
-        return samples, list(decoded.weight_versions)
+        (index,) = indices
+        decoded = await self.dealer.decode(rollout_request(self.config, self.order, index), weights)
+        return [await self.scoring.score(decoded)], [decoded.weight_version]
 
 
 def rollout_request(config: OpdlmConfig, order: PromptOrder, index: int) -> RolloutRequest:
@@ -147,14 +143,22 @@ class GivenSource:
         self.config, self.scoring, self.order = config, scoring, order
         self.responses, self.vocab_size, self.eos_ids = responses, vocab_size, tuple(eos_ids)
         self.grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
+        self.together = scoring.per_reference
+
+    async def room(self) -> int:
+        """See `SampleSource`. The queue's slots are the limit."""
+        return self.config.rollout.prompts_per_round
 
     async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], list[int]]:
         """See `SampleSource`. Given responses are never stale: they count as made with the given weights."""
         trajectories = [self._trajectory(index, weights.version) for index in indices]
         if self.config.objective.kind != "cft":
-            return await self.scoring.score(trajectories, indices), [weights.version] * len(indices)
-        samples, size = [ScoredTrajectory(t, self._one_hot(t)) for t in trajectories], self.scoring.per_reference
-        groups = [ray.put(group) for group in in_groups(samples, size)]
+            group = ray.put(trajectories)
+            decoded = [Decoded(group, i, t.index, t.lengths, weights.version) for i, t in enumerate(trajectories)]
+            samples = await asyncio.gather(*(self.scoring.score(one) for one in decoded))
+            return samples, [weights.version] * len(indices)
+        made, size = [ScoredTrajectory(t, self._one_hot(t)) for t in trajectories], self.scoring.per_reference
+        groups = [ray.put(group) for group in in_groups(made, size)]
         return sample_refs(groups, size, [t.lengths for t in trajectories]), [weights.version] * len(indices)
 
     def _trajectory(self, index: int, version: int) -> Trajectory:

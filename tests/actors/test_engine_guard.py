@@ -90,7 +90,7 @@ def test_both_roles_are_guarded(exits, chain_teacher, student) -> None:
     break_model(rollout._model)
     sample = trajectory([5, 6, 7], [8, 9], [1, 2])
     calls = [
-        lambda: teacher.score([sample], 1),
+        lambda: teacher.score([(0, 0)], 1, None, [sample]),
         lambda: teacher.generate([sample.prompt_ids], 2, 1),
         lambda: rollout.decode([request(3, vocab=10)], None, DecodeSettings(), 1),
     ]
@@ -118,7 +118,7 @@ def test_actors_with_a_dead_engine_come_back_and_work(ray_cluster, chain_teacher
 
         ray.get(actor.__ray_call__.remote(act), timeout=PATIENCE)
 
-    score = ("score", [trajectory([5, 6, 7], [8, 9], [1, 2])], 1)
+    score = ("score", [(0, 0)], 1, None, [trajectory([5, 6, 7], [8, 9], [1, 2])])
     decode = ("decode", [request(3, vocab=10)], None, DecodeSettings(), 1)
     try:
         for actor, call, find, value in (

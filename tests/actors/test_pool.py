@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
-from opdlm.actors.pool import DEATHS, ActorPool
+from opdlm.actors.members import DEATHS
+from opdlm.actors.pool import ActorPool
 from opdlm.common.errors import OpdlmError
 from tests.patience import PATIENCE
 
@@ -69,8 +70,8 @@ class _Method:
 def killed(monkeypatch) -> list[FakeActor]:
     """The actors that the pool killed."""
     killed: list[FakeActor] = []
-    monkeypatch.setattr("opdlm.actors.pool.ray.kill", killed.append)
-    monkeypatch.setattr("opdlm.actors.pool._LONGEST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("opdlm.actors.members.ray.kill", killed.append)
+    monkeypatch.setattr("opdlm.actors.members._LONGEST_PAUSE_SECONDS", 0.001)
     return killed
 
 

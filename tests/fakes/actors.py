@@ -15,12 +15,13 @@ from opdlm.actors.teacher.actor import ScoreStats
 from opdlm.common.batches import in_groups
 from opdlm.common.config import config_from_dict
 from opdlm.common.data.prompts import Prompt, PromptOrder
-from opdlm.common.types import DecodeStats, WeightHandle
+from opdlm.common.types import DecodeStats, EndedSequence, RolloutRequest, StreamReport, WeightHandle
 from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.observe.records import RunRecords
 from opdlm.deploy.run.ending import run_together
 from opdlm.deploy.run.loops import Loops
-from opdlm.deploy.run.sources import OnPolicySource, Scoring
+from opdlm.deploy.run.scoring import Scoring
+from opdlm.deploy.run.sources import OnPolicySource
 from tests.patience import PATIENCE
 
 N, ROUNDS = 4, 5
@@ -59,23 +60,34 @@ async def _output(call, i: int):
 
 
 class Rollout:
-    """A rollout actor that takes some time and returns indices instead of trajectories.
+    """A rollout actor that takes some time for whatever it is sent and returns indices instead of trajectories.
 
     `decoded` has (index, weight version) of every request.
     """
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.version, self.decoded, self.seconds = -1, [], seconds
+        self.waiting: list[RolloutRequest] = []
+        self.added = 0
 
     async def load_weights(self, handle: WeightHandle) -> float:
         assert handle.version >= self.version, "a lower weight version was pushed"
         self.version = handle.version
         return 0.0
 
-    async def decode(self, requests, handle, settings, batch_size, *_):
+    async def open_stream(self, settings, slots: int, ahead: int) -> int:
+        self.waiting, self.added = [], 0
+        return slots + ahead
+
+    async def add(self, requests, handle: WeightHandle) -> None:
+        self.waiting += requests
+        self.added += len(requests)
+
+    async def harvest(self, eager: bool):
         await asyncio.sleep(self.seconds)
+        requests, self.waiting = self.waiting, []
         self.decoded += [(r.index, self.version) for r in requests]
-        return [r.index for r in requests], stats_of(self.version, len(requests))
+        return report_of(requests, self.version, room=1000, added=self.added)
 
 
 class Teacher:
@@ -84,8 +96,8 @@ class Teacher:
     def __init__(self, fail_at: int | None = None, times: int = 0, error: Exception | None = None) -> None:
         self.fail_at, self.times, self.error = fail_at, times, error or RayError("out of memory")
 
-    async def score(self, decoded, per_reference, *_):
-        indices = await decoded
+    async def score(self, places, per_reference, watch, *groups):
+        indices = [(await groups[group])[place] for group, place in places]
         if self.fail_at in indices and self.times > 0:
             self.times -= 1
             raise self.error
@@ -122,7 +134,7 @@ class FakeRun:
         view = type("View", (), {"show": lambda self, record: None})()
         self.pushed: list[int] = []
         self.records, roles = RunRecords(folder, view), Roles(Remote(self.queue, loop), *pools)
-        source = OnPolicySource(config, pools[0], Scoring(pools[1], self.records, 3), order)
+        source = OnPolicySource(config, pools[0], Scoring(pools[1], self.records, 3, 64), order)
         self.loops = Loops(config, roles, source, self.records, self._on_weights)
 
     async def _on_weights(self, handle: WeightHandle) -> None:
@@ -146,6 +158,12 @@ class FakeRun:
                 return
             self.trained.append([ask(value_of_sample(s)) for s in taken[0]])
             ask(self.queue.publish(round_ + 1, ["pack"], 8))
+
+
+def report_of(requests, version: int, room: int, added: int) -> tuple[list[int], StreamReport]:
+    """What a rollout actor reports that has just decoded these requests; indices stand for the trajectories."""
+    ended = tuple(EndedSequence(r.index, (1, 1), version, lane, 0.1, 0.0) for lane, r in enumerate(requests))
+    return [r.index for r in requests], StreamReport(ended, room, added, 0, stats_of(version, len(requests)))
 
 
 def stats_of(version: int, sequences: int) -> DecodeStats:

@@ -1,20 +1,20 @@
 """A run in simulated time: the real loops, pools and queue, with actors and a learner that only take time.
 
-A simulated actor does one call at a time, as a Ray actor does. So a rollout actor does not decode while it loads
-weights, unless `rollout.on_new_weights` is `continue`. The learner is a coroutine instead of a thread, so the order of
-events depends on the virtual clock alone.
+A simulated rollout actor has one slot, and decodes nothing while it loads weights, unless `rollout.on_new_weights` is
+`continue`. The learner is a coroutine instead of a thread, so the order of events depends on the virtual clock alone.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from opdlm.actors.pool import ActorPool
 from opdlm.actors.queue.actor import ReplayQueueActor
@@ -27,8 +27,9 @@ from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.observe.records import RunRecords
 from opdlm.deploy.run.ending import run_together
 from opdlm.deploy.run.loops import Loops
-from opdlm.deploy.run.sources import OnPolicySource, Scoring
-from tests.fakes.actors import Remote, stats_of
+from opdlm.deploy.run.scoring import Scoring
+from opdlm.deploy.run.sources import OnPolicySource
+from tests.fakes.actors import Remote, report_of
 
 Fault = Callable[[str], None]
 """Called with an actor's name at the end of each of its calls. If it raises an exception, the call fails with it."""
@@ -76,11 +77,12 @@ class Shape:
 
 
 class SimulatedRollout:
-    """A rollout actor that waits as long as decoding takes, and returns indices instead of trajectories."""
+    """A rollout actor of one slot that waits as long as decoding takes, and returns indices instead of trajectories."""
 
     def __init__(self, run: SimulatedRun, name: str) -> None:
         self.run, self.name = run, name
-        self.version = -1
+        self.version, self.added = -1, 0
+        self.waiting: deque[RolloutRequest] = deque()
         self._one_call = asyncio.Lock()
 
     async def load_weights(self, handle: WeightHandle) -> float:
@@ -89,15 +91,27 @@ class SimulatedRollout:
         async with self._one_call:
             return await self._load(handle)
 
-    async def decode(self, requests: list[RolloutRequest], handle: WeightHandle, *_: Any) -> tuple[Any, ...]:
+    async def open_stream(self, settings: Any, slots: int, ahead: int) -> int:
+        self.waiting, self.added = deque(), 0
+        return 1
+
+    async def add(self, requests: list[RolloutRequest], handle: WeightHandle) -> None:
+        await self._load(handle)
+        self.waiting.extend(requests)
+        self.added += len(requests)
+
+    async def harvest(self, eager: bool) -> tuple[Any, ...]:
         async with self._one_call:
-            await self._load(handle)
-            version = self.version
+            version, request = self.version, self.waiting.popleft()
             self.run.check_slots()
-            await self.run.take_time(self.run.stages.decode, len(requests), self.run.shape.rollouts)
-            self.run.fault(self.name)
-            self.run.decoded += [(r.index, version) for r in requests]
-            return [r.index for r in requests], stats_of(version, len(requests))
+            await self.run.take_time(self.run.stages.decode, 1, self.run.shape.rollouts)
+            try:
+                self.run.fault(self.name)
+            except RayError:
+                self.waiting.clear()
+                raise
+            self.run.decoded.append((request.index, version))
+            return report_of([request], version, 2 - len(self.waiting), self.added)
 
     async def ready(self) -> None:
         raise RayActorError  # the pool asks an actor that died: Ray does not restart it
@@ -116,9 +130,9 @@ class SimulatedTeacher:
         self.run, self.name = run, name
         self._one_call = asyncio.Lock()
 
-    async def score(self, decoded: Any, per_reference: int, *_: Any) -> tuple[Any, ...]:
+    async def score(self, places: Any, per_reference: int, watch: Any, *groups: Any) -> tuple[Any, ...]:
         async with self._one_call:
-            indices = await decoded
+            indices = [(await groups[group])[place] for group, place in places]
             await self.run.take_time(self.run.stages.score, len(indices), self.run.shape.teachers)
             self.run.fault(self.name)
             return (*in_groups(indices, per_reference), ScoreStats(1, 1, 0.1, 1, ((1, 1),) * len(indices)))
@@ -177,7 +191,7 @@ class SimulatedRun:
         view = type("View", (), {"show": lambda self, record: None})()
         self.records = RunRecords(folder, view)
         roles = Roles(Remote(self.queue, loop), self.rollouts, self.teachers)
-        source = OnPolicySource(config, self.rollouts, Scoring(self.teachers, self.records, 3), order)
+        source = OnPolicySource(config, self.rollouts, Scoring(self.teachers, self.records, 3, 64), order)
         self.loops = Loops(config, roles, source, self.records, self._on_weights)
 
     async def run(self) -> None:

@@ -89,7 +89,7 @@ def test_a_node_dies(cluster, chain_teacher, tmp_path) -> None:
     """With the actors, perhaps ranks, and the samples on it. The rest of the cluster finishes the run."""
     node = cluster.add_node(num_cpus=8)
     run_dir = tmp_path / "run"
-    more = {"rollout": {"actors": 3, "prompts_per_call": 4}, "teacher": {"actors": 3}}
+    more = {"rollout": {"actors": 3}, "teacher": {"actors": 3}}
     with running(run_config(chain_teacher, run_dir, **more, evaluation={"final_problems": 0})) as process:
         wait_for_rounds(run_dir, 1, process)
         cluster.remove_node(node, allow_graceful=False)

@@ -48,7 +48,12 @@ def test_two_rounds_with_staleness(ray_cluster, chain_teacher, tmp_path) -> None
     assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     spans = {(span["track"], span["name"]) for span in read_spans(tmp_path / "run")}
-    assert {("rollout-0", "decode"), ("teacher-0", "score"), ("learner", "train"), ("learner", "wait")} <= spans
+    assert {
+        ("rollout-0 slot 0", "sample 0"),
+        ("teacher-0", "score"),
+        ("learner", "train"),
+        ("learner", "wait"),
+    } <= spans
     assert {("learner", "publish"), ("learner", "checkpoint"), ("push", "version 2")} <= spans
     before = load_model(tmp_path / "run" / "student_init").state_dict()
     after = load_model(tmp_path / "run" / "student").state_dict()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.kv_cache import SPARE, SlotCache
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.config import OpdlmConfig, config_from_dict
 from opdlm.common.config.schema import LoraConfig
@@ -25,6 +26,8 @@ from opdlm.deploy.cluster.learner_memory import (
 )
 from opdlm.deploy.cluster.memory import Lengths, model_size, rollout_memory, teacher_memory
 from opdlm.learner.lora import add_adapters
+from opdlm.learner.packing import pack
+from opdlm.learner.row_attention import RowParts
 from opdlm.learner.rows import build_row
 from opdlm.learner.states import ChosenStates
 from tests.tiny import EOS, MASK, request, save_teacher, tiny_model, trajectory
@@ -64,7 +67,7 @@ def test_a_mask_token_that_conversion_adds_is_counted(tmp_path, tied) -> None:
 
 
 @pytest.mark.parametrize(("prompts_per_round", "actors", "slots"), [(8, 1, 4), (8, 3, 3)])
-def test_the_cache_is_what_a_decoder_allocates(tmp_path, prompts_per_round, actors, slots) -> None:
+def test_the_cache_is_at_least_what_a_decoder_allocates(tmp_path, prompts_per_round, actors, slots) -> None:
     """The slots are the batch, or fewer if an actor's part of a round does not fill it."""
     model = tiny_model()
     model.save_pretrained(tmp_path)
@@ -76,15 +79,36 @@ def test_the_cache_is_what_a_decoder_allocates(tmp_path, prompts_per_round, acto
     requests = requests[: -(-prompts_per_round // actors)]
     decoder = BlockDecoder(model, DecodeSettings.from_config(config.rollout), MASK, (EOS,), batch_size=4)
     decoder.decode(requests)
-    cache = decoder._cache
-    assert cache is not None
-    allocated = cache.keys.nbytes + cache.values.nbytes
+    a_position = SlotCache(model, 1).nbytes - SlotCache(model, 0).nbytes
+    allocated = decoder.cache.nbytes - SPARE * a_position
 
     grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
     end = max(grid.end_position(r.prompt_ids.size, r.max_new_tokens) for r in requests)
     terms = rollout_memory(config, model_size(tmp_path), Lengths(14, end, 2 * end)).terms
-    assert by_name(terms)["key/value cache"] == allocated
+    assert by_name(terms)["key/value cache"] == slots * end * a_position >= allocated
     assert by_name(terms)["logits of a step"] == torch.zeros(slots, 4, 32, dtype=torch.float32).nbytes
+
+
+def test_a_bounded_cache_is_allocated_at_once(tmp_path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    config = config_with(model={"teacher": "t", "dtype": "float32"}, rollout={"cache_tokens": 333})
+    terms = rollout_memory(config, model_size(tmp_path), LENGTHS).terms
+    assert by_name(terms)["key/value cache"] == SlotCache(model, 333).nbytes
+
+
+def test_evaluations_may_need_the_larger_cache(tmp_path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    lengths, size = Lengths(prompt=40, end=100, row=160, question=90), model_size(tmp_path)
+
+    def positions(slots: int) -> float:
+        config = config_with(rollout={"batch_size": 4}, evaluation={"batch_size": slots})
+        term = next(t for t in rollout_memory(config, size, lengths).terms if t.what == "key/value cache")
+        assert term.estimate
+        return term.nbytes / (2 * 2 * 8 * 2)  # layers, keys and values, one head of 8, bfloat16
+
+    assert positions(64) == 64 * 90
+    assert positions(2) == 4 * 100
 
 
 def test_rows_have_the_assumed_length() -> None:
@@ -161,7 +185,7 @@ def test_activations_are_about_what_autograd_keeps(tmp_path, checkpointing) -> N
     alive = []  # so that no later tensor gets the address of a freed one
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (alive.append(t), keep(t))[1], lambda t: t):
         hidden_states(model, torch.zeros(rows, length, dtype=torch.int64))
-    learner = {"gradient_checkpointing": checkpointing, "micro_batch_rows": rows}
+    learner = {"gradient_checkpointing": checkpointing, "micro_batch_tokens": rows * length}
     config = config_with(model={"teacher": "t", "dtype": "float32"}, learner=learner)
     size = model_size(tmp_path)
     terms = by_name(learner_memory(config, size, size, None, Lengths(1, length, length)).terms)
@@ -185,7 +209,33 @@ def test_losses_follow_the_targets(tmp_path) -> None:
     assert hidden["output matrix's gradient"] == 32 * 16 * 2
     top_k = terms(teacher={"targets": "topk"}, objective={"top_k": 4})
     assert (top_k["logits chunk"], "teacher's output matrix" in top_k) == (chunk, False)
-    assert hidden["attention masks"] == 8 * (100 * 100 + 60 * 160) * 2
+
+
+@pytest.mark.parametrize(("most", "tokens"), [(64, 160), (1000, 1000)])
+def test_a_micro_batch_is_bounded_by_its_tokens(tmp_path, most, tokens) -> None:
+    """A row of 160 tokens that is longer than a micro-batch is one alone."""
+    tiny_model().save_pretrained(tmp_path)
+    size = model_size(tmp_path)
+    config = config_with(learner={"micro_batch_tokens": most})
+    terms = by_name(learner_memory(config, size, size, None, LENGTHS).terms)
+    assert terms["activations"] == tokens * size.layers * activation_values(size) * 2
+    assert terms["attention masks"] == tokens * 160 * 4
+
+
+def test_the_masks_of_a_long_row_are_at_most_as_large(tmp_path, monkeypatch) -> None:
+    for module in ("opdlm.learner.row_attention", "opdlm.deploy.cluster.learner_memory"):
+        monkeypatch.setattr(f"{module}.PIECE", 40)
+    tiny_model().save_pretrained(tmp_path)
+    size = model_size(tmp_path)
+    for response in (16, 60, 400):
+        sample = trajectory([5] * 6, [6] * response, [1] * response)
+        row = build_row(_scored(sample), sample.reveal_step > 0, BlockGrid(4, "response"), MASK, exclude_eos=False)
+        parts = RowParts.from_batch(pack([row]), torch.float32)
+        masks = sum(piece.mask.nbytes for piece in [*parts.clean_pieces, *parts.noisy_pieces])
+        config = config_with(learner={"micro_batch_tokens": 1})
+        lengths = Lengths(6, row.clean_length, len(row.input_ids))
+        planned = by_name(learner_memory(config, size, size, None, lengths).terms)["attention masks"]
+        assert masks <= planned <= 2.5 * masks
 
 
 def test_teacher_targets_by_hand(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tests.system.full_disk import no_file_above
 def test_a_failing_role_ends_the_run_with_its_error(tmp_path) -> None:
     async def scenario() -> FakeRun:
         run = FakeRun(tmp_path, 1, Rollout(), Teacher(fail_at=2 * N, times=99))
-        message = f"samples {2 * N} to {3 * N - 1} failed 3 times .resources.sample_attempts.: out of memory"
+        message = f"sample {2 * N} failed 3 times .resources.sample_attempts.: out of memory"
         with pytest.raises(OpdlmError, match=message):
             await run.run()
         return run
@@ -47,7 +47,7 @@ def test_a_learner_that_hangs_after_another_loop_has_failed_is_not_waited_for(tm
             await ReplayQueueActor.request_stop(run.queue)
 
         run.queue.request_stop = stop
-        with pytest.raises(OpdlmError, match="samples 0 to 3 failed 3 times"):
+        with pytest.raises(OpdlmError, match="sample 0 failed 3 times"):
             await run.run(learn)
 
     try:

@@ -28,7 +28,8 @@ from opdlm.common.samples import SampleRef
 from opdlm.common.types import ScoredTrajectory, WeightHandle
 from opdlm.deploy.observe.progress import RunProgress
 from opdlm.deploy.run import given_responses as offline
-from opdlm.deploy.run.sources import GivenSource, Scoring, given_trajectory
+from opdlm.deploy.run.scoring import Scoring
+from opdlm.deploy.run.sources import GivenSource, given_trajectory
 from opdlm.learner.distill import DistillModule
 from opdlm.learner.packing import collate
 from opdlm.learner.rows import build_rows
@@ -98,20 +99,30 @@ def _source(prompts, kind: str, teachers=None) -> GivenSource:
 
         def scored(self, stats) -> None: ...
 
-    scoring = Scoring(teachers, Quiet(), per_reference=2)
+    scoring = Scoring(teachers, Quiet(), per_reference=2, batch_tokens=64)
     return GivenSource(config, scoring, PromptOrder(prompts, 0, 1), responses, VOCABULARY, [EOS])
 
 
-def test_off_policy_samples_are_scored_and_belong_to_the_current_version() -> None:
+def test_off_policy_samples_are_scored_and_belong_to_the_current_version(monkeypatch) -> None:
     prompts = [Prompt(str(i), request(3, i).prompt_ids, response=np.array([4, 5, i, EOS])) for i in (6, 7, 8)]
     asked: list[tuple] = []
 
     class Teachers:
-        async def call(self, method, trajectories, per_reference, outputs):
-            asked.append((method, trajectories, per_reference, outputs))
+        serving = 1
+
+        async def call_late(self, method, arguments):
+            (places, per_reference, _, *groups), outputs = arguments()
+            asked.append((method, [groups[group][place] for group, place in places], per_reference, outputs))
             return ["first", "second"], ScoreStats(12, 18, 0.1, 0, ((3, 4), (3, 5), (3, 3)))
 
     source = _source(prompts, "off_policy_kd", Teachers())
+
+    class Reference(list):
+        """What `ray.put` returns, as something that holds the value."""
+
+        __hash__ = object.__hash__
+
+    monkeypatch.setattr("opdlm.deploy.run.sources.ray.put", Reference)
     samples, versions = asyncio.run(source.sample([0, 1, 2], WeightHandle(5, [], 0)))
     assert samples == [SampleRef("first", 0, 3, 4), SampleRef("first", 1, 3, 5), SampleRef("second", 0, 3, 3)]
     assert versions == [5, 5, 5]

@@ -7,33 +7,18 @@ from typing import Any
 
 import pytest
 
-from opdlm.actors.progress import CallProgress
-from opdlm.common.types import DecodeStats
 from opdlm.deploy.observe.progress import DECODED, SCORED, ProgressWatch
 from opdlm.deploy.observe.terminal import progress_lines
 from opdlm.learner.schedule import TrainingSchedule
 from tests.deploy.observe.test_progress import stages
 from tests.fakes import virtual_time
-from tests.fakes.simulated_run import Shape, SimulatedRollout, SimulatedRun, Stages
+from tests.fakes.simulated_run import Shape, SimulatedRun, Stages
 
 pytestmark = pytest.mark.usefixtures("learner_as_a_coroutine")
 
 
-def test_a_round_of_minutes_is_seen_to_move(tmp_path, monkeypatch) -> None:
-    """The real loops and queue in virtual time: one call of 120 s, which tells how far it has come."""
-
-    async def decode(self, requests, handle, settings, batch, *watch) -> tuple[Any, ...]:
-        await self._load(handle)
-        for number in range(1, len(requests) + 1):
-            await asyncio.sleep(15)
-            finished = tuple(r.index for r in requests[:number])
-            for seen in watch:
-                await seen.board.note_progress.remote(seen.call, CallProgress(finished, 100 * number))
-        versions = (self.version,) * len(requests)
-        stats = DecodeStats(self.version, len(requests), 800, 1, 1, 1, 120.0, weight_versions=versions)
-        return [r.index for r in requests], stats
-
-    monkeypatch.setattr(SimulatedRollout, "decode", decode)
+def test_a_round_of_minutes_is_seen_to_move(tmp_path) -> None:
+    """The real loops and queue in virtual time: eight samples of 15 s each, which leave as they are decoded."""
     seen: list[tuple[float, dict[str, Any]]] = []
 
     async def scenario() -> None:

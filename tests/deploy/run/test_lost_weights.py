@@ -21,7 +21,7 @@ LOST, AGAIN = ["reference of a dead rank"], ["reference of its successor"]
 
 
 class Reader(Rollout):
-    """Reads weights from their holder: when they are pushed, or, with `restarts`, before each decoding."""
+    """Reads weights from their holder: when they are pushed, or, with `restarts`, with each request."""
 
     def __init__(self, restarts: bool) -> None:
         super().__init__()
@@ -33,17 +33,17 @@ class Reader(Rollout):
             self.read(handle)
         return await super().load_weights(handle)
 
-    async def decode(self, requests, handle, settings, batch_size, *_):
+    async def add(self, requests, handle: WeightHandle) -> None:
         if self.restarts:
             self.read(handle)
-        return await super().decode(requests, handle, settings, batch_size)
+        await super().add(requests, handle)
 
     def read(self, handle: WeightHandle) -> None:
         """Reads weights as an actor does that does not hold the version yet; raises if their holder is dead."""
         if handle.pack == LOST:
             self.found_lost.set()
             lost = WeightsLost(f"weights of version {handle.version}: the owner has exited")
-            raise RayTaskError("decode", f"Traceback ...\n{lost}", lost).as_instanceof_cause()
+            raise RayTaskError("add", f"Traceback ...\n{lost}", lost).as_instanceof_cause()
 
 
 def _learn(run: FakeRun, lost: int, found: threading.Event | None, comes_back: bool) -> None:

@@ -96,9 +96,10 @@ def test_a_full_object_store_uses_up_no_attempts(tmp_path, monkeypatch) -> None:
         assert [i for indices in run.trained for i in indices] == list(range(N * ROUNDS))
 
     asyncio.run(scenario())
-    assert waits == [0.01, 0.02, 0.04, 0.08, 0.16]
+    assert sorted(set(waits)) == [0.01, 0.02, 0.04, 0.08, 0.16]
     failures = [r for r in read_records(tmp_path) if r["kind"] == "failure"]
-    assert [(f["samples"], f["attempt"]) for f in failures] == [(N, 1)] * 5
+    assert sum(f["samples"] for f in failures) == len(waits)
+    assert {f["attempt"] for f in failures} == {1}
 
 
 def test_a_store_that_stays_full_ends_the_run(tmp_path, monkeypatch) -> None:
@@ -106,7 +107,7 @@ def test_a_store_that_stays_full_ends_the_run(tmp_path, monkeypatch) -> None:
 
     async def scenario() -> None:
         run = FakeRun(tmp_path, 0, Rollout(), Teacher(fail_at=N, times=10**9, error=store_full()))
-        message = rf"samples {N} to {2 * N - 1}: Ray's object store and its disk were full for 0.05 s"
+        message = rf"sample {N}: Ray's object store and its disk were full for 0.05 s"
         with pytest.raises(OpdlmError, match=message):
             await run.run()
         assert run.trained == [list(range(N))]

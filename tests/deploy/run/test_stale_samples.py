@@ -25,10 +25,15 @@ EVERYTHING = {r: list(range(r * N, (r + 1) * N)) for r in range(ROUNDS)}
 
 
 class Source:
-    """Makes samples in a second. `version_of(index, weights)`: which weights they say decoded them."""
+    """Makes three samples in a second. `version_of(index, weights)`: which weights they say decoded them."""
+
+    together = 3
 
     def __init__(self, version_of: Callable[[int, int], int]) -> None:
         self.version_of, self.calls = version_of, []
+
+    async def room(self) -> int:
+        return 3
 
     async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], list[int]]:
         indices = list(indices)
@@ -44,7 +49,7 @@ def simulate(folder: Path, source: Source) -> SimulatedRun:
     """A run whose calls of three samples cross the borders of its rounds of four."""
 
     async def scenario() -> SimulatedRun:
-        shape = Shape(STALENESS, ROUNDS, N, overrides=(("prompts_per_call", 3),))
+        shape = Shape(STALENESS, ROUNDS, N)
         run = SimulatedRun(folder, shape, Stages(1.0, 1.0, 1.0, 0.1))
         run.loops.source = source
         await run.run()

@@ -12,8 +12,8 @@ from tests.fakes.simulated_run import Shape, SimulatedRun, Stages
 
 pytestmark = pytest.mark.usefixtures("learner_as_a_coroutine")
 
-ROUNDS, STAGES = 6, Stages(30, 10, 18, 2)
-"""A round takes a minute where nothing overlaps."""
+ROUNDS, STAGES = 6, Stages(30, 10, 26.75, 2)
+"""A round takes a minute: its last sample is scored 31.25 s after its decoding began."""
 
 
 def part(folder, minutes: float | None, staleness: int = 0, first_round: int = 0, stop_at: float | None = None):

@@ -1,0 +1,149 @@
+"""One denoising step of all occupied slots: a forward, candidates, confidence, a strategy (METHOD.md section 2).
+
+Shapes: n occupied slots, S tokens per block, m masked positions in all current blocks together, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from opdlm.actors.rollout.forward import StepForward
+from opdlm.actors.rollout.observation import StepObservation
+from opdlm.actors.rollout.remasking import STRATEGIES, DenoisingStep, entropy_of
+from opdlm.actors.rollout.sampling import draw_candidates, hashed_uniform
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.rollout.slots import Slots
+from opdlm.common.form import StudentForm
+
+_TOKEN_STREAM, _ORDER_STREAM = 0, 1  # two independent sequences of uniform numbers
+
+Observer = Callable[[StepObservation], None]
+
+
+class Denoiser:
+    """Runs denoising steps; the state is in `Slots`.
+
+    Args:
+        model, settings, mask_id, eos_ids, form: see `BlockDecoder`.
+        never: rows of the vocabulary that are never a candidate.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        settings: DecodeSettings,
+        mask_id: int,
+        eos_ids: Sequence[int],
+        never: Sequence[int],
+        form: StudentForm,
+    ) -> None:
+        self._model, self.settings, self._mask_id, self._form = model, settings, mask_id, form
+        self._eos_ids = torch.tensor(list(eos_ids), device=model.device)
+        self._never_candidates = torch.tensor(list(never), device=model.device)
+        self._strategy = STRATEGIES[settings.strategy]
+
+    def __call__(self, slots: Slots, step_forward: StepForward, observer: Observer | None) -> tuple[list[int], int]:
+        """Runs one denoising step of all occupied slots.
+
+        Returns: the slots whose sequence is finished by it, and the tokens that went through the model.
+        """
+        n, block = slots.occupied, self.settings.block_size
+        window = slots.block_start[:, None] + torch.arange(block, device=slots.device)  # [n, S] positions
+        # The host copies its indices to the device before it launches the forward: later, the copy would wait for it.
+        committing, masked_places = np.flatnonzero(slots.host_commits[:n]), np.flatnonzero(slots.host_masked[:n])
+        shape = step_forward.shape(committing.size, slots.host_bases, slots.host_ends)
+        # A shape that was rounded up has room for more commits: `resize` repeats slots, whose blocks are written twice.
+        indices = torch.from_numpy(np.concatenate([np.resize(committing, shape.commits), masked_places]))
+        indices = indices.to(slots.device)
+        commit, places = indices[: shape.commits], indices[shape.commits :]  # [c] slots, [m] places in [n * S]
+        hidden = step_forward(shape, *slots.first_rows(shape.slots, step_forward.cache), commit)
+        if self._form.logit_shift:
+            hidden = slots.shifted(hidden[:n], hidden[shape.slots :], commit)
+        logits = self._model.lm_head(hidden[:n].flatten(0, 1)[places]).float()  # [m, V], masked positions only
+        mask_logit = logits[:, self._mask_id].clone()
+        logits.index_fill_(1, self._never_candidates, float("-inf"))
+
+        def in_blocks(values: torch.Tensor) -> torch.Tensor:
+            """Values of the masked positions `[m, ...]` -> `[n, S, ...]`, 0 at the other positions."""
+            whole = values.new_zeros(n * block, *values.shape[1:])
+            return whole.index_copy_(0, places, values).unflatten(0, (n, block))
+
+        old_reveal, old_tokens = slots.reveal.gather(1, window), slots.tokens.gather(1, window)
+        masked = (window >= slots.prompt_length[:, None]) & (old_reveal == 0)
+        drawn, probability = self._candidates(slots, window, places, logits)
+        candidates, confidence = in_blocks(drawn), in_blocks(probability)
+        revealed = self._strategy(
+            self._strategy_input(slots, window, masked, confidence, lambda: in_blocks(entropy_of(logits)))
+        )
+        new_tokens = torch.where(revealed, candidates, old_tokens)
+        slots.step.add_(1)
+        slots.block_step.add_(1)
+        slots.tokens.scatter_(1, window, new_tokens)
+        slots.reveal.scatter_(1, window, torch.where(revealed, slots.step[:, None], old_reveal))
+        if observer is not None:
+            model_says = candidates, confidence, in_blocks(logits), in_blocks(mask_logit)
+            tensors = (tensor.cpu() for tensor in (window, old_tokens, masked, revealed, *model_says))
+            observer(StepObservation([request.index for request in slots.requests], slots.step.tolist(), *tensors))
+        finished = self._advance(slots, window, new_tokens, masked & ~revealed, confidence)
+        return finished, (n + committing.size) * block
+
+    def _candidates(
+        self, slots: Slots, window: torch.Tensor, places: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws a candidate for each masked position: candidates `[m]` int64 and their confidence `[m]` float32."""
+        settings = self.settings
+        uniform = hashed_uniform(slots.seed[:, None], window, slots.step[:, None], _TOKEN_STREAM).flatten()[places]
+        candidates = draw_candidates(logits, uniform, settings.temperature, settings.top_k, settings.top_p)
+        chosen = logits.gather(-1, candidates[:, None]).squeeze(-1)
+        return candidates, (chosen - logits.logsumexp(dim=-1)).exp()
+
+    def _strategy_input(
+        self,
+        slots: Slots,
+        window: torch.Tensor,
+        masked: torch.Tensor,
+        confidence: torch.Tensor,
+        entropy: Callable[[], torch.Tensor],
+    ) -> DenoisingStep:
+        steps_left = (self.settings.steps_per_block - slots.block_step).clamp(min=1)
+        return DenoisingStep(
+            masked=masked,
+            confidence=confidence,
+            static_count=torch.div(masked.sum(1) + steps_left - 1, steps_left, rounding_mode="floor"),
+            threshold=slots.threshold,
+            entropy_budget=self.settings.entropy_budget,
+            entropy=entropy,
+            noise=lambda: hashed_uniform(slots.seed[:, None], window, slots.step[:, None], _ORDER_STREAM),
+        )
+
+    def _advance(
+        self,
+        slots: Slots,
+        window: torch.Tensor,
+        tokens: torch.Tensor,
+        still_masked: torch.Tensor,
+        confidence: torch.Tensor,
+    ) -> list[int]:
+        """Moves slots whose block is done to their next block; returns the slots whose sequence is finished."""
+        n, block = window.shape
+        done = ~still_masked.any(dim=1)
+        ended = slots.block_start + block >= slots.end
+        if not self.settings.ignore_eos:
+            in_response = window >= slots.prompt_length[:, None]
+            ended = ended | (torch.isin(tokens, self._eos_ids) & in_response).any(dim=1)
+        commit = done & ~ended
+        slots.block_start.add_(block * commit)
+        slots.block_step.masked_fill_(done, 0)
+        broken = confidence.isnan().any(dim=1)  # of any distribution that has NaN, infinity or no candidate at all
+        state = torch.stack([done & ended, commit, slots.block_start, broken], dim=1)
+        # The one host-device synchronisation of a step. A slot that moved on has a new block, which is all masked.
+        on_host = torch.cat([state, still_masked | commit[:, None]], dim=1).cpu().numpy()
+        finished, slots.host_commits[:n], slots.host_starts[:n], not_finite = on_host[:, :4].T
+        slots.host_masked[:n] = on_host[:, 4:]
+        if not_finite.any():
+            slots.refuse_logits(int(not_finite.argmax()))
+        return np.flatnonzero(finished).tolist()

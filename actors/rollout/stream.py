@@ -1,0 +1,152 @@
+"""The sequences that a rollout actor decodes continuously: requests come at any time, trajectories leave as they end.
+
+add ──► inbox ──a slot is free──► decoder ──ended──► outbox ──harvest──► driver
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.common.types import DecodeStats, EndedSequence, RolloutRequest, StreamReport, Trajectory
+
+_GROUP_SECONDS = 0.2
+"""Trajectories that end within this time leave together, unless slots wait for more requests."""
+_SIGN_SECONDS = 2.0
+"""Longest time between two reports of an actor that makes steps."""
+
+
+class SequenceStream:
+    """One decoder's stream. The engine's thread calls `step` and `fail`; any thread calls `add` and `harvest`.
+
+    Args:
+        decoder: its slots and settings are those of the stream.
+        ahead: requests that may wait for a slot; 0 slots must idle until a message comes.
+        changed: held by whoever reads or changes the stream, and notified of each change.
+    """
+
+    def __init__(self, decoder: BlockDecoder, ahead: int, changed: threading.Condition) -> None:
+        self.decoder, self._ahead, self._changed = decoder, ahead, changed
+        self._inbox: deque[RolloutRequest] = deque()
+        self._outbox: list[Trajectory] = []
+        self._begun: dict[int, tuple[int, float]] = {}
+        """By index of a sequence that is being decoded: its lane and when it began."""
+        self._ended: list[tuple[int, float, float]] = []
+        """Lane, begin and end of each sequence of the outbox."""
+        self._failure: BaseException | None = None
+        self._awaited = False
+        """Whether somebody waits for a report."""
+        self._steps = self._occupied_steps = self._tokens = self._added = 0
+        self._counts = decoder.forwards, decoder.forward_tokens
+        self._seconds, self._reported = 0.0, time.monotonic()
+
+    @property
+    def live(self) -> bool:
+        """Whether a sequence is being decoded."""
+        return self.decoder.occupied > 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to decode."""
+        return self.live or self.decoder.waiting > 0 or bool(self._inbox)
+
+    @property
+    def room(self) -> int:
+        """See `StreamReport`."""
+        return self.decoder.room + self._ahead - len(self._inbox)
+
+    def add(self, requests: Sequence[RolloutRequest]) -> None:
+        """Takes requests.
+
+        Raises:
+            ValueError: one of them cannot be decoded; then none is taken.
+        """
+        self.decoder.check(requests)
+        with self._changed:
+            self._inbox.extend(requests)
+            self._added += len(requests)
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Drops all sequences. If there are any, whoever waits for a report, or asks for one next, gets the error."""
+        with self._changed:
+            if self.busy or self._outbox or self._awaited:
+                self._failure = error
+            self.decoder.clear()
+            self._inbox.clear()
+            self._outbox.clear()
+            self._ended.clear()
+            self._begun.clear()
+            self._changed.notify_all()
+
+    def take(self) -> list[RolloutRequest]:
+        """Takes the requests out of the inbox that can begin now."""
+        with self._changed:
+            return [self._inbox.popleft() for _ in range(min(max(self.decoder.room, 0), len(self._inbox)))]
+
+    def step(self, begin: Sequence[RolloutRequest] | None) -> None:
+        """Runs one denoising step. `begin`: requests that begin as slots become free; None: no sequence may begin."""
+        started = time.monotonic()
+        if begin:
+            self.decoder.add(begin)
+            taken = {lane for lane, _ in self._begun.values()}
+            free = (lane for lane in range(len(taken) + len(begin)) if lane not in taken)
+            self._begun |= {request.index: (lane, started) for request, lane in zip(begin, free, strict=False)}
+        ended = self.decoder.step(refill=begin is not None)
+        tokens, now = self.decoder.tokens_so_far(), time.monotonic()
+        with self._changed:
+            self._steps += 1
+            self._occupied_steps += self.decoder.occupied + len(ended)
+            self._seconds += now - started
+            self._tokens = tokens
+            self._outbox += ended
+            self._ended += [(*self._begun.pop(trajectory.index), now) for trajectory in ended]
+            self._changed.notify_all()
+
+    def harvest(self, eager: bool) -> tuple[list[Trajectory], StreamReport]:
+        """Waits until there is something to report; returns the trajectories that have ended, and the report.
+
+        Args:
+            eager: more requests wait for this actor, so a report must not wait while slots are free.
+
+        Raises:
+            Exception: what ended the stream's sequences.
+        """
+        with self._changed:
+            self._awaited = True
+            self._changed.wait_for(lambda: self._failure is not None or self._report_is_due(eager))
+            self._awaited = False
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise failure
+            return self._report()
+
+    def _report_is_due(self, eager: bool) -> bool:
+        waited = time.monotonic() - self._reported
+        if not self._outbox:
+            return waited >= _SIGN_SECONDS and self._steps > 0
+        starving = not self._inbox and not self.decoder.waiting
+        return not self.busy or waited >= _GROUP_SECONDS or (eager and starving)
+
+    def _report(self) -> tuple[list[Trajectory], StreamReport]:
+        now, decoder, trajectories = time.monotonic(), self.decoder, self._outbox
+        counts = decoder.forwards, decoder.forward_tokens  # the engine's thread may count on meanwhile
+        new = [count - before for count, before in zip(counts, self._counts, strict=True)]
+        stats = replace(
+            DecodeStats.of(trajectories, decoder.version, new[0], new[1], self._seconds),
+            slot_steps=self._steps * decoder.batch_size,
+            occupied_slot_steps=self._occupied_steps,
+            waiting_requests=len(self._inbox) + decoder.waiting,
+        )
+        ended = tuple(
+            EndedSequence(t.index, t.lengths, t.weight_version, lane, now - began, now - end)
+            for t, (lane, began, end) in zip(trajectories, self._ended, strict=True)
+        )
+        report = StreamReport(ended, self.room, self._added, self._tokens, stats)
+        self._outbox, self._ended, self._steps, self._occupied_steps, self._seconds = [], [], 0, 0, 0.0
+        self._counts, self._reported = counts, now
+        return trajectories, report
