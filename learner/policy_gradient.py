@@ -13,8 +13,18 @@ import numpy as np
 import torch
 
 from opdlm.common.config.schema import ObjectiveConfig
-from opdlm.common.types import PolicyTargets
+from opdlm.common.types import PolicyTargets, ScoredTrajectory
 from opdlm.learner.rows import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What the decoder draws tokens from."""
+
+    temperature: float
+    """Of the rollouts."""
+    never: tuple[int, ...]
+    """Rows of the vocabulary that are never drawn: the mask, and rows that no token has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +95,19 @@ class PolicyPositions:
         d = self.new_logprobs - self.reference_logprobs
         return torch.expm1(-d) + d
 
+    def figures(self, objective: ObjectiveConfig, weights: torch.Tensor) -> dict[str, float]:
+        """Means over the tokens of an optimizer step, or this micro-batch's part of them.
+
+        Args:
+            weights: `[N]` float32, on the CPU, the weight of each position in the whole step.
+
+        Returns: `ratio`, `clipped_share`, `logprob_change` (of |l_new - l_old|, nats), `reference_kl` (nats).
+        """
+        change = (self.new_logprobs - self.old_logprobs).abs()
+        values = self.ratio(), self.is_clipped(objective).float(), change, self.distance()
+        names = "ratio", "clipped_share", "logprob_change", "reference_kl"
+        return {name: float((of.cpu() * weights).sum()) for name, of in zip(names, values, strict=True)}
+
     def _losses(self, new: torch.Tensor, objective: ObjectiveConfig) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses, and their derivatives by the new log-probabilities; `[N]` both."""
         plain, clipped = self._terms((new - self.old_logprobs).exp(), objective)
@@ -109,13 +132,16 @@ class PolicyPositions:
         )
 
 
-def gather_policy(rows: Sequence[Row], temperature: float, never: Sequence[int]) -> PolicyPositions:
+def is_left_out(scored: ScoredTrajectory) -> bool:
+    """Whether the rewards of its group are all equal, so that it teaches nothing."""
+    return isinstance(scored.targets, PolicyTargets) and scored.targets.advantage is None
+
+
+def gather_policy(rows: Sequence[Row], draws: Draws) -> PolicyPositions:
     """The policy gradient's side at the loss positions of the rows, in their order.
 
     Args:
         rows: of trajectories with `PolicyTargets` and `reveal_logprob`.
-        temperature: of the rollout.
-        never: rows of the vocabulary that the decoder never draws.
     """
     tokens, old, advantages, reference = [], [], [], []
     for row in rows:
@@ -133,8 +159,8 @@ def gather_policy(rows: Sequence[Row], temperature: float, never: Sequence[int])
         torch.from_numpy(np.concatenate(tokens)),
         old_logprobs,
         torch.from_numpy(np.concatenate(advantages)),
-        torch.tensor(list(never), dtype=torch.int64),
-        temperature,
+        torch.tensor(draws.never, dtype=torch.int64),
+        draws.temperature,
         torch.empty_like(old_logprobs),
         torch.from_numpy(np.concatenate(reference)) if reference else None,
     )

@@ -75,7 +75,7 @@ def facts_of(config: OpdlmConfig, vocab_size: int, data_digest: str, fingerprint
     """
     rollout, scored = config.rollout, config.objective.kind != "cft"
     return RolloutFacts(
-        prompts_per_round=rollout.prompts_per_round,
+        prompts_per_round=rollout.samples_per_round,
         block_size=rollout.block_size,
         block_grid=rollout.block_grid,
         vocab_size=vocab_size,

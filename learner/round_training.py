@@ -142,6 +142,7 @@ class RoundTrainer:
             kl = {"forward_kl_nats": result.loss} if self.config.objective.loss_is_forward_kl else {}
             padding = result.attention_padding / max(result.tokens + result.attention_padding, 1)
             details = {**trained_on, **asdict(result), **kl}
+            details |= details.pop("policy")
             self.tell(kind="step", learning_rate=rate, attention_padding_share=padding, **details)
             return
         self._skipped_in_a_row += 1

@@ -66,9 +66,10 @@ class Progress:
 def training_work(samples: Sequence[SampleRef], objective: ObjectiveConfig, block_size: int) -> list[int]:
     """About how many tokens of a forward each sample costs: its clean half, and the noisy copies of its response.
 
-    With `all_states` a response has a noisy copy for each state, up to `block_size` of them; otherwise it has one.
+    With `all_states` and `revealed` a response has a noisy copy for each state, up to `block_size` of them; otherwise
+    it has one.
     """
-    copies = block_size if objective.resolved_selection == "all_states" else 1
+    copies = block_size if objective.resolved_selection in ("all_states", "revealed") else 1
     return [sample.prompt_tokens + (1 + copies) * sample.response_tokens for sample in samples]
 
 

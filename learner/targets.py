@@ -161,6 +161,6 @@ def _concatenate(parts: Sequence[tuple[TeacherTargets, np.ndarray]], field: str)
 
 def load_teacher_head(config: OpdlmConfig, device: torch.device) -> torch.Tensor | None:
     """The teacher's output matrix `[V, D]` where the run's targets are hidden states, else None."""
-    if config.teacher.targets != "hidden" or config.objective.kind == "cft":
+    if config.teacher.targets != "hidden" or config.objective.kind in ("cft", "rl"):
         return None
     return load_output_matrix(config.model.teacher, config.teacher.dtype).to(device)

@@ -23,8 +23,9 @@ and it does not matter how the batch was divided (METHOD.md section 5).
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,11 @@ from opdlm.common.config.schema import LearnerConfig, ObjectiveConfig
 from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.grid import BlockGrid
 from opdlm.common.token_ids import TokenIds
-from opdlm.common.types import ScoredTrajectory
+from opdlm.common.types import PolicyTargets, ScoredTrajectory
 from opdlm.learner.packing import MicroBatch, micro_batches, pack
+from opdlm.learner.policy_gradient import Draws, PolicyPositions, gather_policy, is_left_out
 from opdlm.learner.rows import Row, build_rows
-from opdlm.learner.targets import gather_targets
+from opdlm.learner.targets import PositionTargets, gather_targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class StepResult:
     attention_padding: int
     """Places of padding beside them, which only attention has (`row_attention.py`)."""
     seconds: float
+    policy: dict[str, float] = field(default_factory=dict)
+    """Of `rl`: see `PolicyPositions.figures`. Empty for the other objectives."""
     skipped: bool = False
     """The gradient was not finite, so weights and AdamW's state are unchanged; loss or gradient norm is not finite."""
 
@@ -75,6 +79,7 @@ class TrainStep:
         seed: of the drawn states.
         tokens: the tokens that teacher and student share. None: all rows of the teacher.
         form: the student's.
+        draws: what the rollouts were drawn from, for `rl`.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class TrainStep:
         seed: int,
         tokens: TokenIds | None = None,
         form: StudentForm = PAPER_FORM,
+        draws: Draws | None = None,
     ) -> None:
         self.engine = engine
         self.learner = learner
@@ -97,7 +103,7 @@ class TrainStep:
         self.teacher_head = teacher_head
         self.seed = seed
         self.tokens = tokens
-        self.form = form
+        self.form, self.draws = form, draws
 
     def __call__(
         self, share: Sequence[ScoredTrajectory], filler: ScoredTrajectory, learning_rate: float, pass_number: int = 0
@@ -114,7 +120,9 @@ class TrainStep:
         useful = [row for row in rows if len(row.loss_positions)]
         batches = micro_batches(useful, self.learner.micro_batch_tokens)
         counts = [len(useful), len(rows) - len(useful), sum(len(row.loss_positions) for row in useful)]
-        total_rows, without_loss, total_positions = (int(total) for total in self._sum(counts))
+        total_rows, without_loss, positions, total_tokens = map(
+            int, self._sum([*counts, self._loss_tokens(share, useful)])
+        )
         forwards = int(self._reduce([len(batches)], dist.ReduceOp.MAX)[0])
         if not total_rows:
             return StepResult(
@@ -130,48 +138,72 @@ class TrainStep:
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss, padding = 0.0, 0
+        loss, padding, policy = 0.0, 0, Counter[str]()
         for i in range(forwards):  # equally many on every rank: ZeRO-3 gathers weights in each
             is_filler = i >= len(batches)
-            batch = pack(self._rows(filler, pass_number)[:1]) if is_filler else batches[i]
-            weights = self._weights(batch, total_rows, total_positions) * (not is_filler)
+            batch = pack(self._rows(_in_loss(filler), pass_number)[:1]) if is_filler else batches[i]
+            weights = self._weights(batch, total_rows, total_tokens) * (not is_filler)
             self.engine.set_gradient_accumulation_boundary(i == forwards - 1)
-            loss += self._backward(batch, weights)
+            part, figures = self._backward(batch, weights)
+            loss += part
+            policy.update(figures)
             padding += self.engine.module.padding * (not is_filler)
         self.engine.step()
-        sums = self._sum([loss, sum(batch.input_ids.numel() for batch in batches), padding])
+        sums = self._sum([loss, sum(batch.input_ids.numel() for batch in batches), padding, *policy.values()])
         return StepResult(
             loss=float(sums[0]),
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
             rows=total_rows,
             rows_without_loss=without_loss,
-            loss_positions=total_positions,
+            loss_positions=positions,
             tokens=int(sums[1]),
             attention_padding=int(sums[2]),
             seconds=time.perf_counter() - started,
+            policy=dict(zip(policy, sums[3:].tolist(), strict=True)),
             skipped=bool(self.engine.optimizer.overflow),
         )
 
+    def _loss_tokens(self, share: Sequence[ScoredTrajectory], rows: Sequence[Row]) -> int:
+        """The tokens that a mean over tokens counts: the loss positions, or all tokens of the responses for `rl`.
+
+        A response whose group is left out has none.
+        """
+        if self.objective.kind != "rl":
+            return sum(len(row.loss_positions) for row in rows)
+        return sum(scored.trajectory.response_length for scored in share if not is_left_out(scored))
+
     def _rows(self, scored: ScoredTrajectory, pass_number: int) -> list[Row]:
+        if is_left_out(scored):
+            return []
         # Seeded by sample and pass alone: whichever rank builds the rows, and after any restart, the states are these.
         rng = np.random.default_rng([self.seed, scored.trajectory.index] + [pass_number] * (pass_number > 0))
         return build_rows(scored, self.grid, self.objective, self.mask_id, rng, self.form)
 
-    def _weights(self, batch: MicroBatch, total_rows: int, total_positions: int) -> torch.Tensor:
+    def _weights(self, batch: MicroBatch, total_rows: int, total_tokens: int) -> torch.Tensor:
         """The weight of each loss position in the global batch, `[N]` float32."""
-        if self.objective.reduction == "token":
-            return torch.full((len(batch.loss_row),), 1 / total_positions)
+        if self.objective.kind == "rl" or self.objective.reduction == "token":
+            parts = [
+                np.full(len(r.loss_positions), 1.0) if r.loss_weights is None else r.loss_weights for r in batch.rows
+            ]
+            return torch.from_numpy(np.concatenate(parts).astype(np.float32)) / total_tokens
         counts = torch.tensor([len(row.loss_positions) for row in batch.rows])
         return 1.0 / (counts[batch.loss_row] * total_rows)
 
-    def _backward(self, batch: MicroBatch, weights: torch.Tensor) -> float:
-        """Runs a micro-batch forward and backward; returns its part of the batch's loss."""
+    def _backward(self, batch: MicroBatch, weights: torch.Tensor) -> tuple[float, dict[str, float]]:
+        """Runs a micro-batch forward and backward; returns its parts of the batch's loss and of `StepResult.policy`."""
         device = self.engine.device
-        targets = gather_targets(batch.rows, self.teacher_head, self.objective, self.tokens).to(device)
+        targets = self._targets(batch.rows).to(device)
         # DeepSpeed averages gradients over ranks; multiplied by their number, the average is the sum.
         loss, losses = self.engine(batch.to(device), targets, weights.to(device) * dist.get_world_size())
         self.engine.backward(loss)
-        return float((losses.cpu() * weights).sum())
+        policy = targets.figures(self.objective, weights) if isinstance(targets, PolicyPositions) else {}
+        return float((losses.cpu() * weights).sum()), policy
+
+    def _targets(self, rows: Sequence[Row]) -> PositionTargets | PolicyPositions:
+        if self.objective.kind == "rl":
+            assert self.draws is not None, "the learner gives them"
+            return gather_policy(rows, self.draws)
+        return gather_targets(rows, self.teacher_head, self.objective, self.tokens)
 
     def _sum(self, values: Sequence[float]) -> torch.Tensor:
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -181,3 +213,8 @@ class TrainStep:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(tensor, operation)
         return tensor
+
+
+def _in_loss(scored: ScoredTrajectory) -> ScoredTrajectory:
+    """The same, or with advantage 0 where its group is left out, so that it makes rows."""
+    return replace(scored, targets=PolicyTargets(0.0)) if is_left_out(scored) else scored

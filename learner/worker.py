@@ -30,6 +30,7 @@ from opdlm.common.types import WeightPack
 from opdlm.common.weights import WeightPacker
 from opdlm.learner import zero
 from opdlm.learner.distill import DistillModule
+from opdlm.learner.policy_gradient import Draws
 from opdlm.learner.queue_client import QueueClient
 from opdlm.learner.round_training import RoundTrainer
 from opdlm.learner.saving import BehindQueue, GiveUp, Saver, forget_student
@@ -91,7 +92,7 @@ class Learner:
         self.progress = Progress()
         self.schedule = TrainingSchedule(
             setup.total_samples,
-            config.rollout.prompts_per_round,
+            config.rollout.samples_per_round,
             config.learner.batch_size,
             config.run.seed,
             config.learner.passes,
@@ -104,6 +105,7 @@ class Learner:
         self.saver = Saver(
             self.engine, self.run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.max_failed_saves
         )
+        candidates = facts.tokens.without(require_mask(facts))
         step = TrainStep(
             self.engine,
             config.learner,
@@ -114,6 +116,9 @@ class Learner:
             config.run.seed,
             setup.tokens,
             facts.form,
+            Draws(
+                config.rollout.temperature, tuple(facts.tokens.without(require_mask(facts)).others(facts.vocab_size))
+            ),
         )
         self.train = RoundTrainer(
             config, setup.data_digest, self.schedule, self.progress, step, self.queue, self.saver, self._tell

@@ -21,7 +21,7 @@ from opdlm.common.rewards.advantage import advantages
 from opdlm.common.types import RolloutRequest, ScoredTrajectory
 from opdlm.learner.distill import DistillModule
 from opdlm.learner.packing import collate, pack
-from opdlm.learner.policy_gradient import gather_policy
+from opdlm.learner.policy_gradient import Draws, gather_policy
 from opdlm.learner.rows import build_row, build_rows
 from opdlm.learner.states import ChosenStates
 from opdlm.learner.targets import gather_targets
@@ -150,7 +150,7 @@ def test_policy_gradient(path) -> None:
     rows = [row for scored, _ in samples for row in build_rows(scored, grid, objective, case["mask_id"], rng)]
     count = sum(len(row.loss_positions) for row in rows)
     assert count == case["tokens"]
-    positions = gather_policy(rows, case["temperature"], [case["mask_id"]])
+    positions = gather_policy(rows, Draws(case["temperature"], (case["mask_id"],)))
     module = DistillModule(student, objective, logits_chunk=7)
     loss, losses = module(pack(rows), positions, torch.full((count,), 1 / count))
     loss.backward()

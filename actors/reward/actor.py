@@ -1,4 +1,4 @@
-"""Reward actor: text of the responses of a group in, rewards and advantages out (METHOD.md section 7)."""
+"""Reward actor: the responses of a group in, their rewards and advantages out (METHOD.md section 7)."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ import ray
 from opdlm.actors.reward.time_limit import TookTooLong, time_limit
 from opdlm.common.config.method import Advantage
 from opdlm.common.config.reward import RewardConfig
-from opdlm.common.data.reranking import RerankCase, read_answer
+from opdlm.common.data.reranking import Failure, Reference, RerankCase, read_answer
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.tokenizer import load_tokenizer
-from opdlm.common.rewards import Attempt, Reference, advantages, make_reward
+from opdlm.common.rewards import Attempt, advantages, make_reward
 from opdlm.common.types import PolicyTargets, ScoredTrajectory, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
 class RewardStats:
-    """Counts of one call."""
+    """What one call said."""
 
     rewards: tuple[float, ...]
     """Of each response."""
-    groups: int
-    equal_groups: int
-    """Groups whose rewards are all equal, which are left out."""
-    failures: dict[str, int]
-    """By kind, invalid answers of re-ranking cases."""
+    is_equal: bool
+    """Whether all rewards of the group are equal, so that it is left out."""
+    failures: tuple[Failure, ...]
+    """Of the invalid answers of a re-ranking case."""
     seconds: float
 
 
@@ -55,33 +54,35 @@ class RewardActor:
         """Returns once the reward can be asked."""
 
     def judge(
-        self, groups: Sequence[Sequence[Trajectory]], references: Sequence[Reference | None]
-    ) -> tuple[list[tuple[ScoredTrajectory, ...]], RewardStats]:
-        """Gives each group of responses to one prompt its advantages.
+        self,
+        places: Sequence[tuple[int, int]],
+        reference: Reference | None,
+        others: Sequence[float],
+        *lists: Sequence[Trajectory],
+    ) -> tuple[list[ScoredTrajectory], RewardStats]:
+        """Gives responses to one prompt their advantages.
 
         Args:
-            references: what the data says of each group's prompt.
+            places: of each response, (which of the lists, index in it).
+            reference: what the data says of the prompt.
+            others: rewards of the group's other responses, which were judged before.
 
         Raises:
             OpdlmError: the reward failed, took too long, or is no finite number; the sample is named.
         """
         started = time.perf_counter()
-        judged, all_rewards, equal = [], [], 0
-        failures: dict[str, int] = {}
-        for group, reference in zip(groups, references, strict=True):
-            attempts = [self._attempt(trajectory, reference) for trajectory in group]
-            rewards = [self._ask(a, t.index) for a, t in zip(attempts, group, strict=True)]
-            found = advantages(rewards, self._advantage)
-            equal += found is None
-            targets = [PolicyTargets(None if found is None else float(found[i])) for i in range(len(group))]
-            judged.append(tuple(ScoredTrajectory(t, target) for t, target in zip(group, targets, strict=True)))
-            all_rewards += rewards
-            if isinstance(reference, RerankCase):
-                for a in attempts:
-                    if failure := read_answer(reference, a.response, a.has_ended).failure:
-                        failures[failure] = failures.get(failure, 0) + 1
-        stats = RewardStats(tuple(all_rewards), len(groups), equal, failures, time.perf_counter() - started)
-        return judged, stats
+        group = [lists[number][place] for number, place in places]
+        attempts = [self._attempt(trajectory, reference) for trajectory in group]
+        rewards = [self._ask(attempt, t.index) for attempt, t in zip(attempts, group, strict=True)]
+        found = advantages([*rewards, *others], self._advantage)
+        targets = [PolicyTargets(None if found is None else float(found[i])) for i in range(len(group))]
+        failures: list[Failure] = []
+        if isinstance(reference, RerankCase):
+            answers = [read_answer(reference, attempt.response, attempt.has_ended) for attempt in attempts]
+            failures = [answer.failure for answer in answers if answer.failure is not None]
+        samples = [ScoredTrajectory(t, target) for t, target in zip(group, targets, strict=True)]
+        seconds = time.perf_counter() - started
+        return samples, RewardStats(tuple(rewards), found is None, tuple(failures), seconds)
 
     def _attempt(self, trajectory: Trajectory, reference: Reference | None) -> Attempt:
         has_ended = trajectory.finish_reason == "eos"

@@ -186,7 +186,7 @@ class BlockDecoder:
         self.forward_tokens += count
         if not finished:
             return []
-        trajectories = slots.trajectories(finished, self.eos_ids, self.settings.ignore_eos)
+        trajectories = slots.trajectories(finished, self.eos_ids, self.settings)
         slots.free(finished)
         self._crowded = False
         return trajectories

@@ -17,6 +17,7 @@ from opdlm.actors.rollout.remasking import STRATEGIES, DenoisingStep, entropy_of
 from opdlm.actors.rollout.sampling import draw_candidates, hashed_uniform
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.slots import Slots
+from opdlm.common.errors import OpdlmError
 from opdlm.common.form import StudentForm
 
 _TOKEN_STREAM, _ORDER_STREAM = 0, 1  # two independent sequences of uniform numbers
@@ -74,7 +75,7 @@ class Denoiser:
 
         old_reveal, old_tokens = slots.reveal.gather(1, window), slots.tokens.gather(1, window)
         masked = (window >= slots.prompt_length[:, None]) & (old_reveal == 0)
-        drawn, probability = self._candidates(slots, window, places, logits)
+        drawn, probability, logprob = self._candidates(slots, window, places, logits)
         candidates, confidence = in_blocks(drawn), in_blocks(probability)
         revealed = self._strategy(
             self._strategy_input(slots, window, masked, confidence, lambda: in_blocks(entropy_of(logits)))
@@ -84,6 +85,9 @@ class Denoiser:
         slots.block_step.add_(1)
         slots.tokens.scatter_(1, window, new_tokens)
         slots.reveal.scatter_(1, window, torch.where(revealed, slots.step[:, None], old_reveal))
+        if logprob is not None:
+            kept = slots.logprob.gather(1, window)
+            slots.logprob.scatter_(1, window, torch.where(revealed, in_blocks(logprob), kept))
         if observer is not None:
             model_says = candidates, confidence, in_blocks(logits), in_blocks(mask_logit)
             tensors = (tensor.cpu() for tensor in (window, old_tokens, masked, revealed, *model_says))
@@ -93,13 +97,21 @@ class Denoiser:
 
     def _candidates(
         self, slots: Slots, window: torch.Tensor, places: torch.Tensor, logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws a candidate for each masked position: candidates `[m]` int64 and their confidence `[m]` float32."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Draws a candidate for each masked position: candidates `[m]` int64 and the positions' confidence `[m]`.
+
+        Where they are kept, the candidates' log-probabilities `[m]` in the distribution they are drawn from come with
+        them. Both are float32.
+        """
         settings = self.settings
         uniform = hashed_uniform(slots.seed[:, None], window, slots.step[:, None], _TOKEN_STREAM).flatten()[places]
         candidates = draw_candidates(logits, uniform, settings.temperature, settings.top_k, settings.top_p)
-        chosen = logits.gather(-1, candidates[:, None]).squeeze(-1)
-        return candidates, (chosen - logits.logsumexp(dim=-1)).exp()
+        drawn = logits.gather(-1, candidates[:, None]).squeeze(-1)
+        chosen = drawn if settings.confidence == "sampled" else logits.amax(dim=-1)
+        confidence = (chosen - logits.logsumexp(dim=-1)).exp()
+        if not settings.keep_logprobs:
+            return candidates, confidence, None
+        return candidates, confidence, drawn / settings.temperature - (logits / settings.temperature).logsumexp(-1)
 
     def _strategy_input(
         self,
@@ -145,5 +157,10 @@ class Denoiser:
         finished, slots.host_commits[:n], slots.host_starts[:n], not_finite = on_host[:, :4].T
         slots.host_masked[:n] = on_host[:, 4:]
         if not_finite.any():
-            slots.refuse_logits(int(not_finite.argmax()))
+            broken_one = slots.requests[int(not_finite.argmax())].prompt_id
+            raise OpdlmError(
+                f"prompt {broken_one}: the student's logits hold NaN or infinity "
+                f"(weights of version {slots.version}), so no token can be drawn; its weights or its number format are "
+                "broken"
+            )
         return np.flatnonzero(finished).tolist()

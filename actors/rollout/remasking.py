@@ -17,7 +17,7 @@ class DenoisingStep:
     """What a strategy may look at: one denoising step of a batch of blocks."""
 
     masked: torch.Tensor  # [B, S] bool: positions that are still masked, so can be revealed
-    confidence: torch.Tensor  # [B, S] float32: unfiltered, temperature-free probability of the candidate
+    confidence: torch.Tensor  # [B, S] float32: unfiltered, temperature-free probability of the candidate, or of any
     static_count: torch.Tensor  # [B] int64: masks divided over the remaining steps of the block, rounded up
     threshold: torch.Tensor  # [B] float32: threshold of low_confidence_dynamic
     entropy_budget: float  # nats

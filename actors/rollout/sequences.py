@@ -49,6 +49,7 @@ def trajectory_of(
     history: Sequence[tuple[int, int]],
     eos_ids: Sequence[int],
     ignore_eos: bool,
+    logprobs: np.ndarray | None = None,
 ) -> Trajectory:
     """The trajectory of a finished sequence.
 
@@ -56,6 +57,7 @@ def trajectory_of(
         tokens: `[T]` int64, prompt and response.
         reveal: `[T]` int64, the denoising step that revealed each token; 0: none, as for the prompt.
         history: for each weight version that decoded it: (denoising steps done before it, version).
+        logprobs: `[T]` float32, of each token in the distribution it was drawn from; None: they were not kept.
     """
     start, end = request.prompt_ids.size, int(reveal.nonzero()[0][-1]) + 1
     response, reveal = tokens[start:end].astype(np.int32), reveal[start:end].astype(np.int32)
@@ -74,4 +76,5 @@ def trajectory_of(
         finish_reason="eos" if len(ends) else "length",
         denoising_steps=int(reveal.max()),
         token_versions=versions if versions.min() < versions.max() else None,
+        reveal_logprob=None if logprobs is None else logprobs[start:end],
     )

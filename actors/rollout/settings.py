@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from opdlm.common.config.schema import Grid, RolloutConfig, Strategy
+from opdlm.common.config.base import Confidence
+from opdlm.common.config.schema import Grid, Kind, RolloutConfig, Strategy
 from opdlm.common.errors import OpdlmError
 
 
@@ -14,7 +15,8 @@ class DecodeSettings:
     """Settings of one decoder.
 
     The fields have the names and meanings of `rollout:` in the YAML (common/config/schema.py). `ignore_eos` exists only
-    here: it decodes every response to its length limit, whatever end-of-sequence tokens it holds.
+    here: it decodes every response to its length limit, whatever end-of-sequence tokens it holds. So does
+    `keep_logprobs`: trajectories have `reveal_logprob`.
     """
 
     block_size: int = 4
@@ -26,6 +28,8 @@ class DecodeSettings:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    confidence: Confidence = "sampled"
+    keep_logprobs: bool = False
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -43,11 +47,12 @@ class DecodeSettings:
         return self.denoising_steps or self.block_size
 
     @classmethod
-    def from_config(cls, rollout: RolloutConfig) -> DecodeSettings:
-        """The settings that a run's rollouts decode with."""
+    def from_config(cls, rollout: RolloutConfig, kind: Kind = "opd") -> DecodeSettings:
+        """The settings that the rollouts of a run with this `objective.kind` decode with."""
         shared = {name: getattr(rollout, name) for name in cls.__slots__ if hasattr(rollout, name)}
-        return cls(**shared)
+        shared["confidence"] = rollout.confidence or ("max_probability" if kind == "rl" else "sampled")
+        return cls(**shared, keep_logprobs=kind == "rl")
 
     def greedy(self, strategy: Strategy) -> DecodeSettings:
         """These settings with greedy sampling and the given strategy, as evaluation decodes."""
-        return replace(self, strategy=strategy, temperature=0.0, top_k=0, top_p=1.0)
+        return replace(self, strategy=strategy, temperature=0.0, top_k=0, top_p=1.0, keep_logprobs=False)

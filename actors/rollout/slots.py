@@ -16,14 +16,14 @@ from opdlm.actors.rollout.attention import saved_by_sorting
 from opdlm.actors.rollout.kv_cache import SPARE, SlotCache
 from opdlm.actors.rollout.places import arrange
 from opdlm.actors.rollout.sequences import extent, trajectory_of
-from opdlm.common.errors import OpdlmError
+from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.grid import BlockGrid
 from opdlm.common.seeds import as_int64
 from opdlm.common.types import RolloutRequest, Trajectory
 
 _SORT_COST = 4
 """Cost of sorting one position relative to attending to it: sorting reads and writes it twice, attention reads once."""
-_ON_DEVICE = ("_tokens", "_reveal", "_numbers", "_threshold", "_border")
+_ON_DEVICE = ("_tokens", "_reveal", "_logprob", "_numbers", "_threshold", "_border")
 _ON_HOST = ("host_starts", "host_commits", "host_masked", "host_fresh", "_bases", "_widths", "_limits", "_arrivals")
 _PROMPT, _END, _START, _STEP, _BLOCK_STEP, _SEED, _BASE = range(7)
 """Columns of `Slots._numbers`."""
@@ -56,7 +56,7 @@ class Slots:
             return torch.zeros(0, *shape, dtype=dtype, device=self.device)
 
         self._tokens, self._reveal, self._numbers = none(0), none(0), none(7)
-        self._threshold = none(dtype=torch.float32)
+        self._threshold, self._logprob = none(dtype=torch.float32), none(0, dtype=torch.float32)
         self._border = border
         self.host_starts = np.zeros(0, dtype=np.int64)
         """`[B]` on the host: position at which the current block starts."""
@@ -81,7 +81,7 @@ class Slots:
             return
         for name in _ON_DEVICE:
             old = getattr(self, name)
-            width = [positions] if name in ("_tokens", "_reveal") else list(old.shape[1:])
+            width = [positions] if name in ("_tokens", "_reveal", "_logprob") else list(old.shape[1:])
             new = old.new_full((capacity, *width), self.mask_id if name == "_tokens" else 0)
             new[tuple(slice(size) for size in old.shape)] = old
             setattr(self, name, new)
@@ -103,6 +103,11 @@ class Slots:
     def reveal(self) -> torch.Tensor:
         """`[n, T]` int64, denoising step that revealed the token; 0 where none has."""
         return self._reveal[: self.occupied]
+
+    @property
+    def logprob(self) -> torch.Tensor:
+        """`[n, T]` float32, log-probability of the revealed token where they are kept."""
+        return self._logprob[: self.occupied]
 
     @property
     def threshold(self) -> torch.Tensor:
@@ -264,19 +269,13 @@ class Slots:
         for steps, history in zip(self.step.tolist(), self._history, strict=True):
             history.append((steps, version))
 
-    def refuse_logits(self, row: int) -> None:
-        """Raises `OpdlmError` for a slot whose logits have NaN, infinity or no candidate at all."""
-        raise OpdlmError(
-            f"prompt {self.requests[row].prompt_id}: the student's logits hold NaN or infinity (weights of version "
-            f"{self.version}), so no token can be drawn; its weights or its number format are broken"
-        )
-
-    def trajectories(self, rows: list[int], eos_ids: Sequence[int], ignore_eos: bool) -> list[Trajectory]:
+    def trajectories(self, rows: list[int], eos_ids: Sequence[int], settings: DecodeSettings) -> list[Trajectory]:
         """The trajectories of the given slots, whose sequences are finished."""
         tokens, reveals = self._tokens[rows].cpu().numpy(), self._reveal[rows].cpu().numpy()
+        logprobs = self._logprob[rows].cpu().numpy() if settings.keep_logprobs else [None] * len(rows)
         return [
-            trajectory_of(self.requests[row], ids, reveal, self._history[row], eos_ids, ignore_eos)
-            for row, ids, reveal in zip(rows, tokens, reveals, strict=True)
+            trajectory_of(self.requests[row], ids, reveal, self._history[row], eos_ids, settings.ignore_eos, logprob)
+            for row, ids, reveal, logprob in zip(rows, tokens, reveals, logprobs, strict=True)
         ]
 
     def free(self, rows: list[int]) -> None:

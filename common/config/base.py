@@ -13,6 +13,7 @@ from opdlm.common.files import home_path
 
 Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "sequential", "random"]
 Grid = Literal["absolute", "response"]
+Confidence = Literal["sampled", "max_probability"]
 AnswerKind = Literal["exact", "contains", "math"]
 """How answers are marked: see `common/data/answers.py`."""
 Dtype = Literal["float32", "bfloat16"]

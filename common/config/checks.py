@@ -104,7 +104,16 @@ def _model(config: OpdlmConfig) -> Iterator[str]:
 
 def _objective(config: OpdlmConfig) -> Iterator[str]:
     objective = config.objective
-    if objective.kind == "opd":
+    of_policy = objective.resolved_selection in ("revealed", "one_sampled_state")
+    if of_policy != (objective.kind == "rl"):
+        yield (
+            f"objective.selection: found {objective.selection!r} with objective.kind {objective.kind!r}; `rl` takes "
+            "`revealed` or `one_sampled_state`, and no other kind does"
+        )
+        return
+    if objective.kind == "rl":
+        yield from check_policy_gradient(config)
+    if objective.kind in ("opd", "rl"):
         return
     if objective.resolved_selection != "random_mask":
         yield (
@@ -206,10 +215,11 @@ def _targets(config: OpdlmConfig) -> Iterator[str]:
 
 def _learner(config: OpdlmConfig) -> Iterator[str]:
     learner, rollout = config.learner, config.rollout
-    if learner.batch_size > rollout.prompts_per_round:
+    if learner.batch_size > rollout.samples_per_round:
+        per_prompt = "" if rollout.responses_per_prompt == 1 else " times rollout.responses_per_prompt"
         yield (
-            f"learner.batch_size: found {learner.batch_size}, more than rollout.prompts_per_round "
-            f"{rollout.prompts_per_round}; a step trains trajectories of one round, so give at most that number"
+            f"learner.batch_size: found {learner.batch_size}, more than rollout.prompts_per_round{per_prompt} "
+            f"{rollout.samples_per_round}; a step trains trajectories of one round, so give at most that number"
         )
     if learner.batch_size < learner.workers:
         yield (

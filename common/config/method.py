@@ -90,10 +90,10 @@ class ObjectiveConfig(Section):
     def loss_is_forward_kl(self) -> bool:
         """Whether the loss is KL(teacher || student) in nats.
 
-        No mixture, no JSD, no sum over the top K alone, no other temperature.
+        No rewards, no mixture, no JSD, no sum over the top K alone, no other temperature.
         """
         has_all_mass = self.top_k == 0 or self.tail == "bucket"
-        is_own = self.kind != "cft" and self.teacher_temperature == 1
+        is_own = self.kind not in ("cft", "rl") and self.teacher_temperature == 1
         return is_own and self.divergence == "kl" and self.reverse_weight == 0 and has_all_mass
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from opdlm.common.config.base import (
+    Confidence,
     Dtype,
     Grid,
     NonNegativeInt,
@@ -64,6 +65,10 @@ class RolloutConfig(Section):
     prompts_per_round: PositiveInt = 128
     """Number of prompts that are decoded with one weight version (paper: 128). Training on them gives the next
     version."""
+    responses_per_prompt: PositiveInt = 1
+    """Number of responses that are decoded to each prompt, each with a seed of its own (Diffusion-GR2: 4 for
+    distillation, 8 for `rl`). Each counts as a sample: a round has `prompts_per_round` times as many, and
+    `learner.batch_size` counts responses."""
     batch_size: PositiveInt = 64
     """Number of sequences that one actor decodes at the same time (its slots). A slot takes the next prompt as soon as
     its sequence ends, and the sequence goes to a teacher. Lower it where the actor runs out of memory."""
@@ -97,6 +102,11 @@ class RolloutConfig(Section):
     temperature: Annotated[Number, Field(ge=0)] = 1.0
     """Sampling temperature of the candidate tokens; 0 is greedy decoding. Confidence is always taken from the softmax
     without temperature."""
+    confidence: Confidence | None = None
+    """What a masked position's confidence is. `sampled`: the probability of its candidate (the paper).
+    `max_probability`: the largest probability of any token, so that positions are chosen without a look at what was
+    drawn; then what is revealed is a draw from the policy, as `objective.kind: rl` needs. Greedy decoding has the same
+    for both. Empty: `max_probability` with `rl`, else `sampled`."""
     top_k: NonNegativeInt = 0
     """Candidates are drawn from the k likeliest tokens only. 0: from all tokens."""
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
@@ -119,6 +129,11 @@ class RolloutConfig(Section):
     a forward before Python has launched it. In bfloat16 the rounded shapes may give slightly different logits."""
     max_new_tokens: PositiveInt = 4096
     """Longest response in tokens. No response exceeds it, whatever the curriculum and the data say."""
+
+    @property
+    def samples_per_round(self) -> int:
+        """Responses of a round."""
+        return self.prompts_per_round * self.responses_per_prompt
 
 
 class TeacherConfig(Section):

@@ -30,6 +30,7 @@ from opdlm.common.config.base import (
 from opdlm.common.config.cluster import MachinesConfig, ResourcesConfig
 from opdlm.common.config.data import DataConfig, DataSource
 from opdlm.common.config.method import CurriculumConfig, Kind, ObjectiveConfig, OfflineConfig, Schedule, Selection
+from opdlm.common.config.reward import RewardConfig, RewardKind
 from opdlm.common.config.roles import (
     LearnerConfig,
     OptimizerConfig,
@@ -64,6 +65,8 @@ __all__ = [
     "PlacementConfig",
     "QueueConfig",
     "ResourcesConfig",
+    "RewardConfig",
+    "RewardKind",
     "RolloutConfig",
     "RunConfig",
     "Schedule",
@@ -246,6 +249,7 @@ class OpdlmConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     offline: OfflineConfig = OfflineConfig()
+    reward: RewardConfig = RewardConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

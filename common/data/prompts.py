@@ -19,6 +19,7 @@ from opdlm.common.config.data import DataConfig, source_data, source_names
 from opdlm.common.data.chat import EMPTY, ChatRefused, ChatTemplate
 from opdlm.common.data.conversation import blank_message
 from opdlm.common.data.mixture import SourceShare, epoch_prompts
+from opdlm.common.data.reranking import Reference
 from opdlm.common.data.rows import Row, read_rows
 from opdlm.common.data.unknown import UnknownCharacters
 from opdlm.common.errors import ConfigError
@@ -43,6 +44,8 @@ class Prompt:
     """The given response with its end-of-sequence token; None where the data has no response."""
     source: str | None = None
     """Name of its source in `data.sources`."""
+    reference: Reference | None = None
+    """What a reward compares responses with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,8 @@ def load_prompts(
             response = _response(row, tokenizer, eos_ids)
             _check_ids(row, response or [], "response", tokens)
             response_ids = None if response is None else np.array(response, dtype=np.int32)
-            kept.append(Prompt(row.name, prompt_ids, row.domain, row.max_new_tokens, response_ids))
+            limits = row.domain, row.max_new_tokens
+            kept.append(Prompt(row.name, prompt_ids, *limits, response_ids, reference=row.reference))
             unknown.note(row.name, row.prompt, ids)
             if response is not None:
                 unknown.note(row.name, row.response or "", response)
@@ -171,15 +175,23 @@ class PromptOrder:
     """Says which prompt each sample of the run uses: `order[i]` is the prompt of sample i.
 
     Each epoch uses every prompt once, in a permutation of its own. With `shares` it uses the prompts of each source as
-    often as its weight says.
+    often as its weight says. The samples of one prompt, where it has several responses, are side by side.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, epochs: int, shares: Sequence[SourceShare] = ()) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        seed: int,
+        epochs: int,
+        shares: Sequence[SourceShare] = (),
+        responses_per_prompt: int = 1,
+    ) -> None:
         self._prompts = prompts
         self._seed = seed
         self._shares = shares
         self._per_epoch = sum(share.samples_per_epoch for share in shares) if shares else len(prompts)
-        self.total = self._per_epoch * epochs
+        self.responses_per_prompt = responses_per_prompt
+        self.total = self._per_epoch * epochs * responses_per_prompt
         """Number of samples in the run."""
         self.digest = _digest(prompts, shares)
         """Fingerprint of the prompts in their order: names, domains, limits, token ids, responses and weights."""
@@ -202,7 +214,7 @@ class PromptOrder:
         return {share.name: counts[share.name] for share in self._shares}
 
     def __getitem__(self, index: int) -> Prompt:
-        epoch, place = divmod(index, self._per_epoch)
+        epoch, place = divmod(index // self.responses_per_prompt, self._per_epoch)
         if epoch != self._epoch:
             order = np.random.default_rng([self._seed, epoch]).permutation(self._per_epoch)
             chosen = epoch_prompts(self._shares, self._seed, epoch) if self._shares else None

@@ -37,6 +37,10 @@ class RerankCase:
     target: str
 
 
+Reference = str | RerankCase
+"""What a response is compared with: the right response, or a case."""
+
+
 @dataclass(frozen=True, slots=True)
 class RerankAnswer:
     """What a response says: an order of all candidates, or why it is none."""

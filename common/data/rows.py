@@ -15,6 +15,7 @@ from opdlm.common.config.schema import DataConfig
 from opdlm.common.data.answers import ANSWER_KINDS, AnswerKind
 from opdlm.common.data.conversation import Conversation, are_messages, read_conversation
 from opdlm.common.data.records import read_records
+from opdlm.common.data.reranking import Reference
 from opdlm.common.data.tasks import get_task, problems
 from opdlm.common.errors import ConfigError
 from opdlm.common.text import text_fault
@@ -39,6 +40,8 @@ class Row:
     domain: str | None = None
     max_new_tokens: int | None = None
     """The row's own limit of its response, in tokens."""
+    reference: Reference | None = None
+    """What a reward compares responses with: the response as text, or a re-ranking case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,8 @@ def read_rows(data: DataConfig, seed: int) -> Iterator[Row]:
     """
     if data.task is not None:
         for number, problem in enumerate(problems(get_task(data.task), "train", seed)):
-            yield Row(f"{data.task}/{number}", problem.prompt, problem.solution, problem.task or data.task)
+            name, reference = f"{data.task}/{number}", problem.case or problem.solution
+            yield Row(name, problem.prompt, problem.solution, problem.task or data.task, reference=reference)
         return
     needed = [data.prompt_field, *([data.response_field] if data.response_field else [])]
     for name, record in read_records(data, needed, [data.domain_field, data.max_new_tokens_field]):
@@ -123,7 +127,8 @@ def _row(name: str, record: Mapping[str, Any], data: DataConfig) -> Row:
         if not _is_text(response):
             raise _wrong_type("data.response_field", name, data.response_field, response, "text or token ids")
         _check_text("data.response_field", name, data.response_field, response)
-    return Row(name, prompt, response, _domain(name, record, data), _limit(name, record, data))
+    reference = response if isinstance(response, str) else None
+    return Row(name, prompt, response, _domain(name, record, data), _limit(name, record, data), reference)
 
 
 def _prompt(name: str, record: Mapping[str, Any], data: DataConfig, expected: str) -> Text | Conversation:

@@ -17,11 +17,8 @@ from importlib import import_module
 from opdlm.common.config.base import AnswerKind
 from opdlm.common.config.reward import RewardConfig
 from opdlm.common.data.answers import answer_check
-from opdlm.common.data.reranking import RerankCase, read_answer, rerank_reward
+from opdlm.common.data.reranking import Reference, RerankCase, read_answer, rerank_reward
 from opdlm.common.errors import ConfigError
-
-Reference = str | RerankCase
-"""What a response is compared with: the right response, or a re-ranking case."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,7 @@ def model_size(folder: str | Path) -> ModelSize:
 def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) -> RoleMemory:
     """The memory of a rollout actor: see `actors/rollout/kv_cache.py`, and `_step` in `actors/rollout/decoder.py`."""
     rollout, size = config.rollout, DTYPE_BYTES[config.model.dtype]
-    slots = min(rollout.batch_size, -(-rollout.prompts_per_round // rollout.actors))
+    slots = min(rollout.batch_size, -(-rollout.samples_per_round // rollout.actors))
     longest = lengths.end if rollout.on_new_weights == "continue" else lengths.prompt
     tokens = max(min(slots * longest, PREFILL_TOKENS), longest)
     return RoleMemory(

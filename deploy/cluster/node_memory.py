@@ -89,7 +89,7 @@ def _processes(roles: Sequence[RoleMemory], counts: dict[str, int], nodes: int, 
 
 def _store(config: OpdlmConfig, student: ModelSize, teacher: ModelSize, lengths: Lengths, nodes: int) -> list[Term]:
     """Samples are held until a checkpoint covers them (`actors/queue/rules.py`), on the nodes of the teachers."""
-    prompts, response = config.rollout.prompts_per_round, lengths.row - lengths.end
+    prompts, response = config.rollout.samples_per_round, lengths.row - lengths.end
     under_way = config.queue.max_staleness + 1
     rounds = config.checkpoint.every_rounds + under_way
     each = PROMPT_BYTES * lengths.prompt + response * response_token_bytes(config, teacher.width, teacher.vocabulary)

@@ -44,7 +44,7 @@ class RoleDemand:
 
 
 def role_demands(config: OpdlmConfig) -> list[RoleDemand]:
-    """What each role of a run asks for. A replay has only a learner."""
+    """What each role of a run asks for. A replay has only a learner; `rl` has rewards in place of a teacher."""
     rollout, teacher, learner, spare = config.rollout, config.teacher, config.learner, config.evaluation.actors
     student = rollout.placement.resources(rollout.cpus_per_actor, rollout.gpus_per_actor)
     score = teacher.placement.resources(teacher.cpus_per_actor, teacher.gpus_per_actor)
@@ -52,9 +52,11 @@ def role_demands(config: OpdlmConfig) -> list[RoleDemand]:
     learners = RoleDemand("learner", learner.workers, train, learner.placement.group)
     if config.run.replay is not None:
         return [learners]
+    teachers = RoleDemand("teacher", teacher.actors, score, teacher.placement.group)
+    judges = RoleDemand("reward", config.reward.actors, {"CPU": config.reward.cpus_per_actor})
     return [
         RoleDemand("rollout", rollout.actors, student, rollout.placement.group),
-        RoleDemand("teacher", teacher.actors, score, teacher.placement.group),
+        judges if config.objective.kind == "rl" else teachers,
         learners,
         RoleDemand("evaluation", spare, student),
     ]

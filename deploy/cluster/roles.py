@@ -1,4 +1,4 @@
-"""The roles of a run: the replay queue and the pools of rollout, teacher and evaluation actors."""
+"""The roles of a run: the replay queue and the pools of rollout, teacher, reward and evaluation actors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from opdlm.actors.members import stop_actors
 from opdlm.actors.pool import ActorPool
 from opdlm.actors.queue.actor import start_queue
+from opdlm.actors.reward.actor import start_reward_actor
 from opdlm.actors.rollout.actor import start_rollout_actor
 from opdlm.actors.teacher.actor import start_teacher_actor
 from opdlm.common.config import OpdlmConfig
@@ -24,6 +25,8 @@ class Roles:
     """The handle of the replay queue's actor; another one after the queue died."""
     rollouts: ActorPool
     teachers: ActorPool
+    rewards: ActorPool | None = None
+    """Of `rl`, which has no teachers."""
     evaluators: ActorPool | None = None
     """Spare rollout actors for periodic evaluations (`evaluation.actors`)."""
     places: Mapping[str, Places] = field(default_factory=dict)
@@ -34,8 +37,9 @@ class Roles:
         return {"rollout_actors": self.rollouts.serving, "teacher_actors": self.teachers.serving}
 
     def pools(self) -> list[ActorPool]:
-        """The pools of the run: two, or three with spare actors for evaluations."""
-        return [pool for pool in (self.rollouts, self.teachers, self.evaluators) if pool is not None]
+        """The pools of the run."""
+        pools = self.rollouts, self.teachers, self.rewards, self.evaluators
+        return [pool for pool in pools if pool is not None and pool.actors]
 
     def stop(self) -> None:
         """Ends all actors and gives their placement groups back."""
@@ -58,7 +62,7 @@ def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int)
     rollout, teacher, resources = config.rollout, config.teacher, config.resources
     timeout, retries = resources.call_timeout_seconds, resources.actor_restarts
     places = reserve(config)
-    queue = start_queue(rollout.prompts_per_round, config.queue.max_staleness, total, first_round)
+    queue = start_queue(rollout.samples_per_round, config.queue.max_staleness, total, first_round)
     if config.run.replay is not None:
         return Roles(queue, ActorPool({}, timeout, retries), ActorPool({}, timeout, retries))
 
@@ -68,9 +72,14 @@ def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int)
             for i in range(count)
         }
 
+    has_rewards = config.objective.kind == "rl"
     teachers = {
         f"teacher-{i}": start_teacher(config, f"teacher-{i}", places["teacher"].options(i))
-        for i in range(teacher.actors)
+        for i in range(0 if has_rewards else teacher.actors)
+    }
+    asked = student, config.reward, config.objective.advantage, retries
+    judges = {
+        f"reward-{i}": start_reward_actor(f"reward-{i}", *asked) for i in range(config.reward.actors * has_rewards)
     }
     rollouts = start_students("rollout", "rollout", rollout.actors, rollout.on_new_weights)
     spare = start_students("evaluation", "eval", config.evaluation.actors, "finish")
@@ -78,6 +87,7 @@ def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int)
         queue,
         ActorPool(rollouts, timeout, retries),
         ActorPool(teachers, timeout, retries),
+        ActorPool(judges, timeout, retries) if has_rewards else None,
         ActorPool(spare, timeout, retries) if spare else None,
         places,
     )

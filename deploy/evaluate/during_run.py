@@ -99,7 +99,7 @@ class RunEvaluations:
         if handle.version == 0 and self._final is not None:
             rows = {row for row, _ in self._done}
             problems = len(self._final.prompt_ids)
-            if TEACHER not in rows:
+            if TEACHER not in rows and self._roles.teachers.actors:
                 self._stage(f"examining the teacher: {problems:,} problems")
                 progress = self._records.progress
                 arguments = self._roles.teachers, self._final, self._config.evaluation, progress, self._beside

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from opdlm.actors.progress import CallProgress
+from opdlm.actors.reward.actor import RewardStats
 from opdlm.actors.teacher.actor import ScoreStats
 from opdlm.common.errors import OpdlmError
 from opdlm.common.types import DecodeStats, StreamReport, WeightHandle
@@ -112,6 +113,10 @@ class RunRecords:
     def scored(self, stats: ScoreStats) -> None:
         """A teacher actor scored trajectories."""
         self._reports.scored.append(stats)
+
+    def judged(self, stats: RewardStats) -> None:
+        """A reward actor judged responses to one prompt."""
+        self._reports.judged.append(stats)
 
     def called(self, actor: str, method: str, seconds: float) -> None:
         """An actor of a pool answered a call."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from opdlm.actors.reward.actor import RewardStats
 from opdlm.actors.teacher.actor import ScoreStats
 from opdlm.common.types import DecodeStats
 
@@ -19,6 +23,7 @@ class RoundReports:
 
     decoded: list[DecodeStats] = field(default_factory=list)
     scored: list[ScoreStats] = field(default_factory=list)
+    judged: list[RewardStats] = field(default_factory=list)
     push_seconds: float = 0.0
     push_bytes: int = 0
     """What each rollout actor read in the push of the round's weights."""
@@ -79,6 +84,8 @@ class RoundReports:
                 "teacher_tokens_per_second": tokens / score_seconds,
                 "target_bytes_per_token": sum(s.nbytes for s in self.scored) / tokens,
             }
+        if self.judged:
+            figures |= _reward_figures(self.judged)
         for role, busy_seconds in (("rollout", decode_seconds), ("teacher", score_seconds)):
             if actors := state.get(f"{role}_actors"):
                 figures[f"{role}_idle_share"] = idle_share(busy_seconds, actors, seconds)
@@ -93,3 +100,17 @@ def idle_share(busy_seconds: float, actors: int, seconds: float) -> float:
     seconds can exceed the round; the share is 0 then.
     """
     return max(1 - busy_seconds / (actors * seconds), 0.0)
+
+
+def _reward_figures(judged: Sequence[RewardStats]) -> dict[str, float]:
+    """Of the responses: mean and spread of their rewards, groups that teach nothing, and invalid answers by kind."""
+    rewards = np.array([reward for stats in judged for reward in stats.rewards])
+    failures = Counter(failure for stats in judged for failure in stats.failures)
+    return {
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "reward_equal_groups_share": sum(stats.is_equal for stats in judged) / len(judged),
+        "reward_busy_seconds": sum(stats.seconds for stats in judged),
+        "invalid_share": failures.total() / len(rewards),
+        **{f"invalid_{kind}_share": count / len(rewards) for kind, count in failures.items()},
+    }

@@ -50,7 +50,7 @@ class Loops:
         self.finishing = False
         """Whether training ends early, as a finished run."""
         self._calls = Repetition(config, roles.queue, records)
-        self._references = SampleReferences(config.rollout.prompts_per_round)
+        self._references = SampleReferences(config.rollout.samples_per_round)
         self._put = Together(self._put_together)
 
     @property

@@ -71,7 +71,7 @@ class Plan:
             "prompts": f"{len(prompts.prompts):,} kept, {len(prompts.refused)} refused",
             **self._sources(),
             "first prompt": self._first_prompt(),
-            "samples": f"{schedule.total:,} in {schedule.rounds:,} rounds of {rollout.prompts_per_round}",
+            "samples": f"{schedule.total:,} in {schedule.rounds:,} rounds of {rollout.samples_per_round}",
             "optimizer steps": (
                 f"{schedule.steps_before(schedule.rounds):,} of {config.learner.batch_size} trajectories"
             ),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.common.config import OpdlmConfig
-from opdlm.common.data.prompts import PromptOrder, PromptSet, load_prompts
+from opdlm.common.data.prompts import Prompt, PromptOrder, PromptSet, load_prompts
+from opdlm.common.data.reranking import RerankCase
 from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import ConfigError
 from opdlm.common.form import StudentForm
@@ -22,6 +24,7 @@ from opdlm.common.model.families import A2D_PREFIX
 from opdlm.common.model.mask_token import check_mask_row, choose_mask
 from opdlm.common.model.shards import check_finite, read_shards
 from opdlm.common.model.tokenizer import check_tokenizers, load_tokenizer
+from opdlm.common.rewards import make_reward
 from opdlm.deploy.evaluate.best import check_best_figure
 from opdlm.deploy.evaluate.exam import load_known
 from opdlm.deploy.evaluate.known_answers import KnownAnswers
@@ -95,15 +98,16 @@ def preflight(config: OpdlmConfig) -> Preflight:
     kinds = questions.chosen(config.evaluation.limit).kinds if questions is not None else None
     check_best_figure(config.checkpoint.keep_best, evaluated_tasks(config), kinds)
     prompts = load_prompts(config.data, tokenizer, longest, config.run.seed, teacher.tokens, student.eos_ids)
-    per_round = config.rollout.prompts_per_round
-    per_epoch = prompts.samples_per_epoch
+    per_round, responses = config.rollout.samples_per_round, config.rollout.responses_per_prompt
+    per_epoch = prompts.samples_per_epoch * responses
+    check_references(config, prompts.prompts)
     total = config.data.epochs * per_epoch if config.run.rounds is None else config.run.rounds * per_round
     epochs = -(-total // per_epoch)
     learner = config.learner
     schedule = TrainingSchedule(total, per_round, learner.batch_size, config.run.seed, learner.passes)
     question = longest_question(config, evaluated_tasks(config), tokenizer, questions)
     check_cache(config, longest_rollout(config, prompts, schedule.rounds), question)
-    order = PromptOrder(prompts.prompts, config.run.seed, epochs, prompts.shares)
+    order = PromptOrder(prompts.prompts, config.run.seed, epochs, prompts.shares, responses)
     if config.run.replay is not None:
         check_replay(config, Path(config.run.replay), teacher, schedule, order.digest)
     notes = (*end_token_notes(teacher, student, tokenizer), *([refused] if refused else []))
@@ -123,6 +127,33 @@ def end_token_notes(teacher: ModelFacts, student: ModelFacts, tokenizer: PreTrai
             f"run takes the student's; to change them, set eos_token_id in {student.folder}/generation_config.json"
         )
     return notes
+
+
+def check_references(config: OpdlmConfig, prompts: Sequence[Prompt]) -> None:
+    """Checks that the reward can be asked: its function is there, and every prompt has what it compares with.
+
+    Raises:
+        ConfigError: it cannot; the first such prompt is named.
+    """
+    kind = config.reward.kind
+    if config.objective.kind != "rl":
+        return
+    if kind == "python":
+        make_reward(config.reward)
+        return
+    wanted: type = RerankCase if kind == "rerank" else str
+    for prompt in prompts:
+        if not isinstance(prompt.reference, wanted):
+            raise ConfigError(
+                f"reward.kind: found {kind!r}, but {prompt.prompt_id} has no "
+                + (
+                    "re-ranking case; use data.task `rerank`"
+                    if kind == "rerank"
+                    else "answer; name its column in data.response_field"
+                )
+            )
+    if kind == "math":
+        _require_package("math_verify", "reward.kind: found `math`", "opdlm-ray[eval]")
 
 
 def check_weights(config: OpdlmConfig) -> None:

@@ -4,13 +4,14 @@ objective       sample
 opd             decode (rollout pool) ─► score (teacher pool) ─► ScoredTrajectory
 off_policy_kd   given response ────────► score (teacher pool) ─► ScoredTrajectory
 cft             given response ────────► its own tokens are the targets
+rl              decode a group ────────► judge (reward pool) ──► ScoredTrajectory with its advantage
 run.replay      files of an earlier run (`replay.py`)
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +33,7 @@ from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.observe.records import RunRecords
 from opdlm.deploy.run.dealing import Dealer, Decoded
 from opdlm.deploy.run.given_responses import GivenResponses, generate_responses, response_recipe
+from opdlm.deploy.run.judging import Judging
 from opdlm.deploy.run.preflight import Preflight
 from opdlm.deploy.run.replay import ReplaySource
 from opdlm.deploy.run.scoring import Scoring
@@ -68,10 +70,13 @@ async def open_source(
     longest_prompt = max(len(prompt.ids) for prompt in checked.prompts.prompts)
     per_reference = samples_per_reference(config, read_config(config.model.teacher), longest_prompt)
     if config.run.replay is not None:
-        return ReplaySource(Path(config.run.replay), config.rollout.prompts_per_round, per_reference)
+        return ReplaySource(Path(config.run.replay), config.rollout.samples_per_round, per_reference)
     scoring = Scoring(roles.teachers, records, per_reference, config.teacher.batch_tokens)
     if config.objective.kind == "opd":
-        return OnPolicySource(config, roles.rollouts, scoring, checked.order)
+        return OnPolicySource(config, roles.rollouts, records, scoring.score, checked.order)
+    if roles.rewards is not None:
+        judging = Judging(roles.rewards, records, checked.order)
+        return OnPolicySource(config, roles.rollouts, records, judging.judge, checked.order)
     if responses is None:
         recipe = response_recipe(config, checked.order.digest)
         prompts = checked.order.used(checked.schedule.total)
@@ -83,20 +88,31 @@ async def open_source(
 
 
 class OnPolicySource:
-    """The student's own rollouts: decodes with the newest weights, then scores."""
+    """The student's own rollouts: decodes with the newest weights, then has a teacher or a reward make samples.
+
+    Args:
+        complete: makes a trajectory's sample.
+    """
 
     together = 1
 
-    def __init__(self, config: OpdlmConfig, rollouts: ActorPool, scoring: Scoring, order: PromptOrder) -> None:
-        self.config, self.scoring, self.order = config, scoring, order
+    def __init__(
+        self,
+        config: OpdlmConfig,
+        rollouts: ActorPool,
+        records: RunRecords,
+        complete: Callable[[Decoded], Awaitable[SampleRef]],
+        order: PromptOrder,
+    ) -> None:
+        self.config, self.complete, self.order = config, complete, order
         rollout = config.rollout
         # Requests that wait in an actor save a message, but then decide who decodes them before anybody is free. Where
         # a run must be repeated to the bit, each actor gets its share of a round in one message.
         ahead = (
-            rollout.prompts_per_round if config.run.deterministic else max(int(rollout.batch_size * _AHEAD_SHARE), 1)
+            rollout.samples_per_round if config.run.deterministic else max(int(rollout.batch_size * _AHEAD_SHARE), 1)
         )
-        settings = DecodeSettings.from_config(rollout)
-        self.dealer = Dealer(rollouts, scoring.records, settings, rollout.batch_size, ahead)
+        settings = DecodeSettings.from_config(rollout, config.objective.kind)
+        self.dealer = Dealer(rollouts, records, settings, rollout.batch_size, ahead)
 
     async def room(self) -> int:
         """See `SampleSource`."""
@@ -106,12 +122,12 @@ class OnPolicySource:
         """See `SampleSource`."""
         (index,) = indices
         decoded = await self.dealer.decode(rollout_request(self.config, self.order, index), weights)
-        return [await self.scoring.score(decoded)], [decoded.weight_version]
+        return [await self.complete(decoded)], [decoded.weight_version]
 
 
 def rollout_request(config: OpdlmConfig, order: PromptOrder, index: int) -> RolloutRequest:
     """The request for one sample: its prompt, the length limit and threshold of its round, and a seed of its own."""
-    prompt, round_ = order[index], index // config.rollout.prompts_per_round
+    prompt, round_ = order[index], index // config.rollout.samples_per_round
     return RolloutRequest(
         index=index,
         prompt_id=prompt.prompt_id,
@@ -147,7 +163,7 @@ class GivenSource:
 
     async def room(self) -> int:
         """See `SampleSource`. The queue's slots are the limit."""
-        return self.config.rollout.prompts_per_round
+        return self.config.rollout.samples_per_round
 
     async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], list[int]]:
         """See `SampleSource`. Given responses are never stale: they count as made with the given weights."""
@@ -162,7 +178,7 @@ class GivenSource:
         return sample_refs(groups, size, [t.lengths for t in trajectories]), [weights.version] * len(indices)
 
     def _trajectory(self, index: int, version: int) -> Trajectory:
-        prompt, round_ = self.order[index], index // self.config.rollout.prompts_per_round
+        prompt, round_ = self.order[index], index // self.config.rollout.samples_per_round
         limit = length_limit(self.config, round_, prompt.domain, prompt.max_new_tokens)
         response = self.responses[prompt.prompt_id]
         return given_trajectory(index, prompt.prompt_id, prompt.ids, response, limit, self.eos_ids, self.grid, version)

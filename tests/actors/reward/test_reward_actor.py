@@ -40,28 +40,49 @@ def answered(student: str, text: str, ends: bool = True, index: int = 0) -> Traj
     )
 
 
+def judge(actor: RewardActor, group: list[Trajectory], reference, others=()):
+    """Judges the responses of one list."""
+    return actor.judge([(0, place) for place in range(len(group))], reference, others, group)
+
+
 def test_a_group_gets_advantages_and_an_equal_one_none(student) -> None:
     actor = RewardActor(student, RewardConfig(), "group_mean")
-    groups = [[answered(student, text) for text in ("3", "4", "5", "3")], [answered(student, "9")] * 4]
-    judged, stats = actor.judge(groups, ["3", "3"])
-    assert [sample.targets.advantage for sample in judged[0]] == [0.5, -0.5, -0.5, 0.5]
-    assert [sample.targets.advantage for sample in judged[1]] == [None] * 4
-    assert (stats.groups, stats.equal_groups) == (2, 1)
-    assert stats.rewards == (1, 0, 0, 1, 0, 0, 0, 0)
+    judged, stats = judge(actor, [answered(student, text) for text in ("3", "4", "5", "3")], "3")
+    assert [sample.targets.advantage for sample in judged] == [0.5, -0.5, -0.5, 0.5]
+    assert stats.rewards == (1, 0, 0, 1)
+    assert not stats.is_equal
+    judged, stats = judge(actor, [answered(student, "9")] * 4, "3")
+    assert [sample.targets.advantage for sample in judged] == [None] * 4
+    assert stats.is_equal
+
+
+def test_a_response_that_comes_again_is_judged_among_the_others(student) -> None:
+    actor = RewardActor(student, RewardConfig(), "group_mean")
+    judged, stats = judge(actor, [answered(student, "3")], "3", others=[0.0, 0.0, 1.0])
+    assert [sample.targets.advantage for sample in judged] == [0.5]
+    assert stats.rewards == (1,)
+
+
+def test_responses_come_from_several_lists(student) -> None:
+    actor = RewardActor(student, RewardConfig(), "group_mean")
+    first, second = [answered(student, "3", index=i) for i in range(3)], [answered(student, "4", index=7)]
+    judged, stats = actor.judge([(1, 0), (0, 2)], "3", [], first, second)
+    assert [sample.trajectory.index for sample in judged] == [7, 2]
+    assert stats.rewards == (0, 1)
 
 
 def test_a_response_that_does_not_end_is_not_exact(student) -> None:
     actor = RewardActor(student, RewardConfig(), "group_mean")
-    _, stats = actor.judge([[answered(student, "3"), answered(student, "3", ends=False)]], ["3"])
+    _, stats = judge(actor, [answered(student, "3"), answered(student, "3", ends=False)], "3")
     assert stats.rewards == (1, 0)
 
 
 def test_failures_of_cases_are_counted(student) -> None:
     actor = RewardActor(student, RewardConfig(kind="rerank"), "group_std")
     case = RerankCase(("1", "2"), "2")
-    _, stats = actor.judge([[answered(student, "2"), answered(student, "3", ends=False)]], [case])
+    _, stats = judge(actor, [answered(student, "2"), answered(student, "3", ends=False)], case)
     assert stats.rewards == (-1, -1)
-    assert stats.failures == {"unparsable": 1, "too_long": 1}
+    assert stats.failures == ("unparsable", "too_long")
 
 
 @pytest.fixture
@@ -84,7 +105,7 @@ def module(tmp_path, monkeypatch):
 
 
 def test_a_function_of_the_users_own(student, module) -> None:
-    _, stats = module(student, "length").judge([[answered(student, "333"), answered(student, "3")]], [None])
+    _, stats = judge(module(student, "length"), [answered(student, "333"), answered(student, "3")], None)
     assert stats.rewards == (-3, -1)
 
 
@@ -99,7 +120,7 @@ def test_a_function_of_the_users_own(student, module) -> None:
 def test_what_goes_wrong_names_the_sample(student, module, name, message) -> None:
     actor = module(student, name, limit=0.2 if name == "slow" else 10)
     with pytest.raises(OpdlmError, match=r"reward: sample 5 \(prompts.jsonl:7\): " + message):
-        actor.judge([[answered(student, "3", index=5)]], [None])
+        judge(actor, [answered(student, "3", index=5)], None)
 
 
 @pytest.mark.parametrize(

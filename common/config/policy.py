@@ -1,0 +1,33 @@
+"""What the settings of a policy gradient must agree on (METHOD.md section 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from opdlm.common.config.schema import OpdlmConfig
+
+
+def check_policy_gradient(config: OpdlmConfig) -> Iterator[str]:
+    """Yields a line for each setting that `objective.kind: rl` cannot have."""
+    rollout, reward = config.rollout, config.reward
+    if rollout.responses_per_prompt < 2:
+        yield "rollout.responses_per_prompt: found 1 with objective.kind `rl`, which compares responses; give 8, say"
+    if rollout.temperature == 0:
+        yield "rollout.temperature: found 0 with objective.kind `rl`, whose responses must differ; give 1"
+    for field, default in (("top_k", 0), ("top_p", 1)):
+        if getattr(rollout, field) != default:
+            yield (
+                f"rollout.{field}: found {getattr(rollout, field):g} with objective.kind `rl`, whose tokens are drawn "
+                f"from the whole distribution; leave it at {default}"
+            )
+    if (reward.kind == "python") != (reward.function is not None):
+        found = "no reward.function" if reward.function is None else f"reward.function {reward.function}"
+        yield f"reward.kind: found {reward.kind!r} with {found}; `python` needs one, and no other kind takes one"
+    for setting, is_given in (
+        ("run.dump_rollouts", config.run.dump_rollouts),
+        ("run.replay", config.run.replay is not None),
+        ("evaluation.data", config.evaluation.data is not None),
+        ("objective.kl_beta", config.objective.kl_beta > 0),
+    ):
+        if is_given:
+            yield f"{setting}: found with objective.kind `rl`, which does not have it yet; leave it out"

@@ -1,0 +1,80 @@
+"""Has the reward pool judge groups of responses, each as soon as all responses to its prompt are there.
+
+    judge(response) ──► its group waits ──the last one is there──► rewards, advantages ──► samples
+
+The rewards of a group are kept. A response that is decoded again, because its sample was lost, gets its advantage among
+the rewards of the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from opdlm.actors.pool import ActorPool
+from opdlm.common.data.prompts import PromptOrder
+from opdlm.common.samples import SampleRef
+from opdlm.deploy.observe.progress import SCORED
+from opdlm.deploy.observe.records import RunRecords
+from opdlm.deploy.run.dealing import Decoded
+
+
+@dataclass(slots=True)
+class _Group:
+    """The responses to one prompt."""
+
+    rewards: dict[int, float] = field(default_factory=dict)
+    """By index of the sample, what was judged before."""
+    waiting: dict[int, tuple[Decoded, asyncio.Future[SampleRef]]] = field(default_factory=dict)
+    """By index, decoded and not judged yet."""
+
+
+class Judging:
+    """Collects groups and has them judged. Responses and samples do not pass through this process.
+
+    Args:
+        order: which prompt each sample has.
+    """
+
+    def __init__(self, rewards: ActorPool, records: RunRecords, order: PromptOrder) -> None:
+        self._rewards, self._records, self._order = rewards, records, order
+        self._groups: dict[int, _Group] = {}
+        """By number of the prompt in the order."""
+
+    async def judge(self, response: Decoded) -> SampleRef:
+        """Waits until the response's group is judged; returns its sample.
+
+        Raises:
+            OpdlmError: the reward failed, or no reward actor is left.
+        """
+        size = self._order.responses_per_prompt
+        group = self._groups.setdefault(response.index // size, _Group())
+        done: asyncio.Future[SampleRef] = asyncio.get_running_loop().create_future()
+        group.waiting[response.index] = response, done
+        if len(group.rewards | group.waiting) == size:
+            await self._judge(group)
+        return await done
+
+    async def _judge(self, group: _Group) -> None:
+        """Judges what waits of a group, beside what was judged before."""
+        waiting, group.waiting = group.waiting, {}
+        indices, lists = list(waiting), list(dict.fromkeys(response.group for response, _ in waiting.values()))
+        places = [(lists.index(response.group), response.place) for response, _ in waiting.values()]
+        others = [reward for index, reward in group.rewards.items() if index not in waiting]
+        prompt = self._order[indices[0]]
+        try:
+            with self._records.progress.call(SCORED, indices) as call:
+                (samples,), stats = await self._rewards.call(
+                    "judge", places, prompt.reference, others, *lists, outputs=1
+                )
+                call.tokens = sum(response.lengths[1] for response, _ in waiting.values())
+        except Exception as error:
+            for _, done in waiting.values():
+                if not done.done():
+                    done.set_exception(error)
+            return
+        group.rewards |= dict(zip(indices, stats.rewards, strict=True))
+        self._records.judged(stats)
+        for place, (response, done) in enumerate(waiting.values()):
+            if not done.done():
+                done.set_result(SampleRef(samples, place, *response.lengths))
