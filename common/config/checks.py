@@ -9,6 +9,7 @@ import ipaddress
 from collections.abc import Iterator
 
 from opdlm.common.config.data import check_sources, has_responses
+from opdlm.common.config.policy import check_policy_gradient
 from opdlm.common.config.schema import OpdlmConfig, Schedule
 from opdlm.common.config.values import no_texts, secrets
 from opdlm.common.errors import ConfigError
