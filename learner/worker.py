@@ -116,9 +116,7 @@ class Learner:
             config.run.seed,
             setup.tokens,
             facts.form,
-            Draws(
-                config.rollout.temperature, tuple(facts.tokens.without(require_mask(facts)).others(facts.vocab_size))
-            ),
+            Draws(config.rollout.temperature, tuple(candidates.others(facts.vocab_size))),
         )
         self.train = RoundTrainer(
             config, setup.data_digest, self.schedule, self.progress, step, self.queue, self.saver, self._tell

@@ -94,7 +94,7 @@ class RoleMemory:
         return sum(term.nbytes for term in terms if term.first_rank_only == first_rank)
 
 
-PROCESS_MIB = {"rollout": 600, "teacher": 600, "learner": 700}
+PROCESS_MIB = {"rollout": 600, "teacher": 600, "reward": 600, "learner": 700}
 """Host memory that Python, torch, Ray and the libraries of a role take in each of its processes, whatever the model:
 resident memory, rounded up. Measured with a model of a few thousand parameters on CPUs: 489, 484 and 635 MiB
 (tests/benchmarks/process_memory.py)."""
@@ -216,6 +216,11 @@ def teacher_memory(config: OpdlmConfig, teacher: ModelSize, lengths: Lengths) ->
         what = f"{response:,} positions x {teacher.vocabulary:,} x 4 B x 2"
         terms.append(Term("logits of a response", what, response * teacher.vocabulary * 8))
     return RoleMemory("teacher", settings.gpus_per_actor, terms)
+
+
+def reward_memory() -> RoleMemory:
+    """The memory of a reward actor. What a function of the user's own takes is not known."""
+    return RoleMemory("reward", 0, process_terms("reward", 0, 0))
 
 
 def weights_term(parameters: int, dtype: str, parts: int = 1, split_over: str = "") -> Term:

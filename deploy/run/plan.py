@@ -23,7 +23,15 @@ from opdlm.common.model.end_tokens import token_names
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.deploy.cluster.learner_memory import adapter_parameters, learner_memory
 from opdlm.deploy.cluster.machines import Machines, joined_machines, planned_machines
-from opdlm.deploy.cluster.memory import Lengths, RoleMemory, model_size, rollout_memory, teacher_memory, to_plain
+from opdlm.deploy.cluster.memory import (
+    Lengths,
+    RoleMemory,
+    model_size,
+    reward_memory,
+    rollout_memory,
+    teacher_memory,
+    to_plain,
+)
 from opdlm.deploy.cluster.node_memory import NodeMemory, misfits, node_memory, shares
 from opdlm.deploy.cluster.placement import Demands, demands, placement_lines, plural
 from opdlm.deploy.evaluate.commands import check_output
@@ -148,7 +156,9 @@ def plan_of(checked: Preflight, machines: Machines | None) -> Plan:
     adapters = adapter_parameters(start, config.model.lora) if config.model.lora else None
     memory = [learner_memory(config, student, teacher, adapters, lengths)]
     if config.run.replay is None:
-        memory = [rollout_memory(config, student, lengths), teacher_memory(config, teacher, lengths), *memory]
+        is_rl = config.objective.kind == "rl"
+        second = reward_memory() if is_rl else teacher_memory(config, teacher, lengths)
+        memory = [rollout_memory(config, student, lengths), second, *memory]
     asked = demands(config)
     return Plan(
         checked, asked, memory, node_memory(config, memory, asked, student, teacher, lengths, machines), machines
