@@ -63,6 +63,8 @@ class Trajectory:
     """Student forwards that revealed tokens of this sequence."""
     token_versions: np.ndarray | None = None
     """`[R'] int32`, the weight version that revealed each kept token. None: `weight_version` revealed all of them."""
+    loss_weight: np.ndarray | None = None
+    """`[R'] float32`, how much the loss at each kept token counts. None: all count the same."""
     reveal_logprob: np.ndarray | None = None
     """`[R'] float32`, log-probability of each kept token in the distribution it was drawn from. None: not asked for."""
 

@@ -3,7 +3,7 @@
     RUN/rollouts/round-000012.safetensors
         INDEX.prompt_ids, INDEX.response_ids, INDEX.reveal_step     each sample's arrays, as in `Trajectory`
         INDEX.token_versions        only for a sample that several weight versions decoded
-        INDEX.reveal_logprob        only if the decoder was asked for it
+        INDEX.reveal_logprob, INDEX.loss_weight     only where the objective needs them
         INDEX.hidden | INDEX.logits | INDEX.token_ids, INDEX.logprobs    its targets
         metadata `rollouts`, JSON: `facts` (see `RolloutFacts`), `samples` (the fields that are not arrays)
 
@@ -44,7 +44,7 @@ _TARGETS: dict[str, type[HiddenTargets] | type[LogitsTargets] | type[TopKTargets
 }
 """Types of the targets by `RolloutFacts.targets`."""
 _TRAJECTORY_ARRAYS = ("prompt_ids", "response_ids", "reveal_step")
-_OPTIONAL = ("token_versions", "reveal_logprob")
+_OPTIONAL = ("token_versions", "reveal_logprob", "loss_weight")
 """Arrays of a trajectory that not every one has."""
 
 

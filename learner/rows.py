@@ -33,7 +33,7 @@ class Row:
     blocks: np.ndarray  # [T] int64
     loss_columns: np.ndarray  # [n] int64, where the tokens of the loss are predicted, as indices into the row
     loss_positions: np.ndarray  # [n] int64, these tokens as indices into the response, and so into the targets
-    loss_weights: np.ndarray | None = None  # [n] float32, how much each counts; None: 1
+    loss_weights: np.ndarray  # [n] float32, how much each counts in a mean over positions
 
 
 def build_rows(
@@ -83,8 +83,12 @@ def build_row(
         blocks=blocks,
         loss_columns=loss_columns,
         loss_positions=loss_positions,
-        loss_weights=None if chosen.weight is None else chosen.weight[loss_positions],
+        loss_weights=_weights(trajectory.loss_weight if chosen.weight is None else chosen.weight, loss_positions),
     )
+
+
+def _weights(weight: np.ndarray | None, positions: np.ndarray) -> np.ndarray:
+    return np.ones(len(positions), dtype=np.float32) if weight is None else weight[positions]
 
 
 def _in_loss(trajectory: Trajectory, exclude_eos: bool) -> np.ndarray:

@@ -16,7 +16,8 @@ calls a `TrainStep` with its share of each batch:
         zero.py                 gradients summed over ranks and clipped, AdamW's step
 
 Every loss position has the weight that it has in the *global* batch: `1 / (positions of its row x rows)` for
-`reduction: row`, `1 / positions` for `reduction: token`. So the gradient is a plain sum over ranks and micro-batches,
+`reduction: row`, `1 / positions` for `reduction: token` (times its own weight, and divided by the sum of these, where
+positions have weights). So the gradient is a plain sum over ranks and micro-batches,
 and it does not matter how the batch was divided (METHOD.md section 5).
 """
 
@@ -117,12 +118,11 @@ class TrainStep:
         """
         started = time.perf_counter()
         rows = [row for scored in share for row in self._rows(scored, pass_number)]
-        useful = [row for row in rows if len(row.loss_positions)]
+        useful = [row for row in rows if row.loss_weights.any()]
         batches = micro_batches(useful, self.learner.micro_batch_tokens)
         counts = [len(useful), len(rows) - len(useful), sum(len(row.loss_positions) for row in useful)]
-        total_rows, without_loss, positions, total_tokens = map(
-            int, self._sum([*counts, self._loss_tokens(share, useful)])
-        )
+        *totals, total_tokens = self._sum([*counts, self._loss_tokens(share, useful)]).tolist()
+        total_rows, without_loss, positions = (int(total) for total in totals)
         forwards = int(self._reduce([len(batches)], dist.ReduceOp.MAX)[0])
         if not total_rows:
             return StepResult(
@@ -163,13 +163,13 @@ class TrainStep:
             skipped=bool(self.engine.optimizer.overflow),
         )
 
-    def _loss_tokens(self, share: Sequence[ScoredTrajectory], rows: Sequence[Row]) -> int:
-        """The tokens that a mean over tokens counts: the loss positions, or all tokens of the responses for `rl`.
+    def _loss_tokens(self, share: Sequence[ScoredTrajectory], rows: Sequence[Row]) -> float:
+        """What a mean over tokens divides by: the weights of the loss positions, or all responses' tokens for `rl`.
 
         A response whose group is left out has none.
         """
         if self.objective.kind != "rl":
-            return sum(len(row.loss_positions) for row in rows)
+            return float(sum(row.loss_weights.sum() for row in rows))
         return sum(scored.trajectory.response_length for scored in share if not is_left_out(scored))
 
     def _rows(self, scored: ScoredTrajectory, pass_number: int) -> list[Row]:
@@ -179,15 +179,13 @@ class TrainStep:
         rng = np.random.default_rng([self.seed, scored.trajectory.index] + [pass_number] * (pass_number > 0))
         return build_rows(scored, self.grid, self.objective, self.mask_id, rng, self.form)
 
-    def _weights(self, batch: MicroBatch, total_rows: int, total_tokens: int) -> torch.Tensor:
+    def _weights(self, batch: MicroBatch, total_rows: int, total_tokens: float) -> torch.Tensor:
         """The weight of each loss position in the global batch, `[N]` float32."""
+        each = torch.from_numpy(np.concatenate([row.loss_weights for row in batch.rows]))
         if self.objective.kind == "rl" or self.objective.reduction == "token":
-            parts = [
-                np.full(len(r.loss_positions), 1.0) if r.loss_weights is None else r.loss_weights for r in batch.rows
-            ]
-            return torch.from_numpy(np.concatenate(parts).astype(np.float32)) / total_tokens
-        counts = torch.tensor([len(row.loss_positions) for row in batch.rows])
-        return 1.0 / (counts[batch.loss_row] * total_rows)
+            return each / total_tokens
+        sums = torch.tensor([float(row.loss_weights.sum()) for row in batch.rows])
+        return each / (sums[batch.loss_row] * total_rows)
 
     def _backward(self, batch: MicroBatch, weights: torch.Tensor) -> tuple[float, dict[str, float]]:
         """Runs a micro-batch forward and backward; returns its parts of the batch's loss and of `StepResult.policy`."""

@@ -47,7 +47,7 @@ def policy_loss(model, trajectories, advantages, grid, form, temperature, object
     rows = [row for sample in samples for row in build_rows(sample, grid, objective, MASK, rng, form)]
     rows = [row for row in rows if len(row.loss_positions)]
     positions = gather_policy(rows, Draws(temperature, (MASK,)))
-    weights = [np.ones(len(r.loss_positions)) if r.loss_weights is None else r.loss_weights for r in rows]
+    weights = [row.loss_weights for row in rows]
     tokens = sum(t.response_length for t in trajectories)
     module = DistillModule(model, objective, logits_chunk=5, form=form)
     loss, _ = module(pack(rows), positions, torch.from_numpy(np.concatenate(weights)).float() / tokens)

@@ -115,6 +115,11 @@ def _objective(config: OpdlmConfig) -> Iterator[str]:
     if objective.kind == "rl":
         yield from check_policy_gradient(config)
     if objective.kind in ("opd", "rl"):
+        if objective.weights is not None:
+            yield (
+                f"objective.weights: found with objective.kind {objective.kind!r}; only given responses (`cft`, "
+                "`off_policy_kd`) have weights, so leave it out"
+            )
         return
     if objective.resolved_selection != "random_mask":
         yield (

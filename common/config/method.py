@@ -56,6 +56,9 @@ class ObjectiveConfig(Section):
     tail: Literal["drop", "bucket"] = "drop"
     """With `top_k` above 0, what becomes of the probability outside the top K. `drop`: it is left out, as in the public
     release. `bucket`: it counts as one more outcome, so that the loss is a true divergence, never negative."""
+    weights: ResponseWeights | None = None
+    """With `cft` and `off_policy_kd`, weights of the reasoning and of the answer in each response. A mean over loss
+    positions is then `sum(weight x loss) / sum(weight)`. Empty: every token counts the same."""
     teacher_temperature: Annotated[Number, Field(ge=0.01, le=100)] = 1.0
     """The student learns the teacher's distribution at this temperature, by which its logits are divided. 1 is the
     teacher's own distribution (the method). A lower value keeps the teacher's likeliest tokens and makes the student
@@ -95,6 +98,18 @@ class ObjectiveConfig(Section):
         has_all_mass = self.top_k == 0 or self.tail == "bucket"
         is_own = self.kind not in ("cft", "rl") and self.teacher_temperature == 1
         return is_own and self.divergence == "kl" and self.reverse_weight == 0 and has_all_mass
+
+
+class ResponseWeights(Section):
+    """How much the two parts of a given response count: its reasoning and its answer (METHOD.md section 10)."""
+
+    mark: Annotated[str, Field(min_length=1)]
+    """Text of the token that ends the reasoning, such as `#` or `</think>`: one token of the tokenizer, the last one in
+    a response. It counts as reasoning; a response without it is all answer."""
+    reasoning: Annotated[Number, Field(ge=0)] = 1.0
+    """Weight of a token of the reasoning."""
+    answer: Annotated[Number, Field(gt=0)] = 1.0
+    """Weight of a token of the answer."""
 
 
 class OfflineConfig(Section):

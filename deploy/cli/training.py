@@ -123,6 +123,10 @@ def pretrain(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 64,
     lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights and data.")] = 0,
+    answer_weight: Annotated[
+        float,
+        typer.Option(min=0, help="With rerank, how much a token of the answer counts beside one of the reasoning."),
+    ] = 1.0,
 ) -> None:
     """Train a small autoregressive teacher from scratch: a Qwen3, plain next-token cross-entropy.
 
@@ -135,5 +139,5 @@ def pretrain(
     with clear_errors():
         from opdlm.deploy.tools.pretrain import PretrainSettings, run_pretrain
 
-        settings = PretrainSettings(hidden_size, layers, heads, context, steps, batch_size, lr, seed)
+        settings = PretrainSettings(hidden_size, layers, heads, context, steps, batch_size, lr, seed, answer_weight)
         run_pretrain(destination, task, text, settings, out)

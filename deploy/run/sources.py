@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from opdlm.common.batches import in_groups
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.curriculum import dynamic_threshold, length_limit
 from opdlm.common.data.prompts import PromptOrder
+from opdlm.common.errors import ConfigError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.config import read_config
 from opdlm.common.samples import SampleRef, sample_refs, samples_per_reference
@@ -84,7 +86,25 @@ async def open_source(
     cut = responses.cut_at_inner_end(student.eos_ids)
     records.given(len(responses.by_prompt), responses.forward_tokens, responses.cached, cut)
     vocab_size = checked.teacher.tokens.end
-    return GivenSource(config, scoring, checked.order, responses.by_prompt, vocab_size, student.eos_ids)
+    given = responses.by_prompt, vocab_size, student.eos_ids
+    return GivenSource(config, scoring, checked.order, *given, mark_of_reasoning(checked))
+
+
+def mark_of_reasoning(checked: Preflight) -> int | None:
+    """The token of `objective.weights.mark`; None without weights.
+
+    Raises:
+        ConfigError: the text is not one token.
+    """
+    weights = checked.config.objective.weights
+    if weights is None:
+        return None
+    ids = checked.tokenizer(weights.mark, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ConfigError(
+            f"objective.weights.mark: found {weights.mark!r}, which is {len(ids)} tokens of the tokenizer; expected one"
+        )
+    return int(ids[0])
 
 
 class OnPolicySource:
@@ -145,6 +165,7 @@ class GivenSource:
         responses: `[R] int32` by prompt id; a response longer than the round's limit is cut at the limit.
         vocab_size: the teacher's rows up to its last token.
         eos_ids: tokens that end a response.
+        mark_id: the token that ends the reasoning, where the objective weighs reasoning and answer.
     """
 
     def __init__(
@@ -155,8 +176,9 @@ class GivenSource:
         responses: dict[str, np.ndarray],
         vocab_size: int,
         eos_ids: Sequence[int],
+        mark_id: int | None = None,
     ) -> None:
-        self.config, self.scoring, self.order = config, scoring, order
+        self.config, self.scoring, self.order, self.mark_id = config, scoring, order, mark_id
         self.responses, self.vocab_size, self.eos_ids = responses, vocab_size, tuple(eos_ids)
         self.grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
         self.together = scoring.per_reference
@@ -181,7 +203,18 @@ class GivenSource:
         prompt, round_ = self.order[index], index // self.config.rollout.samples_per_round
         limit = length_limit(self.config, round_, prompt.domain, prompt.max_new_tokens)
         response = self.responses[prompt.prompt_id]
-        return given_trajectory(index, prompt.prompt_id, prompt.ids, response, limit, self.eos_ids, self.grid, version)
+        names = index, prompt.prompt_id
+        trajectory = given_trajectory(*names, prompt.ids, response, limit, self.eos_ids, self.grid, version)
+        return replace(trajectory, loss_weight=self._loss_weight(trajectory.response_ids))
+
+    def _loss_weight(self, tokens: np.ndarray) -> np.ndarray | None:
+        """`[R'] float32`, by the parts of a response; None where the objective weighs nothing."""
+        weights = self.config.objective.weights
+        if weights is None:
+            return None
+        marks = np.flatnonzero(tokens == self.mark_id)
+        is_reasoning = np.arange(len(tokens)) <= (marks[-1] if marks.size else -1)
+        return np.where(is_reasoning, weights.reasoning, weights.answer).astype(np.float32)
 
     def _one_hot(self, trajectory: Trajectory) -> TopKTargets:
         # Cross-entropy on a token is the forward KL to the distribution that gives it probability 1: top-1 at log 1.

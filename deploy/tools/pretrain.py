@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opdlm.actors.teacher.generation import generate
+from opdlm.common.data.reranking import ANSWER_MARK
 from opdlm.common.data.tasks import Task, get_task, problems
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import check_new_folder, read_text
@@ -28,8 +30,8 @@ _HELD_OUT_PROBLEMS = 500
 _IGNORED = -100
 """The label of positions without loss."""
 
-Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
-"""Endless (ids, labels), each `[B, T]` int64."""
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""Endless (ids, labels, weights), each `[B, T]`: int64, int64, float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class PretrainSettings:
     lr: float = 3e-3
     """Peak learning rate: 5 % of the steps are warm-up, then it falls as a cosine to a tenth."""
     seed: int = 0
+    answer_weight: float = 1.0
+    """How much a token behind the reasoning's end (`#` in `rerank`) counts, where another one counts 1."""
 
 
 def run_pretrain(
@@ -150,11 +154,13 @@ def pretrain(
         scale = min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / settings.steps))
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * scale
-        ids, labels = next(batches)
+        ids, labels, weights = next(batches)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=_IGNORED
+        each = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=_IGNORED, reduction="none"
         )
+        counted = weights[:, 1:].flatten()
+        loss = (each * counted).sum() / counted.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -165,17 +171,22 @@ def pretrain(
 
 def task_batches(task: Task, tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings) -> Batches:
     """Training problems of a task; the loss is on the solution and its end-of-sequence token."""
+    mark = tokenizer.convert_tokens_to_ids(ANSWER_MARK) if ANSWER_MARK in task.alphabet else None
     training = problems(task, "train", settings.seed)
     while True:
         chosen = [next(training) for _ in range(settings.batch_size)]
         prompts = tokenizer([problem.prompt for problem in chosen])["input_ids"]  # in one call: it costs 3 times less
         solutions = tokenizer([problem.solution for problem in chosen])["input_ids"]
-        rows, labels = [], []
+        rows, labels, weights = [], [], []
         for prompt, solution in zip(prompts, solutions, strict=True):
             rows.append([*prompt, *solution, tokenizer.eos_token_id])
             labels.append([*([_IGNORED] * len(prompt)), *solution, tokenizer.eos_token_id])
+            reasoning = solution.index(mark) + 1 if mark is not None else len(solution) + 1
+            answer = [settings.answer_weight] * (len(solution) + 1 - reasoning)
+            weights.append([*([0.0] * len(prompt)), *([1.0] * reasoning), *answer])
         longest = max(len(row) for row in rows)
-        yield _padded(rows, longest, tokenizer.pad_token_id), _padded(labels, longest, _IGNORED)
+        ids = _padded(rows, longest, tokenizer.pad_token_id), _padded(labels, longest, _IGNORED)
+        yield *ids, _padded(weights, longest, 0.0)
 
 
 def _read(file: Path) -> str:
@@ -201,8 +212,8 @@ def text_batches(text: str, name: str, tokenizer: PreTrainedTokenizerFast, setti
     while True:
         starts = rng.integers(0, len(ids) - length, size=settings.batch_size)
         windows = torch.from_numpy(np.stack([ids[s : s + length] for s in starts]))
-        yield windows, windows
+        yield windows, windows, torch.ones(windows.shape)
 
 
-def _padded(rows: list[list[int]], length: int, fill: int) -> torch.Tensor:
+def _padded(rows: list[list[Any]], length: int, fill: float) -> torch.Tensor:
     return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
