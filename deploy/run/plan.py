@@ -150,9 +150,9 @@ def plan_of(checked: Preflight, machines: Machines | None) -> Plan:
     if config.run.replay is None:
         memory = [rollout_memory(config, student, lengths), teacher_memory(config, teacher, lengths), *memory]
     asked = demands(config)
-    return Plan(
-        checked, asked, memory, node_memory(config, memory, asked, student, teacher, lengths, machines), machines
-    )
+    rounds = checked.schedule.rounds
+    node = node_memory(config, memory, asked, student, teacher, lengths, rounds, machines)
+    return Plan(checked, asked, memory, node, machines)
 
 
 def longest_sequences(checked: Preflight) -> Lengths:
