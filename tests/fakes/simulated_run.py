@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,10 +152,13 @@ class SimulatedRun:
         fault: Fault = lambda name: None,
         jitter: Jitter = lambda: 1.0,
         deaths: Iterable[str] = (),
+        rollouts: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
-        """`deaths`: for each round that the learner begins, after what it dies: `taken`, `trained` or `published`.
+        """Arguments, besides what happens when:
 
-        With any other word it does not die.
+        rollouts: makes the rollout actors by name, instead of the usual ones.
+        deaths: for each round that the learner begins, after what it dies: `taken`, `trained` or `published`. With any
+            other word it does not die.
         """
         self.shape, self.stages, self.fault, self.jitter = shape, stages, fault, jitter
         self.deaths = iter(deaths)
@@ -183,9 +186,10 @@ class SimulatedRun:
             }
         )
         forever = 1e9
-        rollouts = {f"rollout-{i}": SimulatedRollout(self, f"rollout-{i}") for i in range(shape.rollouts)}
+        usual = {f"rollout-{i}": SimulatedRollout(self, f"rollout-{i}") for i in range(shape.rollouts)}
+        actors = usual if rollouts is None else rollouts()
         teachers = {f"teacher-{i}": SimulatedTeacher(self, f"teacher-{i}") for i in range(shape.teachers)}
-        self.rollouts = ActorPool({name: Remote(a, loop) for name, a in rollouts.items()}, forever, 0)
+        self.rollouts = ActorPool({name: Remote(a, loop) for name, a in actors.items()}, forever, 0)
         self.teachers = ActorPool({name: Remote(a, loop) for name, a in teachers.items()}, forever, 0)
         order = PromptOrder([Prompt(str(i), np.array([1])) for i in range(n * shape.rounds)], 0, 1)
         view = type("View", (), {"show": lambda self, record: None})()
