@@ -40,6 +40,12 @@ def length_limit(config: OpdlmConfig, round_: int, domain: str | None = None, pr
     return min(limits)
 
 
+def longest_limit(config: OpdlmConfig, rounds: int, domain: str | None, prompt_limit: int | None) -> int:
+    """Returns the longest response in tokens that a prompt may have in any of the run's rounds; see `length_limit`."""
+    # A schedule moves one way, so the longest response is in the first round or in the last.
+    return max(length_limit(config, round_, domain, prompt_limit) for round_ in (0, rounds - 1))
+
+
 def unused_domain_limits(config: OpdlmConfig, domains: Set[str | None]) -> str | None:
     """One line about names in `curriculum.max_new_tokens_per_domain` that no row has; None: every name is used.
 

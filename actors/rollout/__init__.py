@@ -5,11 +5,13 @@
     denoise.py      one denoising step of all slots
     settings.py     DecodeSettings: what a decoder is set to
     slots.py        the decoder's state, one row per sequence
+    sequences.py    a sequence before and after it has a slot
     sampling.py     candidates of masked positions
     remasking.py    strategies: which positions a step reveals
     forward.py      the forward of a denoising step; cuda_graphs.py records it
     attention.py    who attends to what in that forward
-    kv_cache.py     keys and values of finished blocks
+    kv_cache.py     keys and values of finished blocks, in positions that all slots share
+    places.py       where in them each sequence lies
     observation.py  StepObservation: what an observer sees of a step
 
 A public name is imported with its module when it is first used, so importing this package loads neither torch nor Ray.

@@ -48,10 +48,11 @@ class RolloutActor(Student):
         threads: int,
         on_new_weights: OnNewWeights = "finish",
         cuda_graphs: bool = False,
+        cache_tokens: int | None = None,
         gpus: float = 0,
         gpu_setting: str = "rollout.gpus_per_actor",
     ) -> None:
-        super().__init__(student, dtype, threads, cuda_graphs, device_for(gpus, gpu_setting))
+        super().__init__(student, dtype, threads, cuda_graphs, cache_tokens, device_for(gpus, gpu_setting))
         self._continues = on_new_weights == "continue"
         self._stream: SequenceStream | None = None
         self._engine = EngineThread(self._changed, self._has_step, self._step, self._must_finish)
@@ -260,6 +261,7 @@ def start_rollout_actor(
     restarts: int,
     on_new_weights: OnNewWeights = "finish",
     cuda_graphs: bool = False,
+    cache_tokens: int | None = None,
     gpu_setting: str = "rollout.gpus_per_actor",
     **placement: Any,
 ) -> Any:
@@ -269,6 +271,7 @@ def start_rollout_actor(
         name: name of the Ray actor.
         student: folder of the student model.
         restarts: how often Ray may restart the actor.
+        cache_tokens: positions of the cache; None: it grows as needed.
         gpu_setting: what says `gpus`, for errors.
         placement: more of Ray's actor options, which place it on a node.
     """
@@ -278,5 +281,5 @@ def start_rollout_actor(
         max_restarts=restarts,
         max_concurrency=_CALLS_AT_ONCE,
     )(RolloutActor)
-    arguments = (student, dtype, int(cpus), on_new_weights, cuda_graphs, gpus, gpu_setting)
+    arguments = (student, dtype, int(cpus), on_new_weights, cuda_graphs, cache_tokens, gpus, gpu_setting)
     return actor.options(name=name, **placement).remote(*arguments)

@@ -3,7 +3,15 @@
 A step's forward has the batch rows `[n occupied slots, then c of them again]`: first the current block of every slot,
 then the finished block of each of the c slots that commit one. Attention folds the blocks of a slot, and the query
 heads that share a key head, into one row of queries. So no key or value is copied, neither for a slot's second block
-nor for grouped heads. Slots are split into parts by length: a part reads the cache only as far as its own longest slot.
+nor for grouped heads.
+
+The sequences lie one after another in the cache (`places.py`), and an attention kernel wants rows of one width at equal
+distances. So consecutive slots share a call that sees the cache through such windows:
+
+    cache    |aaaaaaaa-|bbbbbbb-|cccccc-|ddddd|      a part of 4 slots: windows of 9 positions, 8 apart
+    windows  [aaaaaaaa-]                             A window may show positions of its neighbours;
+                     [bbbbbbb-c]                     the mask hides them. Where too much is hidden,
+                             [cccccc-dd]             another part begins.
 """
 
 from __future__ import annotations
@@ -14,36 +22,83 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-Parts = tuple[tuple[int, int], ...]
-"""Parts of consecutive slots: (number of slots, positions that each of them attends to)."""
-
-NARROWEST_PART = 256
-"""Positions of the narrowest part: to split off a narrower one would save less than it costs."""
+PART_COST = 256
+"""What another part costs, as a number of positions that one slot attends to."""
+_ENOUGH = 1.1
+"""A part that costs at most this many times what any split of it would cost is not split."""
 _WIDTH_MULTIPLE = 16
-"""The positions that a part attends to are a multiple of this, because attention kernels want aligned masks."""
+"""The width of a window is a multiple of this, because attention kernels want aligned masks."""
 
 
-def parts_of(ends: np.ndarray, most: int) -> Parts:
-    """Splits slots into few parts of similar length, without changing their order.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive slots whose attention is one call: windows of the cache of one width at equal distances."""
 
-    If the slots are sorted, longest first, the ends within a part lie within a factor of two of each other or are all
-    at most `NARROWEST_PART`.
+    begin: int
+    """Position at which the first window begins."""
+    stride: int
+    """Positions from the beginning of a window to that of the next."""
+    count: int
+    """Number of slots."""
+    width: int
+    """Positions of a window."""
+
+    @property
+    def end(self) -> int:
+        """The position after the last window."""
+        return self.begin + (self.count - 1) * self.stride + self.width
+
+    def of(self, layer: torch.Tensor) -> torch.Tensor:
+        """The windows of a layer's keys or values: `[positions, H', D]` -> a view, `[count, H', width, D]`."""
+        position, head, last = layer.stride()
+        shape = self.count, layer.shape[1], self.width, layer.shape[2]
+        strides = self.stride * position, head, position, last
+        return layer.as_strided(shape, strides, layer.storage_offset() + self.begin * position)
+
+
+Parts = tuple[Part, ...]
+
+
+def parts_of(bases: np.ndarray, ends: np.ndarray, positions: int) -> Parts:
+    """Splits slots into parts, without changing their order: few parts, and windows that show little else.
 
     Args:
-        ends: `[n]` int64, position after each slot's current block.
-        most: positions that the cache has.
+        bases: `[n]` int64, position in the cache at which each slot's place begins, rising.
+        ends: `[n]` int64, positions of each slot that are attended to.
+        positions: positions of a layer of the cache.
     """
-    needed = np.maximum.accumulate(ends[::-1])[::-1]
-    sizes = np.ceil(np.log2(np.maximum(needed, NARROWEST_PART) / NARROWEST_PART))
-    begins = np.flatnonzero(np.diff(sizes, prepend=np.inf))
-    counts = np.diff(begins, append=len(ends))
-    widths = np.minimum(-(-needed[begins] // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, most)
-    return tuple(zip(counts.tolist(), widths.tolist(), strict=True))
+    count = len(bases)
+    index = np.arange(count)
+    stride = int(bases[-1] - bases[0]) // (count - 1) if count > 1 else 1
+    ahead = bases - bases[0] - index * stride  # of the windows, if the first one began at the first slot
+    begin = int(bases[0] + ahead.min())
+    width = -(-int((ahead - ahead.min() + ends).max()) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+    part = Part(begin, stride, count, width)
+    fits = begin >= 0 and part.end <= positions
+    if count == 1 or (fits and cost((part,)) <= _ENOUGH * (int(ends.sum()) + 2 * PART_COST)):
+        return (part,)
+    # Split where the places are farthest from equal distances or, if that is the lesser evil, between long and short.
+    if np.ptp(ahead) > ends.max() - ends.min() or ends.max() == ends.min():
+        at = max(1, int(np.abs(ahead).argmax()))
+    else:
+        is_long = ends > (int(ends.max()) + int(ends.min())) // 2
+        at = int((is_long != is_long[0]).argmax())
+    halves = parts_of(bases[:at], ends[:at], positions) + parts_of(bases[at:], ends[at:], positions)
+    return halves if not fits or cost(halves) < cost((part,)) else (part,)
 
 
-def attended(parts: Parts) -> int:
-    """Sum over all slots of the positions that a slot attends to."""
-    return sum(count * width for count, width in parts)
+def cost(parts: Parts) -> int:
+    """What attention costs: positions that all slots attend to, and `PART_COST` for each part."""
+    return sum(part.count * part.width + PART_COST for part in parts)
+
+
+def saved_by_sorting(bases: np.ndarray, ends: np.ndarray, positions: int) -> int:
+    """What attention would cost less, in one step, if the slots lay sorted by length. Arguments as for `parts_of`."""
+    parts = parts_of(bases, ends, positions)
+    if len(parts) == 1:
+        return 0
+    ordered = np.sort(ends)[::-1]
+    return cost(parts) - cost(parts_of(np.cumsum(ordered) - ordered, ordered, positions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +106,35 @@ class SlotLayout:
     """Which rows of a batch `[n + c, ...]` belong to the same slot: an `AttentionLayout` (`common/model`)."""
 
     parts: Parts
-    """The n slots as consecutive parts; no part is wider than the one before it."""
+    """The n slots as consecutive parts. Empty: `gathered` is used instead."""
+    gathered: torch.Tensor | None
+    """`[n, width]` int64: the positions of the cache that each slot sees, which are copied. A recorded forward does so,
+    because its parts cannot change."""
     block: int
     """S, queries per row."""
     commit: torch.Tensor | None
     """`[c]` int64, slots of the rows after the first n; None if no slot commits a block."""
-    causal: bool = False
+    causal: bool
     """Whether the tokens of a block that is committed attend causally (`common/form.py`)."""
+    masks: tuple[torch.Tensor, ...]
+    """Of each part, from `masks_of`."""
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
     ) -> torch.Tensor:
-        """See `AttentionLayout`. Keys and values are those of the slots in the cache, `[n, H', width, D]`."""
-        assert mask is not None, "without a mask a slot would attend to old entries after its end"
+        """See `AttentionLayout`. Keys and values are a layer of the cache, `[positions, H', D]`; `mask` is not used."""
         folded, outputs, start = self.fold(query, key.shape[1]), [], 0
-        for count, width in self.parts:
-            part, start = slice(start, start + count), start + count
-            cached = key[part, :, :width], value[part, :, :width]
-            outputs.append(
-                F.scaled_dot_product_attention(folded[part], *cached, attn_mask=mask[part, :, :, :width], scale=scale)
-            )
+        for keys, values, part_mask in zip(self._seen(key), self._seen(value), self.masks, strict=True):
+            queries = folded[start : start + len(keys)]
+            outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=part_mask, scale=scale))
+            start += len(keys)
         return self.unfold(outputs[0] if len(outputs) == 1 else torch.cat(outputs), query.shape[1])
+
+    def _seen(self, layer: torch.Tensor) -> list[torch.Tensor]:
+        """What the slots of each part see of a layer, `[count, H', width, D]`."""
+        if self.gathered is not None:
+            return [layer[self.gathered].transpose(1, 2)]
+        return [part.of(layer) for part in self.parts]
 
     def fold(self, query: torch.Tensor, key_heads: int) -> torch.Tensor:
         """`[n + c, H, S, D]` -> `[n, H', queries, D]` for H' key heads; queries are (block, head of the group, S)."""
@@ -92,25 +155,54 @@ class SlotLayout:
             rows = torch.cat([rows, blocks[:, :, 1].index_select(0, self.commit)])
         return rows.flatten(1, 2).transpose(1, 2)
 
-    def mask(self, ends: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask: a block attends to every position of its slot up to its own end.
 
-        With causal context, the tokens of a block that is committed attend up to themselves.
+def slot_layout(
+    parts: Parts,
+    width: int,
+    bases: torch.Tensor,
+    ends: torch.Tensor,
+    block: int,
+    commit: torch.Tensor | None,
+    causal: bool,
+    group: int,
+    positions: int,
+    dtype: torch.dtype,
+) -> SlotLayout:
+    """The layout of a forward, with its additive masks: 0 where attended, minus infinity elsewhere.
 
-        Args:
-            ends: `[n]` int64, position after the current block.
-            group: query heads that share a key head.
+    A block attends to every position of its slot up to its own end. With causal context, the tokens of a block that is
+    committed attend up to themselves.
 
-        Returns: `[n, 1, 1 or queries, width]`, width of the widest part: 0 where attended, minus infinity elsewhere.
-        """
-        width = self.parts[0][1]
-        if self.commit is None:
-            ends = ends[:, None]
-        else:  # clamp: before the first block there is none to commit; attending to no position would give NaN
-            ends = torch.stack([ends, ends - self.block], dim=1).repeat_interleave(group * self.block, dim=1)
-            if self.causal:
-                later = torch.arange(self.block - 1, -1, -1, device=ends.device).repeat(group)
-                ends[:, group * self.block :] -= later
-            ends = ends.clamp(min=1)
-        beyond = torch.arange(width, device=ends.device) >= ends[:, None, :, None]
-        return torch.zeros(beyond.shape, dtype=dtype, device=ends.device).masked_fill_(beyond, float("-inf"))
+    Args:
+        parts: of the slots; empty in a recorded forward, where each slot sees `width` positions.
+        bases: `[n]` int64, position in the cache at which each slot's place begins.
+        ends: `[n]` int64, position in the slot after the current block.
+        group: query heads that share a key head.
+        positions: positions of a layer of the cache.
+    """
+    if commit is None:
+        last = ends[:, None]
+    else:  # clamp: before the first block there is none to commit; attending to no position would give NaN
+        last = torch.stack([ends, ends - block], dim=1).repeat_interleave(group * block, dim=1)
+        if causal:
+            later = torch.arange(block - 1, -1, -1, device=ends.device).repeat(group)
+            last[:, group * block :] -= later
+        last = last.clamp(min=1)
+    if not parts:
+        gathered = (bases[:, None] + torch.arange(width, device=ends.device)).clamp(max=positions - 1)
+        mask = _mask(torch.zeros_like(bases), last, width, dtype)
+        return SlotLayout(parts, gathered, block, commit, causal, (mask,))
+    masks, start = [], 0
+    for part in parts:
+        slots = slice(start, start + part.count)
+        windows = part.begin + part.stride * torch.arange(part.count, device=ends.device)
+        masks.append(_mask(bases[slots] - windows, last[slots], part.width, dtype))
+        start += part.count
+    return SlotLayout(parts, None, block, commit, causal, tuple(masks))
+
+
+def _mask(first: torch.Tensor, last: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[n, 1, 1 or queries, width]`. `first`: `[n]`, where a slot begins in its window; `last`: `[n, queries]`."""
+    place = torch.arange(width, device=first.device) - first[:, None, None]
+    hidden = ((place < 0) | (place >= last[:, :, None]))[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=first.device).masked_fill_(hidden, float("-inf"))

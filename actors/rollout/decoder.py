@@ -25,31 +25,27 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from opdlm.actors.progress import CallProgress
 from opdlm.actors.rollout.denoise import Denoiser, Observer
-from opdlm.actors.rollout.forward import Recorder, StepForward
+from opdlm.actors.rollout.forward import Recorder, StepForward, prefill
 from opdlm.actors.rollout.kv_cache import SlotCache
+from opdlm.actors.rollout.places import ADMISSION_SLACK, GROWING_SLACK, LEAST_SLACK, widths_of
+from opdlm.actors.rollout.sequences import check_requests, extent
 from opdlm.actors.rollout.settings import DecodeSettings
-from opdlm.actors.rollout.slots import Slots, longest_sequence
-from opdlm.common.batches import batches_by_length
+from opdlm.actors.rollout.slots import Slots
+from opdlm.common.errors import OpdlmError
 from opdlm.common.form import PAPER_FORM, StudentForm
-from opdlm.common.grid import BlockGrid, block_index
-from opdlm.common.masks import block_causal
+from opdlm.common.grid import BlockGrid
 from opdlm.common.model.attention import ATTENTION
-from opdlm.common.model.load import hidden_states
 from opdlm.common.token_ids import TokenIds
 from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory
 
-PREFILL_TOKENS = 16384
-"""Most tokens, padding included, in one prefill forward; a sequence that is longer gets a forward of its own."""
 _PREFILL_COST = 1 / 2
 """Cost of a prefill relative to a denoising step of the same slots. It reads all weights, even for one prompt, so free
 slots are filled once they have idled for as long as that costs."""
-
-_GROW_POSITIONS = 256
-"""Positions by which the cache is enlarged for a longer sequence while others are being decoded."""
 
 UpdateWeights = Callable[[], int | None]
 
@@ -57,7 +53,11 @@ UpdateWeights = Callable[[], int | None]
 class BlockDecoder:
     """Decodes prompts with one student: an engine to which requests are added at any time between two steps.
 
-    `step` returns the trajectories that ended; `stream` and `decode` are loops over it. The cache is kept.
+    `step` returns the trajectories that ended; `stream` and `decode` are loops over it.
+
+    A sequence begins if a slot is free and the cache has room. Where sequences grow until the cache is full, the one
+    that began last is put back: it waits in front of all others and is decoded again, to the same tokens, once another
+    has ended. So the one that began first always ends.
 
     Args:
         model: causal LM of transformers, in eval mode. The decoder sets its attention to `common/model/attention.py`,
@@ -69,6 +69,8 @@ class BlockDecoder:
         make_recorder: makes the recorder for the step forwards of one cache (`forward.py`); None: nothing is recorded.
         tokens: the rows of the vocabulary that are tokens; no other row is a candidate. None: all rows.
         form: what clean tokens attend to, and at which position the model's logits predict a token.
+        cache: the cache, which decoders of one model may share, one at a time: a decoder that goes on after another one
+            computes its unfinished sequences' keys and values again. None: a cache of its own, which grows as needed.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class BlockDecoder:
         make_recorder: Callable[[], Recorder] | None = None,
         tokens: TokenIds | None = None,
         form: StudentForm = PAPER_FORM,
+        cache: SlotCache | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -92,25 +95,23 @@ class BlockDecoder:
         self._denoise = Denoiser(model, settings, mask_id, self.eos_ids, never, form)
         model.set_attn_implementation(ATTENTION)
         self._make_recorder = make_recorder
-        self._cache: SlotCache | None = None
-        self._step_forward: StepForward | None = None
-        self._slots: Slots | None = None
-        self._waiting: deque[RolloutRequest] = deque()
+        self.cache = SlotCache(model) if cache is None else cache
+        self._step_forward = StepForward(model, self.cache, settings.block_size, batch_size, make_recorder, form.causal)
+        self._longest_need = 1
+        """Positions, to the end of the first block, of the longest prompt so far."""
         self.version = 0
         """Weight version of the next denoising step."""
-        self._idle_steps = 0
-        """Steps that slots were free for waiting requests since the last refill, summed over the slots."""
-        self._finished: dict[int, Trajectory] = {}
-        """By index, the sequences that the running `decode` has finished."""
-        self.forwards = self.forward_tokens = 0
-        """Denoising forwards, and tokens that went through the student, since the decoder was made."""
+        self.forwards = self.forward_tokens = self.put_back = 0
+        """Since the decoder was made: denoising forwards, tokens that went through the student, sequences put back."""
+        self._idle_steps: int
+        self.clear()
 
     # --- the engine: add requests at any time between two steps -----------------------------------------------------
 
     @property
     def occupied(self) -> int:
         """Number of sequences that are being decoded."""
-        return self._slots.occupied if self._slots else 0
+        return self._slots.occupied
 
     @property
     def waiting(self) -> int:
@@ -119,25 +120,39 @@ class BlockDecoder:
 
     @property
     def room(self) -> int:
-        """Number of further requests that could begin with the next step; negative if more wait than can begin."""
-        return self.batch_size - self.occupied - self.waiting
+        """Number of further requests that could begin with the next step; negative if more wait than there are slots.
+
+        In a bounded cache, of requests with the longest prompt so far.
+        """
+        free = self.batch_size - self.occupied - self.waiting
+        if self.cache.limit is None or free <= 0:
+            return free
+        if self._crowded:
+            return 0
+        # Another thread may ask, so it copies what it iterates over.
+        waiting = sum(extent(request, self.grid)[0] for request in list(self._waiting))
+        spare = self.cache.limit / (1 + ADMISSION_SLACK) - self.live_tokens - waiting
+        fitting = max(int(spare // self._longest_need), 0)
+        return min(free, fitting if self.occupied or self.waiting else max(fitting, 1))
+
+    @property
+    def live_tokens(self) -> int:
+        """Positions of the cache that the sequences have filled, to the ends of their current blocks."""
+        return int(self._slots.host_ends.sum())
 
     def add(self, requests: Sequence[RolloutRequest]) -> None:
-        """Adds requests, which begin as slots become free, in this order.
-
-        Raises:
-            ValueError: see `check`; none is added.
-        """
+        """Adds requests, which begin as slots become free, in this order. Adds none if `check` refuses one."""
         self.check(requests)
         self._waiting.extend(requests)
+        self._longest_need = max([self._longest_need, *(extent(request, self.grid)[0] for request in requests)])
 
     def check(self, requests: Sequence[RolloutRequest]) -> None:
         """Refuses requests that cannot be decoded.
 
         Raises:
-            ValueError: a prompt is empty, or prompt and response do not fit into the model's context.
+            ValueError: a prompt is empty, or prompt and response do not fit into the model's context or the cache.
         """
-        longest_sequence(requests, self.grid, self.model.config.max_position_embeddings)
+        check_requests(requests, self.grid, self.model.config.max_position_embeddings, self.cache.limit)
 
     @torch.inference_mode()
     def step(self, observer: Observer | None = None, refill: bool = True) -> list[Trajectory]:
@@ -150,24 +165,30 @@ class BlockDecoder:
         Raises:
             OpdlmError: the model's logits are not finite, so no token can be drawn from them.
         """
+        slots = self._slots
+        if self.cache.user is not self:
+            self.cache.user = self
+            slots.lose_cache()
         self._idle_steps += min(self.batch_size - self.occupied, self.waiting) if refill else 0
         if refill and self.waiting and self._idle_steps >= _PREFILL_COST * self.occupied:
-            slots, cache = self._allocate()
-            self._prefill(slots, cache, slots.refill(self._waiting, self.grid, self.settings.threshold))
+            self._begin()
             self._idle_steps = 0
-        if self._slots is None or not self.occupied:
+        if not self.occupied:
             return []
-        assert self._cache is not None, "`_allocate` makes it together with the slots"
-        assert self._step_forward is not None, "`_allocate` makes it together with the slots"
-        if self._make_recorder is None:  # a recorded forward has one part, for which the order does not matter
-            self._slots.sort_when_due(self._cache)
-        finished, count = self._denoise(self._slots, self._step_forward, observer)
+        self._make_room()
+        self.forward_tokens += prefill(self.model, self.cache, slots, self.grid, self.form)
+        try:
+            finished, count = self._denoise(slots, self._step_forward, observer)
+        except OpdlmError:
+            self.cache.clear()
+            raise
         self.forwards += 1
         self.forward_tokens += count
         if not finished:
             return []
-        trajectories = self._slots.trajectories(finished, self.eos_ids, self.settings.ignore_eos)
-        self._slots.free(finished, self._cache)
+        trajectories = slots.trajectories(finished, self.eos_ids, self.settings.ignore_eos)
+        slots.free(finished)
+        self._crowded = False
         return trajectories
 
     @torch.inference_mode()
@@ -178,15 +199,20 @@ class BlockDecoder:
         weights alone, so no slot has to wait for the end of its block.
         """
         self.version = version
-        if self._slots is not None and self._cache is not None:
-            self._slots.change_version(version)
-            self._prefill(self._slots, self._cache, range(self.occupied))
-            self._slots.host_commits[: self.occupied] = False  # the prefill has committed those blocks
+        self._slots.change_version(version)
+        self._slots.lose_cache()
 
     def clear(self) -> None:
         """Drops all requests and sequences, finished or not."""
-        self._waiting.clear()
-        self._slots, self._finished, self._idle_steps = None, {}, 0
+        border = self.model.lm_head.weight.new_zeros(0, self.model.config.hidden_size * self.form.logit_shift)
+        self._slots = Slots(self.grid.block_size, self.mask_id, border, self.version)
+        self._waiting: deque[RolloutRequest] = deque()
+        self._crowded = False
+        """Whether a sequence was put back and none has ended since."""
+        self._idle_steps = 0
+        """Steps that slots were free for waiting requests since the last refill, summed over the slots."""
+        self._finished: dict[int, Trajectory] = {}
+        """By index, the sequences that the running `decode` has finished."""
 
     def progress(self) -> CallProgress:
         """How far the running `decode` has come. Call it between two denoising steps, from `update_weights`."""
@@ -195,7 +221,7 @@ class BlockDecoder:
 
     def tokens_so_far(self) -> int:
         """Response tokens that are revealed in the sequences that are being decoded."""
-        return self._slots.tokens_so_far() if self._slots else 0
+        return self._slots.tokens_so_far()
 
     # --- whole calls ------------------------------------------------------------------------------------------------
 
@@ -234,62 +260,41 @@ class BlockDecoder:
         Raises:
             ValueError, OpdlmError: see `add` and `step`.
         """
-        self.clear()
         self.version = weight_version
+        self.clear()
         self.add(requests)
         while self.waiting or self.occupied:
             if update_weights is not None and (version := update_weights()) is not None:
                 self.use_weights(version)
             yield from self.step(observer)
 
-    # --- memory and prompts -----------------------------------------------------------------------------------------
+    def _begin(self) -> None:
+        """Begins as many waiting requests, in their order, as there are free slots and room in the cache."""
+        chosen: list[RolloutRequest] = []
+        free = self.batch_size - self.occupied
+        while self._waiting and len(chosen) < free and self._fit([*chosen, self._waiting[0]]):
+            chosen.append(self._waiting.popleft())
+        if chosen:
+            self._slots.enlarge(self.batch_size, max(extent(request, self.grid)[1] for request in chosen))
+            self._slots.refill(chosen, self.grid, self.settings.threshold)
 
-    def _allocate(self) -> tuple[Slots, SlotCache]:
-        """The slots and their cache, with room for all waiting requests, or for as many as there may be slots.
+    def _fit(self, fresh: list[RolloutRequest]) -> bool:
+        """Whether these requests can begin beside the sequences that are being decoded."""
+        if self.cache.limit is None or (self._crowded and self.occupied):
+            return self.cache.limit is None
+        begin, end = zip(*(extent(request, self.grid) for request in fresh), strict=True)
+        needs, limits = np.append(self._slots.host_ends, begin), np.append(self._slots.host_limits, end)
+        return widths_of(needs, limits, self.cache.limit, ADMISSION_SLACK) is not None
 
-        Both are kept between calls, and enlarged for more or longer sequences than they have held so far.
-        """
-        longest = longest_sequence(self._waiting, self.grid, self.model.config.max_position_embeddings)
-        # Recorded forwards belong to one cache, so with a recorder the cache has all slots from the beginning.
-        slots = self.batch_size if self._make_recorder else min(self.batch_size, self.occupied + self.waiting)
-        cache = self._cache
-        if cache is None or cache.slots < slots or cache.positions < longest:
-            if cache is not None and self.occupied:  # few enlargements while sequences are decoded
-                slots = max(slots, min(2 * cache.slots, self.batch_size))
-                longest = max(cache.positions, -(-longest // _GROW_POSITIONS) * _GROW_POSITIONS)
-            else:
-                cache = self._cache = self._step_forward = self._slots = (
-                    None  # frees them before the new ones are allocated
-                )
-            weight = self.model.lm_head.weight
-            new = SlotCache(self.model.config, slots, longest, weight.dtype, self.model.device)
-            if cache is not None:
-                new.take(cache)
-            self._cache = cache = new
-            recorder = self._make_recorder() if self._make_recorder else None
-            self._step_forward = StepForward(self.model, cache, self.grid.block_size, recorder, self.form.causal)
-        if self._slots is None:
-            border = self.model.config.hidden_size * self.form.logit_shift
-            empty = self.model.lm_head.weight.new_zeros(0, border)
-            self._slots = Slots(self.grid.block_size, self.mask_id, empty)
-            self._slots.version = self.version
-        self._slots.enlarge(cache.slots, cache.positions)
-        return self._slots, cache
-
-    def _prefill(self, slots: Slots, cache: SlotCache, rows: Sequence[int]) -> None:
-        """Computes the keys and values of all blocks before the current one, in forwards of bounded size."""
-        rows = [row for row in rows if slots.host_starts[row]]
-        lengths = [int(slots.host_starts[row]) for row in rows]
-        self.forward_tokens += sum(lengths)
-        for group in batches_by_length(lengths, PREFILL_TOKENS):
-            chosen, longest = [rows[i] for i in group], lengths[group[0]]
-            offsets = [[self.grid.offset(slots.requests[row].prompt_ids.size)] for row in chosen]
-            where, offset = (torch.tensor(numbers, device=slots.device) for numbers in (chosen, offsets))
-            positions = torch.arange(longest, device=slots.device).expand(len(chosen), -1)
-            # Tokens after a shorter sequence's end need no mask: they are in later blocks, which it does not see.
-            blocks = positions if self.form.causal else block_index(positions, offset, self.grid.block_size)
-            cache.prepare(where, positions, None)
-            tokens = slots.tokens[where, :longest]
-            hidden = hidden_states(self.model, tokens, positions, block_causal(blocks, blocks), cache)
-            if self.form.logit_shift:
-                slots.border[where] = hidden[torch.arange(len(chosen)), slots.block_start[where] - 1]
+    def _make_room(self) -> None:
+        """Gives every sequence a place in the cache that it fits into; enlarges the cache, or puts sequences back."""
+        slots, cache, sorts = self._slots, self.cache, self._make_recorder is None
+        while not slots.arrange(cache, LEAST_SLACK if cache.limit else GROWING_SLACK, sorts):
+            if cache.limit is not None:
+                self._waiting.appendleft(slots.put_back())
+                self._crowded = True
+                self.put_back += 1
+            elif sorts:
+                cache.enlarge(int(np.minimum(slots.host_limits, slots.host_ends + -(-slots.host_ends // 2)).sum()))
+            else:  # all forwards are recorded again, so enlarge it once for all slots
+                cache.enlarge(self.batch_size * int(slots.host_limits.max()))

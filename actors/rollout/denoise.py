@@ -55,12 +55,12 @@ class Denoiser:
         window = slots.block_start[:, None] + torch.arange(block, device=slots.device)  # [n, S] positions
         # The host copies its indices to the device before it launches the forward: later, the copy would wait for it.
         committing, masked_places = np.flatnonzero(slots.host_commits[:n]), np.flatnonzero(slots.host_masked[:n])
-        shape = step_forward.shape(committing.size, slots.host_starts[:n] + block)
+        shape = step_forward.shape(committing.size, slots.host_bases, slots.host_ends)
         # A shape that was rounded up has room for more commits: `resize` repeats slots, whose blocks are written twice.
         indices = torch.from_numpy(np.concatenate([np.resize(committing, shape.commits), masked_places]))
         indices = indices.to(slots.device)
         commit, places = indices[: shape.commits], indices[shape.commits :]  # [c] slots, [m] places in [n * S]
-        hidden = step_forward(shape, *slots.first_rows(shape.slots), commit)
+        hidden = step_forward(shape, *slots.first_rows(shape.slots, step_forward.cache), commit)
         if self._form.logit_shift:
             hidden = slots.shifted(hidden[:n], hidden[shape.slots :], commit)
         logits = self._model.lm_head(hidden[:n].flatten(0, 1)[places]).float()  # [m, V], masked positions only

@@ -1,9 +1,9 @@
-"""The forward of a denoising step: in its exact shape, or in one of few shapes that are recorded once and replayed.
+"""The forwards of prompts, and of a denoising step: in its exact shape, or in one of few that are recorded once.
 
 For a small model, a GPU needs less time for a forward than Python needs to launch its kernels. With a recorder
 (`cuda_graphs.py`), a step is rounded up to one of few shapes, and the forward of each shape is recorded at its first
-use. Rounding up adds free slots, whose cache entries nobody reads before they are overwritten, and commits some blocks
-twice.
+use. Rounding up adds free slots, whose entries go to a spare position of the cache, and commits some blocks twice. A
+recorded forward copies the keys and values that it attends to, because the places of the slots change.
 """
 
 from __future__ import annotations
@@ -15,10 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdlm.actors.rollout.attention import Parts, SlotLayout, parts_of
-from opdlm.actors.rollout.kv_cache import SlotCache
+from opdlm.actors.rollout.attention import Parts, parts_of, slot_layout
+from opdlm.actors.rollout.kv_cache import SPARE, SlotCache
+from opdlm.actors.rollout.slots import Slots
+from opdlm.common.batches import batches_by_length
+from opdlm.common.form import StudentForm
+from opdlm.common.grid import BlockGrid, block_index
+from opdlm.common.masks import block_causal
 from opdlm.common.model.load import hidden_states
 
+PREFILL_TOKENS = 16384
+"""Most tokens, padding included, in one prefill forward; a sequence that is longer gets a forward of its own."""
 _NARROWEST_SHAPE = 256
 """Width of the narrowest recorded shape in positions; the others are twice, four times, ... as wide."""
 
@@ -34,28 +41,22 @@ class StepShape:
 
     commits: int
     """c, the number of blocks to commit."""
-    parts: Parts
-    """The n slots of the forward in parts, with the positions that each part attends to."""
-
-    @property
-    def slots(self) -> int:
-        """n, the number of slots."""
-        return sum(count for count, _ in self.parts)
-
-    @property
-    def width(self) -> int:
-        """Positions that the first part attends to; no other part attends to more."""
-        return self.parts[0][1]
+    slots: int
+    """n, the number of slots in the forward."""
+    width: int
+    """Positions that a slot attends to at most."""
+    parts: Parts = ()
+    """How the slots lie in the cache. Empty in a shape that is recorded."""
 
     def rounded_up(self, slots: int, width: int) -> StepShape:
-        """The smallest of few shapes that holds this one, with all slots in one part.
+        """The smallest of few shapes that holds this one.
 
         The slots of these shapes are all slots, a half, a quarter, ... of them; commits are quarters of those; widths
         are doubled from `_NARROWEST_SHAPE`.
 
         Args:
-            slots: number of slots in the cache, the largest possible.
-            width: number of positions in the cache, the largest possible.
+            slots: the largest possible number of slots.
+            width: the largest possible width.
         """
         while (half := -(-slots // 2)) >= self.slots and half < slots:
             slots = half
@@ -64,7 +65,7 @@ class StepShape:
         rounded_width = _NARROWEST_SHAPE
         while rounded_width < self.width:
             rounded_width *= 2
-        return StepShape(commits, ((slots, min(rounded_width, width)),))
+        return StepShape(commits, slots, min(rounded_width, width))
 
 
 class StepForward:
@@ -72,29 +73,43 @@ class StepForward:
 
     Args:
         block: S, tokens in a block.
-        recorder: records the forward of each shape; None computes every forward in its exact shape.
+        slots: largest number of slots.
+        make_recorder: makes what records the forward of each shape, anew for a cache that was enlarged, because a
+            recorded forward knows the memory of its cache; None computes every forward in its exact shape.
         causal: whether clean tokens attend causally.
     """
 
     def __init__(
-        self, model: Any, cache: SlotCache, block: int, recorder: Recorder | None, causal: bool = False
+        self,
+        model: Any,
+        cache: SlotCache,
+        block: int,
+        slots: int,
+        make_recorder: Callable[[], Recorder] | None,
+        causal: bool = False,
     ) -> None:
-        self._model, self._cache, self._block, self._recorder = model, cache, block, recorder
-        self._causal = causal
+        self._model, self.cache, self._block, self._slots = model, cache, block, slots
+        self._make_recorder, self._causal = make_recorder, causal
+        self._recorder: Recorder | None = None
         self._recorded: dict[StepShape, tuple[tuple[torch.Tensor, ...], Callable[[], torch.Tensor]]] = {}
+        self._recorded_positions = 0
+        """Positions of the cache that the recorded forwards know."""
 
-    def shape(self, commits: int, ends: np.ndarray) -> StepShape:
+    def shape(self, commits: int, bases: np.ndarray, ends: np.ndarray) -> StepShape:
         """The shape of the next forward.
 
         Args:
             commits: blocks to commit.
-            ends: `[n]` int64, position after the current block of each occupied slot.
+            bases: `[n]` int64, position in the cache at which the place of each occupied slot begins.
+            ends: `[n]` int64, position in the slot after the current block.
         """
-        exact = StepShape(commits, parts_of(ends, self._cache.positions))
-        return exact if self._recorder is None else exact.rounded_up(self._cache.slots, self._cache.positions)
+        slots, width = len(ends), int(ends.max())
+        if self._make_recorder is None:
+            return StepShape(commits, slots, width, parts_of(bases, ends, self.cache.positions + SPARE))
+        return StepShape(commits, slots, width).rounded_up(self._slots, self.cache.positions)
 
     def __call__(
-        self, shape: StepShape, tokens: torch.Tensor, starts: torch.Tensor, commit: torch.Tensor
+        self, shape: StepShape, tokens: torch.Tensor, starts: torch.Tensor, bases: torch.Tensor, commit: torch.Tensor
     ) -> torch.Tensor:
         """Runs the current blocks of the first n slots; in the same forward, commits the block before it in c of them.
 
@@ -102,6 +117,7 @@ class StepForward:
             shape: sizes of the forward, from `shape()`.
             tokens: `[n, T]` int64, tokens of the first n slots.
             starts: `[n]` int64, position at which the current block of each slot starts.
+            bases: `[n]` int64, position in the cache at which the place of each slot begins.
             commit: `[c]` int64, slots whose block before the current one is to be committed.
 
         Returns: final hidden states, `[n + c, S, D]`, of the current blocks and then of the committed ones; valid until
@@ -111,13 +127,17 @@ class StepForward:
         rows, positions = torch.arange(shape.slots, device=starts.device), window
         if shape.commits:
             rows, positions = torch.cat([rows, commit]), torch.cat([window, window[commit] - self._block])
-        arguments = tokens[rows[:, None], positions], rows, positions, starts + self._block, commit
+        written = bases[rows][:, None] + positions
+        arguments = tokens[rows[:, None], positions], positions, written, bases, starts + self._block, commit
 
         def forward(*tensors: torch.Tensor) -> torch.Tensor:
             return self._forward(shape, *tensors)
 
-        if self._recorder is None:
+        if self._make_recorder is None:
             return forward(*arguments)
+        if self._recorder is None or self._recorded_positions != self.cache.positions:
+            self._recorded = {}  # frees the old ones before new ones are recorded
+            self._recorder, self._recorded_positions = self._make_recorder(), self.cache.positions
         if shape not in self._recorded:
             inputs = tuple(argument.clone() for argument in arguments)
             self._recorded[shape] = inputs, self._recorder(forward, inputs)
@@ -130,15 +150,52 @@ class StepForward:
         self,
         shape: StepShape,
         tokens: torch.Tensor,
-        rows: torch.Tensor,
         positions: torch.Tensor,
+        written: torch.Tensor,
+        bases: torch.Tensor,
         ends: torch.Tensor,
         commit: torch.Tensor,
     ) -> torch.Tensor:
         """Can be recorded: reads only its arguments, the weights and the cache, and never waits for the device."""
-        config = self._model.config
-        group = config.num_attention_heads // config.num_key_value_heads
-        layout = SlotLayout(shape.parts, self._block, commit if shape.commits else None, self._causal)
-        mask = layout.mask(ends, group, self._cache.keys.dtype)
-        self._cache.prepare(rows, positions, (shape.slots, shape.width))
-        return hidden_states(self._model, tokens, positions, mask, self._cache, layout=layout)
+        config, cache = self._model.config, self.cache
+        layout = slot_layout(
+            shape.parts,
+            shape.width,
+            bases,
+            ends,
+            self._block,
+            commit if shape.commits else None,
+            self._causal,
+            config.num_attention_heads // config.num_key_value_heads,
+            cache.positions + SPARE,
+            self._model.lm_head.weight.dtype,
+        )
+        cache.prepare(written, attends_to_cache=True)
+        # Transformers wants a mask; the layout takes its own.
+        return hidden_states(self._model, tokens, positions, layout.masks[0], cache, layout=layout)
+
+
+def prefill(model: Any, cache: SlotCache, slots: Slots, grid: BlockGrid, form: StudentForm) -> int:
+    """Computes the keys and values of all blocks before the current one of fresh slots, in forwards of bounded size.
+
+    Returns: the tokens of these blocks.
+    """
+    n = slots.occupied
+    rows = np.flatnonzero(slots.host_fresh[:n] & (slots.host_starts[:n] > 0)).tolist()
+    slots.host_fresh[:n] = False
+    lengths = [int(slots.host_starts[row]) for row in rows]
+    for group in batches_by_length(lengths, PREFILL_TOKENS):
+        chosen, longest = [rows[i] for i in group], lengths[group[0]]
+        offsets = [[grid.offset(slots.requests[row].prompt_ids.size)] for row in chosen]
+        where, offset = (torch.tensor(numbers, device=slots.device) for numbers in (chosen, offsets))
+        positions = torch.arange(longest, device=slots.device).expand(len(chosen), -1)
+        # Tokens after a shorter sequence's end need no mask: they are in later blocks, which it does not see.
+        blocks = positions if form.causal else block_index(positions, offset, grid.block_size)
+        starts = slots.block_start[where]
+        written = torch.where(positions < starts[:, None], slots.bases[where][:, None] + positions, cache.positions)
+        cache.prepare(written, attends_to_cache=False)
+        tokens = slots.tokens[where, :longest]
+        hidden = hidden_states(model, tokens, positions, block_causal(blocks, blocks), cache)
+        if form.logit_shift:
+            slots.border[where] = hidden[torch.arange(len(chosen)), starts - 1]
+    return sum(lengths)

@@ -1,4 +1,7 @@
-"""Preallocated key/value cache of the block decoder, addressed by (slot, position).
+"""Key/value cache of an actor: positions that the sequences of all slots share.
+
+Each layer has one long row of positions, and each slot a place in it, which `places.py` chooses and moves. So a slot
+costs what its sequence has, not what the longest one may get.
 
 A forward writes the keys and values of its tokens at the tokens' own positions before it reads any of them. So the
 entries of a noisy block are overwritten by the clean ones when the block is committed, and old entries at positions
@@ -9,74 +12,93 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+
+SPARE = 16
+"""Positions of each layer that belong to no slot: the first takes what nobody reads, and windows may reach into all."""
 
 
 class SlotCache:
-    """Keys and values of B slots, given to transformers as `past_key_values` (a forward calls only `update`)."""
+    """Keys and values, given to transformers as `past_key_values` (a forward calls only `update`).
 
-    def __init__(self, config: Any, slots: int, positions: int, dtype: torch.dtype, device: torch.device):
+    Decoders may share a cache: see `user`.
+    """
+
+    def __init__(self, model: Any, limit: int | None = None) -> None:
         """Allocates the cache.
 
         Args:
-            config: transformers model config.
-            slots: B.
-            positions: tokens of the longest sequence, to the end of its last block.
+            model: causal LM of transformers, whose dtype and device the cache has.
+            limit: positions (`rollout.cache_tokens`); they are allocated now. None: the cache grows with its sequences.
         """
+        config, weight = model.config, model.lm_head.weight
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, slots, positions, config.num_key_value_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.slots, self.positions = slots, positions
-        self._written: tuple[torch.Tensor, torch.Tensor]
-        self._attended: tuple[int, int] | None = None
+        empty = weight.new_zeros(0, config.num_key_value_heads, head_dim)
+        self.layers = [[empty, empty] for _ in range(config.num_hidden_layers)]
+        """Per layer, keys and values, `[positions + SPARE, H', D]` each."""
+        self.limit, self.positions = limit, 0
+        self.user: object = None
+        """The decoder that wrote last; what others had written is gone."""
+        self._written: torch.Tensor
+        self._attends_to_cache = False
+        if limit is not None:
+            self.enlarge(limit)
 
-    def prepare(self, rows: torch.Tensor, positions: torch.Tensor, attended: tuple[int, int] | None) -> None:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+    def enlarge(self, positions: int) -> None:
+        """Makes room for more positions; what is written stays. Copies one tensor at a time, to need little memory."""
+        for layer in self.layers:
+            for i, old in enumerate(layer):
+                layer[i] = old.new_zeros(positions + SPARE, *old.shape[1:])
+                layer[i][: self.positions] = old[: self.positions]
+        self.positions = positions
+
+    def clear(self) -> None:
+        """Forgets all: what is hidden by a mask counts 0 times, but 0 times NaN is NaN."""
+        for layer in self.layers:
+            for tensor in layer:
+                tensor.zero_()
+
+    def move(self, old: np.ndarray, new: np.ndarray, lengths: np.ndarray) -> None:
+        """Moves stretches of positions, as if all at once. Copies one tensor at a time, to need little memory.
+
+        Args:
+            old, new: `[n]` int64, where each stretch begins, and where it is to begin.
+            lengths: `[n]` int64, its positions.
+        """
+        lengths = np.where(old == new, 0, lengths)
+        if not lengths.any():
+            return
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        device = self.layers[0][0].device
+        source, target = (torch.from_numpy(np.repeat(begins, lengths) + within).to(device) for begins in (old, new))
+        for layer in self.layers:
+            for tensor in layer:
+                tensor.index_copy_(0, target, tensor.index_select(0, source))
+
+    def prepare(self, written: torch.Tensor, attends_to_cache: bool) -> None:
         """Sets where the next forward writes and what it attends to.
 
         Args:
-            rows: `[n]` int64, slot of each row of the batch.
-            positions: `[n, Q]` int64, position of each token.
-            attended: (slots, positions): attend to the first `positions` entries of the first `slots` slots. None:
-                attend to the keys of the batch itself; in a prefill there are no others.
+            written: `[n, Q]` int64, the place of each token in the cache; what is beyond it goes to a spare position.
+            attends_to_cache: False: attend to the keys of the batch itself; in a prefill there are no others.
         """
-        self._written, self._attended = (rows[:, None], positions), attended
+        self._written, self._attends_to_cache = written.clamp(max=self.positions), attends_to_cache
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes keys and values, `[n, H, Q, D]` each, into one layer.
+        """Writes keys and values, `[n, H', Q, D]` each, into one layer.
 
-        Returns: the keys and values to attend to, `[n, H, Q, D]` or `[slots, H, width, D]` each.
+        Returns: the keys and values to attend to: the given ones, or those of the whole layer, `[positions, H', D]`.
         """
-        attended = []
-        for cache, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            cache[self._written] = new.transpose(1, 2)
-            if self._attended is not None:
-                slots, width = self._attended
-                new = cache[:slots, :width].transpose(1, 2)
-            attended.append(new)
-        return attended[0], attended[1]
-
-    def take(self, other: SlotCache) -> None:
-        """Copies all of a smaller cache; the slots and positions stay what they are."""
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            mine[:, : other.slots, : other.positions] = theirs
-
-    def reorder(self, order: list[int], width: int) -> None:
-        """Puts the first `len(order)` slots into another order, as far as their first `width` positions.
-
-        Copies one layer at a time, to need little memory.
-
-        Args:
-            order: for each place, the slot that moves there.
-        """
-        for cache in (self.keys, self.values):
-            for layer in cache:
-                layer[: len(order), :width] = layer[order, :width]
-
-    def move(self, source: list[int], target: list[int], width: int) -> None:
-        """Copies the first `width` positions of each source slot over those of its target slot."""
-        for cache in (self.keys, self.values):
-            for old, new in zip(source, target, strict=True):
-                cache[:, new, :width].copy_(cache[:, old, :width])
+        for tensor, new in zip(self.layers[layer], (keys, values), strict=True):
+            tensor[self._written] = new.transpose(1, 2)
+        if self._attends_to_cache:
+            return self.layers[layer][0], self.layers[layer][1]
+        return keys, values

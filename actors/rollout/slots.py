@@ -6,15 +6,16 @@ denoising step the host copies what it needs to launch the next one (`host_start
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from opdlm.actors.rollout import attention
-from opdlm.actors.rollout.kv_cache import SlotCache
+from opdlm.actors.rollout.attention import saved_by_sorting
+from opdlm.actors.rollout.kv_cache import SPARE, SlotCache
+from opdlm.actors.rollout.places import arrange
+from opdlm.actors.rollout.sequences import extent, trajectory_of
 from opdlm.common.errors import OpdlmError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.seeds import as_int64
@@ -22,14 +23,16 @@ from opdlm.common.types import RolloutRequest, Trajectory
 
 _SORT_COST = 4
 """Cost of sorting one position relative to attending to it: sorting reads and writes it twice, attention reads once."""
-_PROMPT, _END, _START, _STEP, _BLOCK_STEP, _SEED = range(6)
+_ON_DEVICE = ("_tokens", "_reveal", "_numbers", "_threshold", "_border")
+_ON_HOST = ("host_starts", "host_commits", "host_masked", "host_fresh", "_bases", "_widths", "_limits", "_arrivals")
+_PROMPT, _END, _START, _STEP, _BLOCK_STEP, _SEED, _BASE = range(7)
 """Columns of `Slots._numbers`."""
 
 
 class Slots:
     """State of up to B sequences that are being decoded. Shapes: n occupied slots, T positions, S tokens per block."""
 
-    def __init__(self, block: int, mask_id: int, border: torch.Tensor) -> None:
+    def __init__(self, block: int, mask_id: int, border: torch.Tensor, version: int) -> None:
         """Makes a state without slots; `enlarge` adds some.
 
         Args:
@@ -40,17 +43,19 @@ class Slots:
         self.mask_id, self.device = mask_id, border.device
         self.requests: list[RolloutRequest] = []
         """The requests in the occupied slots, in slot order."""
-        self.version = 0
+        self.version = version
         """Weight version of the next denoising step."""
-        self._wasted_positions = 0
-        """Positions attended to since the last sorting that a sorted order of the slots would have saved."""
+        self._wasted = 0
+        """What attention has cost since the last sorting that a sorted order of the slots would have saved."""
+        self._arrived = 0
+        """Sequences that have begun so far."""
         self._history: list[list[tuple[int, int]]] = []
         """Per occupied slot, for each weight version that decoded it: (denoising steps done before it, version)."""
 
         def none(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(0, *shape, dtype=dtype, device=self.device)
 
-        self._tokens, self._reveal, self._numbers = none(0), none(0), none(6)
+        self._tokens, self._reveal, self._numbers = none(0), none(0), none(7)
         self._threshold = none(dtype=torch.float32)
         self._border = border
         self.host_starts = np.zeros(0, dtype=np.int64)
@@ -59,6 +64,11 @@ class Slots:
         """`[B]` on the host: whether the block before the current one has yet to be committed to the cache."""
         self.host_masked = np.zeros((0, block), dtype=bool)
         """`[B, S]` on the host: whether a position of the current block is still masked."""
+        self.host_fresh = np.zeros(0, dtype=bool)
+        """`[B]` on the host: whether the blocks before the current one have yet to be computed into the cache."""
+        self._bases, self._widths, self._limits, self._arrivals = (np.zeros(0, dtype=np.int64) for _ in range(4))
+        """`[B]` on the host each: the slot's place in the cache (first position, number of positions; 0: none yet), the
+        positions that it may need at most, and how many sequences had begun before it."""
 
     @property
     def capacity(self) -> int:
@@ -69,13 +79,13 @@ class Slots:
         """Makes at least this many slots of at least this many positions; what they hold stays."""
         if capacity <= self.capacity and positions <= self._tokens.shape[1]:
             return
-        for name in ("_tokens", "_reveal", "_numbers", "_threshold", "_border"):
+        for name in _ON_DEVICE:
             old = getattr(self, name)
             width = [positions] if name in ("_tokens", "_reveal") else list(old.shape[1:])
             new = old.new_full((capacity, *width), self.mask_id if name == "_tokens" else 0)
             new[tuple(slice(size) for size in old.shape)] = old
             setattr(self, name, new)
-        for name in ("host_starts", "host_commits", "host_masked"):
+        for name in _ON_HOST:
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.zeros((capacity - len(old), *old.shape[1:]), old.dtype)]))
 
@@ -154,15 +164,38 @@ class Slots:
         revealed = self.host_starts[:n] + self.block - prompts - self.host_masked[:n].sum(1)
         return int(np.minimum(revealed, limits).sum())
 
-    def first_rows(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens `[count, T]` and starts of the current blocks `[count]` of the first slots, free ones included."""
-        return self._tokens[:count], self._numbers[:count, _START]
+    def first_rows(self, count: int, cache: SlotCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens `[count, T]`, starts of the current blocks, and `bases`, `[count]` each, of the first slots.
 
-    def refill(self, pending: deque[RolloutRequest], grid: BlockGrid, threshold: float) -> list[int]:
-        """Moves requests from `pending` into the free slots; returns the slots that were filled."""
-        first = self.occupied
-        fresh = [pending.popleft() for _ in range(min(self.capacity - first, len(pending)))]
-        last = first + len(fresh)
+        Free ones are included; they write to a spare position.
+        """
+        starts, bases = self._numbers[:count, _START], self._numbers[:count, _BASE]
+        if count > self.occupied:
+            bases = torch.cat([bases[: self.occupied], cache.positions - starts[self.occupied :]])
+        return self._tokens[:count], starts, bases
+
+    @property
+    def bases(self) -> torch.Tensor:
+        """`[n]` int64, position in the cache at which the slot's place begins; `host_bases` is the same on the host."""
+        return self._numbers[: self.occupied, _BASE]
+
+    @property
+    def host_bases(self) -> np.ndarray:
+        return self._bases[: self.occupied]
+
+    @property
+    def host_ends(self) -> np.ndarray:
+        """`[n]` int64 on the host: positions of each sequence, to the end of its current block."""
+        return self.host_starts[: self.occupied] + self.block
+
+    @property
+    def host_limits(self) -> np.ndarray:
+        """`[n]` int64 on the host: positions of each sequence if it gets as long as it may."""
+        return self._limits[: self.occupied]
+
+    def refill(self, fresh: Sequence[RolloutRequest], grid: BlockGrid, threshold: float) -> None:
+        """Begins requests in the first free slots. They have no place in the cache yet."""
+        first, last = self.occupied, self.occupied + len(fresh)
         tokens = np.full((len(fresh), self._tokens.shape[1]), self.mask_id, dtype=np.int64)
         numbers = np.zeros((len(fresh), self._numbers.shape[1]), dtype=np.int64)
         for row, request in enumerate(fresh):
@@ -179,25 +212,51 @@ class Slots:
         self.host_starts[first:last], self.host_commits[first:last] = numbers[:, _START], False
         window = numbers[:, _START, None] + np.arange(self.block)
         self.host_masked[first:last] = window >= numbers[:, _PROMPT, None]
+        self.host_fresh[first:last], self._widths[first:last] = True, 0
+        self._limits[first:last] = [extent(request, grid)[1] for request in fresh]
+        self._arrivals[first:last] = self._arrived + np.arange(len(fresh))
+        self._arrived += len(fresh)
         self.requests += fresh
         self._history += [[(0, self.version)] for _ in fresh]
-        return list(range(first, last))
 
-    def sort_when_due(self, cache: SlotCache) -> None:
-        """Sorts the slots, longest first, once attention has wasted as much on their order as sorting costs."""
-        ends = self.host_starts[: self.occupied] + self.block
-        if ends.max() <= attention.NARROWEST_PART:
-            return
-        order = np.argsort(-ends, kind="stable")
-        sorted_parts = attention.parts_of(ends[order], cache.positions)
-        parts = attention.parts_of(ends, cache.positions)
-        self._wasted_positions += attention.attended(parts) - attention.attended(sorted_parts)
-        _, width = sorted_parts[0]
-        if self._wasted_positions < _SORT_COST * self.occupied * width:
-            return
-        self._wasted_positions, rows = 0, order.tolist()
-        self._copy(rows, list(range(self.occupied)))
-        cache.reorder(rows, width)
+    def arrange(self, cache: SlotCache, least_slack: float, sorts: bool) -> bool:
+        """Gives each slot a place in the cache that its sequence fits into; returns False if they do not fit together.
+
+        Args:
+            least_slack: see `places.widths_of`.
+            sorts: also sorts the slots, longest first, once attention has wasted as much on their order as it costs.
+        """
+        n, ends = self.occupied, self.host_ends
+        bases, widths, due = self._bases[:n], self._widths[:n], False
+        if (ends <= widths).all():
+            if sorts:
+                self._wasted += saved_by_sorting(bases, ends, cache.positions + SPARE)
+                due = self._wasted > 0 and self._wasted >= _SORT_COST * int(ends.sum())
+            if not due:
+                return True
+        new = arrange(bases, widths, ends, self.host_limits, cache.positions, least_slack, from_first=due)
+        if new is None:
+            return False
+        order, places = new.order, slice(new.first, n)
+        self._wasted = 0 if new.first == 0 else self._wasted
+        cache.move(bases[order], new.bases, np.where(self.host_fresh[order], 0, self.host_starts[order]))
+        self._copy(order.tolist(), list(range(new.first, n)))
+        self._bases[places], self._widths[places] = new.bases, new.widths
+        self._numbers[places, _BASE] = torch.from_numpy(new.bases).to(self.device)
+        return True
+
+    def lose_cache(self) -> None:
+        """Notes that the cache does not hold these sequences any more: it has other weights' keys, or others' keys."""
+        n = self.occupied
+        self.host_fresh[:n] = True
+        self.host_commits[:n] = False  # computing the blocks before the current one commits them
+
+    def put_back(self) -> RolloutRequest:
+        """Frees the slot whose sequence began last, and returns its request, which is decoded from its beginning."""
+        row = int(self._arrivals[: self.occupied].argmax())
+        request = self.requests[row]
+        self.free([row])
+        return request
 
     def change_version(self, version: int) -> None:
         """Notes that all sequences are decoded with this weight version from the next denoising step on."""
@@ -216,83 +275,25 @@ class Slots:
         """The trajectories of the given slots, whose sequences are finished."""
         tokens, reveals = self._tokens[rows].cpu().numpy(), self._reveal[rows].cpu().numpy()
         return [
-            self._trajectory(row, ids, reveal, eos_ids, ignore_eos)
+            trajectory_of(self.requests[row], ids, reveal, self._history[row], eos_ids, ignore_eos)
             for row, ids, reveal in zip(rows, tokens, reveals, strict=True)
         ]
 
-    def _trajectory(
-        self, row: int, tokens: np.ndarray, reveal: np.ndarray, eos_ids: Sequence[int], ignore_eos: bool
-    ) -> Trajectory:
-        request = self.requests[row]
-        start, end = request.prompt_ids.size, int(reveal.nonzero()[0][-1]) + 1
-        response = tokens[start:end].astype(np.int32)
-        reveal = reveal[start:end].astype(np.int32)
-        versions = self._versions_of(row, reveal)
-        stop = None if ignore_eos else _first_of(response[: request.max_new_tokens], eos_ids)
-        return Trajectory(
-            index=request.index,
-            prompt_id=request.prompt_id,
-            prompt_ids=request.prompt_ids,
-            response_ids=response,
-            reveal_step=reveal,
-            response_length=min(len(response), request.max_new_tokens) if stop is None else stop + 1,
-            weight_version=int(versions.min()),
-            finish_reason="length" if stop is None else "eos",
-            denoising_steps=int(reveal.max()),
-            token_versions=versions if versions.min() < versions.max() else None,
-        )
-
-    def _versions_of(self, row: int, reveal: np.ndarray) -> np.ndarray:
-        """Weight version that revealed each token, `[R'] int32`: at step k, the last one that began before step k."""
-        steps_before, versions = zip(*self._history[row], strict=True)
-        return np.array(versions, dtype=np.int32)[np.searchsorted(steps_before, reveal) - 1]
-
-    def free(self, rows: list[int], cache: SlotCache) -> None:
-        """Frees the given slots; the last occupied slots move into the gaps."""
+    def free(self, rows: list[int]) -> None:
+        """Frees the given slots; the slots after them move up, and nothing moves in the cache."""
         freed, remaining = set(rows), self.occupied - len(rows)
-        gaps = [row for row in rows if row < remaining]
-        moved = [row for row in range(remaining, self.occupied) if row not in freed]
-        if gaps:
-            self._copy(moved, gaps)
-            cache.move(moved, gaps, int(self.host_starts[gaps].max()))
+        first = min(rows)
+        self._copy([row for row in range(first, self.occupied) if row not in freed], list(range(first, remaining)))
         del self.requests[remaining:], self._history[remaining:]
 
     def _copy(self, source: list[int], target: list[int]) -> None:
         """Copies slots over others, all at once: a slot may be both source and target. Leaves the cache alone."""
-        for state in (self._tokens, self._reveal, self._numbers, self._threshold, self._border):
+        if source == target:
+            return
+        for name in _ON_DEVICE + _ON_HOST:
+            state = getattr(self, name)
             state[target] = state[source]
-        for host_state in (self.host_starts, self.host_commits, self.host_masked):
-            host_state[target] = host_state[source]
         lists: tuple[list[Any], ...] = self.requests, self._history
         for entries in lists:
             for row, entry in zip(target, [entries[row] for row in source], strict=True):
                 entries[row] = entry
-
-
-def _first_of(tokens: np.ndarray, wanted: Sequence[int]) -> int | None:
-    """Index of the first token that is one of `wanted`; None if there is none."""
-    return next((index for index, token in enumerate(tokens.tolist()) if token in wanted), None)
-
-
-def longest_sequence(requests: Sequence[RolloutRequest], grid: BlockGrid, context: int) -> int:
-    """Positions of the longest sequence, to the end of its last block.
-
-    Raises:
-        ValueError: a request cannot be decoded with this grid in a context of `context` positions.
-    """
-    longest = 0
-    for request in requests:
-        if request.prompt_ids.size == 0:
-            raise ValueError(f"prompt {request.prompt_id} is empty; a response needs a token before it")
-        if request.max_new_tokens < 1:
-            raise ValueError(
-                f"prompt {request.prompt_id}: max_new_tokens is {request.max_new_tokens}; it must be at least 1"
-            )
-        end = grid.end_position(request.prompt_ids.size, request.max_new_tokens)
-        if end > context:
-            raise ValueError(
-                f"prompt {request.prompt_id}: {request.prompt_ids.size} prompt tokens and {request.max_new_tokens} "
-                f"new tokens take {end} positions, to the end of their last block; the model's context is {context}"
-            )
-        longest = max(longest, end)
-    return longest

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from opdlm.actors.engine_guard import one_token_forward
 from opdlm.actors.rollout.cuda_graphs import CudaGraphs
 from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.errors import OpdlmError, first_line
 from opdlm.common.model.facts import read_facts, require_mask
@@ -27,15 +28,19 @@ class Student:
     Args:
         student: its folder.
         threads: that torch uses.
+        cache_tokens: positions of the cache, which all decoders share; None: it grows as needed.
         device: `cpu` or `cuda`.
     """
 
-    def __init__(self, student: str, dtype: str, threads: int, cuda_graphs: bool, device: str) -> None:
+    def __init__(
+        self, student: str, dtype: str, threads: int, cuda_graphs: bool, cache_tokens: int | None, device: str
+    ) -> None:
         torch.set_num_threads(max(threads, 1))
         self._folder, facts = student, read_facts(student)
         self._mask_id, self._facts = require_mask(facts), facts
         self._model = load_model(student, dtype).to(device)
         self._make_recorder = CudaGraphs if cuda_graphs else None
+        self._cache = SlotCache(self._model, cache_tokens)
         self._version = -1
         """Weight version in the model; -1: none. Start weights are pushed too, so that a broken path shows at once."""
         self._changed = threading.Condition()
@@ -61,6 +66,7 @@ class Student:
             self._make_recorder,
             self._facts.tokens,
             self._facts.form,
+            self._cache,
         )
 
     def _probe(self) -> None:

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opdlm.actors.rollout.decoder import PREFILL_TOKENS
+from opdlm.actors.rollout.forward import PREFILL_TOKENS
+from opdlm.actors.rollout.kv_cache import SPARE
 from opdlm.actors.teacher.scoring import LOGITS_CHUNK
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.base import DTYPE_BYTES
@@ -50,6 +51,8 @@ class Lengths:
     row: int
     """A training row `[clean | noisy]`: P + 2R, plus the prompt tokens that share the first response block (METHOD.md
     section 4)."""
+    question: int = 0
+    """A question of the run's evaluations and its answer, up to the end of the last block; 0: there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,6 @@ def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) ->
     slots = min(rollout.batch_size, -(-rollout.prompts_per_round // rollout.actors))
     longest = lengths.end if rollout.on_new_weights == "continue" else lengths.prompt
     tokens = max(min(slots * longest, PREFILL_TOKENS), longest)
-    cache = slots * lengths.end * student.layers * 2 * student.kv_heads * student.head_dim * size
     return RoleMemory(
         "rollout",
         rollout.gpus_per_actor,
@@ -132,12 +134,7 @@ def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) ->
             process_term("rollout", rollout.gpus_per_actor),
             weights_term(student.parameters, config.model.dtype),
             *_arriving_weights(config, student.parameters * size),
-            Term(
-                "key/value cache",
-                f"{slots} slots x {lengths.end:,} positions x {student.layers} layers x 2 x "
-                f"{student.kv_heads} heads x {student.head_dim} x {size} B",
-                cache,
-            ),
+            _cache(config, student, slots, lengths),
             Term(
                 "logits of a step",
                 f"{slots} slots x block {rollout.block_size} x {student.vocabulary:,} x 4 B",
@@ -154,6 +151,23 @@ def _arriving_weights(config: OpdlmConfig, nbytes: int) -> list[Term]:
     if config.rollout.weight_transport != "nixl":
         return []
     return [Term("weights that arrive", "as much again, during a push", nbytes)]
+
+
+def _cache(config: OpdlmConfig, student: ModelSize, slots: int, lengths: Lengths) -> Term:
+    """The one cache of the actor. Without `rollout.cache_tokens` it grows to this if all sequences get longest."""
+    bound, evaluation = config.rollout.cache_tokens, config.evaluation
+    positions, what = slots * lengths.end, f"at most {slots} slots x {lengths.end:,} positions"
+    asked = evaluation.batch_size * lengths.question
+    if bound is not None:
+        positions, what = bound + SPARE, f"{bound:,} + {SPARE} positions"
+    elif asked > positions:
+        positions, what = (
+            asked,
+            f"in evaluations, at most {evaluation.batch_size} slots x {lengths.question:,} positions",
+        )
+    each, size = student.layers * 2 * student.kv_heads * student.head_dim, DTYPE_BYTES[config.model.dtype]
+    heads = f"{student.layers} layers x 2 x {student.kv_heads} heads x {student.head_dim} x {size} B"
+    return Term("key/value cache", f"{what} x {heads}", positions * each * size, estimate=bound is None)
 
 
 def _sampling(config: OpdlmConfig, slots: int, vocabulary: int) -> Term:

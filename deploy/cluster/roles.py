@@ -95,7 +95,14 @@ def start_rollout(
     rollout = config.rollout
     each = (rollout.cpus_per_actor, rollout.gpus_per_actor, config.resources.actor_restarts)
     return start_rollout_actor(
-        name, student, config.model.dtype, *each, on_new_weights, rollout.cuda_graphs, **placement
+        name,
+        student,
+        config.model.dtype,
+        *each,
+        on_new_weights,
+        rollout.cuda_graphs,
+        rollout.cache_tokens,
+        **placement,
     )
 
 

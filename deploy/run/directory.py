@@ -29,6 +29,7 @@ _MAY_CHANGE = (
     "rollout.placement",
     "rollout.weight_transport",
     "rollout.cuda_graphs",
+    "rollout.cache_tokens",
     "teacher.actors",
     "teacher.cpus_per_actor",
     "teacher.gpus_per_actor",

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opdlm.common.config import OpdlmConfig
-from opdlm.common.curriculum import length_limit
+from opdlm.common.curriculum import length_limit, longest_limit
 from opdlm.common.files import write_json
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.config import read_config
@@ -140,14 +140,12 @@ def longest_sequences(checked: Preflight) -> Lengths:
     ends, rows = [0], [0]
     for prompt in checked.prompts.prompts:
         size = len(prompt.ids)
-        # A schedule moves one way, so the longest response is in the first round or in the last.
-        limit = max(
-            length_limit(config, r, prompt.domain, prompt.max_new_tokens) for r in (0, checked.schedule.rounds - 1)
-        )
+        limit = longest_limit(config, checked.schedule.rounds, prompt.domain, prompt.max_new_tokens)
         end = grid.end_position(size, limit)
         ends.append(end)
         rows.append(2 * end - grid.first_block_start(size))
-    return Lengths(max(len(p.ids) for p in checked.prompts.prompts), max(ends), max(rows))
+    question = checked.longest_question.end if checked.longest_question else 0
+    return Lengths(max(len(p.ids) for p in checked.prompts.prompts), max(ends), max(rows), question)
 
 
 def show_plan(config: OpdlmConfig, console: Console, json_file: Path | None = None, resume: bool | None = None) -> None:

@@ -25,6 +25,7 @@ from opdlm.common.model.tokenizer import check_tokenizers, load_tokenizer
 from opdlm.deploy.evaluate.best import check_best_figure
 from opdlm.deploy.evaluate.exam import load_known
 from opdlm.deploy.evaluate.known_answers import KnownAnswers
+from opdlm.deploy.run.longest import LongRequest, check_cache, longest_question, longest_rollout
 from opdlm.deploy.run.paths import check_job_paths
 from opdlm.deploy.run.replay import check_replay
 from opdlm.learner.schedule import TrainingSchedule
@@ -44,6 +45,8 @@ class Preflight:
     schedule: TrainingSchedule
     notes: tuple[str, ...]
     """What the user should know before the run starts, a line each."""
+    longest_question: LongRequest | None = None
+    """The longest request of the run's evaluations; None where it has none."""
     questions: KnownAnswers | None = None
     """The questions of `evaluation.data`; None without them, and in a replay, which evaluates nothing."""
 
@@ -98,11 +101,13 @@ def preflight(config: OpdlmConfig) -> Preflight:
     epochs = -(-total // per_epoch)
     learner = config.learner
     schedule = TrainingSchedule(total, per_round, learner.batch_size, config.run.seed, learner.passes)
+    question = longest_question(config, evaluated_tasks(config), tokenizer, questions)
+    check_cache(config, longest_rollout(config, prompts, schedule.rounds), question)
     order = PromptOrder(prompts.prompts, config.run.seed, epochs, prompts.shares)
     if config.run.replay is not None:
         check_replay(config, Path(config.run.replay), teacher, schedule, order.digest)
     notes = (*end_token_notes(teacher, student, tokenizer), *([refused] if refused else []))
-    return Preflight(config, teacher, student, tokenizer, prompts, order, schedule, notes, questions)
+    return Preflight(config, teacher, student, tokenizer, prompts, order, schedule, notes, question, questions)
 
 
 def end_token_notes(teacher: ModelFacts, student: ModelFacts, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -11,10 +11,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from opdlm.actors.rollout.attention import attended, parts_of
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.forward import StepShape
-from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.actors.rollout.remasking import STRATEGIES
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.form import PAPER_FORM, StudentForm
@@ -36,7 +34,7 @@ MODELS = [*(tiny_model(seed) for seed in range(3)), *(tiny_model(3, **other) for
     lengths=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 13)), min_size=1, max_size=7),
     batch_size=st.integers(1, 4),
     prefill_cost=st.sampled_from([0.5, 8.0]),
-    narrowest=st.sampled_from([256, 4]),
+    part_cost=st.sampled_from([256, 4]),
     sorting=st.sampled_from([4, 0.1]),
     seed=st.integers(0, 10**6),
 )
@@ -53,7 +51,7 @@ def test_equals_uncached_oracle(
     lengths,
     batch_size,
     prefill_cost,
-    narrowest,
+    part_cost,
     sorting,
     seed,
 ) -> None:
@@ -75,7 +73,7 @@ def test_equals_uncached_oracle(
     assume(all(set(r.prompt_ids) != {MASK} for r in requests))
     with (
         mock.patch("opdlm.actors.rollout.decoder._PREFILL_COST", prefill_cost),  # few slots free, or all
-        mock.patch("opdlm.actors.rollout.attention.NARROWEST_PART", narrowest),
+        mock.patch("opdlm.actors.rollout.attention.PART_COST", part_cost),
         mock.patch("opdlm.actors.rollout.slots._SORT_COST", sorting),
     ):
         decoder = BlockDecoder(model, decode_settings, MASK, [EOS], batch_size, form=form)
@@ -130,53 +128,16 @@ def test_shapes_are_few_and_large_enough(slots, data) -> None:
     """A rounded-up shape is never larger than the cache."""
     positions = data.draw(st.integers(16, 5000))
     occupied, width = data.draw(st.integers(1, slots)), data.draw(st.integers(1, positions))
-    exact = StepShape(data.draw(st.integers(0, occupied)), ((occupied, width),))
+    exact = StepShape(data.draw(st.integers(0, occupied)), occupied, width)
     rounded = exact.rounded_up(slots, positions)
     assert exact.slots <= rounded.slots <= min(max(2 * exact.slots, 1), slots)
     assert exact.commits <= rounded.commits <= rounded.slots
     assert (rounded.commits == 0) == (exact.commits == 0)
-    ((count, rounded_width),) = rounded.parts
-    assert count == rounded.slots
-    assert width <= rounded_width <= positions
+    assert width <= rounded.width <= positions
     all_shapes = {
-        StepShape(c, ((n, width),)).rounded_up(slots, positions) for n in range(1, slots + 1) for c in range(n + 1)
+        StepShape(c, n, width).rounded_up(slots, positions) for n in range(1, slots + 1) for c in range(n + 1)
     }
     assert len(all_shapes) <= 5 * (1 + slots.bit_length())
-
-
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=40))
-def test_parts_are_few_and_wide_enough_for_every_slot(ends) -> None:
-    parts = parts_of(np.array(ends), most=3000)
-    widths = [width for count, width in parts for _ in range(count)]
-    assert len(widths) == len(ends)
-    assert all(end <= width <= 3000 for end, width in zip(ends, widths, strict=True))
-    assert widths == sorted(widths, reverse=True), "the first part is the widest"
-    assert len(parts) <= 5  # 256, 512, 1024, 2048, 4096
-    sorted_parts = parts_of(np.array(sorted(ends, reverse=True)), most=3000)
-    assert attended(sorted_parts) <= attended(parts)
-    limit = sum(max(2 * end + 16, 272) for end in ends)
-    assert attended(sorted_parts) <= limit, "in sorted order, a slot attends to at most twice its own positions"
-
-
-def test_slots_are_sorted_only_if_a_long_one_comes_last(monkeypatch) -> None:
-    """Sorting reads the cache too, so it waits until the unsorted order has cost as much as sorting."""
-    monkeypatch.setattr("opdlm.actors.rollout.attention.NARROWEST_PART", 16)
-    orders: list[list[int]] = []
-    reorder = SlotCache.reorder
-
-    def recorded(cache: SlotCache, order: list[int], width: int) -> None:
-        orders.append(order)
-        reorder(cache, order, width)
-
-    monkeypatch.setattr(SlotCache, "reorder", recorded)
-    decode_settings, model = DecodeSettings(strategy="low_confidence_static", ignore_eos=True), MODELS[0]
-    for lengths, expected in (([3, 5, 2, 70], [[3, 0, 1, 2]]), ([70, 3, 5, 2], []), ([3, 5, 2, 4], [])):
-        orders.clear()
-        requests = [request(length, index, 20) for index, length in enumerate(lengths)]
-        trajectories, _ = BlockDecoder(model, decode_settings, MASK, [EOS], 4).decode(requests)
-        assert orders[:1] == expected
-        for ours, asked in zip(trajectories, requests, strict=True):
-            assert ours.response_ids.tolist() == uncached_decode(model, decode_settings, MASK, set(), asked)[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

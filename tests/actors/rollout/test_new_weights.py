@@ -85,7 +85,7 @@ def test_goes_on_as_the_new_model_would(
     updates = WeightUpdates(before_steps)
     decoder = BlockDecoder(updates.model, decode_settings, MASK, [EOS], batch_size, form=form)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("opdlm.actors.rollout.decoder.PREFILL_TOKENS", prefill_tokens)
+        patch.setattr("opdlm.actors.rollout.forward.PREFILL_TOKENS", prefill_tokens)
         trajectories, stats = decoder.decode(requests, 0, updates.observe, updates.update_weights)
     for ours, asked in zip(trajectories, requests, strict=True):
         history = updates.history(asked.index)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -37,9 +36,10 @@ LARGEST = 2**64 - 1
 @pytest.fixture(scope="module")
 def long_one():
     """The trajectory of a long response, as the decoder's state gives it once every token is revealed."""
-    slots = Slots(4 + LENGTH, 4, MASK, torch.zeros(1, 0))
+    slots = Slots(4, MASK, torch.zeros(0, 0), version=0)
+    slots.enlarge(1, 4 + LENGTH)
     prompt = np.array([3, 4, 5, 6], np.int32)
-    slots.refill(deque([RolloutRequest(0, "long", prompt, LENGTH, seed=LARGEST)]), BlockGrid(4, "absolute"), 0.9)
+    slots.refill([RolloutRequest(0, "long", prompt, LENGTH, seed=LARGEST)], BlockGrid(4, "absolute"), 0.9)
     slots.tokens[0, 4:] = 7
     slots.reveal[0, 4:] = torch.arange(1, LENGTH + 1)
     (made,) = slots.trajectories([0], [EOS], ignore_eos=False)

@@ -42,7 +42,7 @@ def test_mistakes_are_named(run_file, tmp_path) -> None:  # noqa: F811
 
 
 def test_the_plan_counts_the_longest_sequence_and_the_mask_tokens_row(run_file) -> None:  # noqa: F811
-    plan = make_plan(load_config(run_file))
+    plan = make_plan(load_config(run_file, ["evaluation.final_problems=0"]))
     student, teacher = (next(t.nbytes for t in plan.memory[i].terms if t.what == "weights") for i in (0, 1))
     # float32 against bfloat16, and the mask token's row of 16 in embedding and output matrix
     assert student == 2 * teacher + 2 * 16 * 4
@@ -51,6 +51,17 @@ def test_the_plan_counts_the_longest_sequence_and_the_mask_tokens_row(run_file) 
     longest = max(len(prompt.ids) for prompt in preflight(load_config(run_file)).prompts.prompts)
     end = -(-(longest + 20) // 4) * 4  # 20 new tokens, to the end of a block of 4
     assert (columns, rest) == (end, 0)
+
+
+def test_the_plan_shows_a_bounded_cache_and_refuses_one_that_is_too_small(run_file) -> None:  # noqa: F811
+    assert "500 + 16 positions" in opdlm("plan", run_file, "--set", "rollout.cache_tokens=500")
+    for evaluated, who in ((0, "chain/"), (1000, "chain/test/")):
+        more = ("--set", f"evaluation.final_problems={evaluated}")
+        text = opdlm("plan", run_file, *more, "--set", "rollout.cache_tokens=20", code=2)
+        assert f"rollout.cache_tokens: found 20, too small for {who}" in text
+        assert f"and at most {64 if evaluated else 20} new ones take" in text
+        least = text.split("give at least ")[1].split()[0]
+        assert f"{least} + 16 positions" in opdlm("plan", run_file, *more, "--set", f"rollout.cache_tokens={least}")
 
 
 def test_roles_that_share_a_gpu_are_summed(run_file) -> None:  # noqa: F811

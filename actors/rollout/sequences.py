@@ -1,0 +1,77 @@
+"""A sequence before and after it has a slot: which requests can be decoded, and what a finished one becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from opdlm.common.grid import BlockGrid
+from opdlm.common.types import RolloutRequest, Trajectory
+
+
+def extent(request: RolloutRequest, grid: BlockGrid) -> tuple[int, int]:
+    """Positions of a sequence when it begins, to the end of its first block, and at most, to the end of its last."""
+    length = request.prompt_ids.size
+    return grid.first_block_start(length) + grid.block_size, grid.end_position(length, request.max_new_tokens)
+
+
+def check_requests(requests: Sequence[RolloutRequest], grid: BlockGrid, context: int, cache_limit: int | None) -> None:
+    """Refuses requests that cannot be decoded.
+
+    Args:
+        context: the model's positions.
+        cache_limit: positions of the cache; None: it grows.
+
+    Raises:
+        ValueError: a prompt is empty, or prompt and response do not fit into the context or the cache.
+    """
+    for request in requests:
+        if request.prompt_ids.size == 0:
+            raise ValueError(f"prompt {request.prompt_id} is empty; a response needs a token before it")
+        if request.max_new_tokens < 1:
+            raise ValueError(
+                f"prompt {request.prompt_id}: max_new_tokens is {request.max_new_tokens}; it must be at least 1"
+            )
+        end = extent(request, grid)[1]
+        for room, whose in ((context, "the model's context"), (cache_limit, "rollout.cache_tokens")):
+            if room is not None and end > room:
+                raise ValueError(
+                    f"prompt {request.prompt_id}: {request.prompt_ids.size} prompt tokens and {request.max_new_tokens} "
+                    f"new tokens take {end} positions, to the end of their last block; {whose} is {room}"
+                )
+
+
+def trajectory_of(
+    request: RolloutRequest,
+    tokens: np.ndarray,
+    reveal: np.ndarray,
+    history: Sequence[tuple[int, int]],
+    eos_ids: Sequence[int],
+    ignore_eos: bool,
+) -> Trajectory:
+    """The trajectory of a finished sequence.
+
+    Args:
+        tokens: `[T]` int64, prompt and response.
+        reveal: `[T]` int64, the denoising step that revealed each token; 0: none, as for the prompt.
+        history: for each weight version that decoded it: (denoising steps done before it, version).
+    """
+    start, end = request.prompt_ids.size, int(reveal.nonzero()[0][-1]) + 1
+    response, reveal = tokens[start:end].astype(np.int32), reveal[start:end].astype(np.int32)
+    steps_before, numbers = zip(*history, strict=True)
+    # A token of step k has the last version that began before step k.
+    versions = np.array(numbers, dtype=np.int32)[np.searchsorted(steps_before, reveal) - 1]
+    ends = np.flatnonzero(np.isin(response[: request.max_new_tokens], [] if ignore_eos else list(eos_ids)))
+    return Trajectory(
+        index=request.index,
+        prompt_id=request.prompt_id,
+        prompt_ids=request.prompt_ids,
+        response_ids=response,
+        reveal_step=reveal,
+        response_length=int(ends[0]) + 1 if len(ends) else min(len(response), request.max_new_tokens),
+        weight_version=int(versions.min()),
+        finish_reason="eos" if len(ends) else "length",
+        denoising_steps=int(reveal.max()),
+        token_versions=versions if versions.min() < versions.max() else None,
+    )
