@@ -14,7 +14,7 @@ from dataclasses import replace
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.common.types import DecodeStats, EndedSequence, RolloutRequest, StreamReport, Trajectory
 
-_GROUP_SECONDS = 0.2
+_GROUP_SECONDS = 1.0
 """Trajectories that end within this time leave together, unless slots wait for more requests."""
 _SIGN_SECONDS = 2.0
 """Longest time between two reports of an actor that makes steps."""

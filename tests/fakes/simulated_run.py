@@ -7,7 +7,7 @@ A simulated rollout actor has one slot, and decodes nothing while it loads weigh
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +133,9 @@ class SimulatedTeacher:
     async def score(self, places: Any, per_reference: int, watch: Any, *groups: Any) -> tuple[Any, ...]:
         async with self._one_call:
             indices = [(await groups[group])[place] for group, place in places]
+            began = asyncio.get_running_loop().time()
             await self.run.take_time(self.run.stages.score, len(indices), self.run.shape.teachers)
+            self.run.teacher_seconds[self.name] += asyncio.get_running_loop().time() - began
             self.run.fault(self.name)
             return (*in_groups(indices, per_reference), ScoreStats(1, 1, 0.1, 1, ((1, 1),) * len(indices)))
 
@@ -172,6 +174,8 @@ class SimulatedRun:
         """By round, the samples that the learner was given first. After a restart it must be given the same ones."""
         self.trained_at: list[float] = []
         """Virtual seconds at which the training of each round ended."""
+        self.teacher_seconds: Counter[str] = Counter()
+        """By teacher, virtual seconds in which it scored."""
         self.decoded: list[tuple[int, int]] = []
         """(sample, weight version) of everything that was decoded."""
         self.config = config = config_from_dict(
