@@ -21,7 +21,7 @@ from opdlm.deploy.cluster.placement import Demands
 _CONTEXT_BYTES = 2**29
 """About what CUDA itself takes of a GPU for each process."""
 _ADVICE = {
-    "rollout": "lower rollout.batch_size or rollout.max_new_tokens",
+    "rollout": "lower rollout.cache_tokens, rollout.batch_size or rollout.max_new_tokens",
     "teacher": "lower teacher.batch_tokens",
     "learner": "lower learner.micro_batch_tokens, or take more learner.workers with learner.zero.stage 3",
 }
