@@ -3,8 +3,8 @@
     make bench        # or: python -m tests.benchmarks.long_tail [--repetitions 5]
 
 Random weights in the shape of Qwen3-0.6B, bfloat16, static decoding after prompts of the lengths below; a long prompt
-stands for a response that is long already. The two arms differ in the smallest width of a
-part (`actors/rollout/attention.py`). The time of a step is the median over the steps of a call. There is no prefill, because
+stands for a response that is long already. The two arms differ in the smallest width of a part
+(`actors/rollout/attention.py`). The time of a step is the median over the steps of a call. There is no prefill, because
 attention over zeros takes the same time.
 """
 
