@@ -16,9 +16,9 @@ from opdlm.common.config.base import DTYPE_BYTES
 
 _GROUP_BYTES = 1 << 20
 """Largest size of a list of samples that share one reference, unless it holds a single sample."""
-_PROMPT_BYTES = 4
+PROMPT_BYTES = 4
 """Bytes of a prompt token: its id."""
-_TRAJECTORY_BYTES = 12
+TRAJECTORY_BYTES = 12
 """Bytes of a response token in a trajectory: id (4), reveal step (4), weight version (4)."""
 
 
@@ -41,15 +41,25 @@ def samples_per_reference(config: OpdlmConfig, model: Any, longest_prompt: int) 
         model: the teacher's transformers config.
         longest_prompt: length of the longest prompt, in tokens.
     """
-    teacher, width = config.teacher, model.hidden_size
+    token_bytes = response_token_bytes(config, model.hidden_size, model.vocab_size)
+    sample_bytes = token_bytes * config.rollout.max_new_tokens + PROMPT_BYTES * longest_prompt
+    return max(_GROUP_BYTES // sample_bytes, 1)
+
+
+def response_token_bytes(config: OpdlmConfig, width: int, vocabulary: int) -> int:
+    """Bytes of one response token in a sample: of the trajectory, and of the teacher's targets.
+
+    Args:
+        width: hidden size of the teacher.
+        vocabulary: rows of its output matrix.
+    """
+    teacher = config.teacher
     target_bytes = {
         "hidden": width * DTYPE_BYTES[teacher.dtype],
         "topk": 8 * teacher.top_k,
-        "logits": 4 * model.vocab_size,
+        "logits": 4 * vocabulary,
     }
-    token_bytes = _TRAJECTORY_BYTES + (8 if config.objective.kind == "cft" else target_bytes[teacher.targets])
-    sample_bytes = token_bytes * config.rollout.max_new_tokens + _PROMPT_BYTES * longest_prompt
-    return max(_GROUP_BYTES // sample_bytes, 1)
+    return TRAJECTORY_BYTES + (8 if config.objective.kind == "cft" else target_bytes[teacher.targets])
 
 
 def sample_refs(groups: Sequence[Any], size: int, lengths: Sequence[tuple[int, int]]) -> list[SampleRef]:

@@ -4,8 +4,8 @@ Ray ties an object to the process that owns it. What a rank puts into the object
 Ray frees it when the rank dies, which may be before every rollout actor has loaded it. `ray.put(..., _owner=)`, which
 named another owner, was removed in Ray 2.56. What an actor *returns*, however, belongs to its caller. So the rank only
 offers the pack, and the queue calls the rank's process, which returns it: the pack is stored on the rank's node, the
-queue owns it, and rollout actors read it from there. The queue also takes a copy to its own node, in case the rank's
-node dies.
+queue owns it, and rollout actors read it from there. The queue also has another node hold a copy, in case the rank's
+node dies (`actors/queue/second_copy.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class WeightOffer:
     actor: Any
     """Handle of the actor in whose process the pack is. The actor's main thread must be free to answer a call, as that
     of a Ray Train worker is, which trains in another thread."""
+    node: str
+    """Ray's id of the node of that process."""
     version: int
     nbytes: int
 
@@ -42,11 +44,16 @@ class WeightOffer:
 
 
 @contextmanager
-def offered(actor: Any, pack: WeightPack) -> Iterator[WeightOffer]:
-    """Offers a pack until the block ends. `actor`: handle of the actor in whose process this runs."""
+def offered(actor: Any, node: str, pack: WeightPack) -> Iterator[WeightOffer]:
+    """Offers a pack until the block ends.
+
+    Args:
+        actor: handle of the actor in whose process this runs.
+        node: Ray's id of its node.
+    """
     _offered_packs[pack.version] = pack
     try:
-        yield WeightOffer(actor, pack.version, pack.nbytes)
+        yield WeightOffer(actor, node, pack.version, pack.nbytes)
     finally:
         del _offered_packs[pack.version]
 

@@ -4,7 +4,7 @@
     worker.py, round_training.py        what each ZeRO rank does; training on one round
     schedule.py                         rounds, optimizer steps, shares of a batch, learning rate
     train_step.py                       one optimizer step
-    states.py, rows.py, packing.py      which positions are masked -> training rows -> micro-batches
+    states.py, rows.py, packing.py      which positions are masked -> training rows -> micro-batches of bounded size
     row_attention.py                    attention of training rows where there is no flex_attention
     targets.py, losses.py               the teacher's distributions, and the divergence from them
     distill.py                          the module that is trained: the student's forward and its loss
@@ -29,7 +29,7 @@ __getattr__, __all__ = lazy_exports(
         "group": ["fit"],
         "lora": ["add_adapters", "merged_parameters", "save_adapter"],
         "losses": ["divergence", "forward_kl", "jensen_shannon", "reverse_kl"],
-        "packing": ["MicroBatch", "collate", "pack"],
+        "packing": ["MicroBatch", "collate", "micro_batches", "pack"],
         "queue_client": ["QueueClient"],
         "rollout_files": [
             "RolloutFacts",

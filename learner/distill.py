@@ -104,7 +104,7 @@ class DistillModule(nn.Module):
                 dtype = torch.float32  # a CPU's backward pass of attention is more than twice as fast in it
             parts = RowParts.from_batch(batch, dtype, self.form.causal)
             self.padding = parts.padding
-            return parts.clean_mask, {"layout": parts}
+            return parts.clean_pieces[0].mask, {"layout": parts}  # any mask: with one, the model makes none itself
         from torch.nn.attention.flex_attention import create_block_mask
 
         rows, length = batch.blocks.shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from opdlm.learner.setup import LearnerSetup
 
 _QUEUE_TIMEOUT_SECONDS = 60.0
 """Longest wait for an answer of the queue actor, which answers at once."""
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables of torch's allocator, the present name and the former."""
 
 
 class LearnerBehind(OpdlmError):
@@ -57,6 +60,7 @@ def fit(setup: LearnerSetup, experiment: str) -> None:
             name=experiment,
             storage_path=str(Path(setup.config["run"]["dir"]).resolve() / "ray_train"),
             failure_config=train.FailureConfig(max_failures=learner.max_failures),
+            worker_runtime_env=rank_environment(config, os.environ),
         ),
     )
     trainer.fit()
@@ -65,6 +69,22 @@ def fit(setup: LearnerSetup, experiment: str) -> None:
         raise OpdlmError(reason)
     if reason := ray.get(setup.queue.reason_to_go_back.remote(), timeout=limit):
         raise LearnerBehind(reason)
+
+
+def rank_environment(config: OpdlmConfig, given: Mapping[str, str]) -> dict[str, Any]:
+    """The runtime environment of the ranks. On a GPU, torch's allocator gets segments that can grow.
+
+    Micro-batches differ in length, and responses grow during a run. Segments of a fixed size would then leave gaps that
+    no later tensor fits into. The allocator reads its settings when torch is loaded, before any code of ours runs.
+
+    Args:
+        given: the driver's environment variables; a setting of the user wins. `nixl` registers memory with the network,
+            which growing segments may not allow, so the allocator stays as it is.
+    """
+    grows = config.learner.gpus_per_worker > 0 and config.rollout.weight_transport != "nixl"
+    if not grows or any(name in given for name in _ALLOCATOR):
+        return {}
+    return {"env_vars": {_ALLOCATOR[0]: "expandable_segments:True"}}
 
 
 def _torch_config(on_gpu: bool) -> Any:

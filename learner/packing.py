@@ -8,6 +8,9 @@
 
 A clean half does not see any noisy half, so all states of a trajectory can share it. The samples of a line do not see
 each other. Losses and gradients are the same either way; the tests compare `pack` with `collate`.
+
+`micro_batches` cuts a rank's rows into lines of a bounded number of tokens, so a step's memory does not grow with the
+length of the responses.
 """
 
 from __future__ import annotations
@@ -55,6 +58,28 @@ def pack(rows: Sequence[Row]) -> MicroBatch:
     for index, row in enumerate(rows):
         by_trajectory.setdefault(id(row.scored), []).append(index)
     return _lay_out(rows, [list(by_trajectory.values())])
+
+
+def micro_batches(rows: Sequence[Row], most_tokens: int) -> list[MicroBatch]:
+    """Packs all rows, the longest first, into micro-batches of at most `most_tokens` tokens each.
+
+    Tokens are counted as attention without flex_attention has them (`row_attention.py`): every clean half is as long as
+    the longest of its micro-batch, and so is every noisy half. A row that is longer than `most_tokens` is alone.
+    """
+    groups: list[list[Row]] = []
+    trajectories: set[int] = set()  # of the last group, as the next two
+    clean = noisy = 0
+    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
+        own_clean, own_noisy = row.clean_length, len(row.input_ids) - row.clean_length
+        joined = trajectories | {id(row.scored)}
+        longest = max(clean, own_clean), max(noisy, own_noisy)
+        if groups and len(joined) * longest[0] + (len(groups[-1]) + 1) * longest[1] <= most_tokens:
+            groups[-1].append(row)
+            trajectories, (clean, noisy) = joined, longest
+        else:
+            groups.append([row])
+            trajectories, clean, noisy = {id(row.scored)}, own_clean, own_noisy
+    return [pack(group) for group in groups]
 
 
 def _lay_out(rows: Sequence[Row], lines: Sequence[Sequence[Sequence[int]]]) -> MicroBatch:

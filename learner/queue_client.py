@@ -88,8 +88,8 @@ class QueueClient:
 
     def publish(self, pack: WeightPack) -> None:
         """Publishes weights through the object store; where it is full, waits for room, as the producers do."""
-        store_wait, this_actor = StoreWait(self._limit), ray.get_runtime_context().current_actor
-        with offered(this_actor, pack) as offer:
+        store_wait, here = StoreWait(self._limit), ray.get_runtime_context()
+        with offered(here.current_actor, here.get_node_id(), pack) as offer:
             while True:
                 try:
                     self.wait_for(self._queue.publish_offer.remote(offer), _PUBLISHING)

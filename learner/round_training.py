@@ -79,7 +79,7 @@ class RoundTrainer:
         tokens = forward_tokens = 0
         for pass_number, places in self.schedule.batches(progress.rounds, len(taken)):
             share = samples.fetch(share_by_work(places, work, dist.get_world_size())[dist.get_rank()])
-            filler = share[-1] if share else samples.fetch(places[:1])[0]
+            filler = share[-1] if share else samples.fetch([min(places, key=work.__getitem__)])[0]  # the shortest
             rate = learning_rate(progress.optimizer_steps, total_steps, self.config.learner.optimizer)
             result = self.step(share, filler, rate, pass_number)
             progress.optimizer_steps += 1

@@ -7,6 +7,9 @@
 Neither copies nor samples see each other, so the cost of a line is the sum of the costs of its samples. The parts of
 each kind are padded to the longest of them, so the rows of a micro-batch should have similar lengths, as the rows of a
 sorted batch have.
+
+Long parts are cut into pieces of `PIECE` queries, and a piece has only the keys that one of its queries sees: those
+before it, and in a noisy copy those around it. So a long row's masks and scores are less than half as large.
 """
 
 from __future__ import annotations
@@ -22,6 +25,22 @@ import torch.nn.functional as F
 from opdlm.common.masks import PADDING, visible
 from opdlm.learner.packing import MicroBatch
 
+PIECE = 1024
+"""Most queries of one piece. Shorter parts are not cut: that would be more calls for few keys less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some queries of each part, and the keys that they see: some of the clean half, and of the noisy copy itself."""
+
+    queries: slice
+    """Columns of the parts, as the next two."""
+    clean: slice
+    own: slice | None
+    """None: the queries are of the clean halves."""
+    mask: torch.Tensor
+    """`[parts, 1, Q, K]`, added to the scores: every layer would turn a boolean mask into such a one, and keep it."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowParts:
@@ -36,10 +55,8 @@ class RowParts:
     """`[M, N]` int64, the same."""
     owner: torch.Tensor
     """`[M]` int64, the clean half of each noisy copy."""
-    clean_mask: torch.Tensor
-    """`[G, 1, C, C]`, added to the scores: every layer would turn a boolean mask into such a one, and keep it."""
-    noisy_mask: torch.Tensor
-    """`[M, 1, N, C + N]`, the same."""
+    clean_pieces: list[Piece]
+    noisy_pieces: list[Piece]
     source: torch.Tensor
     """`[B * T - padding of the batch]` int64, which of the `G * C + M * N` places are not padding."""
     target: torch.Tensor
@@ -74,9 +91,7 @@ class RowParts:
         flat = [numbers.reshape(-1) for numbers in (samples, copies, blocks)]
         clean_numbers = _numbers(clean, clean_is_real, flat)
         noisy_numbers = _numbers(noisy, noisy_is_real, flat)
-        seen_numbers = [
-            np.concatenate([c[owner], n], axis=1) for c, n in zip(clean_numbers, noisy_numbers, strict=True)
-        ]
+        owned = [numbers[owner] for numbers in clean_numbers]
         source = np.flatnonzero(np.concatenate([clean_is_real.reshape(-1), noisy_is_real.reshape(-1)]))
         target = np.concatenate([clean.reshape(-1), noisy.reshape(-1)])[source]
         device = batch.samples.device
@@ -88,8 +103,8 @@ class RowParts:
             clean=on_device(clean),
             noisy=on_device(noisy),
             owner=on_device(owner),
-            clean_mask=_added_mask(clean_numbers, clean_numbers, causal, dtype, device),
-            noisy_mask=_added_mask(noisy_numbers, seen_numbers, causal, dtype, device),
+            clean_pieces=_pieces(clean_numbers, clean_numbers, None, causal, dtype, device),
+            noisy_pieces=_pieces(noisy_numbers, owned, noisy_numbers, causal, dtype, device),
             source=on_device(source),
             target=on_device(target),
         )
@@ -97,25 +112,34 @@ class RowParts:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
     ) -> torch.Tensor:
-        """See `AttentionLayout`. Keys and values are those of the batch's own tokens; `mask` is `clean_mask`."""
+        """See `AttentionLayout`. Keys and values are those of the batch's own tokens; the pieces have the masks."""
         batch, _, length, _ = query.shape
-        given, attended = query.dtype, self.noisy_mask.dtype
+        given, attended = query.dtype, self.noisy_pieces[0].mask.dtype
         places = [
             _ToPlaces.apply(tensor.transpose(1, 2).flatten(0, 1), self).to(attended) for tensor in (query, key, value)
         ]
         (clean_q, noisy_q), (clean_k, noisy_k), (clean_v, noisy_v) = (self._split(tensor) for tensor in places)
-        seen_k = torch.cat([clean_k.index_select(0, self.owner), noisy_k], dim=2)
-        seen_v = torch.cat([clean_v.index_select(0, self.owner), noisy_v], dim=2)
 
-        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
+        def seen(clean: torch.Tensor, noisy: torch.Tensor, piece: Piece) -> torch.Tensor:
+            keys = clean[:, :, piece.clean]
+            if piece.own is None:
+                return keys
+            return torch.cat([keys.index_select(0, self.owner), noisy[:, :, piece.own]], dim=2)
+
+        def attention(q: torch.Tensor, piece: Piece) -> torch.Tensor:
+            k, v = seen(clean_k, noisy_k, piece), seen(clean_v, noisy_v, piece)
             grouped = q.shape[1] != k.shape[1]
             if grouped and not q.is_cpu:  # a GPU has no fused kernel for grouped heads with a mask
                 k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
                 grouped = False
-            output = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale, enable_gqa=grouped)
-            return output.transpose(1, 2).flatten(0, 1)
+            output = F.scaled_dot_product_attention(q, k, v, attn_mask=piece.mask, scale=scale, enable_gqa=grouped)
+            return output.transpose(1, 2)
 
-        outputs = attention(clean_q, clean_k, clean_v, mask), attention(noisy_q, seen_k, seen_v, self.noisy_mask)
+        def attended_parts(q: torch.Tensor, pieces: Sequence[Piece]) -> torch.Tensor:
+            outputs = [attention(q[:, :, piece.queries], piece) for piece in pieces]
+            return torch.cat(outputs, dim=1).flatten(0, 1)
+
+        outputs = attended_parts(clean_q, self.clean_pieces), attended_parts(noisy_q, self.noisy_pieces)
         attended_places = torch.cat(outputs).to(given)  # [G * C + M * N, heads, D]
         return _ToTokens.apply(attended_places, self, batch * length).unflatten(0, (batch, length))
 
@@ -183,11 +207,29 @@ def _numbers(indices: np.ndarray, is_real: np.ndarray, flat: Sequence[np.ndarray
     return [np.where(is_real, sample, PADDING), copy, block, np.where(is_real, indices, unique)]
 
 
-def _added_mask(
-    query: Sequence[np.ndarray], key: Sequence[np.ndarray], causal: bool, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """`[parts, 1, Q, K]`, 0 where the query sees the key and minus infinity elsewhere, from the `_numbers` of both."""
-    q, k = ([torch.from_numpy(numbers).to(device) for numbers in side] for side in (query, key))
-    places = tuple(n[:, :, None] for n in q), tuple(n[:, None, :] for n in k)
-    seen = visible(*places, causal)[:, None]  # type: ignore[arg-type]
-    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+def _pieces(
+    queries: Sequence[np.ndarray],
+    clean: Sequence[np.ndarray],
+    own: Sequence[np.ndarray] | None,
+    causal: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Piece]:
+    """The pieces of parts, all equally long. The arguments are the `_numbers` of queries, clean keys and own keys."""
+    length, border = queries[0].shape[1], clean[0].shape[1]
+    keys = clean if own is None else [np.concatenate(pair, axis=1) for pair in zip(clean, own, strict=True)]
+    k = [torch.from_numpy(numbers).to(device)[:, None, :] for numbers in keys]
+    pieces = []
+    for start in range(0, length, PIECE):
+        part = slice(start, min(start + PIECE, length))
+        q = [torch.from_numpy(numbers[:, part]).to(device)[:, :, None] for numbers in queries]
+        seen = visible(tuple(q), tuple(k), causal)[:, None]  # type: ignore[arg-type]
+        columns = seen.flatten(0, 2).any(0).nonzero().flatten().cpu().numpy()
+        earlier, around = columns[columns < border], columns[columns >= border]
+        of_clean = slice(0, int(earlier.max(initial=-1)) + 1)
+        of_own = slice(int(around[0]), int(around[-1]) + 1) if len(around) else slice(0, 0)
+        shown = torch.cat([seen[..., of_clean], seen[..., of_own]], dim=-1)
+        mask = torch.zeros(shown.shape, dtype=dtype, device=device).masked_fill_(~shown, float("-inf"))
+        inside = slice(of_own.start - border, of_own.stop - border)
+        pieces.append(Piece(part, of_clean, inside if own is not None else None, mask))
+    return pieces

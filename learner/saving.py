@@ -1,6 +1,7 @@
 """What rank 0 writes for the group: checkpoints, and the finished student. A full disk ends or spares all ranks alike.
 
-The state is gathered before anything is written, so no rank waits in a collective call for one whose disk is full.
+The first rank writes each tensor as it is gathered, so no process holds the whole state. Where its disk is full, it
+still takes part in gathering the rest, so no other rank waits for it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,17 +106,23 @@ class Saver:
 
         Returns: None, or on every rank why the checkpoint was not written.
         """
-        gathered = zero.gather_state(self.engine, keep=dist.get_rank() == 0)
+        first, tensors = dist.get_rank() == 0, zero.state_tensors(self.engine)
 
         def write() -> None:
-            if gathered is not None:
-                save_checkpoint(self.root, state, gathered.write, self.keep)
+            try:
+                if first:
+                    write_files = partial(zero.write_state, self.engine, tensors)
+                    save_checkpoint(self.root, state, write_files, self.keep)
+            finally:
+                while next(tensors, None) is not None:  # those that were not written; other ranks write none
+                    continue
 
         problem = problem_of_first_rank(write, self.engine.device)
         self.failed_in_a_row = self.failed_in_a_row + 1 if problem else 0
-        if problem is None or gathered is None:
+        if problem is None or not first:
             return problem
-        problem = f"{problem} ({gathered.nbytes / 1e6:,.1f} MB to write, {_free_space(self.root)})"
+        size = f"{zero.state_bytes(self.engine) / 1e6:,.1f} MB to write"
+        problem = f"{problem} ({size}, {_free_space(self.root)})"
         log.warning("checkpoint of round %d, failed save %d: %s", state["rounds"], self.failed_in_a_row, problem)
         return problem
 

@@ -75,20 +75,19 @@ def training_work(samples: Sequence[SampleRef], objective: ObjectiveConfig, bloc
 def share_by_work(places: Sequence[int], work: Sequence[float], ranks: int) -> list[list[int]]:
     """Shares a batch among the ranks so that none waits long for another.
 
-    The costliest sample comes first, and each goes to the rank that has the least work so far. No rank gets more than
-    `ceil(len(places) / ranks)` samples, so the numbers of micro-batches are close to each other too.
+    The costliest sample comes first, and each goes to the rank that has the least work so far; among equals, to the one
+    with the fewest samples. Micro-batches are cut by tokens, so ranks with equal work also have about equally many.
 
     Args:
         places: places in the round of the batch's samples.
         work: what each sample of the round costs, by place.
 
-    Returns: the places of each rank.
+    Returns: the places of each rank, the costliest first.
     """
-    largest_share = -(-len(places) // ranks)
     shares: list[list[int]] = [[] for _ in range(ranks)]
     totals = [0.0] * ranks
     for place in sorted(places, key=lambda place: -work[place]):
-        rank = min((r for r in range(ranks) if len(shares[r]) < largest_share), key=lambda r: totals[r])
+        rank = min(range(ranks), key=lambda r: (totals[r], len(shares[r])))
         shares[rank].append(place)
         totals[rank] += work[place]
     return shares

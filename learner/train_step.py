@@ -7,7 +7,7 @@ calls a `TrainStep` with its share of each batch:
 
     share of scored trajectories
       │ states.py, rows.py      training rows: which positions are masked, and at which of them the loss is taken
-      │ packing.py              micro-batches: rows laid out for one forward
+      │ packing.py              micro-batches: rows of at most `micro_batch_tokens`, laid out for one forward
       ▼ for each micro-batch
       │ targets.py              the teacher's distributions at its loss positions
       │ distill.py              the student's forward, then the losses (chunked_loss.py, losses.py)
@@ -31,13 +31,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from opdlm.common.batches import in_groups
 from opdlm.common.config.schema import LearnerConfig, ObjectiveConfig
 from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.grid import BlockGrid
 from opdlm.common.token_ids import TokenIds
 from opdlm.common.types import ScoredTrajectory
-from opdlm.learner.packing import MicroBatch, pack
+from opdlm.learner.packing import MicroBatch, micro_batches, pack
 from opdlm.learner.rows import Row, build_rows
 from opdlm.learner.targets import gather_targets
 
@@ -106,17 +105,17 @@ class TrainStep:
         """Trains on this rank's share of the batch, which may be empty. A collective call.
 
         Args:
-            filler: any trajectory. A rank with fewer micro-batches than another runs the filler's first row with
-                weight 0 instead, so that all ranks run equally many forwards.
+            filler: any trajectory, best a short one. A rank with fewer micro-batches than another runs the filler's
+                first row with weight 0 instead, so that all ranks run equally many forwards.
             pass_number: how many times the round was trained on before; each pass draws states of its own.
         """
         started = time.perf_counter()
         rows = [row for scored in share for row in self._rows(scored, pass_number)]
-        useful = sorted((row for row in rows if len(row.loss_positions)), key=lambda row: -len(row.input_ids))
-        micro_batches = [pack(group) for group in in_groups(useful, self.learner.micro_batch_rows)]
+        useful = [row for row in rows if len(row.loss_positions)]
+        batches = micro_batches(useful, self.learner.micro_batch_tokens)
         counts = [len(useful), len(rows) - len(useful), sum(len(row.loss_positions) for row in useful)]
         total_rows, without_loss, total_positions = (int(total) for total in self._sum(counts))
-        forwards = int(self._reduce([len(micro_batches)], dist.ReduceOp.MAX)[0])
+        forwards = int(self._reduce([len(batches)], dist.ReduceOp.MAX)[0])
         if not total_rows:
             return StepResult(
                 loss=0.0,
@@ -133,14 +132,14 @@ class TrainStep:
             group["lr"] = learning_rate
         loss, padding = 0.0, 0
         for i in range(forwards):  # equally many on every rank: ZeRO-3 gathers weights in each
-            is_filler = i >= len(micro_batches)
-            batch = pack(self._rows(filler, pass_number)[:1]) if is_filler else micro_batches[i]
+            is_filler = i >= len(batches)
+            batch = pack(self._rows(filler, pass_number)[:1]) if is_filler else batches[i]
             weights = self._weights(batch, total_rows, total_positions) * (not is_filler)
             self.engine.set_gradient_accumulation_boundary(i == forwards - 1)
             loss += self._backward(batch, weights)
             padding += self.engine.module.padding * (not is_filler)
         self.engine.step()
-        sums = self._sum([loss, sum(batch.input_ids.numel() for batch in micro_batches), padding])
+        sums = self._sum([loss, sum(batch.input_ids.numel() for batch in batches), padding])
         return StepResult(
             loss=float(sums[0]),
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0),

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from opdlm.common.config.schema import LearnerConfig
+from opdlm.common.tensor_file import TensorFile
 from opdlm.learner.lora import merged_parameters
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -66,7 +65,7 @@ def _engine_config(config: LearnerConfig, dtype: str) -> dict[str, Any]:
     if config.gpus_per_worker > 0 and config.zero.offload_weights:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {
-        "train_micro_batch_size_per_gpu": config.micro_batch_rows,
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; our micro-batches are bounded by tokens
         "gradient_accumulation_steps": 1,  # the caller sets the boundary, before each backward
         "gradient_clipping": config.optimizer.grad_clip,
         "zero_optimization": zero,
@@ -101,45 +100,45 @@ def _trained_parameters(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
     return ((n, p) for n, p in engine.module.student.named_parameters() if p.requires_grad)
 
 
-@dataclass(frozen=True, slots=True)
-class TrainedState:
-    """Float32 weights and AdamW moments of the trained parameters, whole, on the CPU."""
-
-    weights: dict[str, torch.Tensor]
-    """By the parameter's name."""
-    moments: dict[str, torch.Tensor]
-    """By `exp_avg.NAME`, `exp_avg_sq.NAME`."""
-    adam_step: float
-    """AdamW's count of its steps."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.numel() * t.element_size() for t in (*self.weights.values(), *self.moments.values()))
-
-    def write(self, folder: Path) -> None:
-        """Writes two safetensors files; see `common/checkpoint.py`."""
-        save_file(self.weights, folder / "weights.safetensors")
-        save_file(self.moments, folder / "optimizer.safetensors", metadata={"step": str(self.adam_step)})
+def state_bytes(engine: Any) -> int:
+    """Bytes of everything that `state_tensors` gives: 12 for each trained parameter."""
+    return sum((1 + len(_MOMENTS)) * 4 * shape.numel() for shape in _shapes(engine).values())
 
 
-def gather_state(engine: Any, keep: bool) -> TrainedState | None:
-    """Gathers the state that `load_state` puts back. A collective call that touches no disk.
+def state_tensors(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole float32 tensor) of the state that `load_state` puts back, gathered one by one. A collective call.
 
-    Args:
-        keep: whether this rank gets the state; a rank that only helps to gather it gets None.
+    The weights have the names of their parameters, AdamW's moments are `exp_avg.NAME` and `exp_avg_sq.NAME`. Every rank
+    must go through all of them, and at most one of them is in memory at a time.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    weights: dict[str, torch.Tensor] = {}
-    moments: dict[str, torch.Tensor] = {}
     for name, parameter in _trained_parameters(engine):
-        whole = safe_get_full_fp32_param(parameter)
-        states = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
-        if keep:
-            weights[name] = whole.detach().cpu().clone()
-            moments |= {f"{key}.{name}": value.detach().cpu().clone() for key, value in states.items()}
-    return TrainedState(weights, moments, _adam_step(engine)) if keep else None
+        yield name, safe_get_full_fp32_param(parameter).detach()
+        for key in _MOMENTS:
+            yield f"{key}.{name}", safe_get_full_optimizer_state(parameter, key).detach()
+
+
+def write_state(engine: Any, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+    """Writes the tensors as they come into two safetensors files; see `common/checkpoint.py`. The first rank calls it.
+
+    Raises:
+        OSError: the disk did not take them. The caller goes through the tensors that are left.
+    """
+    shapes = {name: tuple(shape) for name, shape in _shapes(engine).items()}
+    of_moments = {f"{key}.{name}": shape for name, shape in shapes.items() for key in _MOMENTS}
+    with (
+        TensorFile(folder / "weights.safetensors", shapes, {}) as weights,
+        TensorFile(folder / "optimizer.safetensors", of_moments, {"step": str(_adam_step(engine))}) as moments,
+    ):
+        for name, tensor in tensors:
+            (weights if name in shapes else moments).write(name, tensor)
+            del tensor  # before the next one is gathered
+
+
+def _shapes(engine: Any) -> dict[str, torch.Size]:
+    """The whole shape of each trained parameter, by name; stage 3 keeps it beside the rank's part."""
+    return {name: getattr(p, "ds_shape", p.shape) for name, p in _trained_parameters(engine)}
 
 
 def load_state(engine: Any, folder: Path) -> None:

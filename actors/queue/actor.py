@@ -18,12 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from opdlm.actors.progress import ProgressBoard
 from opdlm.actors.queue.rules import Answer, ReplayQueue
-from opdlm.common.errors import first_line
+from opdlm.actors.queue.second_copy import SecondCopy
 from opdlm.common.types import WeightHandle
 from opdlm.common.weight_offer import WeightOffer
 
@@ -42,10 +41,9 @@ class ReplayQueueActor(ProgressBoard):
         super().__init__()
         self._queue = ReplayQueue(prompts_per_round, max_staleness, total, first_round)
         self._weights: WeightHandle | None = None
-        self._local_copy: Any = None
-        """The newest weights. While this refers to them, Ray keeps a copy in this node's object store."""
+        self._second_copy = SecondCopy()
         self._copying: asyncio.Task[None] | None = None
-        """The task that fetches `_local_copy`; kept here because asyncio itself keeps no reference to a task."""
+        """The task that copies the newest weights; kept because asyncio itself keeps no reference to a task."""
         self._events: list[dict[str, Any]] = []
         self._accepted_at: dict[int, float] = {}
         """By index, for each sample that waits for the learner: the time at which it was accepted."""
@@ -215,26 +213,12 @@ class ReplayQueueActor(ProgressBoard):
     async def publish_offer(self, offer: WeightOffer) -> None:
         """Publishes weights that a rank offers. The queue owns the pack, so the pack outlives the rank.
 
-        Once the queue has copied the pack to its own node, the pack also outlives the rank's node.
+        Once there is a second copy, made while the rollout actors load the pack, it also outlives the rank's node.
         """
         pack, stored = offer.collect()
         await stored
         await self.publish(offer.version, [pack], offer.nbytes)
-        self._copying = asyncio.create_task(self._keep_copy(offer.version, pack))
-
-    async def _keep_copy(self, version: int, pack: Any) -> None:
-        """Copies the newest weights to this node, which is the driver's, while the rollout actors load them.
-
-        If the learner's node dies and takes rollout actors and samples with it, these weights are needed to make the
-        samples again.
-        """
-        try:
-            copy = await pack
-        except RayError as error:
-            log.warning("weights of version %d have no second copy: %s", version, first_line(error))
-            return
-        if self._weights is not None and version == self._weights.version:
-            self._local_copy = copy
+        self._copying = asyncio.create_task(self._second_copy.keep(offer, pack))
 
     async def republished_weights(self, lost: WeightHandle) -> WeightHandle | None:
         """Waits until a restarted learner has published the lost version, or a later one, again.

@@ -6,6 +6,7 @@ below each field documents the setting. The package imports neither torch nor ra
 
 from opdlm.common.config.base import DTYPE_BYTES, Attention, Dtype, Grid, OnNewWeights, Section, Strategy
 from opdlm.common.config.checks import check_config, is_loopback
+from opdlm.common.config.cluster import MachinesConfig, ResourcesConfig
 from opdlm.common.config.load import apply_override, config_from_dict, dump_config, load_config
 from opdlm.common.config.method import CurriculumConfig, Kind, ObjectiveConfig, OfflineConfig, Schedule, Selection
 from opdlm.common.config.redact import holds_credentials, redact_credentials
@@ -14,7 +15,6 @@ from opdlm.common.config.roles import (
     OptimizerConfig,
     PlacementConfig,
     QueueConfig,
-    ResourcesConfig,
     RolloutConfig,
     TeacherConfig,
     ZeroConfig,
@@ -41,6 +41,7 @@ __all__ = [
     "Kind",
     "LearnerConfig",
     "LoraConfig",
+    "MachinesConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OfflineConfig",

@@ -23,6 +23,13 @@ _HINTS = {
     "bool": " (true or false)",
 }
 """What an error of pydantic's types that begin so does not say."""
+_REPLACED = {
+    "learner.micro_batch_rows": (
+        "is now learner.micro_batch_tokens, the most tokens of a forward; a row of P prompt and R response tokens has "
+        "P + 2R of them"
+    ),
+}
+"""Settings that are gone, and what took their place."""
 _SHOWN = 100
 """Characters of an override that an error quotes."""
 _SHORT = reprlib.Repr()
@@ -114,6 +121,8 @@ def dump_config(config: OpdlmConfig) -> str:
 
 def _describe(item: Any) -> str:
     location = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).lstrip(".")
+    if location in _REPLACED:
+        return f"{location}: {_REPLACED[location]}"
     if item["type"] == "extra_forbidden":
         *parents, last = [str(part) for part in item["loc"]]
         known = _fields_at(parents)

@@ -1,4 +1,4 @@
-"""The settings of the roles of a run (rollout, teacher, queue, learner) and of the Ray cluster they run on."""
+"""The settings of the roles of a run: rollout, teacher, queue, learner."""
 
 from __future__ import annotations
 
@@ -219,9 +219,11 @@ class LearnerConfig(Section):
     states where the selection draws them. Set it to 2 where decoding takes the most time: the run learns more from each
     rollout and trains twice as long. The second pass is less on-policy, because the first one has changed the weights
     since the trajectories were decoded."""
-    micro_batch_rows: PositiveInt = 8
-    """Number of training rows in one forward of one rank; gradients of the further rows are accumulated. Lower it where
-    a rank runs out of memory; the result does not depend on it."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Largest number of tokens in one forward of one rank; gradients of the further rows are accumulated. A training
+    row of P prompt and R response tokens has P + 2R tokens, and a row that is longer than this gets a forward of its
+    own. So the memory of a step follows this number, however long the responses are. Lower it where a rank runs out of
+    memory; the result does not depend on it."""
     logits_chunk: PositiveInt = 1024
     """Number of loss positions whose full-vocabulary logits are in memory at the same time. Lower it where a rank runs
     out of memory; the result does not depend on it."""
@@ -238,30 +240,3 @@ class LearnerConfig(Section):
     max_failures: NonNegativeInt = 3
     """Number of times that the worker group is restarted from its last checkpoint after a failure. One more failure
     ends the run."""
-
-
-class ResourcesConfig(Section):
-    """The Ray cluster, and how many failures and how long a wait the run accepts."""
-
-    ray_address: str | None = None
-    """Address (`host:port`) of the head of the Ray cluster to join. Empty: the cluster of the environment variable
-    RAY_ADDRESS, which Ray sets in a submitted job; without that variable, a local Ray is started."""
-    local_cpus: PositiveInt | None = None
-    """Number of logical CPUs of a local Ray; it may exceed the real number. Empty: as many as the run asks for."""
-    local_dashboard: Switch = True
-    """Start the dashboard of a local Ray."""
-    dashboard_host: str = "127.0.0.1"
-    """Address on which the dashboard of a local Ray listens. The default is reachable from this machine only. Any other
-    address needs Ray's token authentication (on unless RAY_AUTH_MODE says otherwise), because everyone who reaches the
-    dashboard can run code."""
-    worker_logs: Switch = False
-    """Show the log lines of the actors on this terminal. They are kept in Ray's session folder in any case."""
-    actor_restarts: NonNegativeInt = 3
-    """Number of times that each rollout actor, each teacher actor and the replay queue may die and be started again.
-    After that the run goes on without the actor; it ends with the last actor of a pool, or with the queue. Going back
-    to an older checkpoint because the newest is damaged counts with the deaths of the queue."""
-    sample_attempts: PositiveInt = 3
-    """Number of times that a call to decode or score prompts is tried before the run ends with a checkpoint."""
-    call_timeout_seconds: Annotated[Number, Field(gt=0)] = 1800.0
-    """Longest wait for an answer of an actor, in seconds. After it the run ends with an error that names the actor.
-    Raise it where one call takes longer, as with long responses."""

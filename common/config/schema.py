@@ -27,6 +27,7 @@ from opdlm.common.config.base import (
     Strategy,
     Switch,
 )
+from opdlm.common.config.cluster import MachinesConfig, ResourcesConfig
 from opdlm.common.config.data import DataConfig, DataSource
 from opdlm.common.config.method import CurriculumConfig, Kind, ObjectiveConfig, OfflineConfig, Schedule, Selection
 from opdlm.common.config.roles import (
@@ -34,7 +35,6 @@ from opdlm.common.config.roles import (
     OptimizerConfig,
     PlacementConfig,
     QueueConfig,
-    ResourcesConfig,
     RolloutConfig,
     TeacherConfig,
     ZeroConfig,
@@ -54,6 +54,7 @@ __all__ = [
     "Kind",
     "LearnerConfig",
     "LoraConfig",
+    "MachinesConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OfflineConfig",

@@ -8,7 +8,8 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.base import DTYPE_BYTES
 from opdlm.common.config.schema import LoraConfig
 from opdlm.common.model.shards import read_shards
-from opdlm.deploy.cluster.memory import Lengths, ModelSize, RoleMemory, Term, process_term, weights_term
+from opdlm.deploy.cluster.memory import Lengths, ModelSize, RoleMemory, Term, process_terms, weights_term
+from opdlm.learner.row_attention import PIECE
 
 BUCKET_ELEMENTS = 500_000_000
 """Elements of a gradient bucket: DeepSpeed's default of `reduce_bucket_size`."""
@@ -19,7 +20,8 @@ LIVE_PARAMETERS = 1_000_000_000
 def learner_memory(
     config: OpdlmConfig, student: ModelSize, teacher: ModelSize, adapters: int | None, lengths: Lengths
 ) -> RoleMemory:
-    """The memory of one ZeRO rank: see `learner/zero.py`, `learner/distill.py`, and `WeightPacker` for the push.
+    """The memory of one ZeRO rank, the first: see `learner/zero.py`, `learner/distill.py`, `learner/saving.py`, and
+    `WeightPacker` for the push.
 
     `adapters`: parameters that LoRA trains; None: all weights are trained.
     """
@@ -27,16 +29,25 @@ def learner_memory(
     direct = config.rollout.weight_transport == "nixl"
     versions = config.queue.max_staleness + 2 if direct else 1  # actors may still read the older ones
     pushed = f"{student.parameters:,} x {size} B{f' x {versions} versions' if direct else ''}, the first rank only"
-    on_host = learner.gpus_per_worker > 0 and not direct
+    on_gpu = learner.gpus_per_worker > 0
+    largest = f"the largest tensor, {student.vocabulary:,} x {student.width:,} x 4 B, the first rank only"
     return RoleMemory(
         "learner",
         learner.gpus_per_worker,
         [
-            process_term("learner", learner.gpus_per_worker),
+            *process_terms("learner", learner.gpus_per_worker, student.parameters * size),
             *zero_terms(config, student.parameters + (adapters or 0), adapters or student.parameters),
             *_activations(config, student, lengths, size),
             *_losses(config, student, teacher, trains_matrix=adapters is None),
-            Term("packed weights", pushed, student.parameters * size * versions, on_host=on_host),
+            Term("packed weights", pushed, student.parameters * size * versions, False, on_gpu and not direct, True),
+            Term("a checkpoint", largest, student.vocabulary * student.width * 4, False, on_gpu, True),
+            Term(
+                "the finished student",
+                f"written at the end, {student.parameters:,} x {size} B, the first rank only",
+                student.parameters * size,
+                on_host=on_gpu,
+                first_rank_only=True,
+            ),
         ],
     )
 
@@ -91,9 +102,9 @@ def activation_values(size: ModelSize) -> int:
 
 def _activations(config: OpdlmConfig, student: ModelSize, lengths: Lengths, size: int) -> list[Term]:
     learner = config.learner
-    tokens = learner.micro_batch_rows * lengths.row
+    tokens = max(learner.micro_batch_tokens, lengths.row)
     values, layers = activation_values(student), student.layers
-    shape = f"{learner.micro_batch_rows} x {lengths.row:,} tokens"
+    shape = f"{tokens:,} tokens"
     if learner.gradient_checkpointing:
         what = f"{shape} x ({layers} layers x {student.width:,} + {values:,}) x {size} B"
         terms = [Term("activations", what, tokens * (layers * student.width + values) * size, estimate=True)]
@@ -102,9 +113,10 @@ def _activations(config: OpdlmConfig, student: ModelSize, lengths: Lengths, size
         terms = [Term("activations", what, tokens * layers * values * size, estimate=True)]
     on_gpu = learner.gpus_per_worker > 0
     if config.model.attention == "sdpa" or (config.model.attention == "auto" and not on_gpu):
-        rows, clean, noisy = learner.micro_batch_rows, lengths.end, lengths.row - lengths.end
-        what = f"{rows} rows x ({clean:,} x {clean:,} + {noisy:,} x {clean + noisy:,}) x {size} B"
-        terms.append(Term("attention masks", what, rows * (clean**2 + noisy * (clean + noisy)) * size))
+        number = size if on_gpu else DTYPE_BYTES["float32"]  # a CPU computes attention in float32
+        keys = min(lengths.row, lengths.row // 4 + 3 * PIECE // 2)  # a long row's pieces see half of the row on average
+        what = f"{tokens:,} tokens x {keys:,} keys x {number} B"
+        terms.append(Term("attention masks", what, tokens * keys * number, estimate=True))
     return terms
 
 

@@ -65,6 +65,8 @@ class Term:
     estimate: bool = False
     on_host: bool = False
     """Whether it is in host memory although the role has a GPU."""
+    first_rank_only: bool = False
+    """Whether only the first of several ranks has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,11 @@ class RoleMemory:
         """Bytes in host memory of a process that has a GPU."""
         return sum(term.nbytes for term in self.terms if term.on_host)
 
+    def on_its_node(self, first_rank: bool = False) -> int:
+        """Bytes of a process in the host memory of its node. `first_rank`: what the first rank has more than others."""
+        terms = [term for term in self.terms if term.on_host or not self.gpus]
+        return sum(term.nbytes for term in terms if term.first_rank_only == first_rank)
+
 
 PROCESS_MIB = {"rollout": 600, "teacher": 600, "learner": 700}
 """Host memory that Python, torch, Ray and the libraries of a role take in each of its processes, whatever the model:
@@ -96,10 +103,16 @@ DRIVER_MIB = 3500
 Ray's own processes on the driver's node, with its dashboard. Some pages are shared, so this is an upper bound."""
 
 
-def process_term(role: str, gpus: float) -> Term:
-    """What a process takes before it has a model."""
+def process_terms(role: str, gpus: float, weights: int) -> list[Term]:
+    """What a process takes in host memory before its model works: libraries, and the weights on their way to a GPU.
+
+    `weights`: bytes of all weights of the model; 0 for a model that goes to its GPUs in parts.
+    """
     nbytes = PROCESS_MIB[role] * 2**20
-    return Term("Python, torch, Ray", "libraries, of each process", nbytes, estimate=True, on_host=gpus > 0)
+    terms = [Term("Python, torch, Ray", "libraries, of each process", nbytes, estimate=True, on_host=gpus > 0)]
+    if gpus > 0 and weights:
+        terms.append(Term("weights at the start", "read here, then moved to the GPU", weights, on_host=True))
+    return terms
 
 
 def model_size(folder: str | Path) -> ModelSize:
@@ -131,7 +144,7 @@ def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) ->
         "rollout",
         rollout.gpus_per_actor,
         [
-            process_term("rollout", rollout.gpus_per_actor),
+            *process_terms("rollout", rollout.gpus_per_actor, student.parameters * size),
             weights_term(student.parameters, config.model.dtype),
             *_arriving_weights(config, student.parameters * size),
             _cache(config, student, slots, lengths),
@@ -183,8 +196,9 @@ def teacher_memory(config: OpdlmConfig, teacher: ModelSize, lengths: Lengths) ->
     settings = config.teacher
     size, parts = DTYPE_BYTES[settings.dtype], max(1, math.ceil(settings.gpus_per_actor))
     tokens = max(settings.batch_tokens, lengths.end)
+    in_parts = settings.backend == "vllm" or settings.device_map == "auto"
     terms = [
-        process_term("teacher", settings.gpus_per_actor),
+        *process_terms("teacher", settings.gpus_per_actor, 0 if in_parts else teacher.parameters * size),
         weights_term(teacher.parameters, settings.dtype, parts, "GPUs"),
     ]
     if settings.backend == "vllm":

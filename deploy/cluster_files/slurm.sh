@@ -2,11 +2,14 @@
 # Starts Ray on the nodes of a Slurm allocation, with token authentication, and then `opdlm train`:
 #   sbatch deploy/cluster_files/slurm.sh deploy/multi-node.yaml [further options of opdlm train]
 # Slurm sends TERM five minutes before the time limit, and the run writes a checkpoint. Submit again with --resume.
+# Memory and Ray's object store are what `opdlm plan deploy/multi-node.yaml` says, and a tenth more. With another run
+# file give what its plan says: OPDLM_OBJECT_STORE=BYTES sbatch --mem=SIZE ...
 #SBATCH --job-name=opdlm
 #SBATCH --nodes=3
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
+#SBATCH --mem=224G
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:TERM@300
@@ -18,6 +21,7 @@ if [ $# -lt 1 ]; then
 fi
 
 port=${OPDLM_RAY_PORT:-6379}
+store=${OPDLM_OBJECT_STORE:-42949672960} # bytes, on each node
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=$(head -n 1 <<<"$nodes") # the node that this script runs on
 address=${OPDLM_HEAD_IP:-$(hostname --ip-address | cut -d " " -f 1)}
@@ -41,7 +45,8 @@ trap 'exit 143' TERM INT # before the run starts, there is nothing to save
 
 # The dashboard is on the head's loopback: ssh -L 8265:127.0.0.1:8265 HEAD
 srun --nodes=1 --ntasks=1 --overlap -w "$head" \
-  ray start --head --block --node-ip-address="$address" --port="$port" --num-cpus="$cpus" --dashboard-host=127.0.0.1 &
+  ray start --head --block --node-ip-address="$address" --port="$port" --num-cpus="$cpus" --dashboard-host=127.0.0.1 \
+  --object-store-memory="$store" &
 started+=($!)
 export RAY_ADDRESS=$address:$port
 
@@ -63,7 +68,7 @@ ready() { # waits until the cluster has $1 nodes, for five minutes at most
 ready 1
 if [ "$count" -gt 1 ]; then
   srun --nodes=$((count - 1)) --ntasks=$((count - 1)) --overlap --exclude="$head" \
-    ray start --block --address="$RAY_ADDRESS" --num-cpus="$cpus" &
+    ray start --block --address="$RAY_ADDRESS" --num-cpus="$cpus" --object-store-memory="$store" &
   started+=($!)
   ready "$count"
 fi

@@ -38,7 +38,7 @@ _MAY_CHANGE = (
     "learner.cpus_per_worker",
     "learner.gpus_per_worker",
     "learner.placement",
-    "learner.micro_batch_rows",
+    "learner.micro_batch_tokens",
     "learner.zero",
     "learner.max_failures",
     "run.dir",
@@ -127,8 +127,16 @@ def holds_run(root: Path) -> bool:
 
 
 def held_config(root: Path) -> dict[str, Any]:
-    """The config of the run in a directory; a setting that is missing in its config.yaml has its default."""
-    return config_from_dict(read_yaml(root / "config.yaml")).model_dump(mode="json")
+    """The config of the run in a directory; a setting that is missing in its config.yaml has its default.
+
+    Raises:
+        ConfigError: the file is not a run file of this version.
+    """
+    file = root / "config.yaml"
+    try:
+        return config_from_dict(read_yaml(file)).model_dump(mode="json")
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
 
 
 def check_same_config(held: dict[str, Any], given: dict[str, Any], root: Path) -> None:

@@ -5,17 +5,14 @@
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.curriculum import length_limit, longest_limit
@@ -25,15 +22,9 @@ from opdlm.common.model.config import read_config
 from opdlm.common.model.end_tokens import token_names
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.deploy.cluster.learner_memory import adapter_parameters, learner_memory
-from opdlm.deploy.cluster.memory import (
-    DRIVER_MIB,
-    Lengths,
-    RoleMemory,
-    model_size,
-    rollout_memory,
-    teacher_memory,
-    to_plain,
-)
+from opdlm.deploy.cluster.machines import Machines, joined_machines, planned_machines
+from opdlm.deploy.cluster.memory import Lengths, RoleMemory, model_size, rollout_memory, teacher_memory, to_plain
+from opdlm.deploy.cluster.node_memory import NodeMemory, misfits, node_memory, shares
 from opdlm.deploy.cluster.placement import Demands, demands, placement_lines, plural
 from opdlm.deploy.evaluate.commands import check_output
 from opdlm.deploy.observe.outlook import time_lines
@@ -41,9 +32,9 @@ from opdlm.deploy.observe.records import read_records
 from opdlm.deploy.observe.session import show_data, show_notes
 from opdlm.deploy.run.directory import check_run, find_checkpoint, holds_run
 from opdlm.deploy.run.paths import absolute_paths, local_models
+from opdlm.deploy.run.plan_tables import memory_table, node_table, resource_table, step_table
 from opdlm.deploy.run.preflight import Preflight, preflight
 
-GIB = 2**30
 _WIDTH = 100
 """Columns that every table uses at most; it fits into 80."""
 _TOKENS_SHOWN = 20
@@ -58,6 +49,15 @@ class Plan:
     demands: Demands
     """CPUs, GPUs and other resources that the roles ask Ray for."""
     memory: list[RoleMemory]
+    node: NodeMemory
+    """What a node needs at most."""
+    machines: Machines | None
+    """None: they are not known."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What does not fit on the machines, a line each."""
+        return misfits(self.memory, self.demands, self.node, self.machines) if self.machines else []
 
     def steps(self) -> dict[str, str]:
         """What the run will do, in words by topic."""
@@ -108,7 +108,13 @@ class Plan:
             }
             for kind, rows in self.demands.items()
         }
-        return {"run": self.steps(), "resources": asked, "memory": [to_plain(m) for m in self.memory]}
+        return {
+            "run": self.steps(),
+            "resources": asked,
+            "memory": [to_plain(m) for m in self.memory],
+            "node": asdict(self.node) | {"store_bytes": self.node.store_bytes, "bytes": self.node.nbytes},
+            "warnings": self.warnings,
+        }
 
 
 def make_plan(config: OpdlmConfig) -> Plan:
@@ -117,8 +123,21 @@ def make_plan(config: OpdlmConfig) -> Plan:
     Raises:
         OpdlmError: what `opdlm train` would refuse, too: models, data, settings.
     """
-    checked = preflight(config)
-    lengths = longest_sequences(checked)
+    return plan_of(preflight(config), planned_machines(config.resources, _gpus(config)))
+
+
+def warnings_of_joined(checked: Preflight, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What does not fit on the nodes of the Ray that the run has joined or started. `nodes`: as `ray.nodes()`."""
+    return plan_of(checked, joined_machines(nodes, with_gpus=_gpus(checked.config) > 0)).warnings
+
+
+def _gpus(config: OpdlmConfig) -> float:
+    return sum(count * each for _, count, each in demands(config)["GPU"])
+
+
+def plan_of(checked: Preflight, machines: Machines | None) -> Plan:
+    """The plan of a run that passed its checks, on these machines."""
+    config, lengths = checked.config, longest_sequences(checked)
     teacher = model_size(config.model.teacher)
     start = config.model.student or config.model.teacher
     student = model_size(start)
@@ -130,7 +149,10 @@ def make_plan(config: OpdlmConfig) -> Plan:
     memory = [learner_memory(config, student, teacher, adapters, lengths)]
     if config.run.replay is None:
         memory = [rollout_memory(config, student, lengths), teacher_memory(config, teacher, lengths), *memory]
-    return Plan(checked, demands(config), memory)
+    asked = demands(config)
+    rounds = checked.schedule.rounds
+    node = node_memory(config, memory, asked, student, teacher, lengths, rounds, machines)
+    return Plan(checked, asked, memory, node, machines)
 
 
 def longest_sequences(checked: Preflight) -> Lengths:
@@ -165,18 +187,20 @@ def show_plan(config: OpdlmConfig, console: Console, json_file: Path | None = No
     if resume is not None:
         find_checkpoint(absolute_paths(config), resume, plan.checked.order.digest)
     width = min(console.width, _WIDTH)
-    console.print(_steps(plan), width=width)
+    console.print(step_table(plan.steps(), config.run.dir), width=width)
     show_notes(plan.checked.notes, console)
     show_data(config, plan.checked.prompts, console)
-    console.print(_resources(plan.demands), width=width)
+    console.print(resource_table(plan.demands), width=width)
     for line in [*placement_lines(config), *cluster_lines(plan.demands, config.resources.ray_address)]:
         console.print(line, width=width, highlight=False)
     for memory in plan.memory:
-        console.print(_memory(memory), width=width)
-    for line in sharing(plan):
+        console.print(memory_table(memory), width=width)
+    for line, _ in shares(plan.memory, plan.demands):
         console.print(line, width=width, highlight=False)
-    for line in (host_line(plan), "~ an estimate or an upper bound; the CUDA context is not counted"):
-        console.print(line, width=width, highlight=False)
+    console.print(node_table(plan.node, plan.machines), width=width)
+    console.print("~ an estimate or an upper bound; the CUDA context is not counted", width=width, highlight=False)
+    for line in plan.warnings:
+        console.print(f"may not fit: {line}", style="yellow", width=width, highlight=False)
     if json_file is not None:
         write_json(json_file, plan.plain())
         console.print(f"written: {json_file}", highlight=False, soft_wrap=True)
@@ -205,83 +229,3 @@ def cluster_lines(asked: Demands, address: str | None) -> list[str]:
         "and the plan does not know your cluster; name it by resources.ray_address or RAY_ADDRESS, or the run ends at "
         "its start"
     ]
-
-
-def host_line(plan: Plan) -> str:
-    """The host memory of all processes of the run, were they on one node."""
-    counts = {role: count for role, count, _ in plan.demands["CPU"]}
-    counts["rollout"] = counts.get("rollout", 0) + counts.get("evaluation", 0)
-    total = DRIVER_MIB * 2**20 + sum(
-        counts[memory.role] * (memory.host_bytes if memory.gpus else memory.device_bytes) for memory in plan.memory
-    )
-    beside = f"{DRIVER_MIB / 1024:.1f} GiB of them the driver, the queue and Ray itself"
-    return f"~ host memory of all processes together: {_gib(total)} GiB, {beside}; Ray's object store comes on top"
-
-
-def sharing(plan: Plan) -> list[str]:
-    """The memory that several processes on one GPU need together, a line per case."""
-    counts = {role: count for role, count, _ in plan.demands["GPU"]}
-    parts = [m for m in plan.memory if 0 < m.gpus < 1]
-    asked = sum(count * each for _, count, each in plan.demands["GPU"])
-    if parts and asked <= 1:
-        terms = " + ".join(f"{counts[m.role]} x {_gib(m.device_bytes)} {m.role}" for m in parts)
-        total = sum(counts[m.role] * m.device_bytes for m in parts)
-        return [f"all share one GPU: {terms} = {_gib(total)} GiB"]
-    lines = []
-    for memory in parts:
-        fitting = min(counts[memory.role], math.floor(1 / memory.gpus + 1e-9))
-        if fitting > 1:
-            total = fitting * memory.device_bytes
-            lines.append(f"{memory.role}: up to {fitting} on one GPU, {_gib(total)} GiB together")
-    if len(parts) > 1:
-        lines.append(f"Ray may put {' and '.join(m.role for m in parts)} on one GPU: count them together")
-    return lines
-
-
-def _steps(plan: Plan) -> Table:
-    table = Table(title=f"plan of {plan.checked.config.run.dir}", show_header=False, title_justify="left")
-    for _ in range(2):
-        table.add_column(overflow="fold")
-    for topic, words in plan.steps().items():
-        table.add_row(topic, Text(words))  # a token may look like markup
-    return table
-
-
-def _resources(asked: Demands) -> Table:
-    table = Table(title="resources", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("role")
-    for name in ("processes", "CPUs each", "GPUs each", "CPUs", "GPUs"):
-        table.add_column(name, justify="right")
-    gpus = {role: each for role, _, each in asked["GPU"]}
-    for role, count, cpus in asked["CPU"]:
-        if count:
-            figures = (cpus, gpus[role], count * cpus, count * gpus[role])
-            table.add_row(role, str(count), *(f"{figure:g}" for figure in figures))
-    table.add_section()
-    sums = [sum(count * each for _, count, each in asked[kind]) for kind in ("CPU", "GPU")]
-    table.add_row("sum", "", "", "", *(f"{each:g}" for each in sums))
-    return table
-
-
-def _memory(memory: RoleMemory) -> Table:
-    place = "on its GPU" if 0 < memory.gpus <= 1 else f"on each of its {memory.gpus:g} GPUs"
-    where = place if memory.gpus else "in its own memory (no GPU)"
-    title = f"memory of one {memory.role} process, {where}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("what", no_wrap=True)
-    table.add_column("arithmetic", overflow="fold")
-    unit, name = (GIB, "GiB") if memory.device_bytes + memory.host_bytes >= GIB else (2**20, "MiB")
-    table.add_column(name, justify="right", no_wrap=True)
-    for term in memory.terms:
-        what = f"{'~ ' if term.estimate else ''}{term.what}"
-        host = " (host memory)" if term.on_host else ""
-        table.add_row(what, term.arithmetic + host, f"{term.nbytes / unit:.2f}")
-    table.add_section()
-    table.add_row("sum", "" if memory.gpus else "host memory", f"{memory.device_bytes / unit:.2f}")
-    if memory.host_bytes:
-        table.add_row("", "in host memory", f"{memory.host_bytes / unit:.2f}")
-    return table
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f}"

@@ -1,8 +1,8 @@
 """`opdlm train`, the driver: on-policy distillation as loops over actors. No tensor passes through this process.
 
     loop      takes                       does                                              waits for
-    produce   free slots of the queue     rollout actors decode, teacher actors score,      a free slot
-                                          references to the samples go to the queue
+    produce   free slots of the queue     rollout actors decode, teacher actors score,      a free slot, and room
+                                          each sample goes to the queue as it is made       in a rollout actor
     learn     whole rounds of the queue   optimizer steps, new weights, checkpoints         a whole round
               (Ray Train's processes)
     push      new weights of the queue    every rollout actor loads them, evaluation,       a new weight version
@@ -21,6 +21,7 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray
 from rich.console import Console
 
 from opdlm.common.config import OpdlmConfig
@@ -40,6 +41,7 @@ from opdlm.deploy.run.given_responses import GivenResponses, known_responses
 from opdlm.deploy.run.lock import RunLock
 from opdlm.deploy.run.loops import Loops
 from opdlm.deploy.run.paths import absolute_paths, local_models
+from opdlm.deploy.run.plan import warnings_of_joined
 from opdlm.deploy.run.preflight import Preflight, check_weights, preflight
 from opdlm.deploy.run.recovery import survive_queue_deaths
 from opdlm.deploy.run.sources import open_source
@@ -72,6 +74,7 @@ def _train(config: OpdlmConfig, resume: bool, console: Console, end: EndAtOnce) 
         checkpoint = find_checkpoint(config, resume, checked.order.digest)
         stage(connecting(config.resources))
         connect(config)
+        show_notes([f"may not fit: {line}" for line in warnings_of_joined(checked, ray.nodes())], console)
         end.take()
         open_run(config, resume, checkpoint)
         show_start(config, checkpoint, schedule.rounds, console)

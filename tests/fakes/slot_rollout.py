@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from opdlm.common.types import DecodeStats, EndedSequence, RolloutRequest, StreamReport, WeightHandle
 
@@ -43,6 +43,7 @@ class SlotRollout:
         self.alive = True
         self.began: dict[int, float] = {}
         self.changed = asyncio.Event()
+        self.streams = 0
         self._begin_life()
         self._engine = asyncio.ensure_future(self._run())
 
@@ -84,6 +85,8 @@ class SlotRollout:
         self._check()
         self.inbox.clear()
         self.live, self.outbox, self.ahead, self.added = {}, [], ahead, 0
+        self.streams += 1
+        self._tell()
         return self.slots + ahead
 
     async def add(self, requests: list[RolloutRequest], handle: WeightHandle) -> None:
@@ -94,7 +97,10 @@ class SlotRollout:
         self._tell()
 
     async def harvest(self, eager: bool) -> tuple[list[int], StreamReport]:
-        await self._until(lambda: bool(self.outbox))
+        stream = self.streams
+        await self._until(lambda: bool(self.outbox) or self.streams != stream)
+        if self.streams != stream:
+            raise RayError("a new stream has begun")
         ended, self.outbox = self.outbox, []
         sequences = tuple(EndedSequence(i, (8, self.length(i)), version, 0, 1.0, 0.0) for i, version in ended)
         versions = tuple(version for _, version in ended)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,9 @@ from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.grid import BlockGrid
 from opdlm.common.masks import PADDING, training_mask
 from opdlm.common.types import ScoredTrajectory
+from opdlm.learner import row_attention
 from opdlm.learner.distill import DistillModule
-from opdlm.learner.packing import collate, pack
+from opdlm.learner.packing import collate, micro_batches, pack
 from opdlm.learner.row_attention import RowParts
 from opdlm.learner.rows import Row, build_rows
 from opdlm.learner.targets import gather_targets
@@ -56,8 +59,13 @@ def _gradients(batch, form: StudentForm, dense: bool = False) -> tuple[torch.Ten
 
 @pytest.mark.parametrize("states", ["one_state_per_block", "all_states"])
 @pytest.mark.parametrize(("form", "kind"), FORMS_AND_GRIDS)
-@pytest.mark.parametrize(("packed", "dense"), [(True, False), (True, True), (False, False)])
-def test_losses_and_gradients_are_those_of_one_row_per_line_and_a_dense_mask(states, form, kind, packed, dense) -> None:
+@pytest.mark.parametrize(
+    ("packed", "dense", "piece"), [(True, False, 1024), (True, False, 5), (True, True, 1024), (False, False, 1024)]
+)
+def test_losses_and_gradients_are_those_of_one_row_per_line_and_a_dense_mask(
+    monkeypatch, states, form, kind, packed, dense, piece
+) -> None:
+    monkeypatch.setattr(row_attention, "PIECE", piece)
     rows = _rows(states, [(5, 9), (3, 17), (8, 4), (6, 12), (7, 9)], kind, form)
     apart = collate(rows)
     batch = pack(rows) if packed else apart
@@ -95,6 +103,51 @@ def test_every_token_has_one_place(shapes) -> None:
     assert not (packed.samples == PADDING).any()
     parts = RowParts.from_batch(packed, torch.float32)
     assert parts.padding == parts.clean.numel() + parts.noisy.numel() - packed.input_ids.numel()
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(1, 30)), min_size=1, max_size=9),
+    st.sampled_from(["one_state_per_block", "all_states"]),
+    st.integers(1, 200),
+)
+@settings(max_examples=60, deadline=None)
+def test_micro_batches_hold_each_row_once_and_are_bounded(shapes, states, most) -> None:
+    """A micro-batch with more than one row has at most `most` tokens, and the next row found no room in it."""
+    rows = _rows(states, shapes)
+    batches = micro_batches(rows, most)
+    assert sorted(id(row) for batch in batches for row in batch.rows) == sorted(map(id, rows))
+    lengths = [len(row.input_ids) for batch in batches for row in batch.rows]
+    assert lengths == sorted(lengths, reverse=True)
+
+    def places(batch) -> int:
+        parts = RowParts.from_batch(batch, torch.float32)
+        return parts.clean.numel() + parts.noisy.numel()
+
+    assert all(len(batch.rows) == 1 or places(batch) <= most for batch in batches)
+    for batch, following in itertools.pairwise(batches):
+        assert places(pack([*batch.rows, following.rows[0]])) > most
+
+
+def test_rows_that_are_longer_than_a_micro_batch_are_alone() -> None:
+    rows = _rows("one_state_per_block", [(4, 40), (4, 12), (4, 60), (4, 8), (4, 8)])
+    batches = [[len(row.input_ids) for row in batch.rows] for batch in micro_batches(rows, 64)]
+    assert batches == [[124], [84], [28, 20], [20]]
+
+
+def test_pieces_of_long_rows_have_only_the_keys_that_they_see(monkeypatch) -> None:
+    """A row of 400 response tokens in pieces of 40 queries: less than half of the numbers of two whole masks."""
+    batch = pack(_rows("one_state_per_block", [(6, 400)], "response"))
+    whole = RowParts.from_batch(batch, torch.float32)
+    monkeypatch.setattr(row_attention, "PIECE", 40)
+    parts = RowParts.from_batch(batch, torch.float32)
+    assert [piece.clean.stop for piece in parts.clean_pieces[:2]] == [42, 82]  # to the end of the last query's block
+    assert [piece.own for piece in parts.noisy_pieces] == [slice(40 * i, 40 * i + 40) for i in range(10)]
+    assert [piece.clean.stop for piece in parts.noisy_pieces[:2]] == [6 + 36, 6 + 76]  # blocks before the last one
+
+    def numbers(parts: RowParts) -> int:
+        return sum(piece.mask.numel() for piece in [*parts.clean_pieces, *parts.noisy_pieces])
+
+    assert numbers(parts) < 0.45 * numbers(whole)
 
 
 @pytest.mark.parametrize("form", [PAPER_FORM, StudentForm(True, "causal")], ids=str)

@@ -39,7 +39,7 @@ def publish(monkeypatch, answers: list[Exception | None], limit: float = 1800) -
             raise error
 
     monkeypatch.setattr("opdlm.learner.queue_client.ray.get", get)
-    context = SimpleNamespace(current_actor="rank 0")
+    context = SimpleNamespace(current_actor="rank 0", get_node_id=lambda: "node")
     monkeypatch.setattr("opdlm.learner.queue_client.ray.get_runtime_context", lambda: context)
     queue = SimpleNamespace(publish_offer=SimpleNamespace(remote=offers.append))
     QueueClient(queue, 0, limit).publish(PACK)
@@ -48,7 +48,9 @@ def publish(monkeypatch, answers: list[Exception | None], limit: float = 1800) -
 
 def test_it_waits_for_room(monkeypatch, waits) -> None:
     in_the_queue = RayTaskError("publish", "no room", OutOfDiskError("no room"))
-    assert publish(monkeypatch, [ObjectStoreFullError(), in_the_queue, None]) == [WeightOffer("rank 0", 3, 0)] * 3
+    assert (
+        publish(monkeypatch, [ObjectStoreFullError(), in_the_queue, None]) == [WeightOffer("rank 0", "node", 3, 0)] * 3
+    )
     assert waits == [1.0, 2.0]
 
 

@@ -6,12 +6,14 @@ import json
 import os
 import socket
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors import safe_open
 
 from opdlm.common.checkpoint import damage, list_checkpoints
 from opdlm.learner.distill import DistillModule
@@ -37,7 +39,7 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     data, seen = zero_ranks.batches(), {}
     for stage in (2, 3):
         root = Path(folder) / f"zero-{stage}"
-        config = zero_ranks.learner_config(stage, WORLD, micro_batch_rows=2)
+        config = zero_ranks.learner_config(stage, WORLD, micro_batch_tokens=40)
         engine = zero.initialise(DistillModule(zero_ranks.student(), zero_ranks.OBJECTIVE, 3), config, "float32")
         step, saver, told = zero_ranks.make_step(engine, config), Saver(engine, root, keep=1, max_failed=1), []
 
@@ -72,6 +74,32 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     (Path(folder) / f"{rank}.json").write_text(json.dumps(seen))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def test_a_save_holds_one_tensor_at_a_time(tmp_path, monkeypatch) -> None:
+    """Gathered whole, the state of a model of 8 billion parameters would take 98 GB of the first rank's memory."""
+    from opdlm.learner import zero
+
+    shapes = {f"layer.{i}": torch.Size((3, i + 1)) for i in range(4)}
+    monkeypatch.setattr(zero, "_shapes", lambda engine: shapes)
+    monkeypatch.setattr(zero, "_adam_step", lambda engine: 7.0)
+    alive: list[weakref.ref] = []
+
+    def gathered():
+        for name, shape in shapes.items():
+            for key in (name, f"exp_avg.{name}", f"exp_avg_sq.{name}"):
+                assert not any(earlier() is not None for earlier in alive), f"{key}: an earlier tensor is still held"
+                tensor = torch.randn(shape)
+                alive.append(weakref.ref(tensor))
+                yield key, tensor
+                del tensor
+
+    zero.write_state(None, gathered(), tmp_path)
+    assert len(alive) == 3 * len(shapes)
+    assert zero.state_bytes(None) == sum(12 * shape.numel() for shape in shapes.values())
+    with safe_open(tmp_path / "optimizer.safetensors", "pt") as moments:
+        assert moments.metadata()["step"] == "7.0"
+        assert moments.get_tensor("exp_avg_sq.layer.3").shape == (3, 4)
 
 
 @pytest.fixture(scope="module")

@@ -48,12 +48,17 @@ def test_work_counts_the_clean_half_and_the_noisy_copies(states, expected) -> No
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [1, 2, 5, 16, 17])
-def test_every_sample_is_in_one_share_and_no_share_is_much_larger(count, ranks) -> None:
+def test_every_sample_is_in_one_share_and_no_rank_has_much_more_work(count, ranks) -> None:
     rng = np.random.default_rng(count * ranks)
     places, work = rng.permutation(40)[:count].tolist(), rng.lognormal(5, 0.8, 40).tolist()
     shares = share_by_work(places, work, ranks)
     assert sorted(place for share in shares for place in share) == sorted(places)
-    assert max(map(len, shares)) <= -(-count // ranks)
+    done = [sum(work[place] for place in share) for share in shares]
+    smallest = min(work[place] for place in places)
+    assert max(done) - min(done) <= max(work[place] for place in places)
+    assert len(places) < ranks or min(done) >= smallest, "a rank has nothing to do"
+    for share, total in zip(shares, done, strict=True):  # without its last sample a rank had the least work of all
+        assert not share or total - work[share[-1]] <= min(done) + 1e-9
 
 
 def test_ranks_have_about_equal_work() -> None:
@@ -68,5 +73,10 @@ def test_ranks_have_about_equal_work() -> None:
     assert np.mean(by_work) < 1.05
 
 
+def test_a_long_sample_has_a_rank_for_itself() -> None:
+    """It does not share its rank with as many short ones as the other rank has."""
+    assert share_by_work([0, 1, 2, 3, 4, 5], [10, 2, 2, 2, 2, 2], 2) == [[0], [1, 2, 3, 4, 5]]
+
+
 def test_samples_without_work_are_shared_too() -> None:
-    assert share_by_work([3, 1, 2], [0.0] * 4, 2) == [[3, 1], [2]]
+    assert share_by_work([3, 1, 2], [0.0] * 4, 2) == [[3, 2], [1]]

@@ -30,13 +30,13 @@ def student(dtype: str = "float32", tied: bool = False):
     return tiny_model(2, hidden_size=15, tied=tied).to(getattr(torch, dtype))
 
 
-def learner_config(stage: int, workers: int, micro_batch_rows: int) -> LearnerConfig:
+def learner_config(stage: int, workers: int, micro_batch_tokens: int) -> LearnerConfig:
     """Settings with a gradient clip that takes effect; the tests set the learning rate themselves."""
     return LearnerConfig.model_validate(
         {
             "workers": workers,
             "batch_size": 5,
-            "micro_batch_rows": micro_batch_rows,
+            "micro_batch_tokens": micro_batch_tokens,
             "optimizer": {"lr": RATE, "grad_clip": 0.5},
             "zero": {"stage": stage},
         }
@@ -99,7 +99,7 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
         lora: bool = False,
         tied: bool = False,
     ) -> None:
-        config = learner_config(stage, world, micro_batch_rows=2)
+        config = learner_config(stage, world, micro_batch_tokens=40)
         model = student(dtype, tied)
         if lora:
             add_adapters(model, LORA, seed=0)
@@ -109,11 +109,11 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
         step, figures = make_step(engine, config), []
         for i in range(first, STEPS):
             if i == SAVED_AFTER and save is not None:
-                held = zero.gather_state(engine, keep=rank == 0)
-                assert (held is not None) == (rank == 0)
-                if held is not None:
+                tensors = zero.state_tensors(engine)
+                if rank == 0:
                     save.mkdir()
-                    held.write(save)
+                    zero.write_state(engine, tensors, save)
+                assert len(list(tensors)) == (0 if rank == 0 else 3 * len(zero._shapes(engine)))
                 dist.barrier()
             outcome = step(data[i][rank::world], data[i][0], RATE)
             figures.append((outcome.loss, outcome.grad_norm, outcome.rows, outcome.rows_without_loss))
@@ -131,7 +131,7 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
         train(f"tied-{stage}", stage, "float32", 0, None, None, tied=True)
     train("tied-lora", 3, "float32", 0, None, None, lora=True, tied=True)
     for stage, dtype in ((1, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16")):
-        config = learner_config(stage, world, micro_batch_rows=2)
+        config = learner_config(stage, world, micro_batch_tokens=40)
         engine = zero.initialise(DistillModule(student(dtype), OBJECTIVE, 3), config, dtype)
         step, good = make_step(engine, config), data[0]
         outcomes = [step(good[rank::world], good[0], RATE)]

@@ -35,7 +35,7 @@ def run_config(teacher: Path, run_dir: Path, /, **sections) -> OpdlmConfig:
         "data": {"task": "chain", "prompts": 20},
         "rollout": {"prompts_per_round": PROMPTS_PER_ROUND, "batch_size": 4, "max_new_tokens": 9},
         "teacher": {"dtype": "float32"},
-        "learner": {"workers": 2, "batch_size": 4, "micro_batch_rows": 2, "optimizer": {"lr": 1e-3}},
+        "learner": {"workers": 2, "batch_size": 4, "micro_batch_tokens": 40, "optimizer": {"lr": 1e-3}},
         "objective": {"exclude_eos": False},
         "checkpoint": {"every_rounds": 1, "keep": 20},
         "evaluation": {"final_problems": 5, "max_new_tokens": 9},

@@ -28,7 +28,7 @@ def scored(*indices: int) -> list[ScoredTrajectory]:
 
 
 def test_weights_outlive_the_node_of_the_rank_that_published_them(two_nodes) -> None:
-    """The queue copies them to its own node by itself: nothing here reads them before the rank's node dies."""
+    """The queue has another node hold a copy: nothing here reads them before the rank's node dies."""
     queue = start_queue(prompts_per_round=1, max_staleness=0, total=1, first_round=0)
     rank = Rank.options(resources={"second": 1}).remote(queue)
     ray.get(rank.start.remote())

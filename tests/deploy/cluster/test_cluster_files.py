@@ -21,6 +21,10 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from opdlm.common.config import load_config
+from opdlm.deploy.cluster.learner_memory import learner_memory
+from opdlm.deploy.cluster.machines import planned_machines
+from opdlm.deploy.cluster.memory import DRIVER_MIB, Lengths, ModelSize, rollout_memory, teacher_memory
+from opdlm.deploy.cluster.node_memory import NodeMemory, misfits, node_memory
 from opdlm.deploy.cluster.placement import demands
 from tests import REPOSITORY
 from tests.patience import PATIENCE
@@ -59,6 +63,91 @@ def test_kuberay_manifests_fit_the_schema(file) -> None:
     workers = spec["workerGroupSpecs"][0]
     each = int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
     assert workers["replicas"] * each == gpus_asked("multi-node.yaml")
+
+
+GIB = 2**30
+
+
+def gib(quantity: str) -> float:
+    """`224Gi` of Kubernetes, or a number of bytes."""
+    return float(quantity.removesuffix("Gi")) if quantity.endswith("Gi") else int(quantity) / GIB
+
+
+@pytest.mark.parametrize("file", KUBERAY, ids=lambda f: f.name)
+def test_kuberay_pods_have_the_memory_that_the_plan_says(file) -> None:
+    machines = load_config(DEPLOY / "multi-node.yaml").resources.machines
+    assert machines is not None
+    _, node = planned("multi-node.yaml")
+    spec = cluster_spec(yaml.safe_load(file.read_text()))
+    needs = [(node.nbytes / GIB, node.store_bytes / GIB), (DRIVER_MIB / 1024, 0)]
+    for group, (memory, store) in zip([spec["workerGroupSpecs"][0], spec["headGroupSpec"]], needs, strict=True):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        limit, given = (
+            gib(container["resources"]["limits"]["memory"]),
+            gib(group["rayStartParams"]["object-store-memory"]),
+        )
+        (shared,) = (gib(v["emptyDir"]["sizeLimit"]) for v in pod["volumes"] if v["name"] == "shm")
+        assert 1.05 * memory <= limit
+        assert 1.05 * store <= given < shared < limit
+    workers = spec["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"]
+    assert gib(workers["limits"]["memory"]) == machines.memory_gib
+    assert workers["requests"] == workers["limits"]
+
+
+def test_the_other_files_give_ray_the_same_object_store() -> None:
+    machines = load_config(DEPLOY / "multi-node.yaml").resources.machines
+    assert machines is not None
+    store = int(machines.object_store_gib * GIB)
+    launcher, slurm = ((FILES / name).read_text() for name in ("ray-cluster.yaml", "slurm.sh"))
+    assert launcher.count(f"--object-store-memory={store}") == launcher.count("ray start") == 2
+    assert f"store=${{OPDLM_OBJECT_STORE:-{store}}}" in slurm
+    assert slurm.count('--object-store-memory="$store"') == 2
+    assert f"#SBATCH --mem={machines.memory_gib:g}G\n" in slurm
+
+
+def qwen3(layers: int, width: int, intermediate: int, heads: int, tied: bool = True) -> ModelSize:
+    """The size of a Qwen3 model."""
+    kv, dim, vocabulary = 8, 128, 151_936
+    layer = 2 * width * (heads + kv) * dim + 3 * width * intermediate + 2 * dim + 2 * width
+    parameters = layers * layer + width + vocabulary * width * (1 if tied else 2)
+    return ModelSize(parameters, layers, width, intermediate, heads, kv, dim, vocabulary)
+
+
+MODELS = {
+    "Qwen3-0.6B": qwen3(28, 1024, 3072, 16),
+    "Qwen3-1.7B": qwen3(28, 2048, 6144, 16),
+    "Qwen3-4B": qwen3(36, 2560, 9728, 32),
+    "Qwen3-8B": qwen3(36, 4096, 12288, 32, tied=False),
+}
+
+
+def planned(file: str) -> tuple[list[str], NodeMemory]:
+    """What does not fit on the machines that a run file names, and what a node needs; prompts of 1,024 tokens."""
+    config = load_config(DEPLOY / file)
+    model = MODELS[Path(config.model.teacher).name]
+    limit = max(int(config.curriculum.max_new_tokens.end), *config.curriculum.max_new_tokens_per_domain.values(), 1)
+    lengths = Lengths(1024, 1024 + limit, 1024 + 2 * limit)
+    roles = [f(config, model, lengths) for f in (rollout_memory, teacher_memory)]
+    roles.append(learner_memory(config, model, model, None, lengths))
+    machines = planned_machines(config.resources, 0)
+    assert machines is not None
+    asked = demands(config)
+    node = node_memory(config, roles, asked, model, model, lengths, 1000, machines)
+    return misfits(roles, asked, node, machines), node
+
+
+@pytest.mark.parametrize("file", sorted(f.name for f in DEPLOY.glob("*.yaml") if "machines:" in f.read_text()))
+def test_a_run_file_fits_on_the_machines_that_it_names(file) -> None:
+    assert planned(file)[0] == []
+
+
+def test_every_run_file_with_gpus_names_its_machines() -> None:
+    for file in DEPLOY.glob("*.yaml"):
+        machines = load_config(file).resources.machines
+        assert (machines is not None) == (gpus_asked(file.name) > 0), file.name
+        if machines is not None:
+            assert machines.nodes * machines.gpus >= gpus_asked(file.name)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ from opdlm.deploy.cluster.learner_memory import (
 )
 from opdlm.deploy.cluster.memory import Lengths, model_size, rollout_memory, teacher_memory
 from opdlm.learner.lora import add_adapters
+from opdlm.learner.packing import pack
+from opdlm.learner.row_attention import RowParts
 from opdlm.learner.rows import build_row
 from tests.tiny import EOS, MASK, request, save_teacher, tiny_model, trajectory
 
@@ -180,7 +182,7 @@ def test_activations_are_about_what_autograd_keeps(tmp_path, checkpointing) -> N
     alive = []  # so that no later tensor gets the address of a freed one
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (alive.append(t), keep(t))[1], lambda t: t):
         hidden_states(model, torch.zeros(rows, length, dtype=torch.int64))
-    learner = {"gradient_checkpointing": checkpointing, "micro_batch_rows": rows}
+    learner = {"gradient_checkpointing": checkpointing, "micro_batch_tokens": rows * length}
     config = config_with(model={"teacher": "t", "dtype": "float32"}, learner=learner)
     size = model_size(tmp_path)
     terms = by_name(learner_memory(config, size, size, None, Lengths(1, length, length)).terms)
@@ -204,7 +206,33 @@ def test_losses_follow_the_targets(tmp_path) -> None:
     assert hidden["output matrix's gradient"] == 32 * 16 * 2
     top_k = terms(teacher={"targets": "topk"}, objective={"top_k": 4})
     assert (top_k["logits chunk"], "teacher's output matrix" in top_k) == (chunk, False)
-    assert hidden["attention masks"] == 8 * (100 * 100 + 60 * 160) * 2
+
+
+@pytest.mark.parametrize(("most", "tokens"), [(64, 160), (1000, 1000)])
+def test_a_micro_batch_is_bounded_by_its_tokens(tmp_path, most, tokens) -> None:
+    """A row of 160 tokens that is longer than a micro-batch is one alone."""
+    tiny_model().save_pretrained(tmp_path)
+    size = model_size(tmp_path)
+    config = config_with(learner={"micro_batch_tokens": most})
+    terms = by_name(learner_memory(config, size, size, None, LENGTHS).terms)
+    assert terms["activations"] == tokens * size.layers * activation_values(size) * 2
+    assert terms["attention masks"] == tokens * 160 * 4
+
+
+def test_the_masks_of_a_long_row_are_at_most_as_large(tmp_path, monkeypatch) -> None:
+    for module in ("opdlm.learner.row_attention", "opdlm.deploy.cluster.learner_memory"):
+        monkeypatch.setattr(f"{module}.PIECE", 40)
+    tiny_model().save_pretrained(tmp_path)
+    size = model_size(tmp_path)
+    for response in (16, 60, 400):
+        sample = trajectory([5] * 6, [6] * response, [1] * response)
+        row = build_row(_scored(sample), sample.reveal_step > 0, BlockGrid(4, "response"), MASK, exclude_eos=False)
+        parts = RowParts.from_batch(pack([row]), torch.float32)
+        masks = sum(piece.mask.nbytes for piece in [*parts.clean_pieces, *parts.noisy_pieces])
+        config = config_with(learner={"micro_batch_tokens": 1})
+        lengths = Lengths(6, row.clean_length, len(row.input_ids))
+        planned = by_name(learner_memory(config, size, size, None, lengths).terms)["attention masks"]
+        assert masks <= planned <= 2.5 * masks
 
 
 def test_teacher_targets_by_hand(tmp_path: Path) -> None:

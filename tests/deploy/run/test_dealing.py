@@ -5,15 +5,23 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opdlm.actors.pool import ActorPool
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.errors import OpdlmError
+from opdlm.common.types import WeightHandle
+from opdlm.deploy.observe.progress import RunProgress
+from opdlm.deploy.run.dealing import Dealer
 from tests.fakes import virtual_time
 from tests.fakes.actors import Remote
 from tests.fakes.simulated_run import Shape, SimulatedRun, Stages
 from tests.fakes.slot_rollout import SlotRollout
+from tests.tiny import request
 
 pytestmark = pytest.mark.usefixtures("learner_as_a_coroutine")
 
@@ -51,7 +59,7 @@ EVENTS = st.lists(
     continues=st.booleans(),
     events=EVENTS,
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_each_sample_is_trained_once_and_none_is_too_stale_whatever_dies_comes_and_goes(
     n, rounds, staleness, slots, actors, lengths, speeds, push, continues, events
 ) -> None:
@@ -132,8 +140,6 @@ def test_with_staleness_slots_take_the_next_round_at_once(tmp_path) -> None:
 
 
 def test_when_no_actor_is_left_the_run_ends_with_its_name(tmp_path) -> None:
-    from opdlm.common.errors import OpdlmError
-
     async def scenario() -> None:
         actor = SlotRollout(2, lambda i: 10)
         run = run_of(str(tmp_path), Shape(0, 1, 8), {"rollout-0": actor})
@@ -142,5 +148,27 @@ def test_when_no_actor_is_left_the_run_ends_with_its_name(tmp_path) -> None:
         actor.die()
         with pytest.raises(OpdlmError, match=r"rollout-0: died more often than resources\.actor_restarts 0 allows"):
             await running
+
+    virtual_time.run(scenario())
+
+
+def test_what_nobody_awaits_any_more_is_not_decoded_to_its_end() -> None:
+    """As after a stop: the last weights, or an evaluation, need not wait for it."""
+
+    async def scenario() -> None:
+        actor = SlotRollout(4, lambda i: 1000)
+        pool = ActorPool({"rollout-0": Remote(actor, asyncio.get_running_loop())}, 1e6, 0)
+        records = SimpleNamespace(progress=RunProgress(), streamed=lambda name, report: None)
+        dealer = Dealer(pool, records, DecodeSettings(), 4, 1)
+        weights = WeightHandle(0, [], 0)
+        awaited = [asyncio.ensure_future(dealer.decode(request(3, i), weights)) for i in range(7)]
+        await asyncio.sleep(10)
+        assert (len(actor.live), len(actor.inbox)) == (4, 1)
+        for one in awaited:
+            one.cancel()
+        await asyncio.sleep(1)
+        assert (actor.live, len(actor.inbox), await dealer.room()) == ({}, 0, 5)
+        actor.length = lambda i: 3
+        assert (await dealer.decode(request(3, 7), weights)).index == 7
 
     virtual_time.run(scenario())

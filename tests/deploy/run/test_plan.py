@@ -7,7 +7,8 @@ import json
 from rich.console import Console
 
 from opdlm.common.config import load_config
-from opdlm.deploy.run.plan import make_plan, sharing, show_plan
+from opdlm.deploy.cluster.node_memory import shares
+from opdlm.deploy.run.plan import make_plan, show_plan, warnings_of_joined
 from opdlm.deploy.run.preflight import preflight
 from tests.deploy.cli.test_cli import opdlm, run_file  # noqa: F401  (a fixture)
 
@@ -19,6 +20,8 @@ def test_the_command_prints_and_writes_the_same(run_file, tmp_path) -> None:  # 
     assert "rollout 3 1 0 3 0" in text
     assert "sum 6 0" in text
     assert "memory of one learner process, in its own memory (no GPU)" in text
+    assert "host memory of all processes, were they on one node" in text
+    assert "in Ray's object store (this machine has " in text
     assert not (tmp_path / "run").exists()
 
     text = opdlm("plan", run_file, "--json", tmp_path / "plan.json")
@@ -29,7 +32,39 @@ def test_the_command_prints_and_writes_the_same(run_file, tmp_path) -> None:  # 
     for memory in plain["memory"]:
         assert memory["device_bytes"] == sum(term["nbytes"] for term in memory["terms"] if not term["on_host"])
     assert plain["run"]["samples"] == "100 in 1 rounds of 128"
+    assert plain["node"]["bytes"] == sum(t["nbytes"] for part in ("processes", "store") for t in plain["node"][part])
+    assert plain["warnings"] == []
     assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_what_does_not_fit_is_said_by_plan_and_dry_run(run_file, tmp_path) -> None:  # noqa: F811
+    machines = "resources.machines={nodes: 2, gpus: 1, gpu_gib: 0.1, memory_gib: 4, object_store_gib: 0.001}"
+    settings = ["--set", machines, "--set", "rollout.gpus_per_actor=1", "--set", "learner.workers=2"]
+    for command in (["plan"], ["train", "--dry-run"]):
+        text = " ".join(opdlm(*command, run_file, *settings).split())
+        assert "host memory of one of 2 nodes, at most" in text
+        assert "may not fit: rollout: a process needs up to 0.5" in text
+        assert "of a GPU; a machine of resources.machines has 0.10: lower rollout.batch_size or" in text
+        assert "may not fit: a node needs up to 5." in text
+        assert "of host memory; a machine of resources.machines has 4.00: put fewer processes on a node" in text
+        assert (
+            "of Ray's object store; a machine of resources.machines has 0.00, and Ray writes the rest to disk" in text
+        )
+    text = opdlm("plan", run_file, "--set", "resources.machines.gpus=1", code=2)
+    assert "resources.machines.memory_gib: missing; it has no default" in text
+    text = opdlm("plan", run_file, "--set", "resources.machines.memory_gib=0", code=2)
+    assert "resources.machines.memory_gib: input should be greater than 0; found 0" in text
+
+
+def test_a_run_is_compared_with_the_nodes_that_it_has_joined(run_file) -> None:  # noqa: F811
+    checked = preflight(load_config(run_file))
+    assert (
+        warnings_of_joined(checked, [{"Alive": True, "Resources": {"memory": 1e12, "object_store_memory": 1e12}}]) == []
+    )
+    small = {"Alive": True, "Resources": {"memory": 2**30, "object_store_memory": 2**20}}
+    host, store = warnings_of_joined(checked, [small])
+    assert "GiB of host memory; a node of the cluster has 1.00" in host
+    assert "GiB of Ray's object store; a node of the cluster has 0.00" in store
 
 
 def test_mistakes_are_named(run_file, tmp_path) -> None:  # noqa: F811
@@ -68,10 +103,12 @@ def test_roles_that_share_a_gpu_are_summed(run_file) -> None:  # noqa: F811
     parts = ["rollout.gpus_per_actor=0.4", "teacher.gpus_per_actor=0.2", "learner.gpus_per_worker=0.4"]
     plan = make_plan(load_config(run_file, parts))
     total = sum(memory.device_bytes for memory in plan.memory)
-    assert sharing(plan)[0].startswith("all share one GPU: 1 x ")
-    assert f"= {total / 2**30:.2f} GiB" in sharing(plan)[0]
+    ((words, nbytes),) = shares(plan.memory, plan.demands)
+    assert words.startswith("all share one GPU: 1 x ")
+    assert f"= {total / 2**30:.2f} GiB" in words
+    assert nbytes == total
     plan = make_plan(load_config(run_file, ["rollout.actors=4", "rollout.gpus_per_actor=0.5"]))
-    assert sharing(plan)[0].startswith("rollout: up to 2 on one GPU")
+    assert shares(plan.memory, plan.demands)[0][0].startswith("rollout: up to 2 on one GPU")
 
 
 def test_everything_fits_100_columns(run_file, tmp_path) -> None:  # noqa: F811
