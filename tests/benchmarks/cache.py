@@ -134,10 +134,11 @@ def show_memory(limit: int, count: int, console: Console) -> list[dict[str, Any]
 
 
 def before_tree(commit: str) -> Path:
-    """A working tree of another commit."""
+    """The files of another commit."""
     tree = (OUT / f"tree-{commit}").resolve()
-    if not tree.is_dir():
-        subprocess.run(["git", "worktree", "add", "--detach", str(tree), commit], check=True, capture_output=True)
+    tree.mkdir(parents=True, exist_ok=True)
+    packed = subprocess.run(["git", "archive", commit], check=True, stdout=subprocess.PIPE)
+    subprocess.run(["tar", "-x", "-C", str(tree)], input=packed.stdout, check=True)
     return tree
 
 
