@@ -1,6 +1,7 @@
 """The actors of a run and their pool.
 
-    pool.py          ActorPool: sends calls to free actors; actors may die, be restarted, be added and be retired
+    members.py       Members: actors that may die, be restarted, be added and be retired, and calls to one of them
+    pool.py          ActorPool: members, and calls to whichever is free
     engine_guard.py  ends the process of an actor whose engine is dead, so that Ray restarts it
     rollout/         the student's block decoder, and the Ray actor around it
     teacher/         the teacher's backends (transformers, vLLM), and the Ray actor around one of them
@@ -18,6 +19,7 @@ __getattr__, __all__ = lazy_exports(
     __name__,
     {
         "engine_guard": ["guarded", "one_token_forward"],
-        "pool": ["ActorPool", "stop_actors", "value_of"],
+        "members": ["Members", "stop_actors", "value_of"],
+        "pool": ["ActorPool"],
     },
 )

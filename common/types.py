@@ -197,6 +197,12 @@ class DecodeStats:
     """Those of them in which the slot had a sequence."""
     waiting_requests: int = 0
     """Requests that waited in the actor for a slot when it reported."""
+    put_back: int = 0
+    """Sequences that were put back, to be decoded again, because the cache was full."""
+    cache_positions: int = 0
+    """Positions that the actor's cache had when it reported."""
+    cache_live_positions: int = 0
+    """Those of them that sequences had filled."""
 
     @classmethod
     def of(

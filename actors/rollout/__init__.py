@@ -1,6 +1,9 @@
 """Rollout: the student decodes prompts to trajectories (METHOD.md section 2).
 
-    actor.py        RolloutActor: a student in a Ray actor; loads weight versions, decodes
+    actor.py        RolloutActor: a Ray actor that decodes continuously
+    student.py      its model, weight versions and decoders
+    engine_thread.py  one thread that uses the model: steps, and jobs between them
+    stream.py       the requests and trajectories of a stream
     decoder.py      BlockDecoder: the engine; takes requests, runs denoising steps, gives trajectories
     denoise.py      one denoising step of all slots
     settings.py     DecodeSettings: what a decoder is set to

@@ -22,9 +22,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+NARROWEST_PART = 256
+"""Positions below which a narrower window saves nothing worth a call."""
 PART_COST = 256
 """What another part costs, as a number of positions that one slot attends to."""
-_ENOUGH = 1.1
+_ENOUGH = 1.2
 """A part that costs at most this many times what any split of it would cost is not split."""
 _WIDTH_MULTIPLE = 16
 """The width of a window is a multiple of this, because attention kernels want aligned masks."""
@@ -59,6 +61,28 @@ class Part:
 Parts = tuple[Part, ...]
 
 
+class Windows:
+    """The parts of the slots, kept from step to step while they show every slot what it needs."""
+
+    def __init__(self) -> None:
+        self.parts: Parts = ()
+        self.saved = 0
+        """What attention would cost less, in one step, if the slots lay sorted by length."""
+        self._bases = self._reach = np.zeros(0, dtype=np.int64)
+
+    def update(self, bases: np.ndarray, ends: np.ndarray, positions: int) -> None:
+        """Makes the parts fit. Arguments as for `parts_of`."""
+        if np.array_equal(bases, self._bases) and (bases + ends <= self._reach).all():
+            return
+        self.parts, self._bases = parts_of(bases, ends, positions), bases.copy()
+        windows = [(p.begin + p.stride * np.arange(p.count) + p.width) for p in self.parts]
+        self._reach, ordered = np.concatenate(windows), np.sort(ends)[::-1]
+        if len(self.parts) > 1:
+            self.saved = cost(self.parts) - cost(parts_of(np.cumsum(ordered) - ordered, ordered, positions))
+        else:
+            self.saved = 0
+
+
 def parts_of(bases: np.ndarray, ends: np.ndarray, positions: int) -> Parts:
     """Splits slots into parts, without changing their order: few parts, and windows that show little else.
 
@@ -68,20 +92,21 @@ def parts_of(bases: np.ndarray, ends: np.ndarray, positions: int) -> Parts:
         positions: positions of a layer of the cache.
     """
     count = len(bases)
-    index = np.arange(count)
     stride = int(bases[-1] - bases[0]) // (count - 1) if count > 1 else 1
-    ahead = bases - bases[0] - index * stride  # of the windows, if the first one began at the first slot
-    begin = int(bases[0] + ahead.min())
-    width = -(-int((ahead - ahead.min() + ends).max()) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-    part = Part(begin, stride, count, width)
-    fits = begin >= 0 and part.end <= positions
-    if count == 1 or (fits and cost((part,)) <= _ENOUGH * (int(ends.sum()) + 2 * PART_COST)):
+    ahead = bases - bases[0] - np.arange(count) * stride  # of the windows, if the first began at the first slot
+    least = int(ahead.min())
+    width = -(-int((ahead + ends).max() - least) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+    part = Part(int(bases[0]) + least, stride, count, width)
+    fits = part.begin >= 0 and part.end <= positions
+    best = int(np.maximum(ends, NARROWEST_PART).sum()) + 2 * PART_COST
+    if count == 1 or (fits and cost((part,)) <= _ENOUGH * best):
         return (part,)
     # Split where the places are farthest from equal distances or, if that is the lesser evil, between long and short.
-    if np.ptp(ahead) > ends.max() - ends.min() or ends.max() == ends.min():
+    shortest, longest = int(ends.min()), int(ends.max())
+    if shortest == longest or int(ahead.max()) - least > longest - shortest:
         at = max(1, int(np.abs(ahead).argmax()))
     else:
-        is_long = ends > (int(ends.max()) + int(ends.min())) // 2
+        is_long = ends > (longest + shortest) // 2
         at = int((is_long != is_long[0]).argmax())
     halves = parts_of(bases[:at], ends[:at], positions) + parts_of(bases[at:], ends[at:], positions)
     return halves if not fits or cost(halves) < cost((part,)) else (part,)
@@ -89,16 +114,7 @@ def parts_of(bases: np.ndarray, ends: np.ndarray, positions: int) -> Parts:
 
 def cost(parts: Parts) -> int:
     """What attention costs: positions that all slots attend to, and `PART_COST` for each part."""
-    return sum(part.count * part.width + PART_COST for part in parts)
-
-
-def saved_by_sorting(bases: np.ndarray, ends: np.ndarray, positions: int) -> int:
-    """What attention would cost less, in one step, if the slots lay sorted by length. Arguments as for `parts_of`."""
-    parts = parts_of(bases, ends, positions)
-    if len(parts) == 1:
-        return 0
-    ordered = np.sort(ends)[::-1]
-    return cost(parts) - cost(parts_of(np.cumsum(ordered) - ordered, ordered, positions))
+    return sum(part.count * max(part.width, NARROWEST_PART) + PART_COST for part in parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
 """The block decoder: prompts -> trajectories, by confidence-based unmasking (METHOD.md section 2).
 
 One training step, in reading order: deploy/run/train.py (the driver) -> deploy/run/loops.py -> this file ->
-actors/teacher/scoring.py -> actors/queue/rules.py -> learner/train_step.py -> learner/losses.py. The loops send prompts
-to a rollout actor (`actors/rollout/actor.py`), which calls `BlockDecoder.decode`; the trajectories go to a teacher.
+actors/teacher/scoring.py -> actors/queue/rules.py -> learner/train_step.py -> learner/losses.py. The loops deal prompts
+to rollout actors (`actors/rollout/actor.py`), which step a decoder for ever; each trajectory goes to a teacher.
 
-    pending requests ──refill──► slots ──► one forward for all slots ──► candidates, confidence
+    waiting requests ──refill──► slots ──► one forward for all slots ──► candidates, confidence
                         (prefill of      [finished block | current block]     │ strategy
                          prompt blocks)   its keys are     its logits         ▼
                                           committed        are read       reveal; block done? sequence done?

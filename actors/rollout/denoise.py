@@ -56,7 +56,7 @@ class Denoiser:
         window = slots.block_start[:, None] + torch.arange(block, device=slots.device)  # [n, S] positions
         # The host copies its indices to the device before it launches the forward: later, the copy would wait for it.
         committing, masked_places = np.flatnonzero(slots.host_commits[:n]), np.flatnonzero(slots.host_masked[:n])
-        shape = step_forward.shape(committing.size, slots.host_bases, slots.host_ends)
+        shape = step_forward.shape(committing.size, slots)
         # A shape that was rounded up has room for more commits: `resize` repeats slots, whose blocks are written twice.
         indices = torch.from_numpy(np.concatenate([np.resize(committing, shape.commits), masked_places]))
         indices = indices.to(slots.device)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdlm.actors.rollout.attention import Parts, parts_of, slot_layout
+from opdlm.actors.rollout.attention import Parts, slot_layout
 from opdlm.actors.rollout.kv_cache import SPARE, SlotCache
 from opdlm.actors.rollout.slots import Slots
 from opdlm.common.batches import batches_by_length
@@ -95,18 +95,13 @@ class StepForward:
         self._recorded_positions = 0
         """Positions of the cache that the recorded forwards know."""
 
-    def shape(self, commits: int, bases: np.ndarray, ends: np.ndarray) -> StepShape:
-        """The shape of the next forward.
-
-        Args:
-            commits: blocks to commit.
-            bases: `[n]` int64, position in the cache at which the place of each occupied slot begins.
-            ends: `[n]` int64, position in the slot after the current block.
-        """
-        slots, width = len(ends), int(ends.max())
+    def shape(self, commits: int, slots: Slots) -> StepShape:
+        """The shape of the next forward of all occupied slots. `commits`: blocks to commit."""
+        width = int(slots.host_ends.max())
         if self._make_recorder is None:
-            return StepShape(commits, slots, width, parts_of(bases, ends, self.cache.positions + SPARE))
-        return StepShape(commits, slots, width).rounded_up(self._slots, self.cache.positions)
+            slots.windows.update(slots.host_bases, slots.host_ends, self.cache.positions + SPARE)
+            return StepShape(commits, slots.occupied, width, slots.windows.parts)
+        return StepShape(commits, slots.occupied, width).rounded_up(self._slots, self.cache.positions)
 
     def __call__(
         self, shape: StepShape, tokens: torch.Tensor, starts: torch.Tensor, bases: torch.Tensor, commit: torch.Tensor

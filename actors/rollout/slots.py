@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opdlm.actors.rollout.attention import saved_by_sorting
+from opdlm.actors.rollout.attention import Windows
 from opdlm.actors.rollout.kv_cache import SPARE, SlotCache
 from opdlm.actors.rollout.places import arrange
 from opdlm.actors.rollout.sequences import extent, trajectory_of
@@ -47,6 +47,7 @@ class Slots:
         """Weight version of the next denoising step."""
         self._wasted = 0
         """What attention has cost since the last sorting that a sorted order of the slots would have saved."""
+        self.windows = Windows()
         self._arrived = 0
         """Sequences that have begun so far."""
         self._history: list[list[tuple[int, int]]] = []
@@ -235,7 +236,8 @@ class Slots:
         bases, widths, due = self._bases[:n], self._widths[:n], False
         if (ends <= widths).all():
             if sorts:
-                self._wasted += saved_by_sorting(bases, ends, cache.positions + SPARE)
+                self.windows.update(bases, ends, cache.positions + SPARE)
+                self._wasted += self.windows.saved
                 due = self._wasted > 0 and self._wasted >= _SORT_COST * int(ends.sum())
             if not due:
                 return True
@@ -252,9 +254,8 @@ class Slots:
 
     def lose_cache(self) -> None:
         """Notes that the cache does not hold these sequences any more: it has other weights' keys, or others' keys."""
-        n = self.occupied
-        self.host_fresh[:n] = True
-        self.host_commits[:n] = False  # computing the blocks before the current one commits them
+        self.host_fresh[: self.occupied] = True
+        self.host_commits[: self.occupied] = False  # computing the blocks before the current one commits them
 
     def put_back(self) -> RolloutRequest:
         """Frees the slot whose sequence began last, and returns its request, which is decoded from its beginning."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.common.types import DecodeStats, EndedSequence, RolloutRequest, StreamReport, Trajectory
 
-_GROUP_SECONDS = 0.2
+_GROUP_SECONDS = 1.0
 """Trajectories that end within this time leave together, unless slots wait for more requests."""
 _SIGN_SECONDS = 2.0
 """Longest time between two reports of an actor that makes steps."""
@@ -40,8 +40,8 @@ class SequenceStream:
         self._failure: BaseException | None = None
         self._awaited = False
         """Whether somebody waits for a report."""
-        self._steps = self._occupied_steps = self._tokens = self._added = 0
-        self._counts = decoder.forwards, decoder.forward_tokens
+        self._steps = self._occupied_steps = self._tokens = self._live_positions = self._added = 0
+        self._counts = decoder.forwards, decoder.forward_tokens, decoder.put_back
         self._seconds, self._reported = 0.0, time.monotonic()
 
     @property
@@ -97,12 +97,12 @@ class SequenceStream:
             free = (lane for lane in range(len(taken) + len(begin)) if lane not in taken)
             self._begun |= {request.index: (lane, started) for request, lane in zip(begin, free, strict=False)}
         ended = self.decoder.step(refill=begin is not None)
-        tokens, now = self.decoder.tokens_so_far(), time.monotonic()
+        tokens, live, now = self.decoder.tokens_so_far(), self.decoder.live_tokens, time.monotonic()
         with self._changed:
             self._steps += 1
             self._occupied_steps += self.decoder.occupied + len(ended)
             self._seconds += now - started
-            self._tokens = tokens
+            self._tokens, self._live_positions = tokens, live
             self._outbox += ended
             self._ended += [(*self._begun.pop(trajectory.index), now) for trajectory in ended]
             self._changed.notify_all()
@@ -134,13 +134,20 @@ class SequenceStream:
 
     def _report(self) -> tuple[list[Trajectory], StreamReport]:
         now, decoder, trajectories = time.monotonic(), self.decoder, self._outbox
-        counts = decoder.forwards, decoder.forward_tokens  # the engine's thread may count on meanwhile
+        counts = (
+            decoder.forwards,
+            decoder.forward_tokens,
+            decoder.put_back,
+        )  # the engine's thread may count on meanwhile
         new = [count - before for count, before in zip(counts, self._counts, strict=True)]
         stats = replace(
             DecodeStats.of(trajectories, decoder.version, new[0], new[1], self._seconds),
             slot_steps=self._steps * decoder.batch_size,
             occupied_slot_steps=self._occupied_steps,
             waiting_requests=len(self._inbox) + decoder.waiting,
+            put_back=new[2],
+            cache_positions=decoder.cache.positions,
+            cache_live_positions=self._live_positions,
         )
         ended = tuple(
             EndedSequence(t.index, t.lengths, t.weight_version, lane, now - began, now - end)

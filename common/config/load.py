@@ -28,6 +28,7 @@ _REPLACED = {
         "is now learner.micro_batch_tokens, the most tokens of a forward; a row of P prompt and R response tokens has "
         "P + 2R of them"
     ),
+    "rollout.prompts_per_call": "is gone: requests go to an actor one by one, as it has room; leave it out",
 }
 """Settings that are gone, and what took their place."""
 _SHOWN = 100

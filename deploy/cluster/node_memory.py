@@ -21,7 +21,7 @@ from opdlm.deploy.cluster.placement import Demands
 _CONTEXT_BYTES = 2**29
 """About what CUDA itself takes of a GPU for each process."""
 _ADVICE = {
-    "rollout": "lower rollout.batch_size or rollout.max_new_tokens",
+    "rollout": "lower rollout.cache_tokens, rollout.batch_size or rollout.max_new_tokens",
     "teacher": "lower teacher.batch_tokens",
     "learner": "lower learner.micro_batch_tokens, or take more learner.workers with learner.zero.stage 3",
 }
@@ -54,13 +54,19 @@ def node_memory(
     student: ModelSize,
     teacher: ModelSize,
     lengths: Lengths,
+    rounds: int,
     machines: Machines | None,
 ) -> NodeMemory:
-    """What one node needs at most. `machines`: None: the whole run is on one node."""
+    """What one node needs at most.
+
+    Args:
+        rounds: of the run.
+        machines: None: the whole run is on one node.
+    """
     nodes = machines.nodes if machines else 1
     return NodeMemory(
         _processes(roles, _counts(asked), nodes, machines.gpus if machines else 0),
-        _store(config, student, teacher, lengths, nodes),
+        _store(config, student, teacher, lengths, rounds, nodes),
     )
 
 
@@ -87,17 +93,19 @@ def _processes(roles: Sequence[RoleMemory], counts: dict[str, int], nodes: int, 
     return [*terms, Term("the driver", what, DRIVER_MIB * 2**20, True)]
 
 
-def _store(config: OpdlmConfig, student: ModelSize, teacher: ModelSize, lengths: Lengths, nodes: int) -> list[Term]:
+def _store(
+    config: OpdlmConfig, student: ModelSize, teacher: ModelSize, lengths: Lengths, rounds: int, nodes: int
+) -> list[Term]:
     """Samples are held until a checkpoint covers them (`actors/queue/rules.py`), on the nodes of the teachers."""
     prompts, response = config.rollout.samples_per_round, lengths.row - lengths.end
     under_way = config.queue.max_staleness + 1
-    rounds = config.checkpoint.every_rounds + under_way
+    kept = min(config.checkpoint.every_rounds + under_way, rounds)
     each = PROMPT_BYTES * lengths.prompt + response * response_token_bytes(config, teacher.width, teacher.vocabulary)
     by_teachers = config.run.replay is None and config.objective.kind != "cft"
     parts = min(config.teacher.actors, nodes) if by_teachers else 1
     split = f" / {parts} nodes" if parts > 1 else ""
-    what = f"{rounds} rounds x {prompts} x {each:,} B{split}, each of {response:,} tokens"
-    terms = [Term("samples until a checkpoint", what, -(-rounds * prompts * each // parts), estimate=True)]
+    what = f"{kept} rounds x {prompts} x {each:,} B{split}, each of {response:,} tokens"
+    terms = [Term("samples until a checkpoint", what, -(-kept * prompts * each // parts), estimate=True)]
     if config.run.replay is not None:
         return terms
     if config.objective.kind == "opd":

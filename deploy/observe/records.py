@@ -3,8 +3,7 @@
 A record has a `kind`: `data`, `step` (one optimizer step), `round`, `publish`, `checkpoint`, `evaluation`, `failure`,
 `offline` (given responses), `skipped_step` (the gradient was not finite), `failed_save` (of a checkpoint),
 `actor_death`, `learner_restart`, `queue_death`, `damaged_checkpoint`, `scale` (actors were added or removed),
-`early_stop`.
-`metrics.jsonl` has each round and step once: training a round again replaces its earlier records.
+`early_stop`. `metrics.jsonl` has each round and step once: training a round again replaces its earlier records.
 The figures are measured where the work is done (the decoder, the train step, ...) and only collected here.
 """
 
@@ -124,11 +123,9 @@ class RunRecords:
         self._timeline.span(actor, method, seconds)
 
     def failed(self, indices: list[int], attempt: int, reason: str, error: str) -> None:
-        """Decoding or scoring samples failed, and may be tried again.
+        """Decoding or scoring samples failed for the `attempt`-th time, and may be tried again.
 
-        Args:
-            attempt: how many times it was tried, this time included.
-            reason: the error's text; error: the error's class, which becomes a tag in Prometheus.
+        `reason`: the error's text; `error`: the error's class, which becomes a tag in Prometheus.
         """
         self._record("failure", samples=len(indices), attempt=attempt, reason=reason, error=error)
 
@@ -140,10 +137,9 @@ class RunRecords:
         unknown_characters: int = 0,
         sources: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """The prompts were read: `kept` of them are used, those in `refused` are not.
+        """The prompts were read: `kept` of them are used, those in `refused` are not; `digest` is their fingerprint.
 
         Args:
-            digest: their fingerprint.
             unknown_characters: characters in them and in their responses that the tokenizer does not know.
             sources: figures of each of `data.sources`.
         """
@@ -151,9 +147,7 @@ class RunRecords:
         self._record("data", **counts, data_digest=digest, refused=refused, sources=list(sources))
 
     def given(self, responses: int, forward_tokens: int, cached: bool, cut: int = 0) -> None:
-        """The given responses are available.
-
-        Their generation counts once as compute of this run, also where they come from the cache.
+        """The given responses are available. Their generation counts once as compute, also if they were cached.
 
         Args:
             forward_tokens: tokens that went through the teacher to generate them.
@@ -234,11 +228,9 @@ class RunRecords:
     def evaluated(
         self, row: str, version: int, result: EvaluationResult, step: int | None = None, best_by: str | None = None
     ) -> None:
-        """A weight version was evaluated.
+        """A weight version was evaluated, after `step` optimizer steps (None: those reported so far).
 
-        Args:
-            step: optimizer steps before it; None: those reported so far.
-            best_by: by which figure its student is the best so far and is kept; None: it is not kept.
+        `best_by`: by which figure its student is the best so far and is kept; None: it is not kept.
         """
         step, best = self._step if step is None else step, {"best_by": best_by} if best_by else {}
         self._write({"kind": "evaluation", "row": row, "round": version, "step": step, **asdict(result), **best})

@@ -76,6 +76,9 @@ class RoundReports:
         if slot_steps := sum(s.slot_steps for s in self.decoded):
             figures["rollout_slot_occupancy"] = sum(s.occupied_slot_steps for s in self.decoded) / slot_steps
             figures["rollout_waiting_requests_max"] = max(s.waiting_requests for s in self.decoded)
+            figures["rollout_put_back"] = sum(s.put_back for s in self.decoded)
+            figures["rollout_cache_positions_max"] = max(s.cache_positions for s in self.decoded)
+            figures["rollout_cache_live_positions_max"] = max(s.cache_live_positions for s in self.decoded)
         if room_tokens := sum(s.room_tokens for s in self.scored):
             figures["teacher_batch_fill"] = figures["teacher_forward_tokens"] / room_tokens
         if self.scored:

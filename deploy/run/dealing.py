@@ -62,6 +62,10 @@ class _Session:
     """By index, what it decodes."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def wake_if_cancelled(self, done: asyncio.Future[Decoded]) -> None:
+        if done.cancelled():
+            self.wake.set()
+
     @property
     def load(self) -> int:
         return len(self.chosen) + len(self.sent)
@@ -148,6 +152,7 @@ class Dealer:
                 continue  # its caller was cancelled
             session = min(able, key=lambda session: session.load)
             session.chosen.append(item)
+            item.done.add_done_callback(session.wake_if_cancelled)
             session.room -= 1
             session.wake.set()
         if self._waiting and not self._sessions and self._failing.done():
@@ -171,7 +176,7 @@ class Dealer:
         try:
             with self._actors.hold(session.name):
                 while await self._stream_with(session):
-                    pass  # what it decoded has failed, and the stream begins again
+                    pass
         except ActorGone:
             again = [*session.sent.values(), *session.chosen]
             self._waiting.extendleft(sorted(again, key=lambda item: -item.request.index))
@@ -181,7 +186,11 @@ class Dealer:
         self._room_changes()
 
     async def _stream_with(self, session: _Session) -> bool:
-        """Serves one stream of an actor. Returns False once the actor is being retired and has ended its sequences."""
+        """Serves one stream of an actor.
+
+        Returns: False once the actor is being retired and has ended its sequences; True if a new stream must begin,
+        because this one has failed or all who awaited its sequences were cancelled.
+        """
         name, life = session.name, self._actors.life(session.name)
         harvest: asyncio.Task[tuple[list[Any], StreamReport]] | None = None
         try:
@@ -193,6 +202,9 @@ class Dealer:
                 if self._actors.life(name) != life:
                     raise ActorGone(name)  # while it had nothing to do; it has no stream any more
                 session.wake.clear()
+                if session.sent and all(item.done.cancelled() for item in session.sent.values()):
+                    session.sent.clear()
+                    return True  # nobody awaits it any more, so the actor need not end it
                 if session.chosen:
                     await self._send(session)
                 if session.sent and harvest is None:
@@ -216,7 +228,7 @@ class Dealer:
         finally:
             self._records.progress.unfinished.pop(name, None)
             if harvest is not None:
-                harvest.cancel()
+                harvest.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody awaits it
 
     async def _send(self, session: _Session) -> None:
         items, session.chosen = session.chosen, []

@@ -160,9 +160,9 @@ def plan_of(checked: Preflight, machines: Machines | None) -> Plan:
         second = reward_memory() if is_rl else teacher_memory(config, teacher, lengths)
         memory = [rollout_memory(config, student, lengths), second, *memory]
     asked = demands(config)
-    return Plan(
-        checked, asked, memory, node_memory(config, memory, asked, student, teacher, lengths, machines), machines
-    )
+    rounds = checked.schedule.rounds
+    node = node_memory(config, memory, asked, student, teacher, lengths, rounds, machines)
+    return Plan(checked, asked, memory, node, machines)
 
 
 def longest_sequences(checked: Preflight) -> Lengths:

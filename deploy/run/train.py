@@ -1,8 +1,8 @@
 """`opdlm train`, the driver: on-policy distillation as loops over actors. No tensor passes through this process.
 
     loop      takes                       does                                              waits for
-    produce   free slots of the queue     rollout actors decode, teacher actors score,      a free slot
-                                          references to the samples go to the queue
+    produce   free slots of the queue     rollout actors decode, teacher actors score,      a free slot, and room
+                                          each sample goes to the queue as it is made       in a rollout actor
     learn     whole rounds of the queue   optimizer steps, new weights, checkpoints         a whole round
               (Ray Train's processes)
     push      new weights of the queue    every rollout actor loads them, evaluation,       a new weight version

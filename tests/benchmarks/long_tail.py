@@ -3,7 +3,7 @@
     make bench        # or: python -m tests.benchmarks.long_tail [--repetitions 5]
 
 Random weights in the shape of Qwen3-0.6B, bfloat16, static decoding after prompts of the lengths below; a long prompt
-stands for a response that is long already. The two arms differ in what a part is said to cost
+stands for a response that is long already. The two arms differ in the smallest width of a part
 (`actors/rollout/attention.py`). The time of a step is the median over the steps of a call. There is no prefill, because
 attention over zeros takes the same time.
 """
@@ -35,8 +35,8 @@ LENGTHS = {
 }
 
 
-def step_seconds(model: Any, lengths: list[int], part_cost: int) -> float:
-    """Median seconds of a denoising step. `part_cost`: of another part, in positions."""
+def step_seconds(model: Any, lengths: list[int], narrowest: int) -> float:
+    """Median seconds of a denoising step. `narrowest`: width below which nothing is split, in positions."""
     rng, seconds = np.random.default_rng(0), []
     requests = [
         RolloutRequest(i, str(i), rng.integers(0, MASK, n).astype(np.int32), STEPS, seed=i)
@@ -55,7 +55,7 @@ def step_seconds(model: Any, lengths: list[int], part_cost: int) -> float:
     with (
         mock.patch.object(decoder, "_denoise", timed),
         mock.patch("opdlm.actors.rollout.decoder.prefill", return_value=0),
-        mock.patch("opdlm.actors.rollout.attention.PART_COST", part_cost),
+        mock.patch("opdlm.actors.rollout.attention.NARROWEST_PART", narrowest),
     ):
         decoder.decode(requests)
     return median(seconds)

@@ -7,8 +7,8 @@ A simulated rollout actor has one slot, and decodes nothing while it loads weigh
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,9 @@ class SimulatedTeacher:
     async def score(self, places: Any, per_reference: int, watch: Any, *groups: Any) -> tuple[Any, ...]:
         async with self._one_call:
             indices = [(await groups[group])[place] for group, place in places]
+            began = asyncio.get_running_loop().time()
             await self.run.take_time(self.run.stages.score, len(indices), self.run.shape.teachers)
+            self.run.teacher_seconds[self.name] += asyncio.get_running_loop().time() - began
             self.run.fault(self.name)
             return (*in_groups(indices, per_reference), ScoreStats(1, 1, 0.1, 1, ((1, 1),) * len(indices)))
 
@@ -152,10 +154,13 @@ class SimulatedRun:
         fault: Fault = lambda name: None,
         jitter: Jitter = lambda: 1.0,
         deaths: Iterable[str] = (),
+        rollouts: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
-        """`deaths`: for each round that the learner begins, after what it dies: `taken`, `trained` or `published`.
+        """Arguments, besides what happens when:
 
-        With any other word it does not die.
+        rollouts: makes the rollout actors by name, instead of the usual ones.
+        deaths: for each round that the learner begins, after what it dies: `taken`, `trained` or `published`. With any
+            other word it does not die.
         """
         self.shape, self.stages, self.fault, self.jitter = shape, stages, fault, jitter
         self.deaths = iter(deaths)
@@ -169,6 +174,8 @@ class SimulatedRun:
         """By round, the samples that the learner was given first. After a restart it must be given the same ones."""
         self.trained_at: list[float] = []
         """Virtual seconds at which the training of each round ended."""
+        self.teacher_seconds: Counter[str] = Counter()
+        """By teacher, virtual seconds in which it scored."""
         self.decoded: list[tuple[int, int]] = []
         """(sample, weight version) of everything that was decoded."""
         self.config = config = config_from_dict(
@@ -183,9 +190,10 @@ class SimulatedRun:
             }
         )
         forever = 1e9
-        rollouts = {f"rollout-{i}": SimulatedRollout(self, f"rollout-{i}") for i in range(shape.rollouts)}
+        usual = {f"rollout-{i}": SimulatedRollout(self, f"rollout-{i}") for i in range(shape.rollouts)}
+        actors = usual if rollouts is None else rollouts()
         teachers = {f"teacher-{i}": SimulatedTeacher(self, f"teacher-{i}") for i in range(shape.teachers)}
-        self.rollouts = ActorPool({name: Remote(a, loop) for name, a in rollouts.items()}, forever, 0)
+        self.rollouts = ActorPool({name: Remote(a, loop) for name, a in actors.items()}, forever, 0)
         self.teachers = ActorPool({name: Remote(a, loop) for name, a in teachers.items()}, forever, 0)
         order = PromptOrder([Prompt(str(i), np.array([1])) for i in range(n * shape.rounds)], 0, 1)
         view = type("View", (), {"show": lambda self, record: None})()

@@ -44,7 +44,8 @@ def test_a_bounded_cache_changes_no_token(
     requests = [request(prompt, index, limit) for index, (prompt, limit) in enumerate(lengths)]
     assume(all(set(r.prompt_ids) != {MASK} for r in requests))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("opdlm.actors.rollout.attention.PART_COST", part_cost)
+        for name in ("NARROWEST_PART", "PART_COST"):
+            patch.setattr(f"opdlm.actors.rollout.attention.{name}", part_cost)
         patch.setattr("opdlm.actors.rollout.slots._SORT_COST", sort_cost)
         make_recorder = (lambda: lambda forward, inputs: lambda: forward(*inputs)) if records else None
         free = BlockDecoder(MODEL, how, MASK, [EOS], slots, make_recorder, form=form)
@@ -203,7 +204,7 @@ def test_windows_show_every_slot_its_positions(data) -> None:
         assert 0 <= start <= base
         assert base + end <= start + width <= positions
     alone = sum(cost(parts_of(bases[i : i + 1], ends[i : i + 1], positions)) for i in range(n))
-    assert cost(parts) <= 1.1 * alone
+    assert cost(parts) <= 1.2 * alone
 
 
 def test_equal_sequences_are_one_part_and_one_long_one_is_another() -> None:
@@ -225,7 +226,8 @@ def test_many_lengths_need_few_parts() -> None:
 
 def test_slots_are_sorted_only_if_their_order_costs_more_than_sorting(monkeypatch) -> None:
     """Sorting reads the cache too, so it waits until the unsorted order has cost as much as sorting."""
-    monkeypatch.setattr("opdlm.actors.rollout.attention.PART_COST", 16)
+    for name in ("NARROWEST_PART", "PART_COST"):
+        monkeypatch.setattr(f"opdlm.actors.rollout.attention.{name}", 16)
     moves: list[int] = []
     move = SlotCache.move
 

@@ -34,7 +34,7 @@ MODELS = [*(tiny_model(seed) for seed in range(3)), *(tiny_model(3, **other) for
     lengths=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 13)), min_size=1, max_size=7),
     batch_size=st.integers(1, 4),
     prefill_cost=st.sampled_from([0.5, 8.0]),
-    part_cost=st.sampled_from([256, 4]),
+    narrowest=st.sampled_from([256, 4]),
     sorting=st.sampled_from([4, 0.1]),
     seed=st.integers(0, 10**6),
 )
@@ -51,7 +51,7 @@ def test_equals_uncached_oracle(
     lengths,
     batch_size,
     prefill_cost,
-    part_cost,
+    narrowest,
     sorting,
     seed,
 ) -> None:
@@ -73,7 +73,8 @@ def test_equals_uncached_oracle(
     assume(all(set(r.prompt_ids) != {MASK} for r in requests))
     with (
         mock.patch("opdlm.actors.rollout.decoder._PREFILL_COST", prefill_cost),  # few slots free, or all
-        mock.patch("opdlm.actors.rollout.attention.PART_COST", part_cost),
+        mock.patch("opdlm.actors.rollout.attention.NARROWEST_PART", narrowest),
+        mock.patch("opdlm.actors.rollout.attention.PART_COST", narrowest),
         mock.patch("opdlm.actors.rollout.slots._SORT_COST", sorting),
     ):
         decoder = BlockDecoder(model, decode_settings, MASK, [EOS], batch_size, form=form)

@@ -28,6 +28,7 @@ def config_with(**sections) -> OpdlmConfig:
         ({"rollout": {"block_sise": 4}}, "rollout.block_sise: unknown key; did you mean `block_size`?"),
         ({"learner": {"optimizer": {"learning_rat": 1}}}, "learner.optimizer.learning_rat: unknown key; known here"),
         ({"rolout": {}}, "rolout: unknown key; did you mean `rollout`?"),
+        ({"rollout": {"prompts_per_call": 8}}, "rollout.prompts_per_call: is gone: requests go to an actor one by one"),
         ({"learner": {"micro_batch_rows": 8}}, "learner.micro_batch_rows: is now learner.micro_batch_tokens, the most"),
         ({"rollout": {"block_size": 0}}, "rollout.block_size: input should be greater than or equal to 1; found 0"),
         ({"rollout": {"block_size": "four"}}, "rollout.block_size: input should be a valid integer"),

@@ -133,7 +133,7 @@ def planned(file: str) -> tuple[list[str], NodeMemory]:
     machines = planned_machines(config.resources, 0)
     assert machines is not None
     asked = demands(config)
-    node = node_memory(config, roles, asked, model, model, lengths, machines)
+    node = node_memory(config, roles, asked, model, model, lengths, 1000, machines)
     return misfits(roles, asked, node, machines), node
 
 

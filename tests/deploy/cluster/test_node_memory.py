@@ -43,7 +43,7 @@ ROLES = [role("rollout", 10, 5), role("teacher", 10, 4), role("learner", 10, 7, 
 
 def test_a_node_gets_the_costliest_processes_that_its_gpus_allow() -> None:
     config = config_with()
-    node = node_memory(config, ROLES, demands(config), SIZE, SIZE, LENGTHS, LARGE)
+    node = node_memory(config, ROLES, demands(config), SIZE, SIZE, LENGTHS, 100, LARGE)
     found = {term.what: term.nbytes for term in node.processes}
     assert found == {
         "3 learner processes": 21,
@@ -51,23 +51,28 @@ def test_a_node_gets_the_costliest_processes_that_its_gpus_allow() -> None:
         "1 rollout process": 5,
         "the driver": DRIVER_MIB * 2**20,
     }
-    alone = node_memory(config, ROLES, demands(config), SIZE, SIZE, LENGTHS, None)
+    alone = node_memory(config, ROLES, demands(config), SIZE, SIZE, LENGTHS, 100, None)
     assert {"3 rollout processes", "1 teacher process"} <= {term.what for term in alone.processes}
 
 
 def test_the_object_store_by_hand() -> None:
     """Five rounds until a checkpoint and two in progress, of 8 samples; two versions of 1,000 weights of 2 bytes."""
     config = config_with()
-    node = node_memory(config, ROLES, demands(config), SIZE, SIZE, LENGTHS, LARGE)
+    node = node_memory(config, ROLES, demands(config), SIZE, SIZE, LENGTHS, 100, LARGE)
     sample = 40 * 4 + 60 * (12 + 16 * 2)
     assert [term.nbytes for term in node.store] == [7 * 8 * sample, 2 * 8 * (40 * 4 + 60 * 12), 4000]
     assert node.nbytes == sum(term.nbytes for term in [*node.processes, *node.store])
+    short = node_memory(config, ROLES, demands(config), SIZE, SIZE, LENGTHS, 3, LARGE)
+    assert short.store[0].nbytes == 3 * 8 * sample, "the run has no more rounds"
     spread = config_with(teacher={"gpus_per_actor": 1, "actors": 2})
-    assert node_memory(spread, ROLES, demands(spread), SIZE, SIZE, LENGTHS, LARGE).store[0].nbytes == 7 * 8 * sample / 2
+    assert (
+        node_memory(spread, ROLES, demands(spread), SIZE, SIZE, LENGTHS, 100, LARGE).store[0].nbytes
+        == 7 * 8 * sample / 2
+    )
     direct = config_with(rollout={"gpus_per_actor": 1, "prompts_per_round": 8, "weight_transport": "nixl"})
-    assert len(node_memory(direct, ROLES, demands(direct), SIZE, SIZE, LENGTHS, LARGE).store) == 2
+    assert len(node_memory(direct, ROLES, demands(direct), SIZE, SIZE, LENGTHS, 100, LARGE).store) == 2
     replay = config_with(run={"replay": "rollouts"})
-    (samples,) = node_memory(replay, ROLES[2:], demands(replay), SIZE, SIZE, LENGTHS, LARGE).store
+    (samples,) = node_memory(replay, ROLES[2:], demands(replay), SIZE, SIZE, LENGTHS, 100, LARGE).store
     assert samples.nbytes == 7 * 8 * sample
 
 
@@ -92,7 +97,7 @@ def test_the_object_store_by_hand() -> None:
 )
 def test_what_does_not_fit_is_named(changed, line) -> None:
     config, machines = config_with(), replace(LARGE, **changed)
-    node = node_memory(config, ROLES, demands(config), SIZE, SIZE, LENGTHS, machines)
+    node = node_memory(config, ROLES, demands(config), SIZE, SIZE, LENGTHS, 100, machines)
     lines = misfits(ROLES, demands(config), node, machines)
     assert lines[0].startswith(line) if line else lines == []
 
@@ -100,7 +105,7 @@ def test_what_does_not_fit_is_named(changed, line) -> None:
 def test_processes_that_share_a_gpu_are_counted_together() -> None:
     config = config_with(rollout={"actors": 2, "gpus_per_actor": 0.5, "prompts_per_round": 8})
     roles = [role("rollout", 50 * GIB, 1, gpus=0.5), role("teacher", 10, 4), role("learner", 10, 7)]
-    node = node_memory(config, roles, demands(config), SIZE, SIZE, LENGTHS, LARGE)
+    node = node_memory(config, roles, demands(config), SIZE, SIZE, LENGTHS, 100, LARGE)
     (line,) = misfits(roles, demands(config), node, LARGE)
     assert line.startswith("rollout: up to 2 on one GPU, 100.00 GiB together; a machine has 80.00: give the roles GPUs")
 

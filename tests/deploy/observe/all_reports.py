@@ -39,8 +39,8 @@ def report_everything(records: RunRecords) -> None:
     step = {"kind": "step", "learning_rate": 1e-3, **asdict(StepResult(1.5, 2.0, 7, 1, 30, 800, 50, 0.2))}
     for round_ in (1, 2):
         records.pushed(WeightHandle(round_ - 1, [], 64), 0.5)
-        records.decoded(DecodeStats(0, 4, 80, 40, 12, 300, 2.0, ended_by_eos=3))
-        records.scored(ScoreStats(80, 90, 0.5, 160))
+        records.decoded(DecodeStats(0, 4, 80, 40, 12, 300, 2.0, ended_by_eos=3, slot_steps=48, occupied_slot_steps=40))
+        records.scored(ScoreStats(80, 90, 0.5, 160, room_tokens=128))
         place = {"round": round_ - 1, "step": round_}
         records.learned([step | place | {"forward_kl_nats": 1.5}], state)
         counted = {"staleness_max": 1, "learner_wait_seconds": 0.1, "rollout_tokens": 80 * round_}

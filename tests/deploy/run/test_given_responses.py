@@ -117,12 +117,8 @@ def test_off_policy_samples_are_scored_and_belong_to_the_current_version(monkeyp
 
     source = _source(prompts, "off_policy_kd", Teachers())
 
-    class Reference(list):
-        """What `ray.put` returns, as something that holds the value."""
-
-        __hash__ = object.__hash__
-
-    monkeypatch.setattr("opdlm.deploy.run.sources.ray.put", Reference)
+    reference = type("Reference", (list,), {"__hash__": object.__hash__})  # one that holds the value
+    monkeypatch.setattr("opdlm.deploy.run.sources.ray.put", reference)
     samples, versions = asyncio.run(source.sample([0, 1, 2], WeightHandle(5, [], 0)))
     assert samples == [SampleRef("first", 0, 3, 4), SampleRef("first", 1, 3, 5), SampleRef("second", 0, 3, 3)]
     assert versions == [5, 5, 5]

@@ -38,13 +38,13 @@ def test_the_command_prints_and_writes_the_same(run_file, tmp_path) -> None:  # 
 
 
 def test_what_does_not_fit_is_said_by_plan_and_dry_run(run_file, tmp_path) -> None:  # noqa: F811
-    machines = "resources.machines={nodes: 2, gpus: 1, gpu_gib: 0.1, memory_gib: 4, object_store_gib: 0.001}"
+    machines = "resources.machines={nodes: 2, gpus: 1, gpu_gib: 0.1, memory_gib: 4, object_store_gib: 0.00001}"
     settings = ["--set", machines, "--set", "rollout.gpus_per_actor=1", "--set", "learner.workers=2"]
     for command in (["plan"], ["train", "--dry-run"]):
         text = " ".join(opdlm(*command, run_file, *settings).split())
         assert "host memory of one of 2 nodes, at most" in text
         assert "may not fit: rollout: a process needs up to 0.5" in text
-        assert "of a GPU; a machine of resources.machines has 0.10: lower rollout.batch_size or" in text
+        assert "of a GPU; a machine of resources.machines has 0.10: lower rollout.cache_tokens, " in text
         assert "may not fit: a node needs up to 5." in text
         assert "of host memory; a machine of resources.machines has 4.00: put fewer processes on a node" in text
         assert (
@@ -61,7 +61,7 @@ def test_a_run_is_compared_with_the_nodes_that_it_has_joined(run_file) -> None: 
     assert (
         warnings_of_joined(checked, [{"Alive": True, "Resources": {"memory": 1e12, "object_store_memory": 1e12}}]) == []
     )
-    small = {"Alive": True, "Resources": {"memory": 2**30, "object_store_memory": 2**20}}
+    small = {"Alive": True, "Resources": {"memory": 2**30, "object_store_memory": 2**10}}
     host, store = warnings_of_joined(checked, [small])
     assert "GiB of host memory; a node of the cluster has 1.00" in host
     assert "GiB of Ray's object store; a node of the cluster has 0.00" in store
