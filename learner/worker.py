@@ -24,7 +24,7 @@ from opdlm.common.config import OpdlmConfig, config_from_dict
 from opdlm.common.errors import OpdlmError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.device import device_for
-from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.facts import never_drawn, read_facts, require_mask
 from opdlm.common.tensors import is_finite
 from opdlm.common.types import WeightPack
 from opdlm.common.weights import WeightPacker
@@ -105,7 +105,6 @@ class Learner:
         self.saver = Saver(
             self.engine, self.run_dir / "checkpoints", config.checkpoint.keep, config.checkpoint.max_failed_saves
         )
-        candidates = facts.tokens.without(require_mask(facts))
         step = TrainStep(
             self.engine,
             config.learner,
@@ -116,7 +115,7 @@ class Learner:
             config.run.seed,
             setup.tokens,
             facts.form,
-            Draws(config.rollout.temperature, tuple(candidates.others(facts.vocab_size))),
+            Draws(config.rollout.temperature, never_drawn(facts)),
         )
         self.train = RoundTrainer(
             config, setup.data_digest, self.schedule, self.progress, step, self.queue, self.saver, self._tell

@@ -27,7 +27,6 @@ def check_policy_gradient(config: OpdlmConfig) -> Iterator[str]:
         ("run.dump_rollouts", config.run.dump_rollouts),
         ("run.replay", config.run.replay is not None),
         ("evaluation.data", config.evaluation.data is not None),
-        ("objective.kl_beta", config.objective.kl_beta > 0),
     ):
         if is_given:
             yield f"{setting}: found with objective.kind `rl`, which does not have it yet; leave it out"

@@ -40,5 +40,8 @@ class RewardConfig(Section):
     order, and is there to show that. 0: none, as in the paper."""
     actors: PositiveInt = 1
     """Number of reward actors."""
+    reference_actors: PositiveInt = 1
+    """With `objective.kl_beta`, number of actors that hold the frozen reference. Each reserves as much as a rollout
+    actor."""
     cpus_per_actor: Annotated[Number, Field(gt=0)] = 1
     """CPUs that Ray reserves for each reward actor."""

@@ -254,3 +254,9 @@ class OpdlmConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
+
+    @property
+    def reference_actors(self) -> int:
+        """Actors that hold the frozen reference of a policy gradient; 0 for a run that has none."""
+        has_reference = self.objective.kind == "rl" and self.objective.kl_beta > 0
+        return self.reward.reference_actors if has_reference else 0

@@ -102,6 +102,11 @@ def shared_tokens(teacher: ModelFacts, student: ModelFacts) -> TokenIds:
     return teacher.tokens & student.tokens
 
 
+def never_drawn(facts: ModelFacts) -> tuple[int, ...]:
+    """Rows of a student's vocabulary that its decoder never draws: the mask, and rows that no token has."""
+    return tuple(facts.tokens.without(require_mask(facts)).others(facts.vocab_size))
+
+
 def require_mask(facts: ModelFacts) -> int:
     """Returns the student's mask token id.
 

@@ -94,7 +94,7 @@ class RoleMemory:
         return sum(term.nbytes for term in terms if term.first_rank_only == first_rank)
 
 
-PROCESS_MIB = {"rollout": 600, "teacher": 600, "reward": 600, "learner": 700}
+PROCESS_MIB = {"rollout": 600, "teacher": 600, "reward": 600, "reference": 600, "learner": 700}
 """Host memory that Python, torch, Ray and the libraries of a role take in each of its processes, whatever the model:
 resident memory, rounded up. Measured with a model of a few thousand parameters on CPUs: 489, 484 and 635 MiB
 (tests/benchmarks/process_memory.py)."""
@@ -221,6 +221,20 @@ def teacher_memory(config: OpdlmConfig, teacher: ModelSize, lengths: Lengths) ->
 def reward_memory() -> RoleMemory:
     """The memory of a reward actor. What a function of the user's own takes is not known."""
     return RoleMemory("reward", 0, process_terms("reward", 0, 0))
+
+
+def reference_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) -> RoleMemory:
+    """The memory of an actor with the frozen reference: see `deploy/run/reference.py`."""
+    size, gpus, tokens = DTYPE_BYTES[config.model.dtype], config.rollout.gpus_per_actor, 16 * lengths.row
+    return RoleMemory(
+        "reference",
+        gpus,
+        [
+            *process_terms("reference", gpus, student.parameters * size),
+            weights_term(student.parameters, config.model.dtype),
+            _forward(student, tokens, size, f"forward of 16 rows, {tokens:,} tokens"),
+        ],
+    )
 
 
 def weights_term(parameters: int, dtype: str, parts: int = 1, split_over: str = "") -> Term:

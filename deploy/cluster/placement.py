@@ -57,6 +57,7 @@ def role_demands(config: OpdlmConfig) -> list[RoleDemand]:
     return [
         RoleDemand("rollout", rollout.actors, student, rollout.placement.group),
         judges if config.objective.kind == "rl" else teachers,
+        RoleDemand("reference", config.reference_actors, student, rollout.placement.group),
         learners,
         RoleDemand("evaluation", spare, student),
     ]
@@ -129,6 +130,7 @@ def reserve(config: OpdlmConfig) -> dict[str, Places]:
         "rollout": config.rollout.placement,
         "teacher": config.teacher.placement,
         "evaluation": config.rollout.placement,
+        "reference": config.rollout.placement,
     }
     places: dict[str, Places] = {}
     try:

@@ -27,6 +27,8 @@ class Roles:
     teachers: ActorPool
     rewards: ActorPool | None = None
     """Of `rl`, which has no teachers."""
+    references: ActorPool | None = None
+    """Rollout actors that hold the frozen reference of `objective.kl_beta`."""
     evaluators: ActorPool | None = None
     """Spare rollout actors for periodic evaluations (`evaluation.actors`)."""
     places: Mapping[str, Places] = field(default_factory=dict)
@@ -38,7 +40,7 @@ class Roles:
 
     def pools(self) -> list[ActorPool]:
         """The pools of the run."""
-        pools = self.rollouts, self.teachers, self.rewards, self.evaluators
+        pools = self.rollouts, self.teachers, self.rewards, self.references, self.evaluators
         return [pool for pool in pools if pool is not None and pool.actors]
 
     def stop(self) -> None:
@@ -83,11 +85,13 @@ def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int)
     }
     rollouts = start_students("rollout", "rollout", rollout.actors, rollout.on_new_weights)
     spare = start_students("evaluation", "eval", config.evaluation.actors, "finish")
+    frozen = start_students("reference", "reference", config.reference_actors, "finish")
     return Roles(
         queue,
         ActorPool(rollouts, timeout, retries),
         ActorPool(teachers, timeout, retries),
         ActorPool(judges, timeout, retries) if has_rewards else None,
+        ActorPool(frozen, timeout, retries) if frozen else None,
         ActorPool(spare, timeout, retries) if spare else None,
         places,
     )

@@ -9,7 +9,9 @@ the rewards of the others.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from opdlm.actors.pool import ActorPool
 from opdlm.common.data.prompts import PromptOrder
@@ -34,10 +36,17 @@ class Judging:
 
     Args:
         order: which prompt each sample has.
+        complete: adds to a list of samples, behind a reference, what else they need; None: nothing.
     """
 
-    def __init__(self, rewards: ActorPool, records: RunRecords, order: PromptOrder) -> None:
-        self._rewards, self._records, self._order = rewards, records, order
+    def __init__(
+        self,
+        rewards: ActorPool,
+        records: RunRecords,
+        order: PromptOrder,
+        complete: Callable[[Any], Awaitable[Any]] | None = None,
+    ) -> None:
+        self._rewards, self._records, self._order, self._complete = rewards, records, order, complete
         self._groups: dict[int, _Group] = {}
         """By number of the prompt in the order."""
 
@@ -67,6 +76,8 @@ class Judging:
                 (samples,), stats = await self._rewards.call(
                     "judge", places, prompt.reference, others, *lists, outputs=1
                 )
+                if self._complete is not None:
+                    samples = await self._complete(samples)
                 call.tokens = sum(response.lengths[1] for response, _ in waiting.values())
         except Exception as error:
             for _, done in waiting.values():

@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import ray
@@ -28,6 +28,7 @@ from opdlm.common.data.prompts import PromptOrder
 from opdlm.common.errors import ConfigError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.config import read_config
+from opdlm.common.model.facts import ModelFacts, never_drawn
 from opdlm.common.samples import SampleRef, sample_refs, samples_per_reference
 from opdlm.common.seeds import sample_seed
 from opdlm.common.types import RolloutRequest, ScoredTrajectory, TopKTargets, Trajectory, WeightHandle
@@ -37,8 +38,10 @@ from opdlm.deploy.run.dealing import Dealer, Decoded
 from opdlm.deploy.run.given_responses import GivenResponses, generate_responses, response_recipe
 from opdlm.deploy.run.judging import Judging
 from opdlm.deploy.run.preflight import Preflight
+from opdlm.deploy.run.reference import add_reference
 from opdlm.deploy.run.replay import ReplaySource
 from opdlm.deploy.run.scoring import Scoring
+from opdlm.learner.policy_gradient import Draws
 
 _AHEAD_SHARE = 1 / 8
 """Requests that may wait in an actor, as a share of its slots, so that a slot need not wait for a message."""
@@ -60,11 +63,12 @@ class SampleSource(Protocol):
 
 
 async def open_source(
-    checked: Preflight, roles: Roles, records: RunRecords, responses: GivenResponses | None
+    checked: Preflight, start: ModelFacts, roles: Roles, records: RunRecords, responses: GivenResponses | None
 ) -> SampleSource:
     """The source that the run's objective needs.
 
     Args:
+        start: the student as the run began.
         responses: given responses that are known already. Where the objective needs some and there are none, the
             teacher pool writes them now, which takes as long as it takes.
     """
@@ -77,7 +81,7 @@ async def open_source(
     if config.objective.kind == "opd":
         return OnPolicySource(config, roles.rollouts, records, scoring.score, checked.order)
     if roles.rewards is not None:
-        judging = Judging(roles.rewards, records, checked.order)
+        judging = Judging(roles.rewards, records, checked.order, reference_of(config, roles, start))
         return OnPolicySource(config, roles.rollouts, records, judging.judge, checked.order)
     if responses is None:
         recipe = response_recipe(config, checked.order.digest)
@@ -88,6 +92,23 @@ async def open_source(
     vocab_size = checked.teacher.tokens.end
     given = responses.by_prompt, vocab_size, student.eos_ids
     return GivenSource(config, scoring, checked.order, *given, mark_of_reasoning(checked))
+
+
+def reference_of(config: OpdlmConfig, roles: Roles, start: ModelFacts) -> Callable[[Any], Awaitable[Any]] | None:
+    """Adds the reference's log-probabilities to samples of a policy gradient; None for a run without a reference."""
+    references = roles.references
+    if references is None:
+        return None
+    grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
+    draws = Draws(config.rollout.temperature, never_drawn(start))
+
+    async def complete(samples: Any) -> Any:
+        (with_reference,), _ = await references.call(
+            "use_student", add_reference, None, samples, grid, start.form, draws, outputs=1
+        )
+        return with_reference
+
+    return complete
 
 
 def mark_of_reasoning(checked: Preflight) -> int | None:

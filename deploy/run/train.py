@@ -126,7 +126,7 @@ async def _run(
     config, total, rounds = checked.config, checked.schedule.total, checked.schedule.rounds
     stop, limit = StopRequest(driver.console, driver.end), driver.limit
     views = asyncio.create_task(ProgressWatch(roles, checked.schedule, records).watch())
-    source = await stop.cancels(open_source(checked, roles, records, responses))
+    source = await stop.cancels(open_source(checked, read_facts(student), roles, records, responses))
     if source is None:  # a stop while the teacher wrote responses: nothing has begun
         return stop.exit_code, None
     evaluations = RunEvaluations(checked, roles, records, driver.stage)
