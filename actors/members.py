@@ -107,7 +107,8 @@ class Members:
             if self._none_left is not None:
                 raise self._none_left
             try:
-                await asyncio.wait_for(self._ready_again.wait(), self.timeout_seconds)
+                async with asyncio.timeout(self.timeout_seconds):
+                    await self._ready_again.wait()
             except TimeoutError:
                 raise self._none_in_time() from None
 
@@ -250,7 +251,9 @@ class Members:
 
     async def _await_answer(self, ref: Any, what: str) -> Any:
         try:
-            return await asyncio.wait_for(value_of(ref), self.timeout_seconds)
+            # Not `wait_for`: Python 3.11's loses a cancellation that comes together with the answer.
+            async with asyncio.timeout(self.timeout_seconds):
+                return await value_of(ref)
         except (TimeoutError, GetTimeoutError):
             raise OpdlmError(
                 f"{what}: no answer in {self.timeout_seconds:g} s (resources.call_timeout_seconds); "

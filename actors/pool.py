@@ -106,7 +106,8 @@ class ActorPool(Members):
         """Waits for a free actor, takes it out of the queue and returns its name."""
         while True:
             try:
-                name = await asyncio.wait_for(self._free.get(), self.timeout_seconds)
+                async with asyncio.timeout(self.timeout_seconds):
+                    name = await self._free.get()
             except TimeoutError:
                 if self.serving:
                     continue  # ready actors are busy, and each of their calls has a time limit of its own

@@ -134,11 +134,8 @@ class SequenceStream:
 
     def _report(self) -> tuple[list[Trajectory], StreamReport]:
         now, decoder, trajectories = time.monotonic(), self.decoder, self._outbox
-        counts = (
-            decoder.forwards,
-            decoder.forward_tokens,
-            decoder.put_back,
-        )  # the engine's thread may count on meanwhile
+        # Read once: the engine's thread may count on meanwhile.
+        counts = decoder.forwards, decoder.forward_tokens, decoder.put_back
         new = [count - before for count, before in zip(counts, self._counts, strict=True)]
         stats = replace(
             DecodeStats.of(trajectories, decoder.version, new[0], new[1], self._seconds),

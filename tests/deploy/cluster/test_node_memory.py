@@ -83,7 +83,7 @@ def test_the_object_store_by_hand() -> None:
         ({"gpus": 3}, "the run asks for 7 GPUs; a machine has 2 x 3: lower the numbers of actors and workers"),
         (
             {"gpu_bytes": 10},
-            "rollout: a process needs up to 0.50 GiB of a GPU; a machine has 0.00: lower rollout.batch_s",
+            "rollout: a process needs up to 0.50 GiB of a GPU; a machine has 0.00: lower rollout.cache_",
         ),
         (
             {"memory_bytes": GIB},

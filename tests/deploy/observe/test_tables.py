@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -187,6 +188,7 @@ def test_plans(chain_teacher, tmp_path, monkeypatch) -> None:
     text = plan("rollout.placement.node_resources={decode: 2}")
     assert "not checked: the run needs 2 `decode`" in text
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
     assert "the run needs 1 GPU; this machine has 4" in plan("rollout.gpus_per_actor=1")
 
 
