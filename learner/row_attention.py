@@ -53,6 +53,8 @@ class RowParts:
     """`[G, C]` int64, indices into the flattened `[B * T]` tokens."""
     noisy: torch.Tensor
     """`[M, N]` int64, the same."""
+    token: torch.Tensor
+    """`[G * C + M * N]` int64, the same for all places: those of the clean halves, then those of the noisy copies."""
     owner: torch.Tensor
     """`[M]` int64, the clean half of each noisy copy."""
     clean_pieces: list[Piece]
@@ -93,7 +95,7 @@ class RowParts:
         noisy_numbers = _numbers(noisy, noisy_is_real, flat)
         owned = [numbers[owner] for numbers in clean_numbers]
         source = np.flatnonzero(np.concatenate([clean_is_real.reshape(-1), noisy_is_real.reshape(-1)]))
-        target = np.concatenate([clean.reshape(-1), noisy.reshape(-1)])[source]
+        token = np.concatenate([clean.reshape(-1), noisy.reshape(-1)])
         device = batch.samples.device
 
         def on_device(array: np.ndarray) -> torch.Tensor:
@@ -102,11 +104,12 @@ class RowParts:
         return cls(
             clean=on_device(clean),
             noisy=on_device(noisy),
+            token=on_device(token),
             owner=on_device(owner),
             clean_pieces=_pieces(clean_numbers, clean_numbers, None, causal, dtype, device),
             noisy_pieces=_pieces(noisy_numbers, owned, noisy_numbers, causal, dtype, device),
             source=on_device(source),
-            target=on_device(target),
+            target=on_device(token[source]),
         )
 
     def attend(
@@ -153,7 +156,7 @@ class RowParts:
 
     def to_places(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[B * T, heads, D]` -> `[G * C + M * N, heads, D]`, the first token in the places of padding."""
-        return tokens.index_select(0, torch.cat([self.clean.flatten(), self.noisy.flatten()]))
+        return tokens.index_select(0, self.token)
 
     def to_tokens(self, places: torch.Tensor, count: int) -> torch.Tensor:
         """`[G * C + M * N, heads, D]` -> `[count, heads, D]` with count B * T, 0 for the batch's padding."""

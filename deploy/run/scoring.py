@@ -6,6 +6,7 @@ score(trajectory) ──► waiting ──a teacher is free──► up to `teac
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,13 +38,16 @@ class Scoring:
     Args:
         per_reference: samples that share a reference (`common/samples.py`).
         batch_tokens: most tokens of a call, padding included; a longer trajectory gets a call of its own.
+        round_size: samples of a round.
     """
 
-    def __init__(self, teachers: ActorPool, records: RunRecords, per_reference: int, batch_tokens: int) -> None:
+    def __init__(
+        self, teachers: ActorPool, records: RunRecords, per_reference: int, batch_tokens: int, round_size: int
+    ) -> None:
         self.teachers, self.records = teachers, records
-        self.per_reference, self.batch_tokens = per_reference, batch_tokens
+        self.per_reference, self.batch_tokens, self.round_size = per_reference, batch_tokens, round_size
         self._waiting: list[_Item] = []
-        """Oldest first."""
+        """Of the oldest round first; within a round as they came."""
         self._calls: set[asyncio.Task[None]] = set()
 
     @property
@@ -59,12 +63,15 @@ class Scoring:
             RayError: what the scoring of its batch raised.
         """
         item = _Item(trajectory, asyncio.get_running_loop().create_future())
-        self._waiting.append(item)
+        bisect.insort(self._waiting, item, key=self._round)
         if len(self._calls) < min(len(self._waiting), max(self.teachers.serving, 1)):
             call = asyncio.create_task(self._score_batches())
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
         return await item.done
+
+    def _round(self, item: _Item) -> int:
+        return item.trajectory.index // self.round_size
 
     async def _score_batches(self) -> None:
         """Has batches scored, one at a time, as long as trajectories wait."""
@@ -87,7 +94,8 @@ class Scoring:
             self._waiting = [item for item in self._waiting if not item.done.done()]  # callers may be cancelled
             if not self._waiting:
                 return None
-            tokens = [item.tokens for item in self._waiting]
+            # Of one round: the last samples of a round, which the learner waits for, do not wait for those of the next.
+            tokens = [item.tokens for item in self._waiting if self._round(item) == self._round(self._waiting[0])]
             share = -(-sum(tokens) // max(self.teachers.serving, 1))  # the others are free soon
             chosen = like_lengths(tokens, min(share, self.batch_tokens))
             batch.extend(self._waiting[place] for place in chosen)

@@ -75,9 +75,10 @@ async def open_source(
     config, student = checked.config, checked.student  # the student decodes, so its end tokens are the run's
     longest_prompt = max(len(prompt.ids) for prompt in checked.prompts.prompts)
     per_reference = samples_per_reference(config, read_config(config.model.teacher), longest_prompt)
+    round_size = config.rollout.samples_per_round
     if config.run.replay is not None:
-        return ReplaySource(Path(config.run.replay), config.rollout.samples_per_round, per_reference)
-    scoring = Scoring(roles.teachers, records, per_reference, config.teacher.batch_tokens)
+        return ReplaySource(Path(config.run.replay), round_size, per_reference)
+    scoring = Scoring(roles.teachers, records, per_reference, config.teacher.batch_tokens, round_size)
     if config.objective.kind == "opd":
         return OnPolicySource(config, roles.rollouts, records, scoring.score, checked.order)
     if roles.rewards is not None:

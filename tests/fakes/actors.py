@@ -134,7 +134,8 @@ class FakeRun:
         view = type("View", (), {"show": lambda self, record: None})()
         self.pushed: list[int] = []
         self.records, roles = RunRecords(folder, view), Roles(Remote(self.queue, loop), *pools)
-        source = OnPolicySource(config, pools[0], Scoring(pools[1], self.records, 3, 64), order)
+        scoring = Scoring(pools[1], self.records, 3, 64, N)
+        source = OnPolicySource(config, pools[0], self.records, scoring.score, order)
         self.loops = Loops(config, roles, source, self.records, self._on_weights)
 
     async def _on_weights(self, handle: WeightHandle) -> None:

@@ -199,7 +199,8 @@ class SimulatedRun:
         view = type("View", (), {"show": lambda self, record: None})()
         self.records = RunRecords(folder, view)
         roles = Roles(Remote(self.queue, loop), self.rollouts, self.teachers)
-        source = OnPolicySource(config, self.rollouts, Scoring(self.teachers, self.records, 3, 64), order)
+        scoring = Scoring(self.teachers, self.records, 3, 64, n)
+        source = OnPolicySource(config, self.rollouts, self.records, scoring.score, order)
         self.loops = Loops(config, roles, source, self.records, self._on_weights)
 
     async def run(self) -> None:

@@ -99,7 +99,7 @@ def _source(prompts, kind: str, teachers=None) -> GivenSource:
 
         def scored(self, stats) -> None: ...
 
-    scoring = Scoring(teachers, Quiet(), per_reference=2, batch_tokens=64)
+    scoring = Scoring(teachers, Quiet(), per_reference=2, batch_tokens=64, round_size=4)
     return GivenSource(config, scoring, PromptOrder(prompts, 0, 1), responses, VOCABULARY, [EOS])
 
 

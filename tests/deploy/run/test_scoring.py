@@ -57,7 +57,7 @@ def test_several_teachers_share_what_one_actor_decodes_and_each_trajectory_is_sc
     async def scenario() -> None:
         loop, teachers = asyncio.get_running_loop(), [_Teacher() for _ in range(4)]
         pool = ActorPool({f"teacher-{i}": Remote(t, loop) for i, t in enumerate(teachers)}, 1e6, 0)
-        scoring = Scoring(pool, _Records(), per_reference=2, batch_tokens=400)
+        scoring = Scoring(pool, _Records(), per_reference=2, batch_tokens=400, round_size=240)
         lengths, waiting = [(5, 6 + 37 * i % 160) for i in range(240)], []
         for start in range(0, len(lengths), 3):
             group = tuple((start + i, lengths[start + i]) for i in range(3))
@@ -72,5 +72,25 @@ def test_several_teachers_share_what_one_actor_decodes_and_each_trajectory_is_sc
         assert all(len(b) == 1 or max(b) * len(b) <= 400 for t in teachers for b in t.batches)
         busy = [t.seconds for t in teachers]
         assert min(busy) >= 0.8 * sum(busy) / 4
+
+    virtual_time.run(scenario())
+
+
+def test_a_batch_is_of_one_round_the_oldest_first() -> None:
+    """Rounds of four. The last sample of round 1 comes late, and the learner waits for it, not for those of round 2."""
+
+    async def scenario() -> None:
+        teacher = _Teacher()
+        pool = ActorPool({"teacher-0": Remote(teacher, asyncio.get_running_loop())}, 1e6, 0)
+        scoring = Scoring(pool, _Records(), per_reference=2, batch_tokens=1000, round_size=4)
+        ends: list[int] = []
+
+        async def score(index: int) -> None:
+            await scoring.score(Decoded(((index, (5, 6)),), 0, index, (5, 6), 0))
+            ends.append(index)
+
+        await asyncio.gather(*(score(index) for index in (4, 8, 9, 5, 6, 10, 7)))
+        assert [len(batch) for batch in teacher.batches] == [4, 3]
+        assert ends[:4] == [4, 5, 6, 7]
 
     virtual_time.run(scenario())
