@@ -15,7 +15,8 @@ from opdlm.common.config.schema import DataConfig
 from opdlm.common.data.answers import ANSWER_KINDS, AnswerKind
 from opdlm.common.data.conversation import Conversation, are_messages, read_conversation
 from opdlm.common.data.records import read_records
-from opdlm.common.data.reranking import Reference
+from opdlm.common.data.rerank_rows import CASE_FIELDS, case_of, case_prompt, is_case
+from opdlm.common.data.reranking import Reference, RerankCase
 from opdlm.common.data.tasks import get_task, problems
 from opdlm.common.errors import ConfigError
 from opdlm.common.text import text_fault
@@ -56,6 +57,8 @@ class Question:
     """How the row is marked. None: as the file is."""
     kind: str | None = None
     """The kind of question, which gets figures of its own."""
+    case: RerankCase | None = None
+    """What a row that is to be re-ranked is measured by; its only accepted answer is the target in the first place."""
 
 
 def read_rows(data: DataConfig, seed: int) -> Iterator[Row]:
@@ -73,7 +76,7 @@ def read_rows(data: DataConfig, seed: int) -> Iterator[Row]:
             yield Row(name, problem.prompt, problem.solution, problem.task or data.task, reference=reference)
         return
     needed = [data.prompt_field, *([data.response_field] if data.response_field else [])]
-    for name, record in read_records(data, needed, [data.domain_field, data.max_new_tokens_field]):
+    for name, record in read_records(data, needed, [data.domain_field, data.max_new_tokens_field, *CASE_FIELDS]):
         yield _row(name, record, data)
 
 
@@ -82,17 +85,22 @@ def read_questions(data: DataConfig) -> Iterator[Question]:
 
     The column of answers is `data.response_field`; where that is empty, `answers`, else `answer`. It holds one answer
     or a list of them, each text or a number, whose text is taken. Columns `mark` and `kind` are read where they are
-    there, and no other one is.
+    there, and of re-ranking cases their columns (`rerank_rows.py`); no other one is.
 
     Raises:
         ConfigError: the data does not exist, a line is broken, a column is missing, or a value has a wrong type.
     """
     named = data.response_field
     needed = [data.prompt_field, *([named] if named else [])]
-    for name, record in read_records(data, needed, [*([] if named else ANSWER_FIELDS), *_QUESTION_FIELDS]):
+    optional = [*([] if named else ANSWER_FIELDS), *_QUESTION_FIELDS, *CASE_FIELDS]
+    for name, record in read_records(data, needed, optional):
         prompt = _prompt(name, record, data, "text or chat messages")
         if isinstance(prompt, list):
             raise _wrong_type("data.prompt_field", name, data.prompt_field, prompt, "text or chat messages")
+        if is_case(record):
+            case = case_of(name, record)
+            yield Question(name, prompt, (case.target,), kind=_optional_text(name, record, "kind"), case=case)
+            continue
         field = named or next((field for field in ANSWER_FIELDS if record.get(field) is not None), ANSWER_FIELDS[-1])
         mark, kind = (_optional_text(name, record, field) for field in _QUESTION_FIELDS)
         if mark is not None and mark not in ANSWER_KINDS:
@@ -127,11 +135,14 @@ def _row(name: str, record: Mapping[str, Any], data: DataConfig) -> Row:
         if not _is_text(response):
             raise _wrong_type("data.response_field", name, data.response_field, response, "text or token ids")
         _check_text("data.response_field", name, data.response_field, response)
-    reference = response if isinstance(response, str) else None
+    text = response if isinstance(response, str) else None
+    reference = case_of(name, record) if is_case(record) else text
     return Row(name, prompt, response, _domain(name, record, data), _limit(name, record, data), reference)
 
 
 def _prompt(name: str, record: Mapping[str, Any], data: DataConfig, expected: str) -> Text | Conversation:
+    if data.prompt_field not in record and is_case(record):
+        return case_prompt(name, record)
     prompt = _column(name, record, data.prompt_field, "data.prompt_field")
     if are_messages(prompt):
         try:

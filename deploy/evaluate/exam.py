@@ -120,7 +120,7 @@ def load_known(
     if not kept:
         raise ConfigError(note + first_lines(refused))
     known = KnownAnswers(
-        [q for q, _ in kept], [ids for _, ids in kept], asked.mark or "exact", _text_reader(tokenizer, eos_ids)
+        [q for q, _ in kept], [ids for _, ids in kept], asked.mark or "exact", _text_reader(tokenizer, eos_ids), eos_ids
     )
     return known, note + first_lines(refused) if refused else None
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 import opdlm.deploy
 from opdlm.common.config.schema import DataConfig
 from opdlm.common.data.answers import AnswerKind, answer_check
+from opdlm.common.data.reranking import RerankAnswer, RerankCase, read_answer, rerank_metrics
 from opdlm.common.data.rows import Question, read_questions
 from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.common.types import RolloutRequest
@@ -32,7 +33,10 @@ class AnswerMarks:
     unanswered: int
     """Responses in which no answer was found; they count as wrong."""
     by_kind: dict[str, dict[str, float]]
-    """By kind, in the order of the file: `right`, the share of right answers, and `questions`. Empty: no kinds."""
+    """By kind, in the order of the file: `right`, the share of right answers, and `questions`. Re-ranking cases are the
+    kind `reranking` together, which also has its metrics (`common/data/reranking.py`). Empty: no kinds."""
+    reranked: list[RerankAnswer]
+    """What each response says; empty where the questions are no re-ranking cases."""
 
 
 class KnownAnswers:
@@ -42,10 +46,11 @@ class KnownAnswers:
         prompt_ids: `[P] int32` each.
         mark: how rows are marked that do not say it themselves.
         text: the text of a response `[R] int32`, without special tokens.
+        eos_ids: tokens that end a response.
         setting: what sets `mark`, for errors.
 
     Raises:
-        OpdlmError: an answer cannot be marked for; the row is named.
+        OpdlmError: an answer cannot be marked for, or only some of the rows are re-ranking cases; the row is named.
     """
 
     def __init__(
@@ -54,12 +59,18 @@ class KnownAnswers:
         prompt_ids: Sequence[np.ndarray],
         mark: AnswerKind,
         text: Callable[[np.ndarray], str],
+        eos_ids: Collection[int],
         setting: str = "evaluation.mark",
     ) -> None:
         self.questions, self.prompt_ids, self.text = list(questions), list(prompt_ids), text
-        self._mark, self._setting = mark, setting
+        self._mark, self._eos_ids, self._setting = mark, list(eos_ids), setting
+        self.cases: list[RerankCase] = [question.case for question in questions if question.case is not None]
+        """By question, where they are re-ranking cases; else empty."""
+        if 0 < len(self.cases) < len(self.questions):
+            name = next(question.name for question in questions if question.case is None)
+            raise OpdlmError(f"{name} is no re-ranking case (`candidates`, `target`), but others are; make it two files")
         self._checks = []
-        for question in questions:
+        for question in questions if not self.cases else ():
             how = question.mark or mark
             try:
                 self._checks.append(answer_check(how, question.answers))
@@ -80,7 +91,7 @@ class KnownAnswers:
             return self
         places = choose_evenly([question.kind for question in self.questions], limit)
         questions, ids = [self.questions[i] for i in places], [self.prompt_ids[i] for i in places]
-        return KnownAnswers(questions, ids, self._mark, self.text, self._setting)
+        return KnownAnswers(questions, ids, self._mark, self.text, self._eos_ids, self._setting)
 
     @property
     def kinds(self) -> list[str]:
@@ -98,13 +109,21 @@ class KnownAnswers:
     def mark(self, responses: Sequence[np.ndarray]) -> AnswerMarks:
         """Marks the text of responses, `[R] int32` each, in the order of the questions."""
         texts = [self.text(ids) for ids in responses]
-        verdicts = [check(text) for check, text in zip(self._checks, texts, strict=True)]
+        ended = [bool(np.isin(ids, self._eos_ids).any()) for ids in responses]
+        reranked = [read_answer(*of) for of in zip(self.cases, texts, ended, strict=True)] if self.cases else []
+        verdicts: list[bool | None] = [
+            answer.order is not None and answer.order[0] == case.target
+            for answer, case in zip(reranked, self.cases, strict=True)
+        ] or [check(text) for check, text in zip(self._checks, texts, strict=True)]
         right = np.array([verdict is True for verdict in verdicts], dtype=bool)
         by_kind = {}
         for kind in self.kinds:
             of = right[[question.kind == kind for question in self.questions]]
             by_kind[kind] = {"right": float(of.mean()), "questions": len(of)}
-        return AnswerMarks(right, verdicts.count(None), by_kind)
+        if reranked:
+            counts = {"right": float(right.mean()), "questions": len(right)}
+            by_kind["reranking"] = counts | rerank_metrics(self.cases, reranked)
+        return AnswerMarks(right, verdicts.count(None), by_kind, reranked)
 
 
 def choose_evenly(kinds: Sequence[str | None], count: int) -> list[int]:

@@ -128,12 +128,12 @@ class DataQuestions:
         if asked.problems is not None and asked.problems < len(questions):
             questions = [questions[i] for i in choose_evenly([q.kind for q in questions], asked.problems)]
         prompts = [decoder.encode(_prompt_text(asked, q, decoder, chat), templated=chat) for q in questions]
-        self.cases: list[RerankCase] = []
-        self.known = KnownAnswers(questions, prompts, asked.answer or "exact", decoder.text, "--answer")
-        self.requests = self.known.requests
+        how, eos_ids = asked.answer or "exact", decoder.facts.eos_ids
+        self.known = KnownAnswers(questions, prompts, how, decoder.text, eos_ids, "--answer")
+        self.requests, self.cases = self.known.requests, self.known.cases
         self.asked: list[Asked] = [(_shown(q.prompt), q.answers, q.kind) for q in questions]
         self.title = f"{len(questions)} rows of {found.name}"
-        self.figure = " and ".join(_FIGURES[mark] for mark in sorted(self.known.marks))
+        self.figure = "R@1" if self.cases else " and ".join(_FIGURES[mark] for mark in sorted(self.known.marks))
         self.may_be_unanswered = "math" in self.known.marks
         unknown = UnknownCharacters(decoder.tokenizer)
         for question, ids in zip(questions, prompts, strict=True):
@@ -143,7 +143,7 @@ class DataQuestions:
     def mark(self, responses: Sequence[np.ndarray]) -> Marks:
         """Marks the text of the responses without special tokens."""
         marks = self.known.mark(responses)
-        return Marks(float(marks.right.mean()), marks.unanswered, marks.by_kind)
+        return Marks(float(marks.right.mean()), marks.unanswered, marks.by_kind, marks.reranked)
 
 
 def _prompt_text(asked: QuestionOptions, question: Question, decoder: Decoder, chat: bool) -> str:

@@ -147,7 +147,7 @@ def check_references(config: OpdlmConfig, prompts: Sequence[Prompt]) -> None:
             raise ConfigError(
                 f"reward.kind: found {kind!r}, but {prompt.prompt_id} has no "
                 + (
-                    "re-ranking case; use data.task `rerank`"
+                    "re-ranking case; give its columns `candidates` and `target`, or use data.task `rerank`"
                     if kind == "rerank"
                     else "answer; name its column in data.response_field"
                 )

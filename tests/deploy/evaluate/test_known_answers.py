@@ -37,7 +37,7 @@ def known(rows: list[tuple[str, tuple[str, ...], str | None]], mark: str = "cont
         Question(f"d.jsonl:{i}", prompt, answers, None, kind) for i, (prompt, answers, kind) in enumerate(rows)
     ]
     prompts = [ids(prompt, end=False) for prompt, *_ in rows]
-    return KnownAnswers(questions, prompts, mark, lambda r: TOKENIZER.decode(r, skip_special_tokens=True))
+    return KnownAnswers(questions, prompts, mark, lambda r: TOKENIZER.decode(r, skip_special_tokens=True), [EOS])
 
 
 def test_the_choice_is_even_over_kinds_and_always_the_same() -> None:
