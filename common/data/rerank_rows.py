@@ -43,8 +43,8 @@ def case_of(name: str, record: Mapping[str, Any]) -> RerankCase:
     for entry_id in ids:
         if entry_id != entry_id.strip() or not entry_id or SEPARATOR in entry_id or ANSWER_MARK in entry_id:
             raise ConfigError(
-                f"data.path: {name}: the id {entry_id!r} cannot be read back from an answer; expected no `{SEPARATOR}`, "
-                f"no `{ANSWER_MARK}` and no white space at its ends"
+                f"data.path: {name}: the id {entry_id!r} cannot be read back from an answer; expected no "
+                f"`{SEPARATOR}`, no `{ANSWER_MARK}` and no white space at its ends"
             )
     target = record.get("target")
     if target not in ids:
@@ -78,7 +78,7 @@ def _entries(name: str, record: Mapping[str, Any], field: str) -> list[tuple[str
         raise ConfigError(f"data.path: {name}: `{field}` is {reprlib.repr(value)}; expected a list")
     entries = []
     for entry in value:
-        pair = (entry.get("id"), entry.get("text") or "") if isinstance(entry, dict) else (entry, "")
+        pair: tuple[Any, Any] = (entry.get("id"), entry.get("text") or "") if isinstance(entry, dict) else (entry, "")
         if not all(isinstance(part, str) for part in pair) or not pair[0]:
             raise ConfigError(
                 f"data.path: {name}: `{field}` holds {reprlib.repr(entry)}; expected text, or an object with `id` and "

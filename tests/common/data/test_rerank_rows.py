@@ -1,4 +1,4 @@
-"""Re-ranking cases of one's own, as rows to train on and as questions. `pytest tests/common/data/test_rerank_rows.py`"""
+"""Re-ranking cases of one's own, as prompts and as questions. `pytest tests/common/data/test_rerank_rows.py`"""
 
 from __future__ import annotations
 
