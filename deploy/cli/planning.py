@@ -67,7 +67,13 @@ def show_recipes(
 def prompts(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Set to write. Without it: list the sets.")] = None,
     out_file: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="New file, .jsonl or .parquet, for data.path.")
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="New file, .jsonl or .parquet, for data.path; with ml100k a folder."
+        ),
+    ] = None,
+    files: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="With ml100k: where ml-100k.inter and ml-100k.item are.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Which prompts are chosen, and their order.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Most prompts. Default: all of the set.")] = None,
@@ -75,7 +81,8 @@ def prompts(
     """List the sets of prompts, or write one to a file for `data.path`.
 
     `everyday` is made here, without network. The others are downloaded from the Hugging Face hub, and the licences of
-    their data sets are shown. What was chosen is noted in FILE.provenance.json.
+    their data sets are shown. What was chosen is noted in FILE.provenance.json. `ml100k` makes re-ranking cases of
+    files that you have.
 
     Examples:
 
@@ -84,15 +91,22 @@ def prompts(
         opdlm prompts everyday --out data/everyday.jsonl
 
         opdlm prompts open-mix --out data/opdlm-prompts.parquet --seed 1 --limit 20000
+
+        opdlm prompts ml100k --files recbole/dataset_example/ml-100k --out data/ml100k
     """
     with clear_errors():
         from opdlm.deploy.tools.prompts import list_sets, write_prompts
+        from opdlm.deploy.tools.rerank_cases import ML100K, write_cases
 
         if name is None:
             if out_file is not None:
                 raise OpdlmError("--out: found without NAME; name a set (`opdlm prompts` lists them)")
             list_sets(out)
         elif out_file is None:
-            raise OpdlmError("--out: missing; give a new file that ends with .jsonl or .parquet")
+            raise OpdlmError(
+                "--out: missing; give a new file that ends with .jsonl or .parquet, or a folder for ml100k"
+            )
+        elif name == ML100K:
+            write_cases(files, out_file, out)
         else:
             write_prompts(name, out_file, seed, limit, out)

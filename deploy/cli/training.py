@@ -115,6 +115,10 @@ def pretrain(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New checkpoint folder.")],
     task: Annotated[str | None, typer.Option(help="Built-in task, such as chain; several joined by +.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text file to learn instead, character by character.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Rows with `prompt` and `response` to learn instead, such as ml100k's train.jsonl."),
+    ] = None,
     hidden_size: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 96,
     layers: Annotated[int, typer.Option(min=1, help="Depth of the model.")] = 3,
     heads: Annotated[int, typer.Option(min=1, help="Attention heads; half as many key/value heads.")] = 4,
@@ -125,7 +129,7 @@ def pretrain(
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights and data.")] = 0,
     answer_weight: Annotated[
         float,
-        typer.Option(min=0, help="With rerank, how much a token of the answer counts beside one of the reasoning."),
+        typer.Option(min=0, help="Of a re-ranking, how much a token of the answer counts beside one of the reasoning."),
     ] = 1.0,
 ) -> None:
     """Train a small autoregressive teacher from scratch: a Qwen3, plain next-token cross-entropy.
@@ -140,4 +144,4 @@ def pretrain(
         from opdlm.deploy.tools.pretrain import PretrainSettings, run_pretrain
 
         settings = PretrainSettings(hidden_size, layers, heads, context, steps, batch_size, lr, seed, answer_weight)
-        run_pretrain(destination, task, text, settings, out)
+        run_pretrain(destination, task, text, data, settings, out)

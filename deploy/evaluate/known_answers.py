@@ -68,9 +68,7 @@ class KnownAnswers:
         """By question, where they are re-ranking cases; else empty."""
         if 0 < len(self.cases) < len(self.questions):
             name = next(question.name for question in questions if question.case is None)
-            raise OpdlmError(
-                f"{name} is no re-ranking case (`candidates`, `target`), others are; make it two files"
-            )
+            raise OpdlmError(f"{name} is no re-ranking case (`candidates`, `target`), others are; make it two files")
         self._checks = []
         for question in questions if not self.cases else ():
             how = question.mark or mark

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opdlm.actors.teacher.generation import generate
+from opdlm.common.config.schema import DataConfig
 from opdlm.common.data.reranking import ANSWER_MARK
+from opdlm.common.data.rows import read_rows
 from opdlm.common.data.tasks import Task, get_task, problems
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import check_new_folder, read_text
@@ -54,17 +57,24 @@ class PretrainSettings:
 
 
 def run_pretrain(
-    destination: Path, task_name: str | None, text: Path | None, settings: PretrainSettings, console: Console
+    destination: Path,
+    task_name: str | None,
+    text: Path | None,
+    data: Path | None,
+    settings: PretrainSettings,
+    console: Console,
 ) -> None:
-    """Trains on a task or a text file, and saves a checkpoint folder in Hugging Face layout, whole or not at all.
+    """Trains on a task, a text file or prompts with responses, and saves a checkpoint folder in Hugging Face layout.
+
+    The folder is written whole or not at all.
 
     Prints the exact match on held-out problems where a task is given.
 
     Raises:
         OpdlmError: options that do not fit together, a destination that exists, or an unusable text file.
     """
-    if (task_name is None) == (text is None):
-        raise OpdlmError("pretrain: give exactly one of --task (e.g. chain) and --text FILE")
+    if [task_name, text, data].count(None) != 2:
+        raise OpdlmError("pretrain: give exactly one of --task (e.g. chain), --text FILE and --data FILE")
     check_new_folder("pretrain", destination)
     if settings.hidden_size % settings.heads:
         raise OpdlmError(
@@ -72,10 +82,17 @@ def run_pretrain(
         )
     task = get_task(task_name) if task_name else None
     content = "" if text is None else _read(text)
-    tokenizer = build_char_tokenizer(task.alphabet if task else content)
+    pairs = [] if data is None else _read_pairs(data, settings.context)
+    alphabet = task.alphabet if task else content or "".join(sorted({c for pair in pairs for c in "".join(pair)}))
+    tokenizer = build_char_tokenizer(alphabet)
     tokenizer.model_max_length = settings.context
     model = build_model(settings, tokenizer)
-    batches = task_batches(task, tokenizer, settings) if task else text_batches(content, str(text), tokenizer, settings)
+    if task is not None:
+        batches = task_batches(task, tokenizer, settings)
+    elif data is not None:
+        batches = pair_batches(_again_and_again(pairs, settings.seed), tokenizer, settings)
+    else:
+        batches = text_batches(content, str(text), tokenizer, settings)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
         f"training {parameters:,} parameters, vocabulary {len(tokenizer)}, {settings.steps} steps", highlight=False
@@ -170,23 +187,55 @@ def pretrain(
 
 
 def task_batches(task: Task, tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings) -> Batches:
-    """Training problems of a task; the loss is on the solution and its end-of-sequence token."""
-    mark = tokenizer.convert_tokens_to_ids(ANSWER_MARK) if ANSWER_MARK in task.alphabet else None
+    """Training problems of a task."""
     training = problems(task, "train", settings.seed)
+    return pair_batches(((problem.prompt, problem.solution) for problem in training), tokenizer, settings)
+
+
+def pair_batches(
+    pairs: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings
+) -> Batches:
+    """Prompts with their responses; the loss is on the response and its end-of-sequence token."""
+    mark = tokenizer.get_vocab().get(ANSWER_MARK)
     while True:
-        chosen = [next(training) for _ in range(settings.batch_size)]
-        prompts = tokenizer([problem.prompt for problem in chosen])["input_ids"]  # in one call: it costs 3 times less
-        solutions = tokenizer([problem.solution for problem in chosen])["input_ids"]
+        chosen = [next(pairs) for _ in range(settings.batch_size)]
+        prompts = tokenizer([prompt for prompt, _ in chosen])["input_ids"]  # in one call: it costs 3 times less
+        solutions = tokenizer([response for _, response in chosen])["input_ids"]
         rows, labels, weights = [], [], []
         for prompt, solution in zip(prompts, solutions, strict=True):
             rows.append([*prompt, *solution, tokenizer.eos_token_id])
             labels.append([*([_IGNORED] * len(prompt)), *solution, tokenizer.eos_token_id])
-            reasoning = solution.index(mark) + 1 if mark is not None else len(solution) + 1
+            reasoning = solution.index(mark) + 1 if mark in solution else len(solution) + 1
             answer = [settings.answer_weight] * (len(solution) + 1 - reasoning)
             weights.append([*([0.0] * len(prompt)), *([1.0] * reasoning), *answer])
         longest = max(len(row) for row in rows)
         ids = _padded(rows, longest, tokenizer.pad_token_id), _padded(labels, longest, _IGNORED)
         yield *ids, _padded(weights, longest, 0.0)
+
+
+def _read_pairs(file: Path, context: int) -> list[tuple[str, str]]:
+    """The rows of a data file, each a prompt and a response as text.
+
+    Raises:
+        OpdlmError: the file cannot be read, or a row is longer than the context; the row is named.
+    """
+    pairs = []
+    for row in read_rows(DataConfig(path=str(file), response_field="response"), 0):
+        if not isinstance(row.prompt, str) or not isinstance(row.response, str):
+            raise OpdlmError(f"pretrain: --data {row.name}: found token ids or chat messages; expected text")
+        if (length := len(row.prompt) + len(row.response) + 1) > context:
+            raise OpdlmError(f"pretrain: --data {row.name} has {length} tokens, more than --context {context}")
+        pairs.append((row.prompt, row.response))
+    if not pairs:
+        raise OpdlmError(f"pretrain: --data {file} has no rows")
+    return pairs
+
+
+def _again_and_again(pairs: list[tuple[str, str]], seed: int) -> Iterator[tuple[str, str]]:
+    """All pairs in random order, for ever, each time in another order."""
+    rng = random.Random(seed)
+    while True:
+        yield from rng.sample(pairs, len(pairs))
 
 
 def _read(file: Path) -> str:

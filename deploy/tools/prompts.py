@@ -22,6 +22,7 @@ from opdlm.common.data.prompt_sets.hub import HubSet, HubSource, Taken, hub_sets
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import atomic_file, check_file, write_json
 from opdlm.deploy.observe.meter import Meter
+from opdlm.deploy.tools.rerank_cases import ABOUT, ML100K
 
 EVERYDAY = "everyday"
 _SUFFIXES = (".jsonl", ".parquet")
@@ -43,7 +44,7 @@ def list_sets(console: Console) -> None:
             f"    {id_}: {licence}{'; its conditions are to be accepted there first' if id_ in gated else ''}"
             for id_, licence in licences.items()
         ]
-    for line in (*lines, "Licences as the data sets' cards named them; a download shows what they name then."):
+    for line in (*lines, *ABOUT, "Licences as the data sets' cards named them; a download shows what they name then."):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -59,7 +60,7 @@ def write_prompts(name: str, out: Path, seed: int, limit: int | None, console: C
     """
     sets = hub_sets()
     if name not in (EVERYDAY, *sets):
-        raise OpdlmError(f"prompts: found {name!r}; known: {', '.join((EVERYDAY, *sets))}")
+        raise OpdlmError(f"prompts: found {name!r}; known: {', '.join((EVERYDAY, *sets, ML100K))}")
     provenance = out.with_name(f"{out.name}.provenance.json")
     if out.suffix.lower() not in _SUFFIXES:
         raise OpdlmError(f"--out: found {out}; give a file that ends with {' or '.join(_SUFFIXES)}")
