@@ -126,6 +126,39 @@ def sweep(
         run_sweep(checkpoint, questions, strategies, thresholds, blocks, decoding, picture, out)
 
 
+@app.command("rerank-report")
+@with_option_groups
+def rerank_report(
+    models: Annotated[
+        list[str], typer.Argument(metavar="NAME=FOLDER...", help="Checkpoints, the autoregressive one first.")
+    ],
+    questions: QuestionOptions,
+    decoding: DecodingOptions,
+    threshold: Annotated[str, typer.Option(help="Thresholds of low_confidence_dynamic, with commas between.")] = (
+        "1.0,0.9,0.6,0.4"
+    ),
+    batches: Annotated[str, typer.Option(help="Batch sizes at which speed is measured, with commas between.")] = (
+        "1,8,32"
+    ),
+    speed_cases: Annotated[int, typer.Option(min=1, help="Cases for the measurement of speed.")] = 64,
+    output: Annotated[Path, typer.Option("--out", help="JSON file; a plot goes beside it.")] = Path("report.json"),
+) -> None:
+    """Re-rankers side by side: recall, validity, each kind of failure, tokens per second beside an AR model.
+
+    Example:
+
+        opdlm rerank-report AR=models/rerank-teacher RL=runs/rerank/rl/student --task rerank --out report.json
+    """
+    with clear_errors():
+        from opdlm.deploy.evaluate.rerank_report import read_models, run_rerank_report
+        from opdlm.deploy.evaluate.sweep import numbers
+
+        thresholds = sorted(numbers(threshold, float, "--threshold", 0, 1), reverse=True)
+        sizes = numbers(batches, int, "--batches", 1, 4096)
+        chosen = [(name, model_folder_of(folder, name)) for name, folder in read_models(models)]
+        run_rerank_report(chosen, questions, thresholds, sizes, speed_cases, decoding, output, out)
+
+
 @app.command(
     "lm-eval",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},

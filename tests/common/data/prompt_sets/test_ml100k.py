@@ -25,7 +25,7 @@ def files(tmp_path) -> Path:
     """Two tastes: films of even numbers, and of odd ones. Each user sees films of his taste, in random order."""
     rng = random.Random(0)
     items = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
-    items += [f"{i}\tFilm \"{i}\"\t{1950 + i if i else ''}\t{'Drama' if i % 2 else 'Comedy War'}" for i in range(FILMS)]
+    items += [f'{i}\tFilm "{i}"\t{1950 + i if i else ""}\t{"Drama" if i % 2 else "Comedy War"}' for i in range(FILMS)]
     rows = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
     for user in range(USERS):
         own = [i for i in range(FILMS) if i % 2 == user % 2] + rng.sample(range(FILMS), 10)
