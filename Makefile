@@ -16,7 +16,7 @@ ASIDE = @if [ -e $(1) ]; then n=1; while [ -e $(1).$$n ]; do n=$$((n + 1)); done
 	printf '%s  %s\n' "$$(date +%H:%M:%S)" "$(1) of an earlier time is now $(1).$$n"; fi
 COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 -x '/(testing|tests|models)/' .
 
-.PHONY: demo real test test-slow test-all test-vllm test-compat chaos soak lint bench docs format clean
+.PHONY: demo real rerank rerank-more test test-slow test-all test-vllm test-compat chaos soak lint bench docs format clean
 
 demo: $(VENV)/.installed models/chain-teacher  ## Train a teacher, turn it into a diffusion model, report.
 	$(call ASIDE,runs/demo)
@@ -45,6 +45,34 @@ models/smollm2-135m: | $(VENV)/.installed
 
 data/everyday.jsonl: | $(VENV)/.installed
 	@$(BIN)/opdlm prompts everyday --out $@
+
+# Runs one stage, or goes on with it; a finished stage is kept. $(1): name of its folder, $(2): run file, $(3): settings.
+STAGE = @if [ ! -e runs/rerank/$(1)/student ]; then printf '%s  %s\n' "$$(date +%H:%M:%S)" "rerank: $(1)"; \
+	$(BIN)/opdlm train deploy/rerank-$(2).yaml --set run.dir=runs/rerank/$(1) $(3) \
+	$$(if [ -e runs/rerank/$(1)/checkpoints ]; then echo --resume; fi); fi
+RERANKERS = AR=models/rerank-teacher converted=models/rerank-converted CFT=runs/rerank/cft/student \
+	CFT+OPD=runs/rerank/opd/student RL=runs/rerank/rl/student
+
+rerank: $(VENV)/.installed models/rerank-converted  ## A re-ranker in three stages: cft, opd, rl; with a report.
+	$(call STAGE,cft,cft)
+	$(call STAGE,opd,opd)
+	$(call STAGE,rl,rl)
+	@$(BIN)/opdlm rerank-report $(RERANKERS) --task rerank --problems 3000 --out runs/rerank/report.json
+
+rerank-more: rerank  ## What each stage is for: rl without opd, opd without cft, a reward for validity alone.
+	$(call STAGE,rl-without-opd,rl,--set model.student=runs/rerank/cft/student)
+	$(call STAGE,opd-without-cft,opd,--set model.student=models/rerank-converted)
+	$(call STAGE,rl-validity,rl,--set reward.validity_bonus=1.0)
+	@$(BIN)/opdlm rerank-report $(RERANKERS) CFT+RL=runs/rerank/rl-without-opd/student \
+		OPD=runs/rerank/opd-without-cft/student validity=runs/rerank/rl-validity/student \
+		--task rerank --problems 3000 --out runs/rerank/report-more.json
+
+models/rerank-teacher: | $(VENV)/.installed
+	$(SAY) "training the re-ranker that is the teacher, once"
+	@$(BIN)/opdlm pretrain $@ --task rerank --hidden-size 128 --layers 4 --steps 1500
+
+models/rerank-converted: | models/rerank-teacher
+	@$(BIN)/opdlm convert models/rerank-teacher $@ --block-size 4 --block-grid response
 
 test: $(VENV)/.installed-dev  ## The tests before every commit: every part, and the main properties of whole runs.
 	$(BIN)/python -m pytest -m "not slow"
