@@ -64,8 +64,7 @@ class RolloutActor(Student):
         """Drops all weights and sequences, because the run goes back to a checkpoint and they are no longer valid."""
 
         def forget() -> None:
-            with self._changed:
-                self._version, self._arrived = -1, None
+            self._version = -1
             if self._stream is not None:
                 self._stream.fail(OpdlmError("the run went back to a checkpoint, so what was being decoded is dropped"))
 

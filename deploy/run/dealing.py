@@ -67,6 +67,10 @@ class _Session:
             self.wake.set()
 
     @property
+    def items(self) -> list[_Item]:
+        return [*self.sent.values(), *self.chosen]
+
+    @property
     def load(self) -> int:
         return len(self.chosen) + len(self.sent)
 
@@ -182,10 +186,9 @@ class Dealer:
                 while await self._stream_with(session):
                     pass
         except ActorGone:
-            again = [*session.sent.values(), *session.chosen]
-            self._waiting.extendleft(sorted(again, key=lambda item: -item.request.index))
-        except Exception as error:  # whatever it is, nobody may await this actor's sequences for ever
-            _fail([*session.sent.values(), *session.chosen], error)
+            self._waiting.extendleft(sorted(session.items, key=lambda item: -item.request.index))
+        except Exception as error:  # it does not answer, or whatever it is: nobody may wait for ever
+            _fail(session.items, error)
             self._give_up(error)
         del self._sessions[session.name]
         if self._failure is None:
@@ -226,13 +229,11 @@ class Dealer:
                     harvest = None
                     self._reported(session, group, report)
             return False
-        except (RayError, OpdlmError) as error:
-            _fail([*session.sent.values(), *session.chosen], error)
+        except RayError as error:
+            _fail(session.items, error)
             session.sent.clear()
             session.chosen.clear()
-            if not isinstance(error, RayError):
-                self._give_up(error)  # the actor does not answer
-            return isinstance(error, RayError)
+            return True
         finally:
             self._records.progress.unfinished.pop(name, None)
             if harvest is not None:

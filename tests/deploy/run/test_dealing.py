@@ -158,9 +158,7 @@ def test_what_nobody_awaits_any_more_is_not_decoded_to_its_end() -> None:
 
     async def scenario() -> None:
         actor = SlotRollout(4, lambda i: 1000)
-        pool = ActorPool({"rollout-0": Remote(actor, asyncio.get_running_loop())}, 1e6, 0)
-        records = SimpleNamespace(progress=RunProgress(), streamed=lambda name, report: None)
-        dealer = Dealer(pool, records, DecodeSettings(), 4, 1)
+        dealer = dealer_of(actor)
         weights = WeightHandle(0, [], 0)
         awaited = [asyncio.ensure_future(dealer.decode(request(3, i), weights)) for i in range(7)]
         await asyncio.sleep(10)
@@ -175,9 +173,12 @@ def test_what_nobody_awaits_any_more_is_not_decoded_to_its_end() -> None:
     virtual_time.run(scenario())
 
 
-def dealer_of(actor: SlotRollout, streamed: Callable[..., None] = lambda name, report: None) -> Dealer:
-    """Deals to one actor, whose calls must be answered within 100 s."""
-    pool = ActorPool({"rollout-0": Remote(actor, asyncio.get_running_loop())}, 100, 3)
+def dealer_of(
+    *actors: SlotRollout, seconds: float = 1e6, streamed: Callable[..., None] = lambda name, report: None
+) -> Dealer:
+    """Deals to actors of 4 slots. `seconds`: longest wait for an answer, or for an actor to be ready."""
+    loop = asyncio.get_running_loop()
+    pool = ActorPool({f"rollout-{i}": Remote(actor, loop) for i, actor in enumerate(actors)}, seconds, 0)
     return Dealer(pool, SimpleNamespace(progress=RunProgress(), streamed=streamed), DecodeSettings(), 4, 1)
 
 
@@ -190,7 +191,7 @@ def test_an_actor_that_dies_while_it_has_nothing_to_do_has_no_room() -> None:
 
     async def scenario() -> None:
         actor, weights = Stuck(4, lambda i: 3), WeightHandle(0, [], 0)
-        dealer = dealer_of(actor)
+        dealer = dealer_of(actor, seconds=100)
         await dealer.decode(request(3, 0), weights)
         actor.die()
         await dealer._actors.broadcast("load_weights", WeightHandle(1, [], 0))
@@ -206,7 +207,7 @@ def test_whatever_goes_wrong_in_the_driver_nobody_waits_for_ever() -> None:
         raise OSError(28, "No space left on device")
 
     async def scenario() -> None:
-        dealer, weights = dealer_of(SlotRollout(2, lambda i: 3 + 10 * i), full), WeightHandle(0, [], 0)
+        dealer, weights = dealer_of(SlotRollout(2, lambda i: 3 + 10 * i), streamed=full), WeightHandle(0, [], 0)
         both = await asyncio.gather(*(dealer.decode(request(3, i), weights) for i in range(2)), return_exceptions=True)
         assert any(isinstance(answer, OSError) for answer in both)
         with pytest.raises(OSError, match="No space left"):
@@ -219,15 +220,11 @@ def test_an_actor_that_must_end_its_sequences_before_it_begins_others_gets_none(
     """`finish`: the new weights wait for one long sequence; the other actor decodes the whole next round meanwhile."""
 
     async def scenario() -> None:
-        loop = asyncio.get_running_loop()
-        long, free = SlotRollout(4, lambda i: 1000 if i == 0 else 10), SlotRollout(4, lambda i: 10)
-        pool = ActorPool({"long": Remote(long, loop), "free": Remote(free, loop)}, 1e6, 0)
-        records = SimpleNamespace(progress=RunProgress(), streamed=lambda name, report: None)
-        dealer = Dealer(pool, records, DecodeSettings(), 4, 1)
+        dealer = dealer_of(SlotRollout(4, lambda i: 1000 if i == 0 else 10), SlotRollout(4, lambda i: 10))
         first = [asyncio.ensure_future(dealer.decode(request(3, i), WeightHandle(0, [], 0))) for i in range(6)]
         await asyncio.sleep(5)
         new = WeightHandle(1, [], 0)
-        pushing = asyncio.ensure_future(pool.broadcast("load_weights", new))
+        pushing = asyncio.ensure_future(dealer._actors.broadcast("load_weights", new))
         await asyncio.wait(first[1:])
         second = [asyncio.ensure_future(dealer.decode(request(3, i), new)) for i in range(6, 14)]
         await asyncio.sleep(100)
