@@ -70,7 +70,7 @@ class Members:
         self.restarts = restarts
         self.on_death: OnDeath = lambda name, reason: log.warning("%s died: %s", name, reason)
         self.on_change: Callable[[], None] = lambda: None
-        """Called when an actor has become ready or is being retired."""
+        """Called when an actor has become ready, has died or is being retired."""
         self._ready_again = asyncio.Event()
         """Set and replaced when an actor becomes ready, or when none is left."""
         self._starting: dict[str, asyncio.Task[None]] = {}
@@ -148,7 +148,7 @@ class Members:
         return kept, answer
 
     async def broadcast(self, method: str, *args: Any) -> None:
-        """Runs a method on every ready actor, after the call that the actor is busy with; waits for all answers.
+        """Runs a method on every ready actor, beside other calls of it; waits for all answers.
 
         An actor that dies meanwhile is left out.
 
@@ -203,6 +203,7 @@ class Members:
         self._lives[name] = life + 1
         self.on_death(name, reason(error))
         self._starting[name] = asyncio.create_task(self._wait_until_ready(name))
+        self.on_change()
 
     async def _wait_until_ready(self, name: str) -> None:
         """Asks a starting actor for `ready` until it answers or is dead for good."""

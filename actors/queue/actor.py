@@ -218,7 +218,8 @@ class ReplayQueueActor(ProgressBoard):
         pack, stored = offer.collect()
         await stored
         await self.publish(offer.version, [pack], offer.nbytes)
-        self._copying = asyncio.create_task(self._second_copy.keep(offer, pack))
+        if self._weights is not None and self._weights.pack[0] is pack:  # an older version needs no copy
+            self._copying = asyncio.create_task(self._second_copy.keep(offer, pack))
 
     async def republished_weights(self, lost: WeightHandle) -> WeightHandle | None:
         """Waits until a restarted learner has published the lost version, or a later one, again.

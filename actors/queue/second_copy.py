@@ -68,10 +68,12 @@ class SecondCopy:
             where = NodeAffinitySchedulingStrategy(node, soft=False)
             self._holder = ray.remote(num_cpus=0)(_Holder).options(scheduling_strategy=where).remote()
             self._node = node
+        holder = self._holder
         try:
-            await self._holder.hold.remote([pack])
-        except RayError as error:  # the next version gets another holder
-            self._let_go(offer.version, first_line(error))
+            await holder.hold.remote([pack])
+        except RayError as error:  # the next version gets another holder, or has it already
+            if self._holder is holder:
+                self._let_go(offer.version, first_line(error))
 
     def _let_go(self, version: int = 0, reason: str | None = None) -> None:
         """Ends the holder, if there is one. `reason`: why a version has no copy that should have one."""

@@ -69,6 +69,7 @@ class RolloutActor(Student):
                 self._stream.fail(OpdlmError("the run went back to a checkpoint, so what was being decoded is dropped"))
 
         with self._changed:
+            self._timeline += 1
             self._arrived = None
         self._engine.run(forget)
 
@@ -222,7 +223,7 @@ class RolloutActor(Student):
         return live and self._arrived is not None and not self._continues
 
     def _step(self) -> None:
-        stream = self._stream
+        stream, begin = self._stream, None
         assert stream is not None, "`_has_step` said so"
         try:
             with guarded("student", self._probe):
@@ -233,7 +234,7 @@ class RolloutActor(Student):
                     self._load_arrived()
                 stream.step(begin)
         except BaseException as error:  # the driver gets it with its next `harvest`
-            stream.fail(error)
+            stream.fail(error, taken=bool(begin))
 
     def _load_arrived(self) -> int | None:
         version = super()._load_arrived()
@@ -265,7 +266,7 @@ def start_rollout_actor(
     gpu_setting: str = "rollout.gpus_per_actor",
     **placement: Any,
 ) -> Any:
-    """Starts a `RolloutActor` and returns its handle; the pool repeats a call that dies with an actor.
+    """Starts a `RolloutActor` and returns its handle. What an actor had when it died is dealt again.
 
     Args:
         name: name of the Ray actor.

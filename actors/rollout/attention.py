@@ -107,7 +107,8 @@ def parts_of(bases: np.ndarray, ends: np.ndarray, positions: int) -> Parts:
         at = max(1, int(np.abs(ahead).argmax()))
     else:
         is_long = ends > (longest + shortest) // 2
-        at = int((is_long != is_long[0]).argmax())
+        borders = np.flatnonzero(is_long[1:] != is_long[:-1]) + 1
+        at = int(borders[np.abs(borders - count / 2).argmin()])
     halves = parts_of(bases[:at], ends[:at], positions) + parts_of(bases[at:], ends[at:], positions)
     return halves if not fits or cost(halves) < cost((part,)) else (part,)
 

@@ -56,8 +56,8 @@ class BlockDecoder:
     `step` returns the trajectories that ended; `stream` and `decode` are loops over it.
 
     A sequence begins if a slot is free and the cache has room. Where sequences grow until the cache is full, the one
-    that began last is put back: it waits in front of all others and is decoded again, to the same tokens, once another
-    has ended. So the one that began first always ends.
+    that began last is put back: it waits in front of all others and is decoded again, to the same tokens if the
+    weights are the same, once another has ended. So the one that began first always ends.
 
     Args:
         model: causal LM of transformers, in eval mode. The decoder sets its attention to `common/model/attention.py`,

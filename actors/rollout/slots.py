@@ -243,7 +243,7 @@ class Slots:
                 return True
         new = arrange(bases, widths, ends, self.host_limits, cache.positions, least_slack, from_first=due)
         if new is None:
-            return False
+            return due  # all fit where they are, if only a sort is due
         order, places = new.order, slice(new.first, n)
         self._wasted = 0 if new.first == 0 else self._wasted
         cache.move(bases[order], new.bases, np.where(self.host_fresh[order], 0, self.host_starts[order]))

@@ -40,6 +40,8 @@ class SequenceStream:
         self._failure: BaseException | None = None
         self._awaited = False
         """Whether somebody waits for a report."""
+        self._may_begin = True
+        """Whether sequences could begin in the last step."""
         self._steps = self._occupied_steps = self._tokens = self._live_positions = self._added = 0
         self._counts = decoder.forwards, decoder.forward_tokens, decoder.put_back
         self._seconds, self._reported = 0.0, time.monotonic()
@@ -56,7 +58,9 @@ class SequenceStream:
 
     @property
     def room(self) -> int:
-        """See `StreamReport`."""
+        """See `StreamReport`. While sequences must end before others begin, another actor may be sooner."""
+        if self.live and not self._may_begin:
+            return 0
         return self.decoder.room + self._ahead - len(self._inbox)
 
     def add(self, requests: Sequence[RolloutRequest]) -> None:
@@ -71,10 +75,14 @@ class SequenceStream:
             self._added += len(requests)
             self._changed.notify_all()
 
-    def fail(self, error: BaseException) -> None:
-        """Drops all sequences. If there are any, whoever waits for a report, or asks for one next, gets the error."""
+    def fail(self, error: BaseException, taken: bool = False) -> None:
+        """Drops all sequences. If there are any, whoever waits for a report, or asks for one next, gets the error.
+
+        Args:
+            taken: requests that `take` has returned are dropped, too.
+        """
         with self._changed:
-            if self.busy or self._outbox or self._awaited:
+            if taken or self.busy or self._outbox or self._awaited:
                 self._failure = error
             self.decoder.clear()
             self._inbox.clear()
@@ -100,6 +108,7 @@ class SequenceStream:
         tokens, live, now = self.decoder.tokens_so_far(), self.decoder.live_tokens, time.monotonic()
         with self._changed:
             self._steps += 1
+            self._may_begin = begin is not None
             self._occupied_steps += self.decoder.occupied + len(ended)
             self._seconds += now - started
             self._tokens, self._live_positions = tokens, live
@@ -118,7 +127,11 @@ class SequenceStream:
         """
         with self._changed:
             self._awaited = True
-            self._changed.wait_for(lambda: self._failure is not None or self._report_is_due(eager))
+            # No step notifies while a job runs, such as an evaluation, but what has ended must not wait for that.
+            while not self._changed.wait_for(
+                lambda: self._failure is not None or self._report_is_due(eager), timeout=_GROUP_SECONDS
+            ):
+                pass
             self._awaited = False
             if self._failure is not None:
                 failure, self._failure = self._failure, None

@@ -47,6 +47,8 @@ class Student:
         """Held while a thread reads or replaces `_arrived`; never during a fetch or a forward."""
         self._arrived: tuple[int, WeightPack] | None = None
         """The newest version that was fetched and is not in the model yet."""
+        self._timeline = 0
+        """How often the run went back to a checkpoint: versions that were published before are no longer valid."""
         self._decoders: dict[tuple[DecodeSettings, int], BlockDecoder] = {}
 
     def _decoder(self, settings: DecodeSettings, batch_size: int) -> BlockDecoder:
@@ -81,9 +83,10 @@ class Student:
         with self._changed:
             if handle.version <= self._newest_version():
                 return
+            timeline = self._timeline
         pack = self._fetch(handle)  # without the lock, which the engine takes at every denoising step
         with self._changed:
-            if handle.version > self._newest_version():
+            if timeline == self._timeline and handle.version > self._newest_version():
                 self._arrived = handle.version, pack
 
     def _newest_version(self) -> int:

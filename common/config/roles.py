@@ -70,14 +70,16 @@ class RolloutConfig(Section):
     distillation, 8 for `rl`). Each counts as a sample: a round has `prompts_per_round` times as many, and
     `learner.batch_size` counts responses."""
     batch_size: PositiveInt = 64
-    """Number of sequences that one actor decodes at the same time (its slots). A slot takes the next prompt as soon as
-    its sequence ends, and the sequence goes to a teacher. Lower it where the actor runs out of memory."""
+    """Number of sequences that one actor decodes at the same time (its slots). When a sequence ends, it goes to a
+    teacher, and its slot takes the next prompt once enough slots have idled to pay for reading the prompt. Lower it
+    where the actor runs out of memory."""
     cache_tokens: PositiveInt | None = None
     """Size of an actor's key/value cache: the number of tokens, of prompts and responses so far, that all its sequences
     together may have. Sequences begin while it has room; where they grow until it is full, the one that began last is
-    put back and decoded again later, to the same tokens. So `batch_size` may be as high as typical lengths allow, and
-    memory does not depend on the longest response. It must hold the longest request, of training and evaluation. Empty:
-    the cache grows with its sequences, at most to `batch_size` times the longest."""
+    put back and decoded again later. So `batch_size` may be as high as typical lengths allow, and memory does not
+    depend on the longest response; far more slots than the cache has room for waste what is put back. It must hold the
+    longest request, of training and evaluation. Empty: the cache grows with its sequences, at most to `batch_size`
+    times the longest."""
     block_size: PositiveInt = 4
     """Number of tokens in a block (paper: 4). Decoding and training use the same size."""
     block_grid: Grid = "absolute"

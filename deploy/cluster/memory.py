@@ -135,11 +135,13 @@ def model_size(folder: str | Path) -> ModelSize:
 
 
 def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) -> RoleMemory:
-    """The memory of a rollout actor: see `actors/rollout/kv_cache.py`, and `_step` in `actors/rollout/decoder.py`."""
+    """The memory of a rollout actor: see `actors/rollout/kv_cache.py`, and a step in `actors/rollout/denoise.py`."""
     rollout, size = config.rollout, DTYPE_BYTES[config.model.dtype]
-    slots = min(rollout.batch_size, -(-rollout.samples_per_round // rollout.actors))
-    longest = lengths.end if rollout.on_new_weights == "continue" else lengths.prompt
-    tokens = max(min(slots * longest, PREFILL_TOKENS), longest)
+    # Requests are dealt to whoever has room, so one actor may have all of them. Recorded forwards have all slots.
+    asked = (config.queue.max_staleness + 1) * rollout.samples_per_round
+    slots = rollout.batch_size if rollout.cuda_graphs else min(rollout.batch_size, asked)
+    # After an evaluation, or with new weights, whatever is unfinished is prefilled again.
+    tokens = max(min(slots * lengths.end, PREFILL_TOKENS), lengths.end)
     return RoleMemory(
         "rollout",
         rollout.gpus_per_actor,

@@ -2,7 +2,7 @@
 # Starts Ray on the nodes of a Slurm allocation, with token authentication, and then `opdlm train`:
 #   sbatch deploy/cluster_files/slurm.sh deploy/multi-node.yaml [further options of opdlm train]
 # Slurm sends TERM five minutes before the time limit, and the run writes a checkpoint. Submit again with --resume.
-# Memory and Ray's object store are what `opdlm plan deploy/multi-node.yaml` says, and a tenth more. With another run
+# Memory and Ray's object store are what `opdlm plan deploy/multi-node.yaml` says, and at least a tenth more. With another run
 # file give what its plan says: OPDLM_OBJECT_STORE=BYTES sbatch --mem=SIZE ...
 #SBATCH --job-name=opdlm
 #SBATCH --nodes=3

@@ -67,6 +67,10 @@ class _Session:
             self.wake.set()
 
     @property
+    def items(self) -> list[_Item]:
+        return [*self.sent.values(), *self.chosen]
+
+    @property
     def load(self) -> int:
         return len(self.chosen) + len(self.sent)
 
@@ -92,7 +96,7 @@ class Dealer:
         self._failing.set_result(None)
         """Fails what waits, unless an actor becomes ready."""
         self._room_changed = asyncio.Event()
-        self._failure: OpdlmError | None = None
+        self._failure: Exception | None = None
         """Why nothing can be decoded any more."""
         self._asked_for_more = False
         """Whether somebody waits for room, so that there may be more to deal as soon as there is room."""
@@ -124,11 +128,15 @@ class Dealer:
             changed = self._room_changed
             if self._failure is not None:
                 raise self._failure
-            room = sum(max(session.room, 0) for session in self._sessions.values()) - len(self._waiting)
+            room = sum(max(session.room, 0) for session in self._serving()) - len(self._waiting)
             if room > 0:
                 self._asked_for_more = False
                 return room
             await (changed.wait() if self._sessions else self._actors.until_ready())
+
+    def _serving(self) -> list[_Session]:
+        """The sessions of actors that are ready."""
+        return [self._sessions[name] for name in self._actors.ready_names if name in self._sessions]
 
     def _actors_changed(self) -> None:
         """Begins to serve actors that have become ready; those that are being retired get nothing more."""
@@ -142,7 +150,7 @@ class Dealer:
 
     def _deal(self) -> None:
         """Chooses an actor for each waiting request while any has room: the one with the least to do."""
-        serving = [self._sessions[name] for name in self._actors.ready_names if name in self._sessions]
+        serving = self._serving()
         while self._waiting:
             able = [session for session in serving if session.room > 0]
             if not able:
@@ -164,7 +172,7 @@ class Dealer:
         except OpdlmError as error:
             self._give_up(error)
 
-    def _give_up(self, error: OpdlmError) -> None:
+    def _give_up(self, error: Exception) -> None:
         """Everything that waits fails, and whatever is asked for later."""
         self._failure = error
         _fail(self._waiting, error)
@@ -178,8 +186,10 @@ class Dealer:
                 while await self._stream_with(session):
                     pass
         except ActorGone:
-            again = [*session.sent.values(), *session.chosen]
-            self._waiting.extendleft(sorted(again, key=lambda item: -item.request.index))
+            self._waiting.extendleft(sorted(session.items, key=lambda item: -item.request.index))
+        except Exception as error:  # it does not answer, or whatever it is: nobody may wait for ever
+            _fail(session.items, error)
+            self._give_up(error)
         del self._sessions[session.name]
         if self._failure is None:
             self._actors_changed()
@@ -193,9 +203,10 @@ class Dealer:
         """
         name, life = session.name, self._actors.life(session.name)
         harvest: asyncio.Task[tuple[list[Any], StreamReport]] | None = None
+        # An error of this call ends the run: there is nothing that another try would change.
+        _, session.room = await self._actors.call_on(name, "open_stream", *self._stream)
+        session.added = 0
         try:
-            _, session.room = await self._actors.call_on(name, "open_stream", *self._stream)
-            session.added = 0
             self._deal()
             self._room_changes()
             while session.chosen or session.sent or name in self._actors.actors:
@@ -218,20 +229,20 @@ class Dealer:
                     harvest = None
                     self._reported(session, group, report)
             return False
-        except (RayError, OpdlmError) as error:
-            _fail([*session.sent.values(), *session.chosen], error)
+        except RayError as error:
+            _fail(session.items, error)
             session.sent.clear()
             session.chosen.clear()
-            if not isinstance(error, RayError):
-                self._give_up(error)  # the actor does not answer
-            return isinstance(error, RayError)
+            return True
         finally:
             self._records.progress.unfinished.pop(name, None)
             if harvest is not None:
                 harvest.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody awaits it
 
     async def _send(self, session: _Session) -> None:
-        items, session.chosen = session.chosen, []
+        items, session.chosen = [item for item in session.chosen if not item.done.done()], []
+        if not items:
+            return
         session.sent |= {item.request.index: item for item in items}
         newest = max((item.weights for item in items), key=lambda weights: weights.version)
         try:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray.exceptions import RayError
+
 from opdlm.actors.pool import ActorPool
 from opdlm.common.samples import SampleRef, sample_refs
 from opdlm.deploy.observe.progress import SCORED, Call
@@ -19,12 +21,14 @@ from opdlm.deploy.observe.records import RunRecords
 from opdlm.deploy.run.dealing import Decoded
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Item:
     """A trajectory whose sample somebody awaits."""
 
     trajectory: Decoded
     done: asyncio.Future[SampleRef]
+    apart: bool = False
+    """Whether it is scored without those of other groups: one of several groups, perhaps its own, cannot be had."""
 
     @property
     def tokens(self) -> int:
@@ -60,31 +64,45 @@ class Scoring:
 
         Raises:
             OpdlmError: no teacher is left, or one does not answer.
-            RayError: what the scoring of its batch raised.
+            RayError: what the scoring of its batch raised; of a batch without trajectories of other groups.
         """
         item = _Item(trajectory, asyncio.get_running_loop().create_future())
         bisect.insort(self._waiting, item, key=self._round)
         if len(self._calls) < min(len(self._waiting), max(self.teachers.serving, 1)):
-            call = asyncio.create_task(self._score_batches())
-            self._calls.add(call)
-            call.add_done_callback(self._calls.discard)
+            self._calls.add(asyncio.create_task(self._score_batches()))
         return await item.done
 
     def _round(self, item: _Item) -> int:
         return item.trajectory.index // self.round_size
 
+    def _go_together(self, first: _Item, other: _Item) -> bool:
+        """Whether they may be in one batch: the last samples of a round, which the learner waits for, do not wait for
+        those of the next.
+        """
+        if first.apart or other.apart:
+            return bool(first.trajectory.group == other.trajectory.group)
+        return self._round(first) == self._round(other)
+
     async def _score_batches(self) -> None:
         """Has batches scored, one at a time, as long as trajectories wait."""
-        while self._waiting:
-            batch: list[_Item] = []
-            try:
-                await self._score_batch(batch)
-            except Exception as error:
-                for item in batch or self._waiting:  # without a batch, there is no teacher at all
-                    if not item.done.done():
-                        item.done.set_exception(error)
-                if not batch:
-                    self._waiting.clear()
+        try:
+            while self._waiting:
+                batch: list[_Item] = []
+                try:
+                    await self._score_batch(batch)
+                except Exception as error:
+                    if isinstance(error, RayError) and len({item.trajectory.group for item in batch}) > 1:
+                        for item in batch:  # the node of one group may have died; the others must not fail with it
+                            item.apart = True
+                            bisect.insort(self._waiting, item, key=self._round)
+                        continue
+                    for item in batch or self._waiting:  # without a batch, there is no teacher at all
+                        if not item.done.done():
+                            item.done.set_exception(error)
+                    if not batch:
+                        self._waiting.clear()
+        finally:  # at once, so that whatever comes in this turn of the event loop starts another
+            self._calls.discard(asyncio.current_task())
 
     async def _score_batch(self, batch: list[_Item]) -> None:
         """Waits for a free teacher, fills `batch` and has the teacher score it."""
@@ -94,12 +112,12 @@ class Scoring:
             self._waiting = [item for item in self._waiting if not item.done.done()]  # callers may be cancelled
             if not self._waiting:
                 return None
-            # Of one round: the last samples of a round, which the learner waits for, do not wait for those of the next.
-            tokens = [item.tokens for item in self._waiting if self._round(item) == self._round(self._waiting[0])]
+            able = [item for item in self._waiting if self._go_together(self._waiting[0], item)]
+            tokens = [item.tokens for item in able]
             share = -(-sum(tokens) // max(self.teachers.serving, 1))  # the others are free soon
-            chosen = like_lengths(tokens, min(share, self.batch_tokens))
-            batch.extend(self._waiting[place] for place in chosen)
-            self._waiting = [item for place, item in enumerate(self._waiting) if place not in chosen]
+            batch.extend(able[place] for place in sorted(like_lengths(tokens, min(share, self.batch_tokens))))
+            taken = set(map(id, batch))
+            self._waiting = [item for item in self._waiting if id(item) not in taken]
             groups = list(dict.fromkeys(item.trajectory.group for item in batch))
             number = {group: i for i, group in enumerate(groups)}
             places = [(number[item.trajectory.group], item.trajectory.place) for item in batch]

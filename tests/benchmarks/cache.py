@@ -32,7 +32,7 @@ from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.types import RolloutRequest
-from tests.benchmarks.measure import OUT, Ratio, back_to_back, parser, write_json
+from tests.benchmarks.measure import OUT, Ratio, parser, write_json
 
 P, SLOTS, V = 64, 32, 512
 EQUAL = {"32 x 64, 128 more": (32, 64, 128), "8 x 1,500, 64 more": (8, 1_500, 64)}
@@ -159,8 +159,10 @@ def show_equal(commit: str, options: argparse.Namespace, console: Console) -> li
         table.add_column(name, justify="right")
     lines = []
     for name, sizes in EQUAL.items():
-        arms = {arm: lambda tree=tree, sizes=sizes: seconds(tree, sizes) for arm, tree in trees.items()}
-        found = back_to_back(arms, options.repetitions)
+        found: dict[str, list[float]] = {arm: [] for arm in trees}
+        for _ in range(options.repetitions):  # each run is a process, so none warms up another
+            for arm, tree in trees.items():
+                found[arm].append(seconds(tree, sizes))
         ratio = Ratio([now / then for now, then in zip(found["after"], found["before"], strict=True)])
         lines.append({"sequences": name, "seconds": found, "ratio": ratio.values})
         table.add_row(name, *(f"{1e3 * Ratio(found[arm]).median:.0f}" for arm in ("before", "after")), str(ratio))

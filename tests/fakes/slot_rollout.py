@@ -105,7 +105,8 @@ class SlotRollout:
         sequences = tuple(EndedSequence(i, (8, self.length(i)), version, 0, 1.0, 0.0) for i, version in ended)
         versions = tuple(version for _, version in ended)
         stats = DecodeStats(min(versions), len(ended), len(ended), 1, 1, 1, 0.1, weight_versions=versions)
-        room = self.slots + self.ahead - len(self.live) - len(self.inbox)
+        finishes = self.live and self.arrived > self.version and not self.continues
+        room = 0 if finishes else self.slots + self.ahead - len(self.live) - len(self.inbox)
         return [i for i, _ in ended], StreamReport(sequences, room, self.added, 0, stats)
 
     async def _run(self) -> None:

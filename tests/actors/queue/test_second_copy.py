@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from opdlm.actors.queue import second_copy
+from opdlm.actors.queue.actor import ReplayQueueActor
 from opdlm.actors.queue.second_copy import SecondCopy, node_for_copy
 from opdlm.common.weight_offer import WeightOffer
 
@@ -83,3 +84,26 @@ def test_one_holder_takes_version_after_version_until_its_node_dies(fake_ray, ca
 def test_there_is_none_where_the_rank_is_on_the_drivers_node(fake_ray) -> None:
     asyncio.run(SecondCopy().keep(WeightOffer("rank 0", "head", 0, 100), 0))
     assert fake_ray.started == []
+
+
+def test_weights_of_an_older_version_take_nobody_elses_copy(fake_ray) -> None:
+    """The node of rank 0 dies, and a restarted group publishes the version of its checkpoint from another node."""
+
+    class Offer(WeightOffer):
+        def collect(self):
+            async def stored() -> None: ...
+
+            return f"pack {self.version} of {self.node}", stored()
+
+    async def scenario() -> None:
+        queue = ReplayQueueActor(4, 1, 400, 0)
+        for version in (9, 10):
+            await queue.publish_offer(Offer("rank 0", "trainer", version, 100))
+            await queue._copying
+        for node in ("other", "head"):
+            await queue.publish_offer(Offer("rank 0", node, 9, 100))
+        assert queue._weights.version == 10
+        await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
+    assert fake_ray.held == [("decoder", "pack 9 of trainer"), ("decoder", "pack 10 of trainer")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.kv_cache import SPARE, SlotCache
 from opdlm.actors.rollout.places import LEAST_SLACK, arrange, widths_of
 from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.rollout.slots import Slots
 from opdlm.common.errors import OpdlmError
+from opdlm.common.grid import BlockGrid
 from tests.oracles import uncached_decode
 from tests.tiny import EOS, FORMS_AND_GRIDS, MASK, request, tiny_model
 
@@ -251,3 +254,17 @@ def test_slots_are_sorted_only_if_their_order_costs_more_than_sorting(monkeypatc
         for ours in ended:
             asked = request((3, 70, 5)[ours.index], ours.index, 20)
             assert ours.response_ids.tolist() == uncached_decode(MODEL, how, MASK, set(), asked)[0]
+
+
+def test_a_sort_that_finds_no_room_puts_nothing_back() -> None:
+    """Four slots fill the cache in an order that wastes much attention; sorted, they would need more room."""
+    slots, ends = Slots(4, MASK, torch.zeros(0, 0), 0), np.array([300, 4000, 300, 4000])
+    slots.enlarge(4, 8192)
+    slots.refill([request(int(end) - 4, i, 4192) for i, end in enumerate(ends)], BlockGrid(4, "response"), 0.9)
+    moved: list[int] = []
+    cache = SimpleNamespace(positions=int((ends + 20).sum()), move=lambda *of: moved.append(1))
+    slots._widths[:4] = ends + 20
+    slots._bases[:4] = np.cumsum(ends + 20) - (ends + 20)
+    assert all(slots.arrange(cache, 1 / 16, sorts=True) for _ in range(400))
+    assert not moved
+    assert slots._wasted > slots_module._SORT_COST * ends.sum(), "a sort is due"

@@ -178,3 +178,60 @@ def test_a_run_that_goes_back_drops_what_is_being_decoded(start, student) -> Non
         harvest_all(actor, 2)
     forgetting.join(timeout=PATIENCE)
     assert (actor._version, actor._stream.busy) == (-1, False)
+
+
+def test_a_version_that_is_being_fetched_when_the_run_goes_back_does_not_arrive(start, student, monkeypatch) -> None:
+    actor, there, go = start(), threading.Event(), threading.Event()
+
+    def slow(handle: WeightHandle) -> object:
+        there.set()
+        assert go.wait(timeout=PATIENCE)
+        return handle.pack[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("opdlm.actors.rollout.actor._fetch", slow)
+        late = threading.Thread(target=actor.load_weights, args=(weights(student, 12)[1],))
+        late.start()
+        assert there.wait(timeout=PATIENCE)
+        actor.forget_weights()
+        go.set()
+        late.join(timeout=PATIENCE)
+    actor.load_weights(weights(student, 10)[1])
+    assert actor._version == 10
+
+
+def test_weights_that_cannot_be_loaded_are_told_to_whoever_asks_next(start, student, monkeypatch) -> None:
+    actor = start()
+    actor.open_stream(SETTINGS, 2, 1)
+    tried = threading.Event()
+
+    def broken(model: object, pack: object) -> None:
+        tried.set()
+        raise OpdlmError("the checksum differs")
+
+    monkeypatch.setattr("opdlm.actors.rollout.student.load_weights", broken)
+    actor.add(requests_of(student, [8]), weights(student, 1)[1])
+    assert tried.wait(timeout=PATIENCE)
+    with pytest.raises(OpdlmError, match="the checksum differs"):
+        actor.harvest(eager=True)
+
+
+def test_what_has_ended_leaves_while_an_evaluation_runs(start, student) -> None:
+    actor, there, go = start(), threading.Event(), threading.Event()
+    actor.open_stream(SETTINGS, 2, 1)
+    stream = actor._stream
+    actor.add(requests_of(student, [4, 64]), weights(student, 0)[1])
+    while not stream._outbox:
+        pass
+
+    def evaluate(model: object, mask_id: int) -> None:
+        there.set()
+        assert go.wait(timeout=PATIENCE)
+
+    asking = threading.Thread(target=actor.use_student, args=(evaluate, None))
+    asking.start()
+    assert there.wait(timeout=PATIENCE)
+    trajectories, _ = actor.harvest(eager=False)
+    assert [t.index for t in trajectories] == [0]
+    go.set()
+    asking.join(timeout=PATIENCE)

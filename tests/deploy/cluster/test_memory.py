@@ -66,17 +66,20 @@ def test_a_mask_token_that_conversion_adds_is_counted(tmp_path, tied) -> None:
     assert model_size(folder).with_rows(1, tied) == model_size(tmp_path / "student")
 
 
-@pytest.mark.parametrize(("prompts_per_round", "actors", "slots"), [(8, 1, 4), (8, 3, 3)])
-def test_the_cache_is_at_least_what_a_decoder_allocates(tmp_path, prompts_per_round, actors, slots) -> None:
-    """The slots are the batch, or fewer if an actor's part of a round does not fill it."""
+@pytest.mark.parametrize(("prompts_per_round", "staleness", "slots"), [(8, 0, 4), (3, 0, 3), (3, 1, 4)])
+def test_the_cache_is_at_least_what_a_decoder_allocates(tmp_path, prompts_per_round, staleness, slots) -> None:
+    """The slots are the batch, or fewer if all requests in the making do not fill it: one actor may have them all."""
     model = tiny_model()
     model.save_pretrained(tmp_path)
-    settings = {"actors": actors, "prompts_per_round": prompts_per_round, "batch_size": 4, "max_new_tokens": 12}
+    settings = {"actors": 3, "prompts_per_round": prompts_per_round, "batch_size": 4, "max_new_tokens": 12}
     config = config_with(
-        model={"teacher": "t", "dtype": "float32"}, rollout=settings, learner={"batch_size": 1, "workers": 1}
+        model={"teacher": "t", "dtype": "float32"},
+        rollout=settings,
+        queue={"max_staleness": staleness},
+        learner={"batch_size": 1, "workers": 1},
     )
     requests = [request(length, index=length, limit=12) for length in (3, 9, 14)] + [request(6, index=99, limit=12)]
-    requests = requests[: -(-prompts_per_round // actors)]
+    requests = requests[:slots]
     decoder = BlockDecoder(model, DecodeSettings.from_config(config.rollout), MASK, (EOS,), batch_size=4)
     decoder.decode(requests)
     a_position = SlotCache(model, 1).nbytes - SlotCache(model, 0).nbytes
@@ -261,14 +264,14 @@ def test_weights_that_are_read_from_the_learner_are_on_its_gpu(tmp_path) -> None
 
 
 @pytest.mark.parametrize(
-    ("on_new_weights", "bound", "tokens"),
-    # 4 slots: all prompts of 40 tokens, as many as the bound allows, one alone; with `continue`, all 100 tokens of each
-    [("finish", 1000, 160), ("finish", 120, 120), ("finish", 10, 40), ("continue", 1000, 400)],
+    ("bound", "tokens"),
+    # 4 slots of sequences of up to 100 tokens: all of them, as many as the bound allows, one alone
+    [(1000, 400), (120, 120), (10, 100)],
 )
-def test_a_prefill_has_a_bounded_size(tmp_path, monkeypatch, on_new_weights, bound, tokens) -> None:
+def test_a_prefill_has_a_bounded_size(tmp_path, monkeypatch, bound, tokens) -> None:
     monkeypatch.setattr("opdlm.deploy.cluster.memory.PREFILL_TOKENS", bound)
     tiny_model().save_pretrained(tmp_path)
-    rollout = {"batch_size": 4, "prompts_per_round": 8, "on_new_weights": on_new_weights}
-    config = config_with(rollout=rollout, queue={"max_staleness": 1}, learner={"batch_size": 1})
+    rollout = {"batch_size": 4, "prompts_per_round": 8}
+    config = config_with(rollout=rollout, learner={"batch_size": 1})
     terms = by_name(rollout_memory(config, model_size(tmp_path), LENGTHS).terms)
     assert terms["activations"] == tokens * (2 * 16 + 3 * 32) * 2

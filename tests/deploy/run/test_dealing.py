@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,9 +158,7 @@ def test_what_nobody_awaits_any_more_is_not_decoded_to_its_end() -> None:
 
     async def scenario() -> None:
         actor = SlotRollout(4, lambda i: 1000)
-        pool = ActorPool({"rollout-0": Remote(actor, asyncio.get_running_loop())}, 1e6, 0)
-        records = SimpleNamespace(progress=RunProgress(), streamed=lambda name, report: None)
-        dealer = Dealer(pool, records, DecodeSettings(), 4, 1)
+        dealer = dealer_of(actor)
         weights = WeightHandle(0, [], 0)
         awaited = [asyncio.ensure_future(dealer.decode(request(3, i), weights)) for i in range(7)]
         await asyncio.sleep(10)
@@ -170,5 +169,66 @@ def test_what_nobody_awaits_any_more_is_not_decoded_to_its_end() -> None:
         assert (actor.live, len(actor.inbox), await dealer.room()) == ({}, 0, 5)
         actor.length = lambda i: 3
         assert (await dealer.decode(request(3, 7), weights)).index == 7
+
+    virtual_time.run(scenario())
+
+
+def dealer_of(
+    *actors: SlotRollout, seconds: float = 1e6, streamed: Callable[..., None] = lambda name, report: None
+) -> Dealer:
+    """Deals to actors of 4 slots. `seconds`: longest wait for an answer, or for an actor to be ready."""
+    loop = asyncio.get_running_loop()
+    pool = ActorPool({f"rollout-{i}": Remote(actor, loop) for i, actor in enumerate(actors)}, seconds, 0)
+    return Dealer(pool, SimpleNamespace(progress=RunProgress(), streamed=streamed), DecodeSettings(), 4, 1)
+
+
+def test_an_actor_that_dies_while_it_has_nothing_to_do_has_no_room() -> None:
+    """A push finds it dead, and Ray has no place to restart it."""
+
+    class Stuck(SlotRollout):
+        async def ready(self) -> None:
+            await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        actor, weights = Stuck(4, lambda i: 3), WeightHandle(0, [], 0)
+        dealer = dealer_of(actor, seconds=100)
+        await dealer.decode(request(3, 0), weights)
+        actor.die()
+        await dealer._actors.broadcast("load_weights", WeightHandle(1, [], 0))
+        for awaited in (dealer.room(), dealer.decode(request(3, 1), weights)):
+            with pytest.raises(OpdlmError, match="rollout-0: none was ready within 100 s"):
+                await awaited
+
+    virtual_time.run(scenario())
+
+
+def test_whatever_goes_wrong_in_the_driver_nobody_waits_for_ever() -> None:
+    def full(name: str, report: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def scenario() -> None:
+        dealer, weights = dealer_of(SlotRollout(2, lambda i: 3 + 10 * i), streamed=full), WeightHandle(0, [], 0)
+        both = await asyncio.gather(*(dealer.decode(request(3, i), weights) for i in range(2)), return_exceptions=True)
+        assert any(isinstance(answer, OSError) for answer in both)
+        with pytest.raises(OSError, match="No space left"):
+            await dealer.decode(request(3, 2), weights)
+
+    virtual_time.run(scenario())
+
+
+def test_an_actor_that_must_end_its_sequences_before_it_begins_others_gets_none() -> None:
+    """`finish`: the new weights wait for one long sequence; the other actor decodes the whole next round meanwhile."""
+
+    async def scenario() -> None:
+        dealer = dealer_of(SlotRollout(4, lambda i: 1000 if i == 0 else 10), SlotRollout(4, lambda i: 10))
+        first = [asyncio.ensure_future(dealer.decode(request(3, i), WeightHandle(0, [], 0))) for i in range(6)]
+        await asyncio.sleep(5)
+        new = WeightHandle(1, [], 0)
+        pushing = asyncio.ensure_future(dealer._actors.broadcast("load_weights", new))
+        await asyncio.wait(first[1:])
+        second = [asyncio.ensure_future(dealer.decode(request(3, i), new)) for i in range(6, 14)]
+        await asyncio.sleep(100)
+        assert [one.done() for one in second] == [True] * 8
+        await asyncio.gather(first[0], pushing)
 
     virtual_time.run(scenario())

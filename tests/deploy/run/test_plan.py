@@ -13,7 +13,8 @@ from opdlm.deploy.run.preflight import preflight
 from tests.deploy.cli.test_cli import opdlm, run_file  # noqa: F401  (a fixture)
 
 
-def test_the_command_prints_and_writes_the_same(run_file, tmp_path) -> None:  # noqa: F811
+def test_the_command_prints_and_writes_the_same(run_file, tmp_path, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)  # a cluster of other tests
     text = opdlm("plan", run_file, "--set", "rollout.actors=3", "--set", "learner.workers=2")
     assert "samples" in text
     assert "nothing was started; the run directory" in text

@@ -6,6 +6,7 @@ import asyncio
 
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import RayError
 
 from opdlm.actors.pool import ActorPool
 from opdlm.actors.teacher.actor import ScoreStats
@@ -92,5 +93,56 @@ def test_a_batch_is_of_one_round_the_oldest_first() -> None:
         await asyncio.gather(*(score(index) for index in (4, 8, 9, 5, 6, 10, 7)))
         assert [len(batch) for batch in teacher.batches] == [4, 3]
         assert ends[:4] == [4, 5, 6, 7]
+
+    virtual_time.run(scenario())
+
+
+def test_a_trajectory_that_comes_in_the_turn_of_the_last_answer_is_scored() -> None:
+    class Teachers:
+        serving = 1
+
+        def __init__(self) -> None:
+            self.answers: list[asyncio.Future[None]] = []
+
+        async def call_late(self, method, arguments):
+            (places, *_), _ = arguments()
+            self.answers.append(asyncio.get_running_loop().create_future())
+            await self.answers[-1]
+            return ["sample"] * len(places), ScoreStats(1, 1, 0.1, 1, ((1, 1),) * len(places))
+
+    async def scenario() -> None:
+        teachers, decoded = Teachers(), asyncio.get_running_loop().create_future()
+        scoring = Scoring(teachers, _Records(), per_reference=1, batch_tokens=100, round_size=4)
+
+        async def sample() -> None:
+            await decoded
+            await scoring.score(Decoded("group", 1, 1, (1, 1), 0))
+
+        waiting = asyncio.gather(scoring.score(Decoded("group", 0, 0, (1, 1), 0)), sample())
+        await asyncio.sleep(0.01)
+        teachers.answers[0].set_result(None)
+        decoded.set_result(None)
+        await asyncio.sleep(0.01)
+        teachers.answers[1].set_result(None)
+        await waiting
+
+    asyncio.run(scenario())
+
+
+def test_only_the_trajectories_that_are_lost_fail_and_those_of_other_groups_are_scored() -> None:
+    class Teacher(_Teacher):
+        async def score(self, places, per_reference, watch, *groups):
+            if "lost" in groups:
+                raise RayError("the object is lost")
+            return await super().score(places, per_reference, watch, *groups)
+
+    async def scenario() -> None:
+        pool = ActorPool({"teacher-0": Remote(Teacher(), asyncio.get_running_loop())}, 1e6, 0)
+        scoring = Scoring(pool, _Records(), per_reference=2, batch_tokens=1000, round_size=8)
+        kept = tuple((i, (5, 6)) for i in range(3))
+        trajectories = [Decoded(kept, 0, 0, (5, 6), 0), Decoded("lost", 0, 3, (5, 6), 0)]
+        trajectories += [Decoded(kept, i, i, (5, 6), 0) for i in (1, 2)]
+        samples = await asyncio.gather(*map(scoring.score, trajectories), return_exceptions=True)
+        assert [isinstance(sample, RayError) for sample in samples] == [False, True, False, False]
 
     virtual_time.run(scenario())
