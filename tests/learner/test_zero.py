@@ -16,6 +16,7 @@ from opdlm.common.grid import BlockGrid
 from opdlm.learner.distill import DistillModule
 from opdlm.learner.lora import add_adapters, merged_parameters
 from opdlm.learner.packing import collate
+from opdlm.learner.policy_gradient import gather_policy, is_left_out
 from opdlm.learner.rows import build_rows
 from opdlm.learner.targets import gather_targets
 from tests.learner import zero_ranks
@@ -95,6 +96,34 @@ def test_two_ranks_equal_one_plain_process(results, plain, plain_tied, stage, ki
         assert mine[2:] == reference[2:]
     for name, weight in plain["weights"].items():
         torch.testing.assert_close(ours["weights"][name], weight, rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_policy_gradient_on_two_ranks_equals_one_plain_process(results, stage) -> None:
+    """All rows in one batch, one mean over all tokens of the step, torch's AdamW."""
+    student = zero_ranks.student().train()
+    module = DistillModule(student, zero_ranks.POLICY, 1000)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=zero_ranks.RATE, weight_decay=0.0)
+    ours = results[f"policy-{stage}"]
+    for batch, mine, figures in zip(zero_ranks.policy_batches(), ours["figures"], ours["policy"], strict=True):
+        kept = [scored for scored in batch if not is_left_out(scored)]
+        rng = np.random.default_rng(0)
+        rows = [r for one in kept for r in build_rows(one, BlockGrid(4), zero_ranks.POLICY, MASK, rng)]
+        rows = [row for row in rows if len(row.loss_positions)]
+        tokens = sum(one.trajectory.response_length for one in kept)
+        positions, weights = gather_policy(rows, zero_ranks.DRAWS), torch.full((tokens,), 1 / tokens)
+        loss, _ = module(collate(rows), positions, weights)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
+        optimizer.step()
+        assert mine[:2] == pytest.approx((loss.item(), norm.item()), rel=1e-4)
+        assert mine[2:] == (len(rows), tokens)
+        expected = positions.figures(zero_ranks.POLICY, weights)
+        assert figures == pytest.approx(expected, rel=1e-4)
+        assert 0 < expected["clipped_share"] < 1, "the clip takes effect"
+    for name, weight in student.named_parameters():
+        torch.testing.assert_close(ours["weights"][name], weight.detach(), rtol=1e-3, atol=2e-4, msg=name)
 
 
 @pytest.mark.parametrize("name", ["zero-1", "zero-2", "zero-3", "bf16", "lora-2", "lora-3"])

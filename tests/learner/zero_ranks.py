@@ -14,15 +14,18 @@ import torch.distributed as dist
 from opdlm.actors.teacher.scoring import score
 from opdlm.common.config.schema import LearnerConfig, LoraConfig, ObjectiveConfig
 from opdlm.common.grid import BlockGrid
-from opdlm.common.types import ScoredTrajectory
+from opdlm.common.types import PolicyTargets, ScoredTrajectory
 from opdlm.learner.distill import DistillModule
 from opdlm.learner.lora import add_adapters, save_adapter
+from opdlm.learner.policy_gradient import Draws
 from opdlm.learner.train_step import TrainStep
 from tests.tiny import MASK, tiny_model, trajectory
 
 RATE, STEPS, SAVED_AFTER = 1e-2, 4, 2
 LORA = LoraConfig(rank=3, alpha=6, target_modules=["q_proj", "o_proj", "down_proj"])
 OBJECTIVE = ObjectiveConfig(exclude_eos=False, selection="all_states")
+POLICY = ObjectiveConfig(kind="rl", clip_low=0.2, clip_high=0.3, kl_beta=0.1)
+DRAWS = Draws(temperature=0.8, never=(MASK, 0))
 
 
 def student(dtype: str = "float32", tied: bool = False):
@@ -63,6 +66,22 @@ def batches() -> list[list[ScoredTrajectory]]:
     return result
 
 
+def policy_batches() -> list[list[ScoredTrajectory]]:
+    """The same batches for a policy gradient: drawn by other weights than the student's, one in five left out."""
+    rng, result = np.random.default_rng(1), []
+    for batch in batches():
+        samples = []
+        for place, scored in enumerate(batch):
+            kept = len(scored.trajectory.response_ids)
+            old, reference = rng.uniform(-5, -1, (2, kept)).astype(np.float32)
+            drawn = replace(scored.trajectory, reveal_logprob=old)
+            advantage = None if place == 1 else float(rng.normal())
+            targets = PolicyTargets(advantage, reference[: drawn.response_length])
+            samples.append(ScoredTrajectory(drawn, targets))
+        result.append(samples)
+    return result
+
+
 def with_nan(sample: ScoredTrajectory) -> ScoredTrajectory:
     """The same sample with NaN as the teacher's hidden states."""
     hidden = sample.targets.hidden.copy()
@@ -70,10 +89,10 @@ def with_nan(sample: ScoredTrajectory) -> ScoredTrajectory:
     return replace(sample, targets=replace(sample.targets, hidden=hidden))
 
 
-def make_step(engine, config: LearnerConfig) -> TrainStep:
+def make_step(engine, config: LearnerConfig, objective: ObjectiveConfig = OBJECTIVE) -> TrainStep:
     """The step under test, with the teacher's output matrix."""
     head = tiny_model(1).lm_head.weight.detach()
-    return TrainStep(engine, config, OBJECTIVE, BlockGrid(4), MASK, head, seed=0)
+    return TrainStep(engine, config, objective, BlockGrid(4), MASK, head, seed=0, draws=DRAWS)
 
 
 def run_rank(rank: int, world: int, port: int, folder: str) -> None:
@@ -129,6 +148,14 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
         train(f"zero-{stage}-resumed", stage, "float32", SAVED_AFTER, root / f"from-{stage}", None)
         train(f"zero-{stage}-resumed-as-{other}", other, "float32", SAVED_AFTER, root / f"from-{stage}", None)
         train(f"tied-{stage}", stage, "float32", 0, None, None, tied=True)
+        config = learner_config(stage, world, micro_batch_tokens=40)
+        step = make_step(zero.initialise(DistillModule(student(), POLICY, 3), config, "float32"), config, POLICY)
+        outcomes = [step(batch[rank::world], batch[0], RATE) for batch in policy_batches()]
+        results[f"policy-{stage}"] = {
+            "figures": [(o.loss, o.grad_norm, o.rows, o.loss_positions) for o in outcomes],
+            "policy": [o.policy for o in outcomes],
+            "weights": {n: p.clone() for n, p in zero.full_parameters(step.engine)},
+        }
     train("tied-lora", 3, "float32", 0, None, None, lora=True, tied=True)
     for stage, dtype in ((1, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16")):
         config = learner_config(stage, world, micro_batch_tokens=40)
