@@ -49,7 +49,7 @@ data/everyday.jsonl: | $(VENV)/.installed
 # Runs one stage, or goes on with it; a finished stage is kept. $(1): name of its folder, $(2): run file, $(3): settings.
 STAGE = @if [ ! -e runs/rerank/$(1)/student ]; then printf '%s  %s\n' "$$(date +%H:%M:%S)" "rerank: $(1)"; \
 	$(BIN)/opdlm train deploy/rerank-$(2).yaml --set run.dir=runs/rerank/$(1) $(3) \
-	$$(if [ -e runs/rerank/$(1)/checkpoints ]; then echo --resume; fi); fi
+	$$(if [ -e runs/rerank/$(1)/config.yaml ]; then echo --resume; fi); fi
 RERANKERS = AR=models/rerank-teacher converted=models/rerank-converted CFT=runs/rerank/cft/student \
 	CFT+OPD=runs/rerank/opd/student RL=runs/rerank/rl/student
 
@@ -62,7 +62,7 @@ rerank: $(VENV)/.installed models/rerank-converted  ## A re-ranker in three stag
 rerank-more: rerank  ## What each stage is for: rl without opd, opd without cft, a reward for validity alone.
 	$(call STAGE,rl-without-opd,rl,--set model.student=runs/rerank/cft/student)
 	$(call STAGE,opd-without-cft,opd,--set model.student=models/rerank-converted)
-	$(call STAGE,rl-validity,rl,--set reward.validity_bonus=1.0)
+	$(call STAGE,rl-validity,rl,--set reward.validity_alone=true)
 	@$(BIN)/opdlm rerank-report $(RERANKERS) CFT+RL=runs/rerank/rl-without-opd/student \
 		OPD=runs/rerank/opd-without-cft/student validity=runs/rerank/rl-validity/student \
 		--task rerank --problems 3000 --out runs/rerank/report-more.json

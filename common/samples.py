@@ -59,7 +59,8 @@ def response_token_bytes(config: OpdlmConfig, width: int, vocabulary: int) -> in
         "topk": 8 * teacher.top_k,
         "logits": 4 * vocabulary,
     }
-    return TRAJECTORY_BYTES + (8 if config.objective.kind == "cft" else target_bytes[teacher.targets])
+    without_teacher = {"cft": 8, "rl": 8}  # one token with its log-probability; two log-probabilities
+    return TRAJECTORY_BYTES + without_teacher.get(config.objective.kind, target_bytes[teacher.targets])
 
 
 def sample_refs(groups: Sequence[Any], size: int, lengths: Sequence[tuple[int, int]]) -> list[SampleRef]:

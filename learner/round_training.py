@@ -137,6 +137,10 @@ class RoundTrainer:
             GiveUp: more than `learner.max_skipped_steps` in a row were skipped.
         """
         trained_on = {"samples": indices, "pass_number": pass_number}
+        if not result.rows:
+            reason = "no response has a token to learn from (of `rl`: in each group all rewards are equal)"
+            self.tell(kind="skipped_step", steps=1, in_a_row=0, reason=reason, **trained_on)
+            return
         if not result.skipped:
             self._skipped_in_a_row = 0
             kl = {"forward_kl_nats": result.loss} if self.config.objective.loss_is_forward_kl else {}

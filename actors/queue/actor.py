@@ -37,9 +37,11 @@ class ReplayQueueActor(ProgressBoard):
     Its arguments are those of `ReplayQueue`.
     """
 
-    def __init__(self, prompts_per_round: int, max_staleness: int, total: int, first_round: int) -> None:
+    def __init__(
+        self, prompts_per_round: int, max_staleness: int, total: int, first_round: int, group: int = 1
+    ) -> None:
         super().__init__()
-        self._queue = ReplayQueue(prompts_per_round, max_staleness, total, first_round)
+        self._queue = ReplayQueue(prompts_per_round, max_staleness, total, first_round, group)
         self._weights: WeightHandle | None = None
         self._second_copy = SecondCopy()
         self._copying: asyncio.Task[None] | None = None
@@ -68,7 +70,9 @@ class ReplayQueueActor(ProgressBoard):
     # --- called by the driver ------------------------------------------------------------------------------
 
     async def lease(self, most: int) -> list[int]:
-        """Waits for free slots or lost samples; returns at most `most` sample indices to decode, or none at the end.
+        """Waits for free slots or lost samples; returns about `most` sample indices to decode, or none at the end.
+
+        The responses to one prompt are leased together.
 
         After a requested stop, it leases lost samples only: they are needed to finish the round that was begun. The
         list is empty once the learner has ended.
@@ -190,9 +194,17 @@ class ReplayQueueActor(ProgressBoard):
         return time.monotonic() - self._driver_heard
 
     async def remade_sample(self, index: int, lost: Any) -> Any:
-        """Reports that the data of a sample is gone; waits until the sample was made again and returns the new one."""
+        """Reports that the data of a sample is gone; waits until the sample was made again and returns the new one.
+
+        Other responses to its prompt whose data is in the same list are gone with it.
+        """
         if self._queue.lose(index, lost):
-            self._samples_made_again += 1
+            gone = [index]
+            for other in self._queue.group_of(index):
+                sample = self._queue.sample(other)
+                if sample is not None and sample.group == lost.group and self._queue.lose(other, sample):
+                    gone.append(other)
+            self._samples_made_again += len(gone)
             self._wake()
         await self._until(lambda: self._queue.sample(index) is not None)
         return self._queue.sample(index)
@@ -274,12 +286,14 @@ class ReplayQueueActor(ProgressBoard):
         self._changed = asyncio.Event()
 
 
-def start_queue(prompts_per_round: int, max_staleness: int, total: int, first_round: int, name: str = NAME) -> Any:
+def start_queue(
+    prompts_per_round: int, max_staleness: int, total: int, first_round: int, group: int = 1, name: str = NAME
+) -> Any:
     """Starts the queue actor on the driver's node, whose death ends the run anyway, and returns its handle."""
     # All waiting calls run at the same time: those of the ranks, and those whose callers gave up or died.
     actor = ray.remote(num_cpus=0, max_concurrency=10_000)(ReplayQueueActor)
     # With `soft=True`, Ray 2.60 placed the actor on another node although this one had room.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return actor.options(name=name, scheduling_strategy=here).remote(
-        prompts_per_round, max_staleness, total, first_round
+        prompts_per_round, max_staleness, total, first_round, group
     )

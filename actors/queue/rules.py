@@ -34,9 +34,13 @@ class ReplayQueue:
         max_staleness: number of rounds by which decoding may run ahead of training.
         total: number of samples in the run.
         first_round: round to begin with (after a resume); all rounds before it are trained.
+        group: samples that are leased together, the responses to one prompt. Divides N and `total`.
     """
 
-    def __init__(self, prompts_per_round: int, max_staleness: int, total: int, first_round: int = 0) -> None:
+    def __init__(
+        self, prompts_per_round: int, max_staleness: int, total: int, first_round: int = 0, group: int = 1
+    ) -> None:
+        self.group = group
         self.prompts_per_round = prompts_per_round
         self.max_staleness = max_staleness
         self.total = total
@@ -129,10 +133,14 @@ class ReplayQueue:
     def lease(self, most: int) -> list[int]:
         """Leases the next samples to decode, in order: as many as slots are free, at most `most`; may be empty.
 
-        Lost samples come first: they still have their slots, and the learner waits for them.
+        Lost samples come first: they still have their slots, and the learner waits for them. The last group is leased
+        whole, even if that makes more than `most`.
         """
-        again, self._lost = self._lost[:most], self._lost[most:]
-        indices = list(range(self._next_index, self._next_index + min(most - len(again), self.free_slots)))
+        groups = {index // self.group for index in self._lost[:most]}
+        again = [index for index in self._lost if index // self.group in groups]
+        self._lost = [index for index in self._lost if index // self.group not in groups]
+        more = -(-max(most - len(again), 0) // self.group) * self.group
+        indices = list(range(self._next_index, self._next_index + min(more, self.free_slots)))
         self._next_index += len(indices)
         self._leased.update(again + indices)
         return again + indices
@@ -147,6 +155,11 @@ class ReplayQueue:
         del self._samples[index]
         self._lost.append(index)
         return True
+
+    def group_of(self, index: int) -> range:
+        """The samples of the same prompt."""
+        first = index - index % self.group
+        return range(first, first + self.group)
 
     def sample(self, index: int) -> Any:
         """The accepted sample of an index; None while there is none, or once a checkpoint covers it."""

@@ -17,7 +17,6 @@ from opdlm.common.config.method import Advantage
 from opdlm.common.config.reward import RewardConfig
 from opdlm.common.data.reranking import Failure, Reference, RerankCase, read_answer
 from opdlm.common.errors import OpdlmError
-from opdlm.common.model.facts import read_facts
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.common.rewards import Attempt, advantages, make_reward
 from opdlm.common.types import PolicyTargets, ScoredTrajectory, Trajectory
@@ -46,7 +45,7 @@ class RewardActor:
     """
 
     def __init__(self, student: str, config: RewardConfig, advantage: Advantage) -> None:
-        self._tokenizer, self._eos_ids = load_tokenizer(student), read_facts(student).eos_ids
+        self._tokenizer = load_tokenizer(student)
         self._config, self._advantage = config, advantage
         self._reward = make_reward(config)
 
@@ -101,13 +100,11 @@ class RewardActor:
             raise OpdlmError(
                 f"{where}: the reward took more than reward.time_limit_seconds {limit:g}; make it faster, or raise it"
             ) from None
-        except Exception as error:  # the function is the user's: it may raise anything
-            if self._config.kind != "python":
-                raise
+        except (Exception, SystemExit) as error:  # the function is the user's: it may raise anything
             place = traceback.extract_tb(error.__traceback__)[-1]
+            name = self._config.function or f"reward.kind `{self._config.kind}`"
             raise OpdlmError(
-                f"{where}: {self._config.function}: {type(error).__name__}: {error} (line {place.lineno} of "
-                f"{place.filename})"
+                f"{where}: {name}: {type(error).__name__}: {error} (line {place.lineno} of {place.filename})"
             ) from error
         if isinstance(value, bool | int | float | np.number) and math.isfinite(value):
             return float(value)

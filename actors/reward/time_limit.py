@@ -8,9 +8,12 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+_AGAIN_SECONDS = 1.0
+"""Time after which code that went on after the limit is interrupted again."""
 
-class TookTooLong(Exception):
-    """The limit is over."""
+
+class TookTooLong(BaseException):
+    """The limit is over. No `Exception`, so that `except Exception` in the code that took too long lets it pass."""
 
 
 @contextlib.contextmanager
@@ -25,7 +28,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise TookTooLong
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_SECONDS)
     try:
         yield
     finally:

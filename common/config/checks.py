@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from opdlm.common.config.data import check_sources, has_responses
 from opdlm.common.config.policy import check_policy_gradient
 from opdlm.common.config.schema import OpdlmConfig, Schedule
+from opdlm.common.config.teacher import check_teacher
 from opdlm.common.config.values import no_texts, secrets
 from opdlm.common.errors import ConfigError
 
@@ -28,8 +29,7 @@ def check_config(config: OpdlmConfig) -> None:
         _model,
         _objective,
         _rollout,
-        _teacher,
-        _targets,
+        check_teacher,
         _learner,
         _curriculum,
         _resources,
@@ -121,6 +121,11 @@ def _objective(config: OpdlmConfig) -> Iterator[str]:
                 "`off_policy_kd`) have weights, so leave it out"
             )
         return
+    if config.rollout.responses_per_prompt > 1:
+        yield (
+            f"rollout.responses_per_prompt: found {config.rollout.responses_per_prompt} with objective.kind "
+            f"{objective.kind!r}, which has one given response to each prompt; leave it at 1"
+        )
     if objective.resolved_selection != "random_mask":
         yield (
             f"objective.selection: found {objective.selection!r} with objective.kind {objective.kind!r}, whose given "
@@ -161,62 +166,6 @@ def _rollout(config: OpdlmConfig) -> Iterator[str]:
             )
     if rollout.cuda_graphs and rollout.gpus_per_actor == 0:
         yield "rollout.cuda_graphs: found true with rollout.gpus_per_actor 0; reserve a GPU, or leave cuda_graphs out"
-
-
-def _teacher(config: OpdlmConfig) -> Iterator[str]:
-    teacher = config.teacher
-    if teacher.backend == "vllm":
-        if teacher.targets != "topk" and config.objective.kind != "cft":  # `cft` asks for no scores
-            yield (
-                f"teacher.targets: found `{teacher.targets}` with teacher.backend `vllm`, which gives top-K "
-                f"log-probabilities only; set it to `topk` (with objective.top_k of 1 to {teacher.top_k}), or the "
-                "backend to `transformers`"
-            )
-        if teacher.device_map != "none":
-            yield (
-                f"teacher.device_map: found `{teacher.device_map}` with teacher.backend `vllm`; use it with "
-                "`transformers`, vLLM spreads the teacher over GPUs by teacher.tensor_parallel"
-            )
-        if max(teacher.gpus_per_actor, teacher.tensor_parallel) > 1 and (
-            teacher.gpus_per_actor != teacher.tensor_parallel
-        ):
-            yield (
-                f"teacher.tensor_parallel: found {teacher.tensor_parallel} with teacher.gpus_per_actor "
-                f"{teacher.gpus_per_actor:g}; an actor uses the GPUs that it reserves, so give both the same number"
-            )
-    elif teacher.tensor_parallel > 1:
-        yield (
-            f"teacher.tensor_parallel: found {teacher.tensor_parallel} with teacher.backend `transformers`; set the "
-            "backend to `vllm`, or teacher.device_map to `auto`"
-        )
-    elif teacher.gpus_per_actor > 1 and teacher.device_map == "none":
-        yield (
-            f"teacher.gpus_per_actor: found {teacher.gpus_per_actor:g} with teacher.device_map `none`, which uses one "
-            "GPU; set teacher.device_map to `auto`"
-        )
-
-
-def _targets(config: OpdlmConfig) -> Iterator[str]:
-    objective, teacher = config.objective, config.teacher
-    if teacher.targets == "topk" and objective.kind != "cft":
-        if objective.top_k == 0:
-            yield (
-                "teacher.targets: found `topk` with objective.top_k 0 (full vocabulary); set objective.top_k to "
-                f"{teacher.top_k} or teacher.targets to `hidden`"
-            )
-        elif objective.top_k > teacher.top_k:
-            yield (
-                f"objective.top_k: found {objective.top_k}, more than the {teacher.top_k} that the teacher sends "
-                "(teacher.top_k); give at most that number"
-            )
-    if objective.teacher_temperature != 1 and (objective.kind == "cft" or teacher.targets == "topk"):
-        where = "objective.kind `cft`" if objective.kind == "cft" else "teacher.targets `topk`"
-        yield (
-            f"objective.teacher_temperature: found {objective.teacher_temperature:g} with {where}, which has no logits "
-            "of the teacher; leave it at 1, or use objective.kind `opd` with teacher.targets `hidden`"
-        )
-    if objective.tail == "bucket" and objective.top_k == 0:
-        yield "objective.tail: `bucket` needs objective.top_k > 0; found 0, the full vocabulary, which has no tail"
 
 
 def _learner(config: OpdlmConfig) -> Iterator[str]:

@@ -35,9 +35,10 @@ class RewardConfig(Section):
     time_limit_seconds: Annotated[Number, Field(gt=0)] = 10.0
     """With `kind: python`, the longest time of one call. A call that takes longer ends the run with an error that names
     the sample."""
-    validity_bonus: Annotated[Number, Field(ge=0)] = 0.0
-    """With `kind: rerank`, a reward for every valid answer, whatever its order. It teaches the model to copy the input
-    order, and is there to show that. 0: none, as in the paper."""
+    validity_alone: bool = False
+    """With `kind: rerank`, every valid answer gets the 0.2 of METHOD.md section 10, whether the target rose or not. It
+    teaches the model to copy the input order, and is there to show that. `false`: only where the target rose, or was
+    first and stays first, as in the paper."""
     actors: PositiveInt = 1
     """Number of reward actors."""
     reference_actors: PositiveInt = 1

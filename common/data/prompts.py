@@ -19,7 +19,7 @@ from opdlm.common.config.data import DataConfig, source_data, source_names
 from opdlm.common.data.chat import EMPTY, ChatRefused, ChatTemplate
 from opdlm.common.data.conversation import blank_message
 from opdlm.common.data.mixture import SourceShare, epoch_prompts
-from opdlm.common.data.reranking import Reference
+from opdlm.common.data.reranking import Reference, RerankCase
 from opdlm.common.data.rows import Row, read_rows
 from opdlm.common.data.unknown import UnknownCharacters
 from opdlm.common.errors import ConfigError
@@ -228,7 +228,10 @@ def _digest(prompts: Sequence[Prompt], shares: Sequence[SourceShare]) -> str:
     for share in shares:
         running.update(repr((share.name, share.weight)).encode())
     for prompt in prompts:
-        running.update(repr((prompt.prompt_id, prompt.domain, prompt.max_new_tokens)).encode())
+        known: tuple[object, ...] = (prompt.prompt_id, prompt.domain, prompt.max_new_tokens)
+        if isinstance(prompt.reference, RerankCase):  # a text is the response, which counts below
+            known += (prompt.reference.candidates, prompt.reference.target)
+        running.update(repr(known).encode())
         for ids in (prompt.ids, prompt.response):
             if ids is not None:
                 running.update(len(ids).to_bytes(4, "little") + ids.tobytes())

@@ -71,18 +71,18 @@ def read_answer(case: RerankCase, response: str, has_ended: bool) -> RerankAnswe
     return RerankAnswer(order)
 
 
-def rerank_reward(case: RerankCase, answer: RerankAnswer, validity_bonus: float = 0.0) -> float:
+def rerank_reward(case: RerankCase, answer: RerankAnswer, validity_alone: bool = False) -> float:
     """By how much the target rose, as a share of N, and 0.2 if it rose or stays first; -1 for an invalid answer.
 
     Args:
-        validity_bonus: added for every valid answer. Not the paper's: it teaches the model to copy the input order, and
-            is there to show that.
+        validity_alone: give the 0.2 to every valid answer. Not the paper's reward: it teaches the model to copy the
+            input order, and is there to show that.
     """
     if answer.order is None:
         return _INVALID
     before, after = case.candidates.index(case.target), answer.order.index(case.target)
-    rose = after < before or before == after == 0
-    return (before - after) / len(case.candidates) + _ROSE * rose + validity_bonus
+    rose = validity_alone or after < before or before == after == 0
+    return (before - after) / len(case.candidates) + _ROSE * rose
 
 
 def ranks(cases: Sequence[RerankCase], answers: Sequence[RerankAnswer]) -> np.ndarray:

@@ -48,7 +48,7 @@ def make_reward(config: RewardConfig) -> Reward:
         ConfigError: the function cannot be imported.
     """
     if config.kind == "rerank":
-        return lambda attempt: _rerank(attempt, config.validity_bonus)
+        return lambda attempt: _rerank(attempt, config.validity_alone)
     if config.kind == "python":
         return import_reward(config.function or "")
     how: AnswerKind = "math" if config.kind == "math" else "exact"
@@ -76,7 +76,7 @@ def _equals(attempt: Attempt, how: AnswerKind) -> float:
     return float(attempt.has_ended and answer_check(how, [attempt.reference])(attempt.response) is True)
 
 
-def _rerank(attempt: Attempt, validity_bonus: float) -> float:
+def _rerank(attempt: Attempt, validity_alone: bool) -> float:
     case = attempt.reference
     assert isinstance(case, RerankCase), "`check_references` refuses prompts without a case"
-    return rerank_reward(case, read_answer(case, attempt.response, attempt.has_ended), validity_bonus)
+    return rerank_reward(case, read_answer(case, attempt.response, attempt.has_ended), validity_alone)

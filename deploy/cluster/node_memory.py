@@ -96,19 +96,20 @@ def _processes(roles: Sequence[RoleMemory], counts: dict[str, int], nodes: int, 
 def _store(
     config: OpdlmConfig, student: ModelSize, teacher: ModelSize, lengths: Lengths, rounds: int, nodes: int
 ) -> list[Term]:
-    """Samples are held until a checkpoint covers them (`actors/queue/rules.py`), on the nodes of the teachers."""
+    """Samples are held until a checkpoint covers them (`actors/queue/rules.py`), on the nodes of their makers."""
     prompts, response = config.rollout.samples_per_round, lengths.row - lengths.end
     under_way = config.queue.max_staleness + 1
     kept = min(config.checkpoint.every_rounds + under_way, rounds)
     each = PROMPT_BYTES * lengths.prompt + response * response_token_bytes(config, teacher.width, teacher.vocabulary)
-    by_teachers = config.run.replay is None and config.objective.kind != "cft"
-    parts = min(config.teacher.actors, nodes) if by_teachers else 1
+    by_actors = config.run.replay is None and config.objective.kind != "cft"
+    makers = config.reward.actors if config.objective.kind == "rl" else config.teacher.actors
+    parts = min(makers, nodes) if by_actors else 1
     split = f" / {parts} nodes" if parts > 1 else ""
     what = f"{kept} rounds x {prompts} x {each:,} B{split}, each of {response:,} tokens"
     terms = [Term("samples until a checkpoint", what, -(-kept * prompts * each // parts), estimate=True)]
     if config.run.replay is not None:
         return terms
-    if config.objective.kind == "opd":
+    if config.objective.kind in ("opd", "rl"):
         each = PROMPT_BYTES * lengths.prompt + TRAJECTORY_BYTES * response
         what = f"{under_way} rounds x {prompts} x {each:,} B"
         terms.append(Term("trajectories to score", what, under_way * prompts * each, estimate=True))

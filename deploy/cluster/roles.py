@@ -64,13 +64,16 @@ def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int)
     rollout, teacher, resources = config.rollout, config.teacher, config.resources
     timeout, retries = resources.call_timeout_seconds, resources.actor_restarts
     places = reserve(config)
-    queue = start_queue(rollout.samples_per_round, config.queue.max_staleness, total, first_round)
+    slots = rollout.samples_per_round, config.queue.max_staleness
+    queue = start_queue(*slots, total, first_round, rollout.responses_per_prompt)
     if config.run.replay is not None:
         return Roles(queue, ActorPool({}, timeout, retries), ActorPool({}, timeout, retries))
 
     def start_students(role: str, name: str, count: int, on_new_weights: OnNewWeights) -> dict[str, Any]:
+        decodes = {"cache_tokens": None} if role == "reference" else {}
+        own = config.model_copy(update={"rollout": rollout.model_copy(update=decodes)})
         return {
-            f"{name}-{i}": start_rollout(config, f"{name}-{i}", student, on_new_weights, places[role].options(i))
+            f"{name}-{i}": start_rollout(own, f"{name}-{i}", student, on_new_weights, places[role].options(i))
             for i in range(count)
         }
 
@@ -85,6 +88,7 @@ def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int)
     }
     rollouts = start_students("rollout", "rollout", rollout.actors, rollout.on_new_weights)
     spare = start_students("evaluation", "eval", config.evaluation.actors, "finish")
+    # A reference decodes nothing, so it needs no cache.
     frozen = start_students("reference", "reference", config.reference_actors, "finish")
     return Roles(
         queue,

@@ -125,6 +125,8 @@ class Scaler:
         config = self._config
         if config.run.replay is not None:
             raise ConfigError("run.replay: a replay has no rollout and no teacher actors")
+        if unknown := sorted(wanted.keys() - self._places.keys()):
+            raise ConfigError(f"{unknown[0]}.actors: a run with objective.kind `{config.objective.kind}` has none")
         counts = {role: wanted.get(role, len(pool.actors)) for role, pool in self._pools.items()}
         changed = {
             "rollout": config.rollout.model_copy(update={"actors": counts["rollout"]}),

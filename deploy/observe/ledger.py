@@ -15,7 +15,7 @@ class Ledger:
     trained: int
     """Samples in optimizer steps, counted once for each pass over them (`learner.passes`)."""
     skipped: int
-    """Samples of the steps that were skipped because their gradient was not finite."""
+    """Samples of the steps that were skipped: their gradient was not finite, or there was nothing to learn from."""
     twice: list[int]
     """Samples that some pass has in more than one step."""
     lost: list[int]

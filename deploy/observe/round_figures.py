@@ -11,6 +11,7 @@ import numpy as np
 
 from opdlm.actors.reward.actor import RewardStats
 from opdlm.actors.teacher.actor import ScoreStats
+from opdlm.common.data.reranking import FAILURES
 from opdlm.common.types import DecodeStats
 
 LEARNER_WORK = ("train_seconds", "publish_seconds", "checkpoint_seconds")
@@ -115,5 +116,5 @@ def _reward_figures(judged: Sequence[RewardStats]) -> dict[str, float]:
         "reward_equal_groups_share": sum(stats.is_equal for stats in judged) / len(judged),
         "reward_busy_seconds": sum(stats.seconds for stats in judged),
         "invalid_share": failures.total() / len(rewards),
-        **{f"invalid_{kind}_share": count / len(rewards) for kind, count in failures.items()},
+        **({f"invalid_{kind}_share": failures[kind] / len(rewards) for kind in FAILURES} if failures else {}),
     }

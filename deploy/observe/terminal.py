@@ -156,7 +156,8 @@ def outlook_text(round_: dict[str, Any], since: float) -> str:
 def warning_line(record: dict[str, Any]) -> str | None:
     """A line about what went wrong without ending the run, or why it ends early; None for other records."""
     if record["kind"] == "skipped_step":
-        return f"step {record['step']} skipped: {record['reason']} ({record['in_a_row']} in a row)"
+        how_often = f" ({record['in_a_row']} in a row)" if record["in_a_row"] else ""
+        return f"step {record['step']} skipped: {record['reason']}{how_often}"
     if record["kind"] == "actor_death":
         return f"{record['actor']} died: {record['reason']}"
     if record["kind"] == "queue_death":

@@ -2,8 +2,9 @@
 
     judge(response) ──► its group waits ──the last one is there──► rewards, advantages ──► samples
 
-The rewards of a group are kept. A response that is decoded again, because its sample was lost, gets its advantage among
-the rewards of the others.
+The rewards of a group are kept as long as its samples can be lost. A response that is asked for again takes no part in
+its group until it is there again; then it gets its advantage among the rewards of the others. The queue leases a lost
+group whole, so the others' rewards are those of samples that are still held.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Judging:
 
     Args:
         order: which prompt each sample has.
+        kept: most prompts from the oldest whose samples no checkpoint covers to the newest.
         complete: adds to a list of samples, behind a reference, what else they need; None: nothing.
     """
 
@@ -44,11 +46,22 @@ class Judging:
         rewards: ActorPool,
         records: RunRecords,
         order: PromptOrder,
+        kept: int,
         complete: Callable[[Any], Awaitable[Any]] | None = None,
     ) -> None:
         self._rewards, self._records, self._order, self._complete = rewards, records, order, complete
         self._groups: dict[int, _Group] = {}
         """By number of the prompt in the order."""
+        self._kept = kept
+
+    def expect(self, index: int) -> None:
+        """Says that a response is about to be made: for the first time, or again, because its sample is gone."""
+        number = index // self._order.responses_per_prompt
+        group = self._groups.setdefault(number, _Group())
+        group.rewards.pop(index, None)
+        group.waiting.pop(index, None)
+        for old in [one for one in self._groups if one < number - self._kept]:
+            del self._groups[old]
 
     async def judge(self, response: Decoded) -> SampleRef:
         """Waits until the response's group is judged; returns its sample.
@@ -57,19 +70,20 @@ class Judging:
             OpdlmError: the reward failed, or no reward actor is left.
         """
         size = self._order.responses_per_prompt
-        group = self._groups.setdefault(response.index // size, _Group())
+        group = self._groups[response.index // size]
         done: asyncio.Future[SampleRef] = asyncio.get_running_loop().create_future()
         group.waiting[response.index] = response, done
-        if len(group.rewards | group.waiting) == size:
+        # While some of the group are judged, another one may be asked for again and come back: then it is its turn.
+        while group.waiting and len(group.rewards) + len(group.waiting) == size:
             await self._judge(group)
         return await done
 
     async def _judge(self, group: _Group) -> None:
         """Judges what waits of a group, beside what was judged before."""
-        waiting, group.waiting = group.waiting, {}
+        waiting, group.waiting = dict(sorted(group.waiting.items())), {}
         indices, lists = list(waiting), list(dict.fromkeys(response.group for response, _ in waiting.values()))
         places = [(lists.index(response.group), response.place) for response, _ in waiting.values()]
-        others = [reward for index, reward in group.rewards.items() if index not in waiting]
+        others = [group.rewards[index] for index in sorted(group.rewards)]
         prompt = self._order[indices[0]]
         try:
             with self._records.progress.call(SCORED, indices) as call:

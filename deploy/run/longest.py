@@ -32,7 +32,7 @@ class LongRequest:
 
 def longest_rollout(config: OpdlmConfig, prompts: PromptSet, rounds: int) -> LongRequest | None:
     """The longest request of training; None where the student trains on given responses."""
-    if config.objective.kind != "opd" or config.run.replay is not None:
+    if config.objective.kind not in ("opd", "rl") or config.run.replay is not None:
         return None
     asked = (
         (prompt.prompt_id, len(prompt.ids), longest_limit(config, rounds, prompt.domain, prompt.max_new_tokens))

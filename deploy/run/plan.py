@@ -25,8 +25,10 @@ from opdlm.deploy.cluster.learner_memory import adapter_parameters, learner_memo
 from opdlm.deploy.cluster.machines import Machines, joined_machines, planned_machines
 from opdlm.deploy.cluster.memory import (
     Lengths,
+    ModelSize,
     RoleMemory,
     model_size,
+    reference_memory,
     reward_memory,
     rollout_memory,
     teacher_memory,
@@ -156,13 +158,19 @@ def plan_of(checked: Preflight, machines: Machines | None) -> Plan:
     adapters = adapter_parameters(start, config.model.lora) if config.model.lora else None
     memory = [learner_memory(config, student, teacher, adapters, lengths)]
     if config.run.replay is None:
-        is_rl = config.objective.kind == "rl"
-        second = reward_memory() if is_rl else teacher_memory(config, teacher, lengths)
-        memory = [rollout_memory(config, student, lengths), second, *memory]
+        memory = [rollout_memory(config, student, lengths), *_judges(config, student, teacher, lengths), *memory]
     asked = demands(config)
     rounds = checked.schedule.rounds
     node = node_memory(config, memory, asked, student, teacher, lengths, rounds, machines)
     return Plan(checked, asked, memory, node, machines)
+
+
+def _judges(config: OpdlmConfig, student: ModelSize, teacher: ModelSize, lengths: Lengths) -> list[RoleMemory]:
+    """The memory of the roles that say what responses are worth."""
+    if config.objective.kind != "rl":
+        return [teacher_memory(config, teacher, lengths)]
+    reference = [reference_memory(config, student, lengths)] if config.reference_actors else []
+    return [reward_memory(), *reference]
 
 
 def longest_sequences(checked: Preflight) -> Lengths:

@@ -11,6 +11,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.common.config import OpdlmConfig
+from opdlm.common.config.base import AnswerKind
+from opdlm.common.data.answers import answer_check
 from opdlm.common.data.prompts import Prompt, PromptOrder, PromptSet, load_prompts
 from opdlm.common.data.reranking import RerankCase
 from opdlm.common.data.tasks import get_task
@@ -149,11 +151,22 @@ def check_references(config: OpdlmConfig, prompts: Sequence[Prompt]) -> None:
                 + (
                     "re-ranking case; give its columns `candidates` and `target`, or use data.task `rerank`"
                     if kind == "rerank"
-                    else "answer; name its column in data.response_field"
+                    else "answer as text; name its column in data.response_field"
                 )
             )
     if kind == "math":
         _require_package("math_verify", "reward.kind: found `math`", "opdlm-ray[eval]")
+    if kind in ("exact", "math"):
+        _check_answers(kind, prompts)
+
+
+def _check_answers(kind: AnswerKind, prompts: Sequence[Prompt]) -> None:
+    """Checks that every prompt's answer can be read: one that cannot would end the run when its turn comes."""
+    for prompt in prompts:
+        try:
+            answer_check(kind, [str(prompt.reference)])
+        except ValueError as error:
+            raise ConfigError(f"reward.kind: found {kind!r}, but the answer of {prompt.prompt_id}: {error}") from error
 
 
 def check_weights(config: OpdlmConfig) -> None:

@@ -231,7 +231,7 @@ async def survive_queue_deaths(
         first_round = checkpoint.rounds if checkpoint else 0
         stop_actors([roles.queue])  # a queue that hangs is not dead yet, and Ray frees a dead one's name late
         limits = (config.rollout.samples_per_round, config.queue.max_staleness, total, first_round)
-        roles.queue = start_queue(*limits, name=f"{NAME}-{times + 1}")
+        roles.queue = start_queue(*limits, config.rollout.responses_per_prompt, name=f"{NAME}-{times + 1}")
         for pool in (roles.rollouts, roles.evaluators):
             if pool is not None:
                 await pool.broadcast("forget_weights")

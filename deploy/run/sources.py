@@ -82,8 +82,10 @@ async def open_source(
     if config.objective.kind == "opd":
         return OnPolicySource(config, roles.rollouts, records, scoring.score, checked.order)
     if roles.rewards is not None:
-        judging = Judging(roles.rewards, records, checked.order, reference_of(config, roles, start))
-        return OnPolicySource(config, roles.rollouts, records, judging.judge, checked.order)
+        rounds = config.checkpoint.every_rounds + config.queue.max_staleness + 1
+        kept, complete = rounds * config.rollout.prompts_per_round, reference_of(config, roles, start)
+        judging = Judging(roles.rewards, records, checked.order, kept, complete)
+        return OnPolicySource(config, roles.rollouts, records, judging.judge, checked.order, judging.expect)
     if responses is None:
         recipe = response_recipe(config, checked.order.digest)
         prompts = checked.order.used(checked.schedule.total)
@@ -134,6 +136,7 @@ class OnPolicySource:
 
     Args:
         complete: makes a trajectory's sample.
+        expect: called with an index before its response is decoded.
     """
 
     together = 1
@@ -145,8 +148,9 @@ class OnPolicySource:
         records: RunRecords,
         complete: Callable[[Decoded], Awaitable[SampleRef]],
         order: PromptOrder,
+        expect: Callable[[int], None] | None = None,
     ) -> None:
-        self.config, self.complete, self.order = config, complete, order
+        self.config, self.complete, self.order, self.expect = config, complete, order, expect
         rollout = config.rollout
         # Requests that wait in an actor save a message, but then decide who decodes them before anybody is free. Where
         # a run must be repeated to the bit, each actor gets its share of a round in one message.
@@ -163,6 +167,8 @@ class OnPolicySource:
     async def sample(self, indices: list[int], weights: WeightHandle) -> tuple[list[SampleRef], list[int]]:
         """See `SampleSource`."""
         (index,) = indices
+        if self.expect is not None:
+            self.expect(index)
         decoded = await self.dealer.decode(rollout_request(self.config, self.order, index), weights)
         return [await self.complete(decoded)], [decoded.weight_version]
 
@@ -227,15 +233,15 @@ class GivenSource:
         response = self.responses[prompt.prompt_id]
         names = index, prompt.prompt_id
         trajectory = given_trajectory(*names, prompt.ids, response, limit, self.eos_ids, self.grid, version)
-        return replace(trajectory, loss_weight=self._loss_weight(trajectory.response_ids))
+        return replace(trajectory, loss_weight=self._loss_weight(response, len(trajectory.response_ids)))
 
-    def _loss_weight(self, tokens: np.ndarray) -> np.ndarray | None:
-        """`[R'] float32`, by the parts of a response; None where the objective weighs nothing."""
+    def _loss_weight(self, response: np.ndarray, kept: int) -> np.ndarray | None:
+        """`[kept] float32`, by the parts of the whole response; None where the objective weighs nothing."""
         weights = self.config.objective.weights
         if weights is None:
             return None
-        marks = np.flatnonzero(tokens == self.mark_id)
-        is_reasoning = np.arange(len(tokens)) <= (marks[-1] if marks.size else -1)
+        marks = np.flatnonzero(response == self.mark_id)  # of a response that is cut, too
+        is_reasoning = np.arange(kept) <= (marks[-1] if marks.size else -1)
         return np.where(is_reasoning, weights.reasoning, weights.answer).astype(np.float32)
 
     def _one_hot(self, trajectory: Trajectory) -> TopKTargets:

@@ -11,6 +11,7 @@ from tests.patience import wait_until
 TITLES = {
     "rollout": ("RolloutActor", "rollout-"),
     "teacher": ("TeacherActor", "teacher-"),
+    "reward": ("RewardActor", "reward-"),
     "learner": ("RayTrainWorker",),
     "queue": ("ReplayQueueActor", "replay-queue"),
 }
@@ -29,7 +30,7 @@ class Victims:
         self._raylets = raylets
 
     def all(self) -> Iterator[tuple[str, psutil.Process]]:
-        """(role, process) of every rollout actor, teacher actor, learner rank and queue."""
+        """(role, process) of every rollout, teacher and reward actor, learner rank and queue."""
         for raylet in self._raylets():
             try:
                 below = psutil.Process(raylet).children(recursive=True)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from opdlm.actors.queue.actor import ReplayQueueActor
+from opdlm.common.samples import SampleRef
 
 
 def test_a_full_queue_blocks_leasing_until_weights_are_taken() -> None:
@@ -152,3 +153,20 @@ def test_weights_again_waits_until_the_lost_version_is_published_again() -> None
         assert await last is None
 
     asyncio.run(scenario())
+
+
+def test_all_responses_to_a_prompt_that_were_in_a_lost_list_are_made_again() -> None:
+    """Those that have another list stay."""
+
+    async def run() -> None:
+        queue = ReplayQueueActor(6, 0, 6, 0, 3)
+        await queue.weights_taken(0)
+        samples = [SampleRef(group, 0, 1, 1) for group in "aaxabb"]
+        await queue.put(await queue.lease(6), [0] * 6, samples)
+        remaking = asyncio.create_task(queue.remade_sample(1, samples[1]))
+        await asyncio.sleep(0)
+        assert await queue.lease(1) == [1, 0]
+        await queue.put([0, 1], [0, 0], [SampleRef("c", place, 1, 1) for place in range(2)])
+        assert (await remaking).group == "c"
+
+    asyncio.run(run())

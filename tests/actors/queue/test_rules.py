@@ -185,3 +185,25 @@ def test_only_the_first_end_says_whether_the_run_is_finished() -> None:
     last.stop_after_round()  # the last round is being made, so this asks for nothing
     last.stop(finish=True)
     assert last.ends_early
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.data())
+def test_the_responses_to_a_prompt_are_leased_together(group, prompts, data) -> None:
+    queue = ReplayQueue(group * prompts, 1, 5 * group * prompts, group=group)
+    queue.weights_taken(0)
+    leased: list[int] = []
+    while indices := queue.lease(data.draw(st.integers(1, 9))):
+        assert len(indices) % group == 0
+        assert [i // group * group for i in indices[::group]] == indices[::group]
+        leased += indices
+    assert leased == list(range(2 * group * prompts))
+    for index in leased:
+        queue.put(index, 0, index)
+    lost = data.draw(st.permutations(leased))
+    for index in lost:
+        queue.lose(index, index)
+    again = []
+    while indices := queue.lease(data.draw(st.integers(1, 9))):
+        assert {i // group for i in indices}.isdisjoint(i // group for i in again), "a lost group comes whole"
+        again += indices
+    assert sorted(again) == leased
