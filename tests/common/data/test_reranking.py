@@ -62,12 +62,13 @@ def test_reward(order, target, reward) -> None:
     case = RerankCase(CASE.candidates, target)
     answer = read_answer(case, f"#{order}", True)
     assert rerank_reward(case, answer) == pytest.approx(reward)
-    assert rerank_reward(case, answer, validity_bonus=0.1) == pytest.approx(reward + 0.1)
+    has_bonus = reward > 0
+    assert rerank_reward(case, answer, validity_alone=True) == pytest.approx(reward + 0.2 * (not has_bonus))
 
 
 def test_an_invalid_answer_costs_one_and_counts_as_the_input_order() -> None:
     invalid = RerankAnswer(None, "omitted")
-    assert rerank_reward(CASE, invalid, validity_bonus=0.1) == -1
+    assert rerank_reward(CASE, invalid, validity_alone=True) == -1
     metrics = rerank_metrics([CASE, CASE], [invalid, RerankAnswer(("c3", "a1", "b2", "d4"))])
     assert ranks([CASE], [invalid]).tolist() == [3]
     assert (metrics["recall@1"], metrics["recall@3"], metrics["valid"], metrics["omitted"]) == (0.5, 1.0, 0.5, 0.5)

@@ -169,7 +169,8 @@ def test_every_response_gets_an_answer_whatever_is_made_again(data) -> None:
                 await asyncio.sleep(0)
         for index, task in newest.items():
             reward, among = await sample_of(task)
-            assert len(among) == GROUP and reward in among, index
+            assert len(among) == GROUP, index
+            assert reward in among, index
 
     asyncio.run(run())
 
