@@ -59,8 +59,9 @@ def response_token_bytes(config: OpdlmConfig, width: int, vocabulary: int) -> in
         "topk": 8 * teacher.top_k,
         "logits": 4 * vocabulary,
     }
-    without_teacher = {"cft": 8, "rl": 8}  # one token with its log-probability; two log-probabilities
-    return TRAJECTORY_BYTES + without_teacher.get(config.objective.kind, target_bytes[teacher.targets])
+    objective = config.objective
+    alone = 8 * (objective.kind in ("cft", "rl"))  # one token with its log-probability; two log-probabilities
+    return TRAJECTORY_BYTES + alone + (target_bytes[teacher.targets] if objective.asks_teacher else 0)
 
 
 def sample_refs(groups: Sequence[Any], size: int, lengths: Sequence[tuple[int, int]]) -> list[SampleRef]:

@@ -115,6 +115,8 @@ class PolicyTargets:
     reference_logprobs: np.ndarray | None = None
     """`[R] float32`, log-probabilities of the response's tokens under the reference model, in the states in which they
     were revealed. None: no distance from a reference is asked for."""
+    teacher: TeacherTargets | None = None
+    """The teacher's distributions, with `objective.opd_weight`."""
 
 
 TeacherTargets = TopKTargets | HiddenTargets | LogitsTargets

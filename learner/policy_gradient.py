@@ -15,6 +15,7 @@ import torch
 from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.common.types import PolicyTargets, ScoredTrajectory
 from opdlm.learner.rows import Row
+from opdlm.learner.targets import PositionTargets
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +46,18 @@ class PolicyPositions:
     """`[N]` float32, written by the forward that takes the loss."""
     reference_logprobs: torch.Tensor | None = None
     """`[N]` float32; None where the objective has no `kl_beta`."""
+    teacher: PositionTargets | None = None
+    """The teacher's side at the same positions; None where the objective has no `opd_weight`."""
 
     def __getitem__(self, part: slice) -> PolicyPositions:
         """The same at some of the positions; `new_logprobs` stays a view of this one's."""
-        return self._each(lambda tensor: tensor[part])
+        teacher = None if self.teacher is None else self.teacher[part]
+        return replace(self._each(lambda tensor: tensor[part]), teacher=teacher)
 
     def to(self, device: torch.device) -> PolicyPositions:
         """The same on another device."""
-        return replace(self._each(lambda tensor: tensor.to(device)), never=self.never.to(device))
+        teacher = None if self.teacher is None else self.teacher.to(device)
+        return replace(self._each(lambda tensor: tensor.to(device)), never=self.never.to(device), teacher=teacher)
 
     def losses_with_gradient(
         self,
@@ -63,8 +68,21 @@ class PolicyPositions:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss at each position `[N]`, and the gradient of `sum(weights * losses)` by the logits, `[N, V']`.
 
-        Both are float32. Runs outside autograd and may overwrite the logits. `scratch` is not used.
+        Both are float32. Runs outside autograd and may overwrite the logits. `scratch`: as for `PositionTargets`.
         """
+        if self.teacher is None:
+            return self._policy(student_logits, weights, objective)
+        share = objective.opd_weight
+        distances, towards_teacher = self.teacher.losses_with_gradient(
+            student_logits.clone(), share * weights, objective, scratch
+        )
+        losses, gradient = self._policy(student_logits, weights, objective)
+        return losses + share * distances, gradient.add_(towards_teacher)
+
+    def _policy(
+        self, student_logits: torch.Tensor, weights: torch.Tensor, objective: ObjectiveConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The policy gradient's part of `losses_with_gradient`."""
         logprobs = student_logits.float().div_(self.temperature)
         logprobs.index_fill_(1, self.never, float("-inf"))
         logprobs.sub_(logprobs.logsumexp(-1, keepdim=True))
@@ -76,8 +94,9 @@ class PolicyPositions:
         gradient = logprobs.exp_().mul_(-scale)
         return losses, gradient.scatter_add_(1, self.token_ids[:, None], scale)
 
-    def scratch_for(self, positions: int) -> None:
-        """No scratch memory is of use."""
+    def scratch_for(self, positions: int) -> torch.Tensor | None:
+        """Memory that the teacher's side can use; None without one."""
+        return None if self.teacher is None else self.teacher.scratch_for(positions)
 
     def ratio(self) -> torch.Tensor:
         """rho, `[N]`: the tokens' probabilities now, divided by those that they were drawn with."""
@@ -137,11 +156,12 @@ def is_left_out(scored: ScoredTrajectory) -> bool:
     return isinstance(scored.targets, PolicyTargets) and scored.targets.advantage is None
 
 
-def gather_policy(rows: Sequence[Row], draws: Draws) -> PolicyPositions:
+def gather_policy(rows: Sequence[Row], draws: Draws, teacher: PositionTargets | None = None) -> PolicyPositions:
     """The policy gradient's side at the loss positions of the rows, in their order.
 
     Args:
         rows: of trajectories with `PolicyTargets` and `reveal_logprob`.
+        teacher: the teacher's side at the same positions, for `objective.opd_weight`.
     """
     tokens, old, advantages, reference = [], [], [], []
     for row in rows:
@@ -163,4 +183,5 @@ def gather_policy(rows: Sequence[Row], draws: Draws) -> PolicyPositions:
         draws.temperature,
         torch.empty_like(old_logprobs),
         torch.from_numpy(np.concatenate(reference)) if reference else None,
+        teacher,
     )

@@ -151,8 +151,10 @@ def gather_targets(
 
 
 def _teachers(row: Row) -> TeacherTargets:
-    assert not isinstance(row.scored.targets, PolicyTargets), "`gather_policy` takes these"
-    return row.scored.targets
+    targets = row.scored.targets
+    found = targets.teacher if isinstance(targets, PolicyTargets) else targets
+    assert found is not None, "a teacher has scored what is distilled"
+    return found
 
 
 def _concatenate(parts: Sequence[tuple[TeacherTargets, np.ndarray]], field: str) -> torch.Tensor:
@@ -161,6 +163,6 @@ def _concatenate(parts: Sequence[tuple[TeacherTargets, np.ndarray]], field: str)
 
 def load_teacher_head(config: OpdlmConfig, device: torch.device) -> torch.Tensor | None:
     """The teacher's output matrix `[V, D]` where the run's targets are hidden states, else None."""
-    if config.teacher.targets != "hidden" or config.objective.kind in ("cft", "rl"):
+    if config.teacher.targets != "hidden" or not config.objective.asks_teacher:
         return None
     return load_output_matrix(config.model.teacher, config.teacher.dtype).to(device)

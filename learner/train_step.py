@@ -200,7 +200,10 @@ class TrainStep:
     def _targets(self, rows: Sequence[Row]) -> PositionTargets | PolicyPositions:
         if self.objective.kind == "rl":
             assert self.draws is not None, "the learner gives them"
-            return gather_policy(rows, self.draws)
+            return gather_policy(rows, self.draws, self._teachers(rows) if self.objective.asks_teacher else None)
+        return self._teachers(rows)
+
+    def _teachers(self, rows: Sequence[Row]) -> PositionTargets:
         return gather_targets(rows, self.teacher_head, self.objective, self.tokens)
 
     def _sum(self, values: Sequence[float]) -> torch.Tensor:
@@ -215,4 +218,6 @@ class TrainStep:
 
 def _in_loss(scored: ScoredTrajectory) -> ScoredTrajectory:
     """The same, or with advantage 0 where its group is left out, so that it makes rows."""
-    return replace(scored, targets=PolicyTargets(0.0)) if is_left_out(scored) else scored
+    if not (is_left_out(scored) and isinstance(scored.targets, PolicyTargets)):
+        return scored
+    return replace(scored, targets=replace(scored.targets, advantage=0.0))

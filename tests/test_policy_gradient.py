@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.remasking import STRATEGIES
 from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.teacher.scoring import score
 from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.form import PAPER_FORM
 from opdlm.common.masks import training_mask
 from opdlm.common.model.load import hidden_states
 from opdlm.common.token_ids import TokenIds
@@ -28,6 +30,7 @@ from opdlm.learner.distill import DistillModule
 from opdlm.learner.packing import collate, pack
 from opdlm.learner.policy_gradient import Draws, gather_policy
 from opdlm.learner.rows import build_rows
+from opdlm.learner.targets import gather_targets
 from tests.tiny import EOS, FORMS_AND_GRIDS, MASK, OTHER_FAMILIES, request, tiny_model
 
 OBJECTIVE = ObjectiveConfig(kind="rl", clip_low=0.2, clip_high=0.2)
@@ -105,6 +108,45 @@ def test_the_gradient_at_ratio_one_is_reinforce() -> None:
     by_hand.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
+def test_rewards_and_teacher_together_are_the_sum_of_both(kind) -> None:
+    """`objective.opd_weight`: losses and gradients, at the same tokens in the same states."""
+    model, teacher = tiny_model(34), tiny_model(35)
+    how = DecodeSettings(4, "response", "low_confidence_static", temperature=1.0, keep_logprobs=True)
+    trajectories, grid = rollouts(model, how, [request(5 + i, i, 9) for i in range(3)], PAPER_FORM)
+    targets, head = score(teacher, trajectories, kind, 5, batch_tokens=64), teacher.lm_head.weight.detach()
+    top_k = {"top_k": 5} if kind == "topk" else {}
+    mixed = OBJECTIVE.model_copy(update={"opd_weight": 0.3, **top_k})
+    rows = [
+        row
+        for trajectory, advantage, of_teacher in zip(trajectories, [0.7, -1.3, 0.4], targets, strict=True)
+        for row in build_rows(
+            ScoredTrajectory(trajectory, PolicyTargets(advantage, teacher=of_teacher)),
+            grid,
+            mixed,
+            MASK,
+            np.random.default_rng(0),
+        )
+        if len(row.loss_positions)
+    ]
+    teachers = gather_targets(rows, head, mixed)
+    weights = torch.rand(sum(len(row.loss_positions) for row in rows))
+    module = DistillModule(model, mixed, logits_chunk=5)
+
+    def gradients_of(positions):
+        model.zero_grad()
+        loss, losses = module(pack(rows), positions, weights)
+        loss.backward()
+        return losses, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    both, of_both = gradients_of(gather_policy(rows, Draws(1.0, (MASK,)), teachers))
+    policy, of_policy = gradients_of(gather_policy(rows, Draws(1.0, (MASK,))))
+    distance, of_distance = gradients_of(teachers)
+    torch.testing.assert_close(both, policy + 0.3 * distance)
+    for name, gradient in of_both.items():
+        torch.testing.assert_close(gradient, of_policy[name] + 0.3 * of_distance[name], rtol=1e-4, atol=1e-6)
 
 
 WORDS, PROMPT = (4, 5, 6), np.array([7, 8, 9], dtype=np.int32)

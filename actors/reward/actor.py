@@ -57,9 +57,9 @@ class RewardActor:
         places: Sequence[tuple[int, int]],
         reference: Reference | None,
         others: Sequence[float],
-        *lists: Sequence[Trajectory],
+        *lists: Sequence[Trajectory | ScoredTrajectory],
     ) -> tuple[list[ScoredTrajectory], RewardStats]:
-        """Gives responses to one prompt their advantages.
+        """Gives responses to one prompt their advantages. What a teacher has scored keeps its targets.
 
         Args:
             places: of each response, (which of the lists, index in it).
@@ -70,11 +70,19 @@ class RewardActor:
             OpdlmError: the reward failed, took too long, or is no finite number; the sample is named.
         """
         started = time.perf_counter()
-        group = [lists[number][place] for number, place in places]
+        group, teachers = [], []
+        for number, place in places:
+            one = lists[number][place]
+            is_scored = isinstance(one, ScoredTrajectory)
+            group.append(one.trajectory if is_scored else one)
+            teachers.append(one.targets if is_scored else None)
         attempts = [self._attempt(trajectory, reference) for trajectory in group]
         rewards = [self._ask(attempt, t.index) for attempt, t in zip(attempts, group, strict=True)]
         found = advantages([*rewards, *others], self._advantage)
-        targets = [PolicyTargets(None if found is None else float(found[i])) for i in range(len(group))]
+        targets = [
+            PolicyTargets(None if found is None else float(found[i]), teacher=teacher)
+            for i, teacher in enumerate(teachers)
+        ]
         failures: list[Failure] = []
         if isinstance(reference, RerankCase):
             answers = [read_answer(reference, attempt.response, attempt.has_ended) for attempt in attempts]

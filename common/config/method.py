@@ -78,6 +78,9 @@ class ObjectiveConfig(Section):
     that raises it further."""
     kl_beta: Annotated[Number, Field(ge=0)] = 0.0
     """With `rl`, the weight of the distance from a frozen reference, the student as the run began. 0: no reference."""
+    opd_weight: Annotated[Number, Field(ge=0)] = 0.0
+    """With `rl`, the weight of the distillation's loss at the same tokens in the same states, which is added to the
+    policy gradient's: rewards and teacher together. 0: no teacher is started."""
     reduction: Literal["row", "token"] = "row"
     """How the loss of a batch is averaged. `row`: over the loss positions of each row, then over the rows (the
     release's), so every response has the same weight. `token`: over all loss positions of the batch, so every token has
@@ -88,6 +91,11 @@ class ObjectiveConfig(Section):
         """The `selection`, or the default of the `kind` where it is empty."""
         default: dict[Kind, Selection] = {"opd": "one_state_per_block", "rl": "revealed"}
         return self.selection or default.get(self.kind, "random_mask")
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a teacher scores the trajectories."""
+        return self.kind in ("opd", "off_policy_kd") or (self.kind == "rl" and self.opd_weight > 0)
 
     @property
     def loss_is_forward_kl(self) -> bool:

@@ -39,12 +39,12 @@ def check_policy_gradient(config: OpdlmConfig) -> Iterator[str]:
         )
     if reward.validity_alone and reward.kind != "rerank":
         yield f"reward.validity_alone: found true with reward.kind {reward.kind!r}; only `rerank` has it, leave it out"
-    for field, usual in _OF_DISTILLATION.items():
+    for field, usual in _OF_DISTILLATION.items() if not config.objective.asks_teacher else ():
         value = getattr(config.objective, field)
         if value != usual:
             yield (
-                f"objective.{field}: found {value!r} with objective.kind `rl`, which compares with no teacher; leave "
-                f"it at {usual!r}"
+                f"objective.{field}: found {value!r} with objective.kind `rl` and objective.opd_weight 0, which asks "
+                f"no teacher; leave it at {usual!r}"
             )
     if (reward.kind == "python") != (reward.function is not None):
         found = "no reward.function" if reward.function is None else f"reward.function {reward.function}"

@@ -123,7 +123,7 @@ def _activations(config: OpdlmConfig, student: ModelSize, lengths: Lengths, size
 def _losses(config: OpdlmConfig, student: ModelSize, teacher: ModelSize, trains_matrix: bool) -> list[Term]:
     """The loss in chunks (`learner/chunked_loss.py`), and the teacher's output matrix if targets are hidden states."""
     chunk, terms = config.learner.logits_chunk, []
-    scored = config.objective.kind not in ("cft", "rl")
+    scored = config.objective.asks_teacher
     if scored and config.teacher.targets == "hidden":
         size = DTYPE_BYTES[config.teacher.dtype]
         what = f"{teacher.vocabulary:,} x {teacher.width:,} x {size} B"

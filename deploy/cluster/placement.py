@@ -44,7 +44,7 @@ class RoleDemand:
 
 
 def role_demands(config: OpdlmConfig) -> list[RoleDemand]:
-    """What each role of a run asks for. A replay has only a learner; `rl` has rewards in place of a teacher."""
+    """What each role of a run asks for. A replay has only a learner; `rl` has rewards."""
     rollout, teacher, learner, spare = config.rollout, config.teacher, config.learner, config.evaluation.actors
     student = rollout.placement.resources(rollout.cpus_per_actor, rollout.gpus_per_actor)
     score = teacher.placement.resources(teacher.cpus_per_actor, teacher.gpus_per_actor)
@@ -54,9 +54,11 @@ def role_demands(config: OpdlmConfig) -> list[RoleDemand]:
         return [learners]
     teachers = RoleDemand("teacher", teacher.actors, score, teacher.placement.group)
     judges = RoleDemand("reward", config.reward.actors, {"CPU": config.reward.cpus_per_actor})
+    is_rl, asks_teacher = config.objective.kind == "rl", config.objective.asks_teacher
     return [
         RoleDemand("rollout", rollout.actors, student, rollout.placement.group),
-        judges if config.objective.kind == "rl" else teachers,
+        *([teachers] if asks_teacher or not is_rl else []),  # it writes the responses of `cft`
+        *([judges] if is_rl else []),
         RoleDemand("reference", config.reference_actors, student, rollout.placement.group),
         learners,
         RoleDemand("evaluation", spare, student),

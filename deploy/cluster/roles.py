@@ -26,7 +26,7 @@ class Roles:
     rollouts: ActorPool
     teachers: ActorPool
     rewards: ActorPool | None = None
-    """Of `rl`, which has no teachers."""
+    """Of `rl`, which has teachers only with `objective.opd_weight`."""
     references: ActorPool | None = None
     """Rollout actors that hold the frozen reference of `objective.kl_beta`."""
     evaluators: ActorPool | None = None
@@ -80,7 +80,7 @@ def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int)
     has_rewards = config.objective.kind == "rl"
     teachers = {
         f"teacher-{i}": start_teacher(config, f"teacher-{i}", places["teacher"].options(i))
-        for i in range(0 if has_rewards else teacher.actors)
+        for i in range(teacher.actors if config.objective.asks_teacher or not has_rewards else 0)
     }
     asked = student, config.reward, config.objective.advantage, retries
     judges = {

@@ -167,10 +167,10 @@ def plan_of(checked: Preflight, machines: Machines | None) -> Plan:
 
 def _judges(config: OpdlmConfig, student: ModelSize, teacher: ModelSize, lengths: Lengths) -> list[RoleMemory]:
     """The memory of the roles that say what responses are worth."""
-    if config.objective.kind != "rl":
-        return [teacher_memory(config, teacher, lengths)]
+    is_rl, asks_teacher = config.objective.kind == "rl", config.objective.asks_teacher
+    teachers = [teacher_memory(config, teacher, lengths)] if asks_teacher or not is_rl else []
     reference = [reference_memory(config, student, lengths)] if config.reference_actors else []
-    return [reward_memory(), *reference]
+    return [*teachers, *([reward_memory()] if is_rl else []), *reference]
 
 
 def longest_sequences(checked: Preflight) -> Lengths:

@@ -103,6 +103,7 @@ def preflight(config: OpdlmConfig) -> Preflight:
     per_round, responses = config.rollout.samples_per_round, config.rollout.responses_per_prompt
     per_epoch = prompts.samples_per_epoch * responses
     check_references(config, prompts.prompts)
+    mark_of_reasoning(config, tokenizer)
     total = config.data.epochs * per_epoch if config.run.rounds is None else config.run.rounds * per_round
     epochs = -(-total // per_epoch)
     learner = config.learner
@@ -167,6 +168,22 @@ def _check_answers(kind: AnswerKind, prompts: Sequence[Prompt]) -> None:
             answer_check(kind, [str(prompt.reference)])
         except ValueError as error:
             raise ConfigError(f"reward.kind: found {kind!r}, but the answer of {prompt.prompt_id}: {error}") from error
+
+
+def mark_of_reasoning(config: OpdlmConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token of `objective.weights.mark`; None without weights.
+
+    Raises:
+        ConfigError: the text is not one token that the tokenizer knows.
+    """
+    weights = config.objective.weights
+    if weights is None:
+        return None
+    ids = tokenizer(weights.mark, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        what = f"{len(ids)} tokens of the tokenizer" if len(ids) != 1 else "unknown to the tokenizer"
+        raise ConfigError(f"objective.weights.mark: found {weights.mark!r}, which is {what}; expected one token")
+    return int(ids[0])
 
 
 def check_weights(config: OpdlmConfig) -> None:

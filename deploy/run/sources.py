@@ -4,7 +4,8 @@ objective       sample
 opd             decode (rollout pool) ─► score (teacher pool) ─► ScoredTrajectory
 off_policy_kd   given response ────────► score (teacher pool) ─► ScoredTrajectory
 cft             given response ────────► its own tokens are the targets
-rl              decode a group ────────► judge (reward pool) ──► ScoredTrajectory with its advantage
+rl              decode a group ────────► judge (reward pool) ──► ScoredTrajectory with its advantage; with
+                `objective.opd_weight` it is scored in between
 run.replay      files of an earlier run (`replay.py`)
 """
 
@@ -25,7 +26,6 @@ from opdlm.common.batches import in_groups
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.curriculum import dynamic_threshold, length_limit
 from opdlm.common.data.prompts import PromptOrder
-from opdlm.common.errors import ConfigError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.config import read_config
 from opdlm.common.model.facts import ModelFacts, never_drawn
@@ -37,7 +37,7 @@ from opdlm.deploy.observe.records import RunRecords
 from opdlm.deploy.run.dealing import Dealer, Decoded
 from opdlm.deploy.run.given_responses import GivenResponses, generate_responses, response_recipe
 from opdlm.deploy.run.judging import Judging
-from opdlm.deploy.run.preflight import Preflight
+from opdlm.deploy.run.preflight import Preflight, mark_of_reasoning
 from opdlm.deploy.run.reference import add_reference
 from opdlm.deploy.run.replay import ReplaySource
 from opdlm.deploy.run.scoring import Scoring
@@ -85,7 +85,13 @@ async def open_source(
         rounds = config.checkpoint.every_rounds + config.queue.max_staleness + 1
         kept, complete = rounds * config.rollout.prompts_per_round, reference_of(config, roles, start)
         judging = Judging(roles.rewards, records, checked.order, kept, complete)
-        return OnPolicySource(config, roles.rollouts, records, judging.judge, checked.order, judging.expect)
+
+        async def score_and_judge(decoded: Decoded) -> SampleRef:
+            scored = await scoring.score(decoded)
+            return await judging.judge(replace(decoded, group=scored.group, place=scored.place))
+
+        both = score_and_judge if config.objective.asks_teacher else judging.judge
+        return OnPolicySource(config, roles.rollouts, records, both, checked.order, judging.expect)
     if responses is None:
         recipe = response_recipe(config, checked.order.digest)
         prompts = checked.order.used(checked.schedule.total)
@@ -94,7 +100,7 @@ async def open_source(
     records.given(len(responses.by_prompt), responses.forward_tokens, responses.cached, cut)
     vocab_size = checked.teacher.tokens.end
     given = responses.by_prompt, vocab_size, student.eos_ids
-    return GivenSource(config, scoring, checked.order, *given, mark_of_reasoning(checked))
+    return GivenSource(config, scoring, checked.order, *given, mark_of_reasoning(config, checked.tokenizer))
 
 
 def reference_of(config: OpdlmConfig, roles: Roles, start: ModelFacts) -> Callable[[Any], Awaitable[Any]] | None:
@@ -112,23 +118,6 @@ def reference_of(config: OpdlmConfig, roles: Roles, start: ModelFacts) -> Callab
         return with_reference
 
     return complete
-
-
-def mark_of_reasoning(checked: Preflight) -> int | None:
-    """The token of `objective.weights.mark`; None without weights.
-
-    Raises:
-        ConfigError: the text is not one token.
-    """
-    weights = checked.config.objective.weights
-    if weights is None:
-        return None
-    ids = checked.tokenizer(weights.mark, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise ConfigError(
-            f"objective.weights.mark: found {weights.mark!r}, which is {len(ids)} tokens of the tokenizer; expected one"
-        )
-    return int(ids[0])
 
 
 class OnPolicySource:
