@@ -19,7 +19,7 @@ from opdlm.common.data.reranking import Failure, Reference, RerankCase, read_ans
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.common.rewards import Attempt, advantages, make_reward
-from opdlm.common.types import PolicyTargets, ScoredTrajectory, Trajectory
+from opdlm.common.types import PolicyTargets, ScoredTrajectory, TeacherTargets, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +70,14 @@ class RewardActor:
             OpdlmError: the reward failed, took too long, or is no finite number; the sample is named.
         """
         started = time.perf_counter()
-        group, teachers = [], []
-        for number, place in places:
-            one = lists[number][place]
-            is_scored = isinstance(one, ScoredTrajectory)
-            group.append(one.trajectory if is_scored else one)
-            teachers.append(one.targets if is_scored else None)
+        pairs = [_parts(lists[number][place]) for number, place in places]
+        group = [trajectory for trajectory, _ in pairs]
         attempts = [self._attempt(trajectory, reference) for trajectory in group]
         rewards = [self._ask(attempt, t.index) for attempt, t in zip(attempts, group, strict=True)]
         found = advantages([*rewards, *others], self._advantage)
         targets = [
             PolicyTargets(None if found is None else float(found[i]), teacher=teacher)
-            for i, teacher in enumerate(teachers)
+            for i, (_, teacher) in enumerate(pairs)
         ]
         failures: list[Failure] = []
         if isinstance(reference, RerankCase):
@@ -117,6 +113,14 @@ class RewardActor:
         if isinstance(value, bool | int | float | np.number) and math.isfinite(value):
             return float(value)
         raise OpdlmError(f"{where}: {self._config.function} returned {value!r}; expected a finite number")
+
+
+def _parts(one: Trajectory | ScoredTrajectory) -> tuple[Trajectory, TeacherTargets | None]:
+    """The trajectory, and the teacher's targets if it is scored."""
+    if isinstance(one, Trajectory):
+        return one, None
+    assert not isinstance(one.targets, PolicyTargets), "judged once"
+    return one.trajectory, one.targets
 
 
 def start_reward_actor(
