@@ -1,10 +1,9 @@
 """The records of a run: one stream to `metrics.jsonl`, the terminal, TensorBoard, Prometheus and wandb.
 
 A record has a `kind`: `data`, `step` (one optimizer step), `round`, `publish`, `checkpoint`, `evaluation`, `failure`,
-`offline` (given responses), `skipped_step` (the gradient was not finite, or there was nothing to learn from),
-`failed_save` (of a checkpoint), `actor_death`, `learner_restart`, `queue_death`, `damaged_checkpoint`, `scale` (actors
-were added or removed), `early_stop`. `metrics.jsonl` has each round and step once: training a round again
-replaces its earlier records.
+`offline` (given responses), `skipped_step` (nothing to learn from, or no finite gradient), `failed_save`,
+`actor_death`, `learner_restart`, `queue_death`, `damaged_checkpoint`, `scale` (actors were added or removed),
+`early_stop`. `metrics.jsonl` has each round and step once: training a round again replaces its earlier records.
 The figures are measured where the work is done (the decoder, the train step, ...) and only collected here.
 """
 

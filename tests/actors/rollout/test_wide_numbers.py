@@ -42,7 +42,7 @@ def long_one():
     slots.refill([RolloutRequest(0, "long", prompt, LENGTH, seed=LARGEST)], BlockGrid(4, "absolute"), 0.9)
     slots.tokens[0, 4:] = 7
     slots.reveal[0, 4:] = torch.arange(1, LENGTH + 1)
-    (made,) = slots.trajectories([0], [EOS], ignore_eos=False)
+    (made,) = slots.trajectories([0], [EOS], DecodeSettings(4))
     return made
 
 

@@ -232,7 +232,13 @@ def test_the_masks_of_a_long_row_are_at_most_as_large(tmp_path, monkeypatch) -> 
     size = model_size(tmp_path)
     for response in (16, 60, 400):
         sample = trajectory([5] * 6, [6] * response, [1] * response)
-        row = build_row(_scored(sample), sample.reveal_step > 0, BlockGrid(4, "response"), MASK, exclude_eos=False)
+        row = build_row(
+            _scored(sample),
+            ChosenStates(*[sample.reveal_step > 0] * 2),
+            BlockGrid(4, "response"),
+            MASK,
+            exclude_eos=False,
+        )
         parts = RowParts.from_batch(pack([row]), torch.float32)
         masks = sum(piece.mask.nbytes for piece in [*parts.clean_pieces, *parts.noisy_pieces])
         config = config_with(learner={"micro_batch_tokens": 1})

@@ -33,7 +33,13 @@ def role(name: str, count: int = 1, **settings: Any) -> OpdlmConfig:
 
 def test_roles_ask_for_the_resources_of_nodes() -> None:
     config = role("rollout", 3, placement={"node_resources": {"decode": 2}, "accelerator_type": "A100"})
-    assert demands(config)["decode"] == [("rollout", 3, 2), ("teacher", 1, 0), ("learner", 1, 0), ("evaluation", 0, 2)]
+    assert demands(config)["decode"] == [
+        ("rollout", 3, 2),
+        ("teacher", 1, 0),
+        ("reference", 0, 2),
+        ("learner", 1, 0),
+        ("evaluation", 0, 2),
+    ]
     assert list(demands(config)) == ["CPU", "GPU", "decode"]
     assert placement_lines(config) == ["rollout: nodes with 2 `decode`, accelerator type A100 for each process"]
     check_nodes(role_demands(config), [H100, A100])

@@ -76,7 +76,7 @@ def brute_force(teacher, student, trajectory: Trajectory, grid: BlockGrid, mask_
     prompt, response = trajectory.prompt_ids.astype(np.int64), trajectory.response_ids.astype(np.int64)
     whole = torch.from_numpy(np.concatenate([prompt, response]))[None]
     states = BlockStates(trajectory.reveal_step, len(prompt), grid)
-    masked = one_state_per_block(states, np.random.default_rng([0, trajectory.index]))[0]
+    masked = one_state_per_block(states, np.random.default_rng([0, trajectory.index]))[0].masked
     target = teacher(whole).logits[0, :, :size].log_softmax(-1)
     found = []
     for block in range(states.block.max() + 1):

@@ -180,6 +180,6 @@ def test_a_learner_behind_its_queue_goes_on_with_a_new_queue_from_the_older_chec
             asyncio.run(survive)
         return
     asyncio.run(survive)
-    assert started == [((8, 0, 48, 2), "replay-queue-2")]
+    assert started == [((8, 0, 48, 2, 1), "replay-queue-2")]
     assert (stopped, roles.queue, forgotten) == (["first queue"], "replay-queue-2", ["forget_weights"])
     assert told == ["the checkpoint of round 4 is damaged"]
