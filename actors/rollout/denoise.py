@@ -96,10 +96,11 @@ class Denoiser:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws a candidate for each masked position: candidates `[m]` int64 and their confidence `[m]` float32."""
         settings = self.settings
-        uniform = hashed_uniform(slots.seed[:, None], window, slots.step[:, None], _TOKEN_STREAM).flatten()[places]
+        uniform = None
+        if settings.temperature > 0:
+            uniform = hashed_uniform(slots.seed[:, None], window, slots.step[:, None], _TOKEN_STREAM).flatten()[places]
         candidates = draw_candidates(logits, uniform, settings.temperature, settings.top_k, settings.top_p)
-        chosen = logits.gather(-1, candidates[:, None]).squeeze(-1)
-        return candidates, (chosen - logits.logsumexp(dim=-1)).exp()
+        return candidates, logits.log_softmax(dim=-1).gather(-1, candidates[:, None]).squeeze(-1).exp()
 
     def _strategy_input(
         self,
