@@ -197,29 +197,40 @@ def slot_layout(
         group: query heads that share a key head.
         positions: positions of a layer of the cache.
     """
+    repeats = 1
     if commit is None:
         last = ends[:, None]
     else:  # clamp: before the first block there is none to commit; attending to no position would give NaN
-        last = torch.stack([ends, ends - block], dim=1).repeat_interleave(group * block, dim=1)
+        last = torch.stack([ends, ends - block], dim=1)
         if causal:
             later = torch.arange(block - 1, -1, -1, device=ends.device).repeat(group)
+            last = last.repeat_interleave(group * block, dim=1)
             last[:, group * block :] -= later
+        else:
+            repeats = group * block
         last = last.clamp(min=1)
     if not parts:
         gathered = (bases[:, None] + torch.arange(width, device=ends.device)).clamp(max=positions - 1)
-        mask = _mask(torch.zeros_like(bases), last, width, dtype)
+        mask = _mask(torch.zeros_like(bases), last, repeats, width, dtype)
         return SlotLayout(parts, gathered, block, commit, causal, (mask,))
     masks, start = [], 0
     for part in parts:
         slots = slice(start, start + part.count)
         windows = part.begin + part.stride * torch.arange(part.count, device=ends.device)
-        masks.append(_mask(bases[slots] - windows, last[slots], part.width, dtype))
+        masks.append(_mask(bases[slots] - windows, last[slots], repeats, part.width, dtype))
         start += part.count
     return SlotLayout(parts, None, block, commit, causal, tuple(masks))
 
 
-def _mask(first: torch.Tensor, last: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """`[n, 1, 1 or queries, width]`. `first`: `[n]`, where a slot begins in its window; `last`: `[n, queries]`."""
+def _mask(first: torch.Tensor, last: torch.Tensor, repeats: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """The mask of a part, `[n, 1, rows * repeats, width]`.
+
+    Args:
+        first: `[n]` int64, where each slot begins in its window.
+        last: `[n, rows]` int64, the position in the slot that queries do not see any more.
+        repeats: queries of each of these rows.
+    """
     place = torch.arange(width, device=first.device) - first[:, None, None]
-    hidden = ((place < 0) | (place >= last[:, :, None]))[:, None]
-    return torch.zeros(hidden.shape, dtype=dtype, device=first.device).masked_fill_(hidden, float("-inf"))
+    hidden = (place < 0) | (place >= last[:, :, None])
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=first.device).masked_fill_(hidden, float("-inf"))
+    return mask.repeat_interleave(repeats, dim=1)[:, None] if repeats > 1 else mask[:, None]

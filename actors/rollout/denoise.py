@@ -104,14 +104,17 @@ class Denoiser:
         them. Both are float32.
         """
         settings = self.settings
-        uniform = hashed_uniform(slots.seed[:, None], window, slots.step[:, None], _TOKEN_STREAM).flatten()[places]
+        uniform = None
+        if settings.temperature > 0:
+            uniform = hashed_uniform(slots.seed[:, None], window, slots.step[:, None], _TOKEN_STREAM).flatten()[places]
         candidates = draw_candidates(logits, uniform, settings.temperature, settings.top_k, settings.top_p)
-        drawn = logits.gather(-1, candidates[:, None]).squeeze(-1)
-        chosen = drawn if settings.confidence == "sampled" else logits.amax(dim=-1)
-        confidence = (chosen - logits.logsumexp(dim=-1)).exp()
+        log_p = logits.log_softmax(dim=-1)
+        drawn = log_p.gather(-1, candidates[:, None]).squeeze(-1)
+        confidence = (drawn if settings.confidence == "sampled" else log_p.amax(dim=-1)).exp()
         if not settings.keep_logprobs:
             return candidates, confidence, None
-        return candidates, confidence, drawn / settings.temperature - (logits / settings.temperature).logsumexp(-1)
+        tempered = (logits / settings.temperature).log_softmax(dim=-1)
+        return candidates, confidence, tempered.gather(-1, candidates[:, None]).squeeze(-1)
 
     def _strategy_input(
         self,

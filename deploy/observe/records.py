@@ -29,7 +29,7 @@ from opdlm.deploy.observe.progress import RunProgress
 from opdlm.deploy.observe.round_figures import LEARNER_WORK, RoundReports
 from opdlm.deploy.observe.terminal import View
 from opdlm.deploy.observe.timeline import Timeline
-from opdlm.deploy.observe.writers import PrometheusWriter, RecordWriter, TensorBoardWriter
+from opdlm.deploy.observe.writers import PrometheusWriter, RecordWriter, TensorBoardWriter, Writers
 from opdlm.deploy.run.directory import HISTORY, truncate_metrics
 
 log = logging.getLogger("opdlm.records")
@@ -69,11 +69,7 @@ class RunRecords:
         self._queue_totals: dict[str, int] = {}
         last_round: dict[str, Any] = next((r for r in reversed(earlier) if r["kind"] == "round"), {})
         self._dead_queues_totals = Counter({name: last_round[name] for name in QUEUE_TOTALS if name in last_round})
-        self._writers: list[RecordWriter] = [
-            TensorBoardWriter(run_dir, first_step),
-            PrometheusWriter(run_dir.name),
-            *more,
-        ]
+        self._writers = Writers([TensorBoardWriter(run_dir, first_step), PrometheusWriter(run_dir.name), *more])
         self._view = view
         self._started = time.perf_counter() - (earlier[-1]["wall_seconds"] if earlier else 0.0)
         self._round, self._step = first_round, first_step
@@ -246,7 +242,7 @@ class RunRecords:
         except OSError as error:  # of a record whose write failed, which raised an error at that time
             log.error("%s: %s", self._file.name, error)
         self._timeline.close()
-        self._for_each_writer(lambda writer: writer.close())
+        self._writers.close()
 
     def _learner_started(self, round_: int, step: int) -> None:
         """The learner started from a checkpoint. On a restart, the records of the rounds after it are dropped.
@@ -285,17 +281,8 @@ class RunRecords:
                 f"{self._file.name}: {error.strerror}; no record may be lost, so the run ends, with a checkpoint "
                 "if there is room for it; make room and go on with --resume"
             ) from error
-        self._for_each_writer(lambda writer: writer.write(record))
+        self._writers.write(record)
         self._view.show(record)
-
-    def _for_each_writer(self, call: Callable[[RecordWriter], None]) -> None:
-        """Calls every writer and drops one that fails: `metrics.jsonl` has all records, so the run goes on."""
-        for writer in list(self._writers):
-            try:
-                call(writer)
-            except Exception:
-                log.exception("%s failed and gets no more records", type(writer).__name__)
-                self._writers.remove(writer)
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:

@@ -7,8 +7,9 @@ wandb, `opdlm_KIND_NUMBER` in Prometheus.
 from __future__ import annotations
 
 import importlib
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.errors import OpdlmError, first_line
+
+log = logging.getLogger("opdlm.records")
 
 _NO_NAME = re.compile(r"\W+", re.ASCII)
 """What the name of a metric may not have."""
@@ -33,6 +36,29 @@ class RecordWriter(Protocol):
     def close(self) -> None:
         """No more records follow."""
         ...
+
+
+class Writers:
+    """Several writers as one. One that fails is dropped: `metrics.jsonl` has all records, so the run goes on."""
+
+    def __init__(self, writers: Sequence[RecordWriter]) -> None:
+        self._writers = list(writers)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Gives all of them one record."""
+        self._each(lambda writer: writer.write(record))
+
+    def close(self) -> None:
+        """Closes all of them."""
+        self._each(lambda writer: writer.close())
+
+    def _each(self, call: Callable[[RecordWriter], None]) -> None:
+        for writer in list(self._writers):
+            try:
+                call(writer)
+            except Exception:
+                log.exception("%s failed and gets no more records", type(writer).__name__)
+                self._writers.remove(writer)
 
 
 def numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -57,10 +57,10 @@ def force_ends(drawer: type, lengths: list[int]) -> None:
     draw, ends = drawer._candidates, torch.tensor(lengths)  # type: ignore[attr-defined]
 
     def forced(self: Any, slots: Any, window: torch.Tensor, places: torch.Tensor, logits: torch.Tensor) -> Any:
-        candidates, confidence = draw(self, slots, window, places, logits)
+        candidates, *others = draw(self, slots, window, places, logits)
         last = (slots.prompt_length + ends.to(window.device)[slots.seed] - 1)[:, None]
         at_end = (window >= last).flatten()[places]
-        return torch.where(at_end, END, candidates.clamp(min=1)), confidence
+        return torch.where(at_end, END, candidates.clamp(min=1)), *others
 
     drawer._candidates = forced  # type: ignore[attr-defined]
 

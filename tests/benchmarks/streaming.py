@@ -1,6 +1,6 @@
 """Continuous decoding of responses with a long tail, against an older commit that decodes call by call.
 
-    make bench        # or: python -m tests.benchmarks.streaming [--repetitions 3] [--width 1024 --layers 28]
+    make bench        # or: python -m tests.benchmarks.streaming [--staleness 1] [--width 1024 --layers 28]
 
 One actor of 32 slots. Lengths are lognormal (median an eighth of the limit, sigma 1, cut at the limit), made by an end
 token that is forced where a sequence has its length. Two cases: `max_staleness: 1`, eight rounds of 32, where a round
@@ -111,6 +111,7 @@ def main() -> None:
     made.add_argument("--layers", type=int, default=2)
     made.add_argument("--vocabulary", type=int, default=512)
     made.add_argument("--limit", type=int, default=1024, help="longest response in tokens")
+    made.add_argument("--staleness", type=int, choices=(0, 1), help="one of the two cases alone")
     chosen = made.parse_args()
     torch.set_num_threads(chosen.threads)
     shape = {"width": chosen.width, "layers": chosen.layers, "vocabulary": chosen.vocabulary}
@@ -124,6 +125,8 @@ def main() -> None:
         archive = subprocess.run(["git", "archive", BEFORE], capture_output=True, check=True, cwd=REPOSITORY)
         subprocess.run(["tar", "-x", "-C", tree], input=archive.stdout, check=True)
         for name, (staleness, count, size) in CASES.items():
+            if chosen.staleness not in (None, staleness):
+                continue
             line = measure(
                 chosen, shape, [lognormal(size, chosen.limit, seed) for seed in range(count)], staleness, tree
             )

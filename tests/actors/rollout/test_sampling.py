@@ -34,7 +34,13 @@ def test_draws_follow_the_tempered_softmax(temperature) -> None:
 
 def test_zero_temperature_is_greedy() -> None:
     logits = torch.randn(50, 9)
-    assert torch.equal(draw_candidates(logits, torch.rand(50).double(), 0.0), logits.argmax(-1))
+    for uniform in (torch.rand(50).double(), None):
+        assert torch.equal(draw_candidates(logits, uniform, 0.0), logits.argmax(-1))
+
+
+def test_of_equal_logits_the_first_is_the_likeliest() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0], [float("-inf"), 1.0, 1.0]])
+    assert draw_candidates(logits, None, 0.0).tolist() == [1, 1]
 
 
 def test_extreme_uniforms_never_draw_a_filtered_token() -> None:
