@@ -120,11 +120,12 @@ class PolicyPositions:
         Args:
             weights: `[N]` float32, on the CPU, the weight of each position in the whole step.
 
-        Returns: `ratio`, `clipped_share`, `logprob_change` (of |l_new - l_old|, nats), `reference_kl` (nats).
+        Returns: `ratio`, `clipped_share`, `logprob_change` (of |l_new - l_old|, nats), `reference_kl` (nats),
+            `advantage_size` (of |A|).
         """
         change = (self.new_logprobs - self.old_logprobs).abs()
-        values = self.ratio(), self.is_clipped(objective).float(), change, self.distance()
-        names = "ratio", "clipped_share", "logprob_change", "reference_kl"
+        values = self.ratio(), self.is_clipped(objective).float(), change, self.distance(), self.advantages.abs()
+        names = "ratio", "clipped_share", "logprob_change", "reference_kl", "advantage_size"
         return {name: float((of.cpu() * weights).sum()) for name, of in zip(names, values, strict=True)}
 
     def _losses(self, new: torch.Tensor, objective: ObjectiveConfig) -> tuple[torch.Tensor, torch.Tensor]:

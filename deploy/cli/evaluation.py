@@ -31,6 +31,13 @@ def evaluate(
             "answers are: share of its score, same answers, length ratio, KL(teacher || student) on its responses.",
         ),
     ] = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option(
+            help="Re-ranking: what --output wrote for another checkpoint and the same questions; the table says by how "
+            "much this one is better, with intervals."
+        ),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Print the answers to this many questions side by side.")
     ] = None,
@@ -56,6 +63,8 @@ def evaluate(
 
         opdlm eval runs/mine/student --data knowledge --teacher models/smollm2 --samples 6
 
+        opdlm eval runs/rerank/rl/student --task rerank --beside opd.json
+
         opdlm eval runs/math/student --data math500.jsonl --answer math --chat --max-new-tokens 2048
 
         opdlm eval runs/math/student --lm-eval gsm8k --chat --actors 8 --gpus-per-actor 1 --output gsm8k.json
@@ -65,11 +74,11 @@ def evaluate(
 
         default = ["low_confidence_dynamic"] if lm_eval else ["low_confidence_static", "low_confidence_dynamic"]
         options = EvalOptions(
-            known_strategies(strategy or default), threshold, block_size, output, teacher, samples or 0
+            known_strategies(strategy or default), threshold, block_size, output, teacher, samples or 0, beside
         )
         if lm_eval:
             given = {"--task": questions.task, "--data": questions.data, "--problems": questions.problems}
-            refuse_misplaced("--lm-eval", given | {"--teacher": teacher, "--samples": samples})
+            refuse_misplaced("--lm-eval", given | {"--teacher": teacher, "--samples": samples, "--beside": beside})
             refuse_data_options("--lm-eval", questions)
             check_thinking(questions)
             from opdlm.deploy.evaluate.lm_eval import HarnessOptions, run_harness

@@ -21,7 +21,7 @@ from opdlm.deploy.evaluate.decoders import Answers, CheckpointDecoder, Decoder
 from opdlm.deploy.evaluate.known_answers import choose_evenly
 from opdlm.deploy.evaluate.options import DecodingOptions
 from opdlm.deploy.evaluate.questions import Questions
-from opdlm.deploy.evaluate.reranked import rerank_figures, rerank_tables
+from opdlm.deploy.evaluate.reranked import rerank_figures
 from opdlm.deploy.observe.meter import Meter
 from opdlm.deploy.observe.tables import decoding_name, new_table
 
@@ -45,6 +45,8 @@ class EvalOptions:
     """Folder of an autoregressive model that answers first, and beside which the checkpoint's figures are shown."""
     samples: int = 0
     """Number of questions whose answers are shown side by side."""
+    beside: Path | None = None
+    """Results of another checkpoint, as `output` has them, whose re-ranking is compared with this one's."""
 
 
 def check_beside(options: EvalOptions, decoding: DecodingOptions) -> None:
@@ -205,8 +207,6 @@ def eval_tables(title: str, questions: Questions, rows: Sequence[dict[str, Any]]
             shares = [f"{row['by_kind'][kind]['right']:.1%}" for row in rows]
             third.add_row(kind, f"{of['questions']:,}", *shares)
         tables.append(third)
-    if questions.cases:
-        tables += rerank_tables(questions.cases, [(name, row["rerank"]) for name, row in zip(names, rows, strict=True)])
     return tables
 
 

@@ -25,6 +25,7 @@ from opdlm.deploy.evaluate.asking import (
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder, Decoder
 from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_actors, check_questions
 from opdlm.deploy.evaluate.questions import Questions, open_questions
+from opdlm.deploy.evaluate.reranked import Comparison, ranked_rows, read_beside, rerank_comparisons, rerank_tables
 from opdlm.deploy.observe.meter import Meter
 
 
@@ -80,11 +81,18 @@ def run_eval(
     check_output(options.output)
     with open_evaluation(folder, asked, options, decoding) as evaluation:
         questions = evaluation.questions
+        others = _read_beside(options.beside, questions)
         tell_unknown(questions, console)
         with Meter(console) as meter:
             rows = evaluation.rows(meter)
     title = f"{folder}: {questions.title}"
-    for table in eval_tables(title, questions, rows, options.threshold):
+    tables = eval_tables(title, questions, rows, options.threshold)
+    compared: list[Comparison] = []
+    if questions.cases:
+        ranked = [*others, *ranked_rows(rows, options.threshold)]
+        compared = rerank_comparisons(questions.cases, ranked)
+        tables += rerank_tables(questions.cases, ranked, compared)
+    for table in tables:
         console.print(table, "")
     texts = evaluation.samples(options.samples)
     for lines in sample_lines(texts, options.threshold):
@@ -94,10 +102,19 @@ def run_eval(
             line = f"{row['decoding']}: {row['empty']} of {row['responses']} responses are empty: they hold no text"
             console.print(line, style="yellow", highlight=False, soft_wrap=True)
     if options.output:
-        content = {"checkpoint": str(folder), "questions": questions.title, "rows": rows}
+        content = {"checkpoint": str(folder), "questions": questions.title, "threshold": options.threshold}
+        content |= {"rows": rows} | ({"compared": compared} if compared else {})
         content |= {"teacher": str(options.teacher)} if options.teacher else {}
         content |= {"samples": texts} if texts else {}
         write_results(options.output, content, console)
+
+
+def _read_beside(file: Path | None, questions: Questions) -> list[tuple[str, dict[str, Any]]]:
+    if file is None:
+        return []
+    if not questions.cases:
+        raise OpdlmError(f"--beside: found {file}; only re-ranking cases are compared with another evaluation")
+    return read_beside(file, questions.title, len(questions.cases))
 
 
 def tell_unknown(questions: Questions, console: Console) -> None:

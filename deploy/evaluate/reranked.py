@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,17 @@ from opdlm.common.data.reranking import (
     ranks,
     rerank_metrics,
 )
-from opdlm.deploy.observe.tables import new_table
+from opdlm.common.errors import OpdlmError
+from opdlm.common.files import read_text
+from opdlm.deploy.observe.tables import decoding_name, new_table
 
 RETRIEVER = "retriever"
 _SHOWN = "recall@1", "recall@3", "ndcg@3", "reward", "valid", "copied", *FAILURES
+COMPARED = "recall@1", "ndcg@3"
+"""The metrics whose differences get an interval."""
 _NAMES = {"recall@1": "R@1", "recall@3": "R@3", "ndcg@3": "NDCG@3"}
+
+Comparison = dict[str, str | float]
 
 
 def rerank_figures(cases: Sequence[RerankCase], answers: Sequence[RerankAnswer]) -> dict[str, Any]:
@@ -29,22 +37,82 @@ def rerank_figures(cases: Sequence[RerankCase], answers: Sequence[RerankAnswer])
     return {**rerank_metrics(cases, answers), "ranks": ranks(cases, answers).tolist()}
 
 
-def rerank_tables(cases: Sequence[RerankCase], rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Table]:
+def rerank_comparisons(
+    cases: Sequence[RerankCase], rows: Sequence[tuple[str, dict[str, Any]]]
+) -> list[Comparison]:
+    """By how much each order beats the retriever's and those of the rows above it, in each of `COMPARED`.
+
+    Args:
+        rows: (name, `rerank_figures`) of each way of decoding.
+
+    Returns: `order`, `beside`, `metric`, the mean `difference`, and `low` and `high`, its 95 % interval by a paired
+        bootstrap over the cases.
+    """
+    named, found = [_retriever(cases), *rows], list[Comparison]()
+    for metric in COMPARED:
+        values = [BY_RANK[metric](np.array(figures["ranks"])) for _, figures in named]
+        for place, (name, _) in enumerate(named):
+            for other in range(place):
+                low, high = paired_interval(values[place], values[other])
+                between: Comparison = {"order": name, "beside": named[other][0], "metric": metric}
+                between["difference"] = float((values[place] - values[other]).mean())
+                found.append(between | {"low": low, "high": high})
+    return found
+
+
+def rerank_tables(
+    cases: Sequence[RerankCase], rows: Sequence[tuple[str, dict[str, Any]]], compared: Sequence[Comparison]
+) -> list[Table]:
     """Two tables: the metrics, and by how much each row beats the rows above it.
 
     Args:
         rows: (name, `rerank_figures`) of each way of decoding, the teacher's first where there is one.
+        compared: `rerank_comparisons` of them.
     """
-    of_retriever = rerank_figures(cases, [RerankAnswer(case.candidates) for case in cases])
-    named = [(RETRIEVER, of_retriever), *rows]
     metrics = new_table(f"re-ranking, {len(cases):,} cases", "order", *(_NAMES.get(n, n) for n in _SHOWN))
-    for name, figures in named:
+    for name, figures in [_retriever(cases), *rows]:
         shown = [f"{figures[n]:.3f}" if n in _NAMES or n == "reward" else f"{figures[n]:.1%}" for n in _SHOWN]
         metrics.add_row(name, *shown)
-    differences = new_table("R@1: difference, 95 % interval of a paired bootstrap", "order", "beside", "by", "interval")
-    for place, (name, figures) in enumerate(named):
-        for other, theirs in named[:place]:
-            mine, beside = (BY_RANK["recall@1"](np.array(of["ranks"])) for of in (figures, theirs))
-            low, high = paired_interval(mine, beside)
-            differences.add_row(name, other, f"{(mine - beside).mean():+.3f}", f"{low:+.3f} to {high:+.3f}")
+    columns = [_NAMES[metric] for metric in COMPARED]
+    differences = new_table("differences, and the 95 % interval of a paired bootstrap", "order", "beside", *columns)
+    cells: dict[tuple[Any, Any], list[str]] = {}
+    for one in compared:
+        text = f"{one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
+        cells.setdefault((one["order"], one["beside"]), []).append(text)
+    for pair, texts in cells.items():
+        differences.add_row(*pair, *texts)
     return [metrics, differences]
+
+
+def _retriever(cases: Sequence[RerankCase]) -> tuple[str, dict[str, Any]]:
+    return RETRIEVER, rerank_figures(cases, [RerankAnswer(case.candidates) for case in cases])
+
+
+def read_beside(file: Path, questions: str, count: int) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of another evaluation of the same questions, with its checkpoint's name, for `rerank_tables`.
+
+    Args:
+        file: what `opdlm eval --output` wrote.
+        questions, count: title of the questions, and their number.
+
+    Raises:
+        OpdlmError: the file cannot be read, or is about other questions.
+    """
+    try:
+        found = json.loads(read_text(file))
+        about, folder = found["questions"], Path(found["checkpoint"])
+        name = "/".join(folder.parts[-2:])
+        ranked = [(f"{name}, {way}", figures) for way, figures in ranked_rows(found["rows"], found["threshold"])]
+        lengths = {len(figures["ranks"]) for _, figures in ranked}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OpdlmError(
+            f"--beside: {file} is no JSON that `opdlm eval --output` wrote of re-ranking cases ({error!r})"
+        ) from None
+    if about != questions or lengths != {count}:
+        raise OpdlmError(f"--beside: {file} is about {about}, and this evaluation about {questions}; they must agree")
+    return ranked
+
+
+def ranked_rows(rows: Sequence[dict[str, Any]], threshold: float) -> list[tuple[str, dict[str, Any]]]:
+    """The name and the `rerank_figures` of each row of an evaluation. `threshold`: of its dynamic decoding."""
+    return [(decoding_name(row["decoding"], threshold), row["rerank"]) for row in rows]

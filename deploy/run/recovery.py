@@ -1,7 +1,7 @@
 """What happens in a run when something dies, is lost or comes too late, so that `loops.py` need not show it.
 
 a rollout actor dies                what it decoded is dealt again (`dealing.py`)
-a teacher actor dies                its call goes to another actor (`actors/pool.py`)
+a teacher or reward actor dies      its call goes to another actor (`actors/pool.py`)
 a call fails                        `Repetition` repeats it, `resources.sample_attempts` times in all
 samples come too late for a round   `Repetition` has those of them made again with the newest weights
 the object store is full            `Repetition` waits for room

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import asdict
 
 from opdlm.actors.queue.actor import ReplayQueueActor
+from opdlm.actors.reward.actor import RewardStats
 from opdlm.actors.teacher.actor import ScoreStats
 from opdlm.common.types import DecodeStats, WeightHandle
 from opdlm.deploy.observe.records import RunRecords
@@ -41,8 +42,10 @@ def report_everything(records: RunRecords) -> None:
         records.pushed(WeightHandle(round_ - 1, [], 64), 0.5)
         records.decoded(DecodeStats(0, 4, 80, 40, 12, 300, 2.0, ended_by_eos=3, slot_steps=48, occupied_slot_steps=40))
         records.scored(ScoreStats(80, 90, 0.5, 160, room_tokens=128))
+        records.judged(RewardStats((0.5, -1.0), False, ("omitted",), 0.1))
         place = {"round": round_ - 1, "step": round_}
-        records.learned([step | place | {"forward_kl_nats": 1.5}], state)
+        policy = {"ratio": 1.0, "clipped_share": 0.1, "logprob_change": 0.02, "reference_kl": 0.1, "advantage_size": 0.8}
+        records.learned([step | place | {"forward_kl_nats": 1.5} | policy], state)
         counted = {"staleness_max": 1, "learner_wait_seconds": 0.1, "rollout_tokens": 80 * round_}
         records.learned([ROUND | {"round": round_, "step": round_} | counted], state)
         place = {"round": round_, "step": round_}
