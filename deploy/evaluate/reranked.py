@@ -37,9 +37,7 @@ def rerank_figures(cases: Sequence[RerankCase], answers: Sequence[RerankAnswer])
     return {**rerank_metrics(cases, answers), "ranks": ranks(cases, answers).tolist()}
 
 
-def rerank_comparisons(
-    cases: Sequence[RerankCase], rows: Sequence[tuple[str, dict[str, Any]]]
-) -> list[Comparison]:
+def rerank_comparisons(cases: Sequence[RerankCase], rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Comparison]:
     """By how much each order beats the retriever's and those of the rows above it, in each of `COMPARED`.
 
     Args:

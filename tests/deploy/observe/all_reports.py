@@ -44,7 +44,13 @@ def report_everything(records: RunRecords) -> None:
         records.scored(ScoreStats(80, 90, 0.5, 160, room_tokens=128))
         records.judged(RewardStats((0.5, -1.0), False, ("omitted",), 0.1))
         place = {"round": round_ - 1, "step": round_}
-        policy = {"ratio": 1.0, "clipped_share": 0.1, "logprob_change": 0.02, "reference_kl": 0.1, "advantage_size": 0.8}
+        policy = {
+            "ratio": 1.0,
+            "clipped_share": 0.1,
+            "logprob_change": 0.02,
+            "reference_kl": 0.1,
+            "advantage_size": 0.8,
+        }
         records.learned([step | place | {"forward_kl_nats": 1.5} | policy], state)
         counted = {"staleness_max": 1, "learner_wait_seconds": 0.1, "rollout_tokens": 80 * round_}
         records.learned([ROUND | {"round": round_, "step": round_} | counted], state)
