@@ -9,7 +9,7 @@ from opdlm.common.config.schema import OpdlmConfig
 
 def check_teacher(config: OpdlmConfig) -> Iterator[str]:
     """Yields a line for each setting of the teacher, or of what it is asked for, that contradicts another one."""
-    if config.objective.kind == "rl" and not config.objective.asks_teacher:  # no teacher is started
+    if not config.starts_teachers:
         return
     yield from _backend(config)
     yield from _targets(config)

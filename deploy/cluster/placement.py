@@ -54,11 +54,10 @@ def role_demands(config: OpdlmConfig) -> list[RoleDemand]:
         return [learners]
     teachers = RoleDemand("teacher", teacher.actors, score, teacher.placement.group)
     judges = RoleDemand("reward", config.reward.actors, {"CPU": config.reward.cpus_per_actor})
-    is_rl, asks_teacher = config.objective.kind == "rl", config.objective.asks_teacher
     return [
         RoleDemand("rollout", rollout.actors, student, rollout.placement.group),
-        *([teachers] if asks_teacher or not is_rl else []),  # it writes the responses of `cft`
-        *([judges] if is_rl else []),
+        *([teachers] if config.starts_teachers else []),
+        *([judges] if config.objective.kind == "rl" else []),
         RoleDemand("reference", config.reference_actors, student, rollout.placement.group),
         learners,
         RoleDemand("evaluation", spare, student),

@@ -80,7 +80,7 @@ def start_roles(config: OpdlmConfig, student: str, total: int, first_round: int)
     has_rewards = config.objective.kind == "rl"
     teachers = {
         f"teacher-{i}": start_teacher(config, f"teacher-{i}", places["teacher"].options(i))
-        for i in range(teacher.actors if config.objective.asks_teacher or not has_rewards else 0)
+        for i in range(teacher.actors if config.starts_teachers else 0)
     }
     asked = student, config.reward, config.objective.advantage, retries
     judges = {

@@ -75,7 +75,9 @@ class Plan:
         rollout, last = config.rollout, self.checked.schedule.rounds - 1
         first_limit, last_limit = length_limit(config, 0), length_limit(config, last)
         return {
-            "teacher": f"{config.model.teacher} (vocabulary {self.checked.teacher.vocab_size:,})",
+            "teacher": f"{config.model.teacher} (vocabulary {self.checked.teacher.vocab_size:,})"
+            if config.starts_teachers
+            else "none: the reward judges",
             "student starts from": config.model.student or "the teacher, converted",
             "end tokens": token_names(self.checked.student.eos_ids, self.checked.tokenizer),
             "prompts": f"{len(prompts.prompts):,} kept, {len(prompts.refused)} refused",
@@ -167,10 +169,9 @@ def plan_of(checked: Preflight, machines: Machines | None) -> Plan:
 
 def _judges(config: OpdlmConfig, student: ModelSize, teacher: ModelSize, lengths: Lengths) -> list[RoleMemory]:
     """The memory of the roles that say what responses are worth."""
-    is_rl, asks_teacher = config.objective.kind == "rl", config.objective.asks_teacher
-    teachers = [teacher_memory(config, teacher, lengths)] if asks_teacher or not is_rl else []
+    teachers = [teacher_memory(config, teacher, lengths)] if config.starts_teachers else []
     reference = [reference_memory(config, student, lengths)] if config.reference_actors else []
-    return [*teachers, *([reward_memory()] if is_rl else []), *reference]
+    return [*teachers, *([reward_memory()] if config.objective.kind == "rl" else []), *reference]
 
 
 def longest_sequences(checked: Preflight) -> Lengths:
