@@ -53,6 +53,47 @@ class BlockGrid:
         """
         return prompt_length + self.kept_length(prompt_length, response_limit)
 
+    @property
+    def room(self) -> int:
+        """Places in the cache that a step needs from its start on: those of a block."""
+        return self.block_size
+
+    def context(self, prompt_length: int, response_limit: int) -> int:
+        """Returns how many positions the model must know."""
+        return self.end_position(prompt_length, response_limit)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftGrid:
+    """For drafts, which begin anywhere (METHOD.md section 11). It stands where decoders expect a `BlockGrid`.
+
+    A step begins at the last known token, whose keys and values are not in the cache yet. It needs room in the cache
+    for that token and S - 1 drafts, and behind each of these S tokens for a group of S masks.
+    """
+
+    block_size: int
+
+    @property
+    def room(self) -> int:
+        """Places in the cache that a step needs from its start on."""
+        return self.block_size * (1 + self.block_size)
+
+    def offset(self, prompt_length: int) -> int:
+        """No block has a border; 0."""
+        return 0
+
+    def first_block_start(self, prompt_length: int) -> int:
+        """Returns the position at which the first step begins: that of the prompt's last token."""
+        return prompt_length - 1
+
+    def end_position(self, prompt_length: int, response_limit: int) -> int:
+        """Returns the places in the cache that a sequence needs at most, during its last step."""
+        return prompt_length + response_limit - 2 + self.room
+
+    def context(self, prompt_length: int, response_limit: int) -> int:
+        """Returns how many positions the model must know. Drafts behind the last one are never used."""
+        return prompt_length + response_limit
+
 
 def block_index(positions: torch.Tensor, offset: torch.Tensor | int, block_size: int) -> torch.Tensor:
     """Returns the block of each position.

@@ -27,7 +27,7 @@ __getattr__, __all__ = lazy_exports(
     {
         "distill": ["DistillModule"],
         "group": ["fit"],
-        "lora": ["add_adapters", "merged_parameters", "save_adapter"],
+        "lora": ["merged_parameters", "save_adapter"],
         "losses": ["divergence", "forward_kl", "jensen_shannon", "reverse_kl"],
         "packing": ["MicroBatch", "collate", "micro_batches", "pack"],
         "queue_client": ["QueueClient"],

@@ -16,10 +16,10 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.masks import training_mask_mod
+from opdlm.common.model.adapters import add_adapters, mark_noisy
 from opdlm.common.model.attention import ATTENTION
 from opdlm.common.model.load import hidden_states, load_model
 from opdlm.learner.chunked_loss import chunked_loss
-from opdlm.learner.lora import add_adapters
 from opdlm.learner.packing import MicroBatch
 from opdlm.learner.policy_gradient import PolicyPositions
 from opdlm.learner.row_attention import RowParts
@@ -91,6 +91,7 @@ class DistillModule(nn.Module):
             looked_up = embed(matrix, batch.input_ids, embedding.padding_idx, handover)
             tokens = {"input_ids": None, "inputs_embeds": looked_up}
         mask, attention_arguments = self._mask(batch)
+        mark_noisy(self.student, batch.copies > 0)
         hidden = hidden_states(
             self.student, position_ids=batch.position_ids, mask=mask, **tokens, **attention_arguments
         )

@@ -1,4 +1,4 @@
-"""LoRA through peft: adapters in the student's linear layers.
+"""What the learner publishes and saves of a student with LoRA adapters (`common/model/adapters.py`).
 
 Only the learner knows of adapters. It publishes `W + scaling B A` for every adapted layer under the layer's plain name,
 so rollout actors, checksums and exports see an ordinary model.
@@ -16,37 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from opdlm.common.config.schema import LoraConfig
-from opdlm.common.errors import OpdlmError
 from opdlm.common.files import atomic_folder
-
-_NAME = "default"
+from opdlm.common.model.adapters import ADAPTER, is_adapter, peft_config
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 """Takes parameters and returns a context in which they are whole: `zero.gathered`, or `contextlib.nullcontext` for a
 model that is not sharded."""
-
-
-def add_adapters(student: nn.Module, config: LoraConfig, seed: int) -> None:
-    """Puts adapters into the student, in place; only they stay trainable. Every rank draws the same ones.
-
-    Raises:
-        OpdlmError: peft is missing, or no layer has one of the names.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise OpdlmError("model.lora: needs the package peft; install opdlm-ray[lora]") from None
-    torch.manual_seed(seed)
-    try:
-        peft.inject_adapter_in_model(_peft_config(config), student, adapter_name=_NAME)
-    except ValueError as error:
-        found = sorted({name.rsplit(".")[-1] for name, m in student.named_modules() if isinstance(m, nn.Linear)})
-        raise OpdlmError(
-            f"model.lora.target_modules: no layer of the student is called {config.target_modules}; its linear layers: "
-            f"{', '.join(found)}"
-        ) from error
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_("lora_" in name)
 
 
 def merged_parameters(student: nn.Module, gather: Gather) -> Iterator[tuple[str, torch.Tensor]]:
@@ -55,18 +30,18 @@ def merged_parameters(student: nn.Module, gather: Gather) -> Iterator[tuple[str,
     A weight is valid until the next one is asked for.
     """
     for name, parameter in student.named_parameters():
-        if "lora_" in name:
+        if is_adapter(name):
             continue
         layer_name, separator, rest = name.partition(".base_layer.")
         layer: Any = student.get_submodule(layer_name) if separator else None
         parts = [parameter]
         if layer is not None and rest == "weight":
-            parts += [layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight]
+            parts += [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
         with gather(parts):
             whole = parameter.detach()
             if len(parts) > 1:
                 _, down, up = (p.detach().float() for p in parts)
-                whole = (whole.float() + layer.scaling[_NAME] * (up @ down)).to(whole.dtype)
+                whole = (whole.float() + layer.scaling[ADAPTER] * (up @ down)).to(whole.dtype)
             yield f"{layer_name}.{rest}" if separator else name, whole
 
 
@@ -79,25 +54,13 @@ def save_adapter(student: nn.Module, config: LoraConfig, base: str, folder: Path
     """
     tensors = {}
     for name, parameter in student.named_parameters():
-        if "lora_" in name:
+        if is_adapter(name):
             with gather([parameter]):
-                tensors[f"base_model.model.{name.replace(f'.{_NAME}', '')}"] = parameter.detach().cpu().clone()
+                tensors[f"base_model.model.{name.replace(f'.{ADAPTER}', '')}"] = parameter.detach().cpu().clone()
     if folder is not None:
-        made = _peft_config(config)
+        made = peft_config(config)
         made.base_model_name_or_path = base
         made.inference_mode = True
         with atomic_folder(folder) as staging:
             made.save_pretrained(staging)
             save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def _peft_config(config: LoraConfig) -> Any:
-    import peft
-
-    return peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=0.0,  # the student that is trained is the one that decoded
-        target_modules=list(config.target_modules),
-        bias="none",
-    )

@@ -36,9 +36,9 @@ from opdlm.actors.rollout.places import ADMISSION_SLACK, GROWING_SLACK, LEAST_SL
 from opdlm.actors.rollout.sequences import check_requests, extent
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.slots import Slots
+from opdlm.actors.rollout.verify import Verifier
 from opdlm.common.errors import OpdlmError
 from opdlm.common.form import PAPER_FORM, StudentForm
-from opdlm.common.grid import BlockGrid
 from opdlm.common.model.attention import ATTENTION
 from opdlm.common.token_ids import TokenIds
 from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory
@@ -89,10 +89,11 @@ class BlockDecoder:
         self.settings = settings
         self.mask_id, self.eos_ids = mask_id, sorted(eos_ids)
         self.batch_size, self.form = batch_size, form
-        self.grid = BlockGrid(settings.block_size, settings.block_grid)
+        self.grid = settings.grid
         rows = model.lm_head.weight.shape[0]
         never = (TokenIds(rows) if tokens is None else tokens).without(mask_id).others(rows)
-        self._denoise = Denoiser(model, settings, mask_id, self.eos_ids, never, form)
+        step = Verifier if settings.strategy == "verified" else Denoiser
+        self._denoise = step(model, settings, mask_id, self.eos_ids, never, form)
         model.set_attn_implementation(ATTENTION)
         self._make_recorder = make_recorder
         self.cache = SlotCache(model) if cache is None else cache
@@ -205,7 +206,7 @@ class BlockDecoder:
     def clear(self) -> None:
         """Drops all requests and sequences, finished or not."""
         border = self.model.lm_head.weight.new_zeros(0, self.model.config.hidden_size * self.form.logit_shift)
-        self._slots = Slots(self.grid.block_size, self.mask_id, border, self.version)
+        self._slots = Slots(self.grid.room, self.mask_id, border, self.version)
         self._waiting: deque[RolloutRequest] = deque()
         self._crowded = False
         """Whether a sequence was put back and none has ended since."""

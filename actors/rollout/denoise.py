@@ -6,7 +6,7 @@ Shapes: n occupied slots, S tokens per block, m masked positions in all current 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -160,10 +160,13 @@ class Denoiser:
         finished, slots.host_commits[:n], slots.host_starts[:n], not_finite = on_host[:, :4].T
         slots.host_masked[:n] = on_host[:, 4:]
         if not_finite.any():
-            broken_one = slots.requests[int(not_finite.argmax())].prompt_id
-            raise OpdlmError(
-                f"prompt {broken_one}: the student's logits hold NaN or infinity "
-                f"(weights of version {slots.version}), so no token can be drawn; its weights or its number format are "
-                "broken"
-            )
+            refuse_logits(slots, int(not_finite.argmax()))
         return np.flatnonzero(finished).tolist()
+
+
+def refuse_logits(slots: Slots, row: int) -> NoReturn:
+    """Raises `OpdlmError` for a slot whose logits have NaN, infinity or no candidate at all."""
+    raise OpdlmError(
+        f"prompt {slots.requests[row].prompt_id}: the student's logits hold NaN or infinity "
+        f"(weights of version {slots.version}), so no token can be drawn; its weights or its number format are broken"
+    )

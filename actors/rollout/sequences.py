@@ -6,17 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opdlm.common.grid import BlockGrid
+from opdlm.common.grid import BlockGrid, DraftGrid
 from opdlm.common.types import RolloutRequest, Trajectory
 
+CACHE_SETTING = "rollout.cache_tokens"
 
-def extent(request: RolloutRequest, grid: BlockGrid) -> tuple[int, int]:
-    """Positions of a sequence when it begins, to the end of its first block, and at most, to the end of its last."""
+
+def extent(request: RolloutRequest, grid: BlockGrid | DraftGrid) -> tuple[int, int]:
+    """Places in the cache of a sequence when it begins, to the end of its first block, and at most."""
     length = request.prompt_ids.size
-    return grid.first_block_start(length) + grid.block_size, grid.end_position(length, request.max_new_tokens)
+    return grid.first_block_start(length) + grid.room, grid.end_position(length, request.max_new_tokens)
 
 
-def check_requests(requests: Sequence[RolloutRequest], grid: BlockGrid, context: int, cache_limit: int | None) -> None:
+def check_requests(
+    requests: Sequence[RolloutRequest], grid: BlockGrid | DraftGrid, context: int, cache_limit: int | None
+) -> None:
     """Refuses requests that cannot be decoded.
 
     Args:
@@ -33,8 +37,9 @@ def check_requests(requests: Sequence[RolloutRequest], grid: BlockGrid, context:
             raise ValueError(
                 f"prompt {request.prompt_id}: max_new_tokens is {request.max_new_tokens}; it must be at least 1"
             )
-        end = extent(request, grid)[1]
-        for room, whose in ((context, "the model's context"), (cache_limit, "rollout.cache_tokens")):
+        positions = grid.context(request.prompt_ids.size, request.max_new_tokens)
+        needs = (positions, context, "the model's context"), (extent(request, grid)[1], cache_limit, CACHE_SETTING)
+        for end, room, whose in needs:
             if room is not None and end > room:
                 raise ValueError(
                     f"prompt {request.prompt_id}: {request.prompt_ids.size} prompt tokens and {request.max_new_tokens} "

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from opdlm.common.config.base import Confidence
 from opdlm.common.config.schema import Grid, Kind, RolloutConfig, Strategy
 from opdlm.common.errors import OpdlmError
+from opdlm.common.grid import BlockGrid, DraftGrid
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,13 @@ class DecodeSettings:
             if not is_number or not 0 <= value <= most or value == math.inf:
                 expected = "a finite number from 0" if most == math.inf else "a number within 0 and 1"
                 raise OpdlmError(f"{name}: found {value!r}; expected {expected}")
+
+    @property
+    def grid(self) -> BlockGrid | DraftGrid:
+        """Where steps begin, and what room they need."""
+        if self.strategy == "verified":
+            return DraftGrid(self.block_size)
+        return BlockGrid(self.block_size, self.block_grid)
 
     @property
     def steps_per_block(self) -> int:

@@ -17,7 +17,7 @@ from opdlm.actors.rollout.kv_cache import SPARE, SlotCache
 from opdlm.actors.rollout.places import arrange
 from opdlm.actors.rollout.sequences import extent, trajectory_of
 from opdlm.actors.rollout.settings import DecodeSettings
-from opdlm.common.grid import BlockGrid
+from opdlm.common.grid import BlockGrid, DraftGrid
 from opdlm.common.seeds import as_int64
 from opdlm.common.types import RolloutRequest, Trajectory
 
@@ -199,7 +199,7 @@ class Slots:
         """`[n]` int64 on the host: positions of each sequence if it gets as long as it may."""
         return self._limits[: self.occupied]
 
-    def refill(self, fresh: Sequence[RolloutRequest], grid: BlockGrid, threshold: float) -> None:
+    def refill(self, fresh: Sequence[RolloutRequest], grid: BlockGrid | DraftGrid, threshold: float) -> None:
         """Begins requests in the first free slots. They have no place in the cache yet."""
         first, last = self.occupied, self.occupied + len(fresh)
         tokens = np.full((len(fresh), self._tokens.shape[1]), self.mask_id, dtype=np.int64)

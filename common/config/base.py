@@ -11,7 +11,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import home_path
 
-Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "sequential", "random"]
+Strategy = Literal[
+    "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "sequential", "random", "verified"
+]
 Grid = Literal["absolute", "response"]
 Confidence = Literal["sampled", "max_probability"]
 AnswerKind = Literal["exact", "contains", "math"]

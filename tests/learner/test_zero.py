@@ -13,8 +13,9 @@ import torch.multiprocessing as mp
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.grid import BlockGrid
+from opdlm.common.model.adapters import add_adapters
 from opdlm.learner.distill import DistillModule
-from opdlm.learner.lora import add_adapters, merged_parameters
+from opdlm.learner.lora import merged_parameters
 from opdlm.learner.packing import collate
 from opdlm.learner.policy_gradient import gather_policy, is_left_out
 from opdlm.learner.rows import build_rows

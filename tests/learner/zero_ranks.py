@@ -14,9 +14,10 @@ import torch.distributed as dist
 from opdlm.actors.teacher.scoring import score
 from opdlm.common.config.schema import LearnerConfig, LoraConfig, ObjectiveConfig
 from opdlm.common.grid import BlockGrid
+from opdlm.common.model.adapters import add_adapters
 from opdlm.common.types import PolicyTargets, ScoredTrajectory
 from opdlm.learner.distill import DistillModule
-from opdlm.learner.lora import add_adapters, save_adapter
+from opdlm.learner.lora import save_adapter
 from opdlm.learner.policy_gradient import Draws
 from opdlm.learner.train_step import TrainStep
 from tests.tiny import MASK, tiny_model, trajectory

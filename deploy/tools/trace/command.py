@@ -24,6 +24,7 @@ from opdlm.common.data.tasks import get_task
 from opdlm.common.data.unknown import UnknownCharacters
 from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.common.files import write_text
+from opdlm.common.model.adapters import add_adapters
 from opdlm.common.model.facts import check_vocabularies, read_facts, require_mask, shared_tokens
 from opdlm.common.model.load import load_model
 from opdlm.common.model.shards import require_finite
@@ -36,7 +37,6 @@ from opdlm.deploy.evaluate.decoders import CheckpointDecoder
 from opdlm.deploy.evaluate.held_out import HeldOutProblems
 from opdlm.deploy.tools.trace.page import render_page
 from opdlm.deploy.tools.trace.record import Recorder, block_records, mean_kl
-from opdlm.learner.lora import add_adapters
 
 _SLOTS = 8
 _SAMPLES = 3

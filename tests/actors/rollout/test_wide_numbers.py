@@ -19,10 +19,10 @@ from opdlm.common.data.prompts import Prompt, PromptOrder
 from opdlm.common.data.tasks import get_task, problems
 from opdlm.common.errors import OpdlmError
 from opdlm.common.grid import BlockGrid
+from opdlm.common.model.adapters import add_adapters
 from opdlm.common.seeds import as_int64, sample_seed
 from opdlm.common.types import HiddenTargets, RolloutRequest, ScoredTrajectory
 from opdlm.deploy.run.sources import given_trajectory, rollout_request
-from opdlm.learner.lora import add_adapters
 from opdlm.learner.rollout_files import facts_of, load_samples, save_round
 from opdlm.learner.rows import build_rows
 from opdlm.learner.schedule import TrainingSchedule

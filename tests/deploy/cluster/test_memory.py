@@ -14,6 +14,7 @@ from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.config import OpdlmConfig, config_from_dict
 from opdlm.common.config.schema import LoraConfig
 from opdlm.common.grid import BlockGrid
+from opdlm.common.model.adapters import add_adapters
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import hidden_states, load_model
@@ -25,7 +26,6 @@ from opdlm.deploy.cluster.learner_memory import (
     zero_terms,
 )
 from opdlm.deploy.cluster.memory import Lengths, model_size, rollout_memory, teacher_memory
-from opdlm.learner.lora import add_adapters
 from opdlm.learner.packing import pack
 from opdlm.learner.row_attention import RowParts
 from opdlm.learner.rows import build_row

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 from opdlm.common.checkpoint import save_checkpoint
 from opdlm.common.config import dump_config, load_config
 from opdlm.common.errors import OpdlmError
+from opdlm.common.model.adapters import add_adapters
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.load import load_model
 from opdlm.deploy.cli import app
 from opdlm.deploy.tools.trace.command import run_trace
-from opdlm.learner.lora import add_adapters, merged_parameters
+from opdlm.learner.lora import merged_parameters
 from tests.deploy.tools.trace.traced_run import make_run, options, page_data
 
 

@@ -1,0 +1,151 @@
+"""One step of lossless decoding: the clean path verifies drafts in the forward that makes the next ones (METHOD.md 11).
+
+Let d_0 be the last token that is known, and d_1 .. d_k the k = S - 1 drafts behind it. One forward of S (1 + S) queries
+has, for S = 3:
+
+    query     d_0 d_1 d_2 | m m m | m m m | m m m
+                            behind   behind  behind
+                            d_0      d_0 d_1 d_0 d_1 d_2
+
+Clean tokens attend causally. A mask m attends to the clean tokens that its group is behind, and to its group. The clean
+path predicts what the teacher would write behind d_0, behind d_1, ...: drafts are right up to the first that it would
+not have written. There its own token follows, and the masks behind the last right draft are the next drafts.
+
+Keys and values lie in the slot's place in the cache: those of the clean tokens where the tokens belong, those of the
+masks behind them, where the next step writes over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from opdlm.actors.rollout.attention import Part, SlotLayout
+from opdlm.actors.rollout.denoise import Observer, refuse_logits
+from opdlm.actors.rollout.forward import StepForward
+from opdlm.actors.rollout.kv_cache import SPARE
+from opdlm.actors.rollout.sampling import draw_candidates
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.rollout.slots import Slots
+from opdlm.common.errors import OpdlmError
+from opdlm.common.form import StudentForm
+from opdlm.common.model.adapters import mark_noisy
+from opdlm.common.model.load import hidden_states
+
+
+class Verifier:
+    """Runs steps of the strategy `verified`; the state is in `Slots`, whose `block_start` is the position of d_0.
+
+    Args: see `Denoiser`.
+
+    Raises:
+        OpdlmError: the student's form has no logit shift or no causal context, so no clean path predicts tokens.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        settings: DecodeSettings,
+        mask_id: int,
+        eos_ids: Sequence[int],
+        never: Sequence[int],
+        form: StudentForm,
+    ) -> None:
+        if not (form.logit_shift and form.causal):
+            raise OpdlmError(
+                f"strategy verified: the student has {form}; only one with logit shift and causal context (model."
+                "logit_shift, model.context) has a clean path that can verify drafts"
+            )
+        self._model, self._mask_id, self._size = model, mask_id, settings.block_size
+        self._eos_ids = torch.tensor([] if settings.ignore_eos else list(eos_ids), device=model.device)
+        self._never = torch.tensor(list(never), device=model.device)
+        size, device = self._size, model.device
+        behind = torch.arange(size, device=device)
+        self._ahead = torch.cat([behind, (behind[:, None] + 1 + behind).flatten()])
+        """`[Q]` int64, positions of the queries behind d_0."""
+        self._noisy = torch.arange(size * (1 + size), device=device)[None] >= size
+        self._seen = _seen(size).to(device)
+
+    def __call__(self, slots: Slots, step_forward: StepForward, observer: Observer | None) -> tuple[list[int], int]:
+        """Runs one step of all occupied slots.
+
+        Returns: the slots whose sequence is finished by it, and the tokens that went through the model.
+        """
+        if observer is not None:
+            raise OpdlmError("strategy verified: its steps cannot be traced; trace another strategy")
+        size, start = self._size, slots.block_start.clone()  # [n]
+        places = torch.arange(size, device=slots.device)
+        clean = slots.tokens.gather(1, start[:, None] + places)  # [n, S]: d_0, and the drafts
+        hidden = self._forward(slots, step_forward, clean, start)
+        own = self._likeliest(slots, hidden[:, :size])  # [n, S]: what the clean path writes behind each of them
+        right = (clean[:, 1:] == own[:, :-1]).long().cumprod(dim=1).sum(dim=1)  # [n] drafts that it would have written
+        last = start + 1 + right  # [n], the position of the token of its own that follows
+        group = size + right[:, None] * size + places[:-1]  # [n, S - 1] queries that predict the next drafts
+        drafts = self._likeliest(slots, hidden.gather(1, group[..., None].expand(-1, -1, hidden.shape[-1])))
+        slots.step.add_(1)
+        slots.tokens.scatter_(1, last[:, None], own.gather(1, right[:, None]))
+        slots.tokens.scatter_(1, last[:, None] + 1 + places[:-1], drafts)
+        window = start[:, None] + 1 + places
+        known = window <= last[:, None]
+        reveal = slots.reveal
+        reveal.scatter_(1, window, torch.where(known, slots.step[:, None], reveal.gather(1, window)))
+        slots.block_start.copy_(last)
+        new = slots.tokens.gather(1, window)
+        ended = (last + 1 >= slots.end) | (torch.isin(new, self._eos_ids) & known).any(dim=1)
+        on_host = torch.stack([ended.long(), last], dim=1).cpu().numpy()  # the synchronisation of the step
+        slots.host_starts[: slots.occupied] = on_host[:, 1]
+        return np.flatnonzero(on_host[:, 0]).tolist(), slots.occupied * len(self._ahead)
+
+    def _forward(
+        self, slots: Slots, step_forward: StepForward, clean: torch.Tensor, start: torch.Tensor
+    ) -> torch.Tensor:
+        """Final hidden states of all queries, `[n, Q, D]`."""
+        cache, config, queries = step_forward.cache, self._model.config, len(self._ahead)
+        slots.windows.update(slots.host_bases, slots.host_ends, cache.positions + SPARE)
+        masks, first = [], 0
+        for part in slots.windows.parts:
+            rows = slice(first, first + part.count)
+            masks.append(self._mask(part, slots.bases[rows], start[rows], config))
+            first += part.count
+        layout = SlotLayout(slots.windows.parts, None, queries, None, True, tuple(masks))
+        noisy = clean.new_full((len(clean), queries - self._size), self._mask_id)
+        addresses = (slots.bases + start)[:, None] + torch.arange(queries, device=start.device)
+        cache.prepare(addresses, attends_to_cache=True)
+        mark_noisy(self._model, self._noisy)
+        tokens, positions = torch.cat([clean, noisy], dim=1), start[:, None] + self._ahead
+        return hidden_states(self._model, tokens, positions, masks[0], cache, layout=layout)
+
+    def _mask(self, part: Part, bases: torch.Tensor, start: torch.Tensor, config: Any) -> torch.Tensor:
+        """The additive mask of a part, `[n, 1, heads of a group x Q, width]`: what lies before d_0, and `_seen`."""
+        windows = part.begin + part.stride * torch.arange(part.count, device=start.device)
+        place = torch.arange(part.width, device=start.device) - (bases - windows)[:, None]  # in the slot, [n, width]
+        step = place - start[:, None]
+        inside = (step >= 0) & (step < len(self._ahead))
+        seen = self._seen[step.clamp(0, len(self._ahead) - 1)].transpose(1, 2)  # [n, Q, width]
+        shown = torch.where(inside[:, None], seen, ((place >= 0) & (step < 0))[:, None])
+        mask = torch.zeros(shown.shape, dtype=self._model.lm_head.weight.dtype, device=start.device)
+        mask.masked_fill_(~shown, float("-inf"))
+        return mask.repeat(1, config.num_attention_heads // config.num_key_value_heads, 1)[:, None]
+
+    def _likeliest(self, slots: Slots, hidden: torch.Tensor) -> torch.Tensor:
+        """The likeliest token at hidden states `[n, m, D]`: `[n, m]` int64."""
+        logits = self._model.lm_head(hidden).float()
+        logits.index_fill_(2, self._never, float("-inf"))
+        chosen = draw_candidates(logits, None, 0.0)
+        finite = logits.gather(2, chosen[..., None]).isfinite().flatten(1).all(dim=1)
+        if not finite.all():
+            refuse_logits(slots, int(finite.long().argmin()))
+        return chosen
+
+
+def _seen(size: int) -> torch.Tensor:
+    """`[Q, Q]` bool, True where the key (dim 0) is seen by the query (dim 1), both of one step."""
+    places = torch.arange(size)
+    group = torch.cat([torch.full((size,), -1), places.repeat_interleave(size)])  # -1: clean
+    clean = torch.cat([places, torch.full((size * size,), size)])
+    reach = torch.where(group < 0, clean, group)  # the last clean token that a query sees
+    is_clean = group < 0
+    return (is_clean[:, None] & (clean[:, None] <= reach)) | (~is_clean[:, None] & (group[:, None] == group))

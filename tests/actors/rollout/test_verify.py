@@ -1,0 +1,158 @@
+"""Lossless decoding equals the base model's own greedy answers. `pytest tests/actors/rollout/test_verify.py`"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opdlm.actors.rollout import attention
+from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.kv_cache import SlotCache
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.config.schema import LoraConfig
+from opdlm.common.errors import OpdlmError
+from opdlm.common.form import PAPER_FORM, StudentForm
+from opdlm.common.model.adapters import NoisyAdapters, is_adapter, mark_noisy
+from opdlm.common.types import RolloutRequest
+from tests.tiny import EOS, MASK, OTHER_FAMILIES, request, tiny_model
+
+FORM = StudentForm(logit_shift=True, context="causal")
+
+
+def drafting_model(seed: int, **settings: Any) -> Any:
+    """A tiny student whose adapters are random, so that its drafts are not what the base model would say."""
+    model = tiny_model(seed, **settings)
+    NoisyAdapters(model, LoraConfig(rank=2, target_modules=_linear(settings)), MASK, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.normal_(std=0.3)
+    return model
+
+
+def _linear(settings: dict[str, Any]) -> list[str]:
+    fused = settings.get("family") == "phi3"
+    return ["qkv_proj", "o_proj"] if fused else ["q_proj", "v_proj", "o_proj", "down_proj"]
+
+
+MODELS = [
+    *(drafting_model(seed) for seed in range(2)),
+    drafting_model(0, tied=True),
+    *(drafting_model(3, **other) for other in OTHER_FAMILIES.values()),
+]
+
+
+@torch.no_grad()
+def _logits(model: Any, clean: list[int], masks: int) -> torch.Tensor:
+    """`[T, V]`: clean tokens, causal, and behind them masks that see them and each other; no cache, no batch."""
+    length = len(clean) + masks
+    seen = torch.ones(length, length).tril().bool()
+    seen[len(clean) :] = True
+    mark_noisy(model, (torch.arange(length) >= len(clean))[None])
+    ids = torch.tensor([clean + [MASK] * masks])
+    logits = model(input_ids=ids, attention_mask=seen[None, None], use_cache=False).logits[0]
+    logits[:, MASK] = float("-inf")
+    return logits
+
+
+def oracle(model: Any, size: int, asked: RolloutRequest) -> tuple[list[int], list[int]]:
+    """The base model's greedy response, to its first end token or limit, and the step that revealed each token."""
+    prompt, response = asked.prompt_ids.tolist(), list[int]()
+    while len(response) < asked.max_new_tokens and (not response or response[-1] != EOS):
+        response.append(int(_logits(model, prompt + response, 0)[-1].argmax()))
+    tokens, reveal, drafts, step = prompt + response, list[int](), list[int](), 0
+    while len(reveal) < len(response):
+        step += 1
+        right = 0
+        while right < len(drafts) and tokens[len(prompt) + len(reveal) + right :][:1] == drafts[right : right + 1]:
+            right += 1
+        clean = tokens[: len(prompt) + len(reveal) + right]
+        reveal += [step] * (right + 1)
+        behind = _logits(model, clean, size)[len(clean) :]
+        drafts = behind[: size - 1].argmax(dim=-1).tolist()
+    return response, reveal[: len(response)]
+
+
+@given(
+    model=st.sampled_from(MODELS),
+    size=st.integers(1, 5),
+    lengths=st.lists(st.tuples(st.integers(1, 11), st.integers(1, 13)), min_size=1, max_size=7),
+    batch_size=st.integers(1, 4),
+    narrowest=st.sampled_from([256, 4]),
+    bounded=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=60, deadline=None)
+def test_equals_the_base_models_own_words(model, size, lengths, batch_size, narrowest, bounded, seed) -> None:
+    """Slots, refills, the cache and parts change no token and no step."""
+    requests = [request(p, i, limit, seed) for i, (p, limit) in enumerate(lengths)]
+    how = DecodeSettings(block_size=size, strategy="verified")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "NARROWEST_PART", narrowest)
+        cache = SlotCache(model, 90) if bounded else None
+        decoder = BlockDecoder(model, how, MASK, [EOS], batch_size, form=FORM, cache=cache)
+        trajectories, stats = decoder.decode(requests)
+    assert stats.sequences == len(requests)
+    for asked, found in zip(requests, trajectories, strict=True):
+        response, reveal = oracle(model, size, asked)
+        assert found.response.tolist() == response
+        assert found.reveal_step[: len(response)].tolist() == reveal
+        assert found.finish_reason == ("eos" if response[-1] == EOS else "length")
+
+
+def test_right_drafts_save_steps() -> None:
+    """Without adapters a mask that is embedded as the token before it drafts a repetition, which this model writes."""
+    model = tiny_model(0)
+    asked = request(6, limit=24)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[7] = 1.0  # every position of positive sum says 7, others whatever comes first
+        model.model.norm.weight.fill_(0.0)
+        model.lm_head.weight[7] = 0.0
+    how = DecodeSettings(block_size=4, strategy="verified", ignore_eos=True)
+    (found,), _ = BlockDecoder(model, how, MASK, [EOS], 1, form=FORM).decode([asked])
+    assert len(set(found.response.tolist())) == 1, "all logits are equal, so the first token always wins"
+    assert found.reveal_step.tolist()[:9] == [1, 2, 2, 2, 2, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("model", MODELS[:3])
+def test_the_clean_path_is_the_base_models_bit_by_bit(model) -> None:
+    ids = torch.randint(0, MASK, (2, 9), generator=torch.Generator().manual_seed(1))
+    ids[0, 3] = MASK  # in a prompt it is an ordinary token, with its own embedding
+    noisy = torch.zeros(2, 9, dtype=torch.bool)
+    noisy[:, 6:] = True
+
+    def clean_logits() -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False).logits[:, :6]
+
+    with torch.no_grad():
+        mark_noisy(model, noisy)
+        before = clean_logits()
+        kept = {name: p.clone() for name, p in model.named_parameters() if is_adapter(name)}
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.normal_(std=3.0)
+        after = clean_logits()
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.copy_(kept[name])
+    assert torch.equal(before, after)
+
+
+def test_gradients_reach_adapters_and_the_masks_embedding_only() -> None:
+    model = drafting_model(5)
+    mark_noisy(model, torch.tensor([[False, False, True, True]]))
+    model(input_ids=torch.tensor([[4, 5, 6, MASK]]), use_cache=False).logits[:, -1].sum().backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert moved == {name for name, _ in model.named_parameters() if is_adapter(name)}
+    assert "model.embed_tokens.mask_embedding" in moved
+
+
+def test_a_student_without_a_clean_path_is_refused() -> None:
+    for form in (PAPER_FORM, StudentForm(logit_shift=True), StudentForm(context="causal")):
+        with pytest.raises(OpdlmError, match="only one with logit shift and causal context"):
+            BlockDecoder(tiny_model(), DecodeSettings(strategy="verified"), MASK, [EOS], 1, form=form)
