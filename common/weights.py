@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from opdlm.common.checksum import checksum
+from opdlm.common.model.adapters import adapter_parameters, has_noisy_adapters
 from opdlm.common.tensors import array_dtype, array_to_tensor, is_finite, tensor_to_array
 from opdlm.common.types import TensorPlace, WeightPack
 
@@ -84,11 +85,13 @@ def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
 def load_weights(model: nn.Module, pack: WeightPack) -> None:
     """Copies a pack into a model and checks the model's parameters against the pack's checksum.
 
+    The parameters of a model with adapters on noisy tokens alone are those adapters; nothing else is trained.
+
     Raises:
         ValueError: names or shapes differ, a weight is NaN or infinite, or the checksum of the loaded parameters is not
             the pack's.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(adapter_parameters(model) if has_noisy_adapters(model) else model.named_parameters())
     if differing := set(parameters) ^ {place.name for place in pack.places}:
         raise ValueError(f"weights version {pack.version}: model and pack differ in {sorted(differing)[:3]}")
     total = 0

@@ -16,7 +16,7 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.masks import training_mask_mod
-from opdlm.common.model.adapters import add_adapters, mark_noisy
+from opdlm.common.model.adapters import add_adapters, has_noisy_adapters, mark_noisy
 from opdlm.common.model.attention import ATTENTION
 from opdlm.common.model.load import hidden_states, load_model
 from opdlm.learner.chunked_loss import chunked_loss
@@ -64,7 +64,7 @@ class DistillModule(nn.Module):
         if attention == "auto":
             attention = "flex_attention" if config.learner.gpus_per_worker > 0 else "sdpa"
         student = load_model(folder, config.model.dtype, attention)
-        if config.model.lora is not None:
+        if config.model.lora is not None and not has_noisy_adapters(student):
             add_adapters(student, config.model.lora, config.run.seed)
         if config.learner.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})

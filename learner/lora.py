@@ -17,7 +17,7 @@ from torch import nn
 
 from opdlm.common.config.schema import LoraConfig
 from opdlm.common.files import atomic_folder
-from opdlm.common.model.adapters import ADAPTER, is_adapter, peft_config
+from opdlm.common.model.adapters import ADAPTER, adapter_parameters, has_noisy_adapters, is_adapter, peft_config
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 """Takes parameters and returns a context in which they are whole: `zero.gathered`, or `contextlib.nullcontext` for a
@@ -27,8 +27,14 @@ model that is not sharded."""
 def merged_parameters(student: nn.Module, gather: Gather) -> Iterator[tuple[str, torch.Tensor]]:
     """(plain name, whole weight) of every parameter of the student, adapters merged in. A collective call.
 
-    A weight is valid until the next one is asked for.
+    Adapters on noisy tokens alone cannot be merged: then these are the adapters, since nothing else is trained. A
+    weight is valid until the next one is asked for.
     """
+    if has_noisy_adapters(student):
+        for name, parameter in adapter_parameters(student):
+            with gather([parameter]):
+                yield name, parameter.detach()
+        return
     for name, parameter in student.named_parameters():
         if is_adapter(name):
             continue

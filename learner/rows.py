@@ -46,9 +46,11 @@ def build_rows(
 ) -> list[Row]:
     """The rows that the objective's selection of states makes of one trajectory. A row may have no loss position."""
     trajectory = scored.trajectory
+    exclude_eos = objective.exclude_eos and objective.kind != "rl"  # where to end is part of a policy
+    if objective.resolved_selection == "drafts":
+        return [build_draft_row(scored, grid.block_size, mask_id, exclude_eos)]
     states = BlockStates(trajectory.reveal_step, len(trajectory.prompt_ids), grid)
     selected = SELECTIONS[objective.resolved_selection](states, rng)
-    exclude_eos = objective.exclude_eos and objective.kind != "rl"  # where to end is part of a policy
     return [build_row(scored, chosen, grid, mask_id, exclude_eos, form) for chosen in selected]
 
 
@@ -84,6 +86,36 @@ def build_row(
         loss_columns=loss_columns,
         loss_positions=loss_positions,
         loss_weights=_weights(trajectory.loss_weight if chosen.weight is None else chosen.weight, loss_positions),
+    )
+
+
+def build_draft_row(scored: ScoredTrajectory, size: int, mask_id: int, exclude_eos: bool) -> Row:
+    """The row of all drafts of a rollout that was decoded with the strategy `verified` (METHOD.md section 11).
+
+    A step ends with a token of the clean path's own, and its draft is `size` masks from there on. The first mask stands
+    where that token is, the others predict the tokens behind it, each at the position before. A draft sees the clean
+    tokens before its first mask, and itself. Drafts may overlap, since they do not see each other.
+    """
+    trajectory = scored.trajectory
+    prompt_length = len(trajectory.prompt_ids)
+    clean = np.concatenate([trajectory.prompt_ids, trajectory.response_ids]).astype(np.int64)
+    in_loss, reveal = _in_loss(trajectory, exclude_eos), trajectory.reveal_step
+    last_of_step = np.flatnonzero(np.diff(reveal, append=-1) != 0)
+    starts = last_of_step[last_of_step < trajectory.response_length]
+    ahead = np.arange(size)
+    predicted = (starts[:, None] + 1 + ahead)[:, :-1]  # by all masks but the last
+    counts = predicted < len(in_loss)
+    counts[counts] = in_loss[predicted[counts]]
+    columns = len(clean) + (size * np.arange(len(starts))[:, None] + ahead)[:, :-1]
+    return Row(
+        scored=scored,
+        clean_length=len(clean),
+        input_ids=np.concatenate([clean, np.full(size * len(starts), mask_id)]),
+        position_ids=np.concatenate([np.arange(len(clean)), (prompt_length + starts[:, None] + ahead).flatten()]),
+        blocks=np.concatenate([np.arange(len(clean)), np.repeat(prompt_length + starts, size)]),
+        loss_columns=columns[counts],
+        loss_positions=predicted[counts],
+        loss_weights=_weights(trajectory.loss_weight, predicted[counts]),
     )
 
 

@@ -157,6 +157,8 @@ class Saver:
     def export_student(self, run_dir: Path, start: str, config: OpdlmConfig, pack: WeightPack | None) -> None:
         """Writes the finished student as a Hugging Face folder, `RUN/student`, and a trained adapter, `RUN/adapter`.
 
+        Adapters on noisy tokens alone are in the student's folder.
+
         A collective call. A folder that an earlier start of the group has written stays as it is.
 
         Args:
@@ -168,7 +170,7 @@ class Saver:
             GiveUp: the first rank's disk did not take it.
         """
         adapter = run_dir / "adapter"
-        if (lora := config.model.lora) is not None and not adapter.exists():
+        if (lora := config.model.lora) is not None and lora.tokens == "all" and not adapter.exists():
             student = self.engine.module.student
             dist.barrier()  # no rank makes the folder before every rank has looked for it
             folder = adapter if dist.get_rank() == 0 else None

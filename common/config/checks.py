@@ -101,6 +101,25 @@ def _model(config: OpdlmConfig) -> Iterator[str]:
             f"model.context: found 'causal' with rollout.block_grid {config.rollout.block_grid!r}; set "
             "rollout.block_grid to 'response', which starts the response in a block of its own"
         )
+    lora, verified = config.model.lora, config.rollout.strategy == "verified"
+    if lora is not None and lora.tokens == "noisy":
+        for name, needed in (("logit_shift", True), ("context", "causal")):
+            found = getattr(config.model, name)
+            if found != needed and (found is not None or config.model.student is None):
+                yield (
+                    f"model.{name}: found {found!r} with model.lora.tokens `noisy`; set it to {needed!r}: only then is "
+                    "the clean path the teacher's"
+                )
+    if verified != (config.objective.selection == "drafts"):
+        yield (
+            f"objective.selection: found {config.objective.selection!r} with rollout.strategy "
+            f"{config.rollout.strategy!r}; `drafts` goes with `verified`, and with nothing else"
+        )
+    if verified and config.rollout.temperature > 0:
+        yield (
+            f"rollout.temperature: found {config.rollout.temperature:g} with rollout.strategy `verified`, whose drafts "
+            "are checked against the likeliest token; set it to 0"
+        )
 
 
 def _objective(config: OpdlmConfig) -> Iterator[str]:

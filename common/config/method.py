@@ -19,7 +19,13 @@ from opdlm.common.config.base import (
 Kind = Literal["opd", "off_policy_kd", "cft", "rl"]
 Advantage = Literal["group_std", "group_mean"]
 Selection = Literal[
-    "one_state_per_block", "one_state_per_response", "all_states", "random_mask", "revealed", "one_sampled_state"
+    "one_state_per_block",
+    "one_state_per_response",
+    "all_states",
+    "random_mask",
+    "revealed",
+    "one_sampled_state",
+    "drafts",
 ]
 
 
@@ -39,6 +45,7 @@ class ObjectiveConfig(Section):
     trajectory is ignored and each block is masked at random (with `opd`, the paper's OPDLM-off). With
     `rl`, `revealed` takes each token's loss in the state that revealed it, one row for each of a block's states, and
     `one_sampled_state` draws one of these states for each block, which costs one row and has the same expectation.
+    `drafts` goes with `rollout.strategy: verified`: one row, with all masks of every draft that decoding asked for.
     Empty: `one_state_per_block` for `opd`, `revealed` for `rl`, and `random_mask` for the other kinds, whose responses
     have no visited states."""
     divergence: Literal["kl", "jsd"] = "kl"

@@ -119,6 +119,12 @@ class LoraConfig(Section):
         default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
     )
     """Names of the linear layers that get an adapter. Embedding and output matrix are not trained."""
+    tokens: Literal["all", "noisy"] = "all"
+    """Which tokens the adapters act on. `all`: every token; rollout actors and the exported student get them merged
+    into the weights. `noisy` (METHOD.md section 11): masks and the tokens of their block alone, together with an
+    embedding of the mask token. Clean tokens then are computed by the frozen base model, so `rollout.strategy:
+    verified` decodes what the teacher would write, and a push moves the adapters only. It needs `logit_shift: true` and
+    `context: causal`."""
 
 
 class ModelConfig(Section):

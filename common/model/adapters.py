@@ -6,9 +6,13 @@ draft is its own teacher. Which tokens of a forward are noisy is told before it 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from opdlm.common.config.schema import LoraConfig
@@ -61,6 +65,11 @@ def peft_config(config: LoraConfig) -> Any:
     )
 
 
+NOISY_LORA = "noisy_lora"
+"""Key of config.json: the settings of a student's adapters on noisy tokens, whose values are in `NOISY_FILE`."""
+NOISY_FILE = "noisy_adapter/adapter_model.safetensors"
+
+
 class NoisyAdapters:
     """Adapters, and an embedding of the mask token, that act on the noisy tokens of a forward only.
 
@@ -71,7 +80,7 @@ class NoisyAdapters:
 
     def __init__(self, student: Any, config: LoraConfig, mask_id: int, seed: int) -> None:
         add_adapters(student, config, seed)
-        student.noisy_adapters = self
+        student.noisy_adapters, self.config = self, config
         self._noisy: torch.Tensor | None = None
         self._mask_id = mask_id
         embedding = student.get_input_embeddings()
@@ -113,3 +122,50 @@ def mark_noisy(student: Any, noisy: torch.Tensor | None) -> None:
     adapters: NoisyAdapters | None = getattr(student, "noisy_adapters", None)
     if adapters is not None:
         adapters.mark(noisy)
+
+
+def has_noisy_adapters(student: Any) -> bool:
+    """Whether the student has adapters that act on noisy tokens alone."""
+    return getattr(student, "noisy_adapters", None) is not None
+
+
+def adapter_parameters(student: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of adapters and of the mask token's embedding."""
+    return ((name, parameter) for name, parameter in student.named_parameters() if is_adapter(name))
+
+
+def write_noisy_adapters(student: Any, folder: Path) -> None:
+    """Writes adapters on noisy tokens beside the base model's weights in its folder, and names them in config.json."""
+    file = folder / NOISY_FILE
+    file.parent.mkdir(exist_ok=True)
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in adapter_parameters(student)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config[NOISY_LORA] = student.noisy_adapters.config.model_dump(mode="json")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_noisy_adapters(student: Any, folder: Path, config: Any) -> None:
+    """Gives a loaded base model the adapters on noisy tokens of its folder, if it has any.
+
+    Args:
+        config: the folder's, as transformers reads it.
+
+    Raises:
+        OpdlmError: their file is missing or damaged, or has other tensors.
+    """
+    settings = getattr(config, NOISY_LORA, None)
+    if settings is None:
+        return
+    NoisyAdapters(student, LoraConfig(**settings), config.mask_token_id, seed=0)
+    file = folder / NOISY_FILE
+    try:
+        tensors = load_file(file)
+    except Exception as error:  # safetensors has several, of no common class
+        raise OpdlmError(f"{file} cannot be read: {error}") from None
+    own = dict(adapter_parameters(student))
+    if own.keys() != tensors.keys() or any(own[name].shape != tensor.shape for name, tensor in tensors.items()):
+        raise OpdlmError(f"{file}: its tensors are not those of the adapters that config.json names ({NOISY_LORA})")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.common.errors import OpdlmError
 from opdlm.common.form import Context, StudentForm
 from opdlm.common.grid import GridKind
+from opdlm.common.model.adapters import NOISY_LORA
 from opdlm.common.model.config import OUTPUT, read_config
 from opdlm.common.model.end_tokens import disagreement, read_end_tokens
 from opdlm.common.model.mask_token import mask_problem
@@ -44,6 +45,8 @@ class ModelFacts:
     """Form of a student; the paper's where config.json does not say otherwise."""
     is_student: bool
     """Whether config.json marks the model as a block-diffusion student."""
+    has_noisy_adapters: bool = False
+    """Whether a student has adapters that act on noisy tokens alone, so that its clean path is its base model's."""
     end_tokens_note: str | None = None
     """One line that says which file names which end-of-sequence tokens. None: they agree."""
 
@@ -68,6 +71,7 @@ def read_facts(folder: str | Path) -> ModelFacts:
         block_grid=getattr(config, "block_grid", None),
         form=_form(config, folder),
         is_student=config.is_diffusion_student,
+        has_noisy_adapters=getattr(config, NOISY_LORA, None) is not None,
         end_tokens_note=disagreement(ends, folder, tokenizer),
     )
 

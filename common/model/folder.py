@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from opdlm.common.export.names import LAYOUTS, TEMPLATES, LayoutName
 from opdlm.common.files import atomic_folder, read_json
+from opdlm.common.model.adapters import has_noisy_adapters, write_noisy_adapters
 from opdlm.common.model.end_tokens import as_setting
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.families import A2D_PREFIX
@@ -64,6 +65,11 @@ def save_student(model: Any, start: str | Path, destination: Path, block_size: i
         start: folder of the start weights. A given student's config.json may not name the mask token, nor blocks and
             grid, and the code beside the weights decodes by them.
     """
+    if has_noisy_adapters(model):  # the base model's files stay as they are
+        with atomic_folder(destination) as folder:
+            shutil.copytree(start, folder, dirs_exist_ok=True)
+            write_noisy_adapters(model, folder)
+        return
     facts = read_facts(start)
     decoding = {"block_size": block_size, "block_grid": block_grid, **asdict(facts.form)}
     model.config.update({"mask_token_id": facts.mask_id, **decoding})

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from opdlm.common.errors import OpdlmError
+from opdlm.common.model.adapters import read_noisy_adapters
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
 from opdlm.common.model.end_tokens import check_generation_config
 from opdlm.common.model.shards import read_shards, require_finite
@@ -50,6 +51,7 @@ def load_model(
     for name, parameter in model.named_parameters():
         if parameter.device.type != "meta":  # a part that a device map left on the disk
             require_finite(parameter, name, folder)
+    read_noisy_adapters(model, Path(folder), config)
     model.get_input_embeddings().padding_idx = None  # every token's row learns; padding is known by its position
     return model.eval()
 

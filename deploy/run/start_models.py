@@ -15,7 +15,10 @@ from opdlm.common.checkpoint import list_checkpoints
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.common.files import read_json, write_json
+from opdlm.common.model.adapters import NoisyAdapters, write_noisy_adapters
 from opdlm.common.model.convert import convert_checkpoint
+from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.load import load_model
 from opdlm.common.model.mask_token import MASK_TOKEN
 from opdlm.common.model.shards import model_fingerprint
 
@@ -51,15 +54,21 @@ def prepare_student(config: OpdlmConfig) -> str:
     """
     root = Path(config.run.dir).resolve()
     models, folder = _models(config), root / "student_init"
-    if config.model.student:
+    start, lora = config.model.student or config.model.teacher, config.model.lora
+    gets_adapters = lora is not None and lora.tokens == "noisy" and not read_facts(start).has_noisy_adapters
+    if config.model.student and not gets_adapters:
         folder = Path(config.model.student).resolve()
     elif not folder.exists() or (_held(root) != models and not list_checkpoints(root / "checkpoints")):
         (root / _FILE).unlink(missing_ok=True)  # first: a folder without it counts as made of something else
         for old in (folder, *root.glob(".student_init.*")):  # also what a process that was killed has left half made
             shutil.rmtree(old, ignore_errors=True)
         grid = config.rollout.block_size, config.rollout.block_grid
-        form = config.model.converted_form
-        convert_checkpoint(config.model.teacher, folder, *grid, config.model.mask_token, form.logit_shift, form.context)
+        form = read_facts(start).form if config.model.student else config.model.converted_form
+        convert_checkpoint(start, folder, *grid, config.model.mask_token, form.logit_shift, form.context)
+        if gets_adapters and lora is not None:
+            student = load_model(folder, config.model.dtype)
+            NoisyAdapters(student, lora, require_mask(read_facts(folder)), config.run.seed)
+            write_noisy_adapters(student, folder)
     write_json(root / _FILE, models)
     return str(folder)
 
@@ -73,6 +82,7 @@ def _models(config: OpdlmConfig) -> dict[str, Any]:
         "block_size": rollout.block_size,
         "block_grid": rollout.block_grid,
         "mask_token": model.mask_token or MASK_TOKEN,
+        **({"lora": model.lora.model_dump(mode="json")} if model.lora and model.lora.tokens == "noisy" else {}),
         **asdict(model.converted_form),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,13 +14,18 @@ from opdlm.actors.rollout import attention
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.actors.rollout.settings import DecodeSettings
-from opdlm.common.config.schema import LoraConfig
+from opdlm.common.config.schema import LoraConfig, ObjectiveConfig
 from opdlm.common.errors import OpdlmError
 from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.model.adapters import NoisyAdapters, is_adapter, mark_noisy
-from opdlm.common.types import RolloutRequest
+from opdlm.common.model.load import hidden_states
+from opdlm.common.types import HiddenTargets, RolloutRequest, ScoredTrajectory
+from opdlm.learner.distill import DistillModule
+from opdlm.learner.packing import pack
+from opdlm.learner.rows import build_draft_row
 from tests.tiny import EOS, MASK, OTHER_FAMILIES, request, tiny_model
 
+SEEDS = st.integers(0, 10**6)
 FORM = StudentForm(logit_shift=True, context="causal")
 
 
@@ -84,7 +90,7 @@ def oracle(model: Any, size: int, asked: RolloutRequest) -> tuple[list[int], lis
     batch_size=st.integers(1, 4),
     narrowest=st.sampled_from([256, 4]),
     bounded=st.booleans(),
-    seed=st.integers(0, 10**6),
+    seed=SEEDS,
 )
 @settings(max_examples=60, deadline=None)
 def test_equals_the_base_models_own_words(model, size, lengths, batch_size, narrowest, bounded, seed) -> None:
@@ -105,18 +111,44 @@ def test_equals_the_base_models_own_words(model, size, lengths, batch_size, narr
 
 
 def test_right_drafts_save_steps() -> None:
-    """Without adapters a mask that is embedded as the token before it drafts a repetition, which this model writes."""
+    """Where all logits are equal, masks and clean tokens all say the first token, so every draft is right."""
     model = tiny_model(0)
-    asked = request(6, limit=24)
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[7] = 1.0  # every position of positive sum says 7, others whatever comes first
-        model.model.norm.weight.fill_(0.0)
-        model.lm_head.weight[7] = 0.0
+    torch.nn.init.zeros_(model.lm_head.weight)
     how = DecodeSettings(block_size=4, strategy="verified", ignore_eos=True)
-    (found,), _ = BlockDecoder(model, how, MASK, [EOS], 1, form=FORM).decode([asked])
-    assert len(set(found.response.tolist())) == 1, "all logits are equal, so the first token always wins"
+    (found,), _ = BlockDecoder(model, how, MASK, [EOS], 1, form=FORM).decode([request(6, limit=24)])
     assert found.reveal_step.tolist()[:9] == [1, 2, 2, 2, 2, 3, 3, 3, 3]
+
+
+@given(
+    model=st.sampled_from(MODELS),
+    size=st.integers(2, 5),
+    prompt=st.integers(1, 11),
+    limit=st.integers(1, 13),
+    seed=SEEDS,
+)
+@settings(max_examples=30, deadline=None)
+def test_a_training_row_has_the_states_that_decoding_had(model, size, prompt, limit, seed) -> None:
+    how = DecodeSettings(block_size=size, strategy="verified")
+    decoded, _ = BlockDecoder(model, how, MASK, [EOS], 1, form=FORM).decode([request(prompt, 0, limit, seed)])
+    scored = ScoredTrajectory(decoded[0], HiddenTargets(np.zeros((decoded[0].response_length, 16), np.float32)))
+    row = build_draft_row(scored, size, MASK, exclude_eos=False)
+    batch = pack([row])
+    module = DistillModule(model, ObjectiveConfig(selection="drafts"), 64, form=FORM)
+    mask, layout = module._mask(batch)
+    with torch.no_grad():
+        mark_noisy(model, batch.copies > 0)
+        hidden = hidden_states(model, batch.input_ids, batch.position_ids, mask, **layout)
+        ours = model.lm_head(hidden[batch.loss_line, batch.loss_column])
+    ours[:, MASK] = float("-inf")
+    tokens = [*decoded[0].prompt_ids.tolist(), *decoded[0].response.tolist()]
+    steps, expected, places = decoded[0].reveal_step, [], []
+    for last in (i for i in range(decoded[0].response_length) if i + 1 == len(steps) or steps[i + 1] > steps[i]):
+        behind = _logits(model, tokens[: prompt + last], size)[prompt + last :]
+        of_draft = range(last + 1, min(last + size, decoded[0].response_length))
+        places += of_draft
+        expected.append(behind[: len(of_draft)])
+    assert row.loss_positions.tolist() == places
+    torch.testing.assert_close(ours, torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", MODELS[:3])
