@@ -15,7 +15,7 @@ The forward that runs the first denoising step of a block also writes the clean 
 11), a block's first token is predicted at the clean token before it, whose hidden state each slot keeps from that
 forward. Slots advance independently; the host learns once per step which are finished. Oracle: tests/oracles.py
 
-A step itself is in `denoise.py`.
+A step itself is in `denoise.py`, that of lossless decoding in `verify.py`.
 """
 
 from __future__ import annotations
@@ -87,8 +87,7 @@ class BlockDecoder:
     ) -> None:
         self.model = model
         self.settings = settings
-        self.mask_id, self.eos_ids = mask_id, sorted(eos_ids)
-        self.batch_size, self.form = batch_size, form
+        self.mask_id, self.eos_ids, self.batch_size, self.form = mask_id, sorted(eos_ids), batch_size, form
         self.grid = settings.grid
         rows = model.lm_head.weight.shape[0]
         never = (TokenIds(rows) if tokens is None else tokens).without(mask_id).others(rows)
@@ -201,12 +200,12 @@ class BlockDecoder:
         """
         self.version = version
         self._slots.change_version(version)
-        self._slots.lose_cache()
+        if not self._denoise.cache_outlives_weights:
+            self._slots.lose_cache()
 
     def clear(self) -> None:
         """Drops all requests and sequences, finished or not."""
-        border = self.model.lm_head.weight.new_zeros(0, self.model.config.hidden_size * self.form.logit_shift)
-        self._slots = Slots(self.grid.room, self.mask_id, border, self.version)
+        self._slots = Slots(self.grid.room, self.mask_id, self._denoise.keeps(), self.version)
         self._waiting: deque[RolloutRequest] = deque()
         self._crowded = False
         """Whether a sequence was put back and none has ended since."""

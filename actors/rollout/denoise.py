@@ -33,6 +33,9 @@ class Denoiser:
         never: rows of the vocabulary that are never a candidate.
     """
 
+    cache_outlives_weights = False
+    """Whether keys and values stay as they are when the weights change."""
+
     def __init__(
         self,
         model: Any,
@@ -46,6 +49,10 @@ class Denoiser:
         self._eos_ids = torch.tensor(list(eos_ids), device=model.device)
         self._never_candidates = torch.tensor(list(never), device=model.device)
         self._strategy = STRATEGIES[settings.strategy]
+
+    def keeps(self) -> torch.Tensor:
+        """`[0, ...]`, of the shape of `Slots.kept`."""
+        return self._model.lm_head.weight.new_zeros(0, self._model.config.hidden_size * self._form.logit_shift)
 
     def __call__(self, slots: Slots, step_forward: StepForward, observer: Observer | None) -> tuple[list[int], int]:
         """Runs one denoising step of all occupied slots.

@@ -194,6 +194,6 @@ def prefill(model: Any, cache: SlotCache, slots: Slots, grid: BlockGrid | DraftG
         cache.prepare(written, attends_to_cache=False)
         tokens = slots.tokens[where, :longest]
         hidden = hidden_states(model, tokens, positions, block_causal(blocks, blocks), cache)
-        if form.logit_shift:
-            slots.border[where] = hidden[torch.arange(len(chosen)), starts - 1]
+        if form.logit_shift and isinstance(grid, BlockGrid):
+            slots.kept[where] = hidden[torch.arange(len(chosen)), starts - 1]
     return sum(lengths)

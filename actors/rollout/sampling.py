@@ -70,15 +70,31 @@ def draw_candidates(
     """
     if uniform is None or temperature == 0.0:
         return _likeliest(logits)
+    return draw(distribution(logits, temperature, top_k, top_p), uniform)
+
+
+def distribution(logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+    """The probabilities that candidates are drawn with: `[..., V]` float32, of logits as for `draw_candidates`.
+
+    Args:
+        temperature: above 0.
+    """
     if temperature < _LOW_TEMPERATURE:  # dividing by so small a number could overflow, or be a division by 0
         logits, temperature = logits - logits.amax(dim=-1, keepdim=True), max(temperature, _LOWEST_TEMPERATURE)
-    probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1)
+    return filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1)
+
+
+def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Draws a token by inverting the cumulative distribution: `[..., V]`, `[...]` float64 in [0, 1) -> `[...]` int64.
+
+    The probabilities need not add up to 1. A token of probability 0 is never drawn.
+    """
     # float64: in float32 the sum over 150k tokens rounds away the unlikely ones.
     cumulative = probabilities.to(torch.float64).cumsum(dim=-1)
     total = cumulative[..., -1:]
     # Below the total even where the product rounds up to it: behind the total are only tokens of probability 0.
     point = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
 
 
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:

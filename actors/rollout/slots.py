@@ -23,7 +23,7 @@ from opdlm.common.types import RolloutRequest, Trajectory
 
 _SORT_COST = 4
 """Cost of sorting one position relative to attending to it: sorting reads and writes it twice, attention reads once."""
-_ON_DEVICE = ("_tokens", "_reveal", "_logprob", "_numbers", "_threshold", "_border")
+_ON_DEVICE = ("_tokens", "_reveal", "_logprob", "_numbers", "_threshold", "_kept")
 _ON_HOST = ("host_starts", "host_commits", "host_masked", "host_fresh", "_bases", "_widths", "_limits", "_arrivals")
 _PROMPT, _END, _START, _STEP, _BLOCK_STEP, _SEED, _BASE = range(7)
 """Columns of `Slots._numbers`."""
@@ -32,15 +32,14 @@ _PROMPT, _END, _START, _STEP, _BLOCK_STEP, _SEED, _BASE = range(7)
 class Slots:
     """State of up to B sequences that are being decoded. Shapes: n occupied slots, T positions, S tokens per block."""
 
-    def __init__(self, block: int, mask_id: int, border: torch.Tensor, version: int) -> None:
+    def __init__(self, block: int, mask_id: int, kept: torch.Tensor, version: int) -> None:
         """Makes a state without slots; `enlarge` adds some.
 
         Args:
-            border: `[0, D]`, of the dtype and on the device of each slot's `border`; D is 0 for a student without a
-                logit shift.
+            kept: `[0, ...]`, of the shape, dtype and device of what is `kept` for each slot.
         """
         self.block = block
-        self.mask_id, self.device = mask_id, border.device
+        self.mask_id, self.device = mask_id, kept.device
         self.requests: list[RolloutRequest] = []
         """The requests in the occupied slots, in slot order."""
         self.version = version
@@ -58,7 +57,7 @@ class Slots:
 
         self._tokens, self._reveal, self._numbers = none(0), none(0), none(7)
         self._threshold, self._logprob = none(dtype=torch.float32), none(0, dtype=torch.float32)
-        self._border = border
+        self._kept = kept
         self.host_starts = np.zeros(0, dtype=np.int64)
         """`[B]` on the host: position at which the current block starts."""
         self.host_commits = np.zeros(0, dtype=bool)
@@ -116,9 +115,10 @@ class Slots:
         return self._threshold[: self.occupied]
 
     @property
-    def border(self) -> torch.Tensor:
-        """`[n, D]`, hidden state of the clean token before the current block; D is 0 without a logit shift."""
-        return self._border[: self.occupied]
+    def kept(self) -> torch.Tensor:
+        """`[n, ...]`, what a step keeps for the next one. With a logit shift: `[n, D]`, the hidden state of the clean
+        token before the current block; of sampled drafts their distributions; else nothing."""
+        return self._kept[: self.occupied]
 
     @property
     def prompt_length(self) -> torch.Tensor:
@@ -159,8 +159,8 @@ class Slots:
 
         Returns: `[n, S, D]`.
         """
-        self.border[commit] = committed[:, -1]
-        return torch.cat([self.border[:, None], hidden[:, :-1]], dim=1)
+        self.kept[commit] = committed[:, -1]
+        return torch.cat([self.kept[:, None], hidden[:, :-1]], dim=1)
 
     def tokens_so_far(self) -> int:
         """Response tokens that are revealed in the occupied slots, from what the host knows anyway."""

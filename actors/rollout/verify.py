@@ -11,6 +11,10 @@ Clean tokens attend causally. A mask m attends to the clean tokens that its grou
 path predicts what the teacher would write behind d_0, behind d_1, ...: drafts are right up to the first that it would
 not have written. There its own token follows, and the masks behind the last right draft are the next drafts.
 
+Above temperature 0 this is speculative sampling: a draft d, drawn from q, is right with probability min(1, p(d) / q(d))
+under the clean path's p, and the token behind the last right one is drawn from what p has more than q. So tokens follow
+the clean path's distribution, whatever the drafts are.
+
 Keys and values lie in the slot's place in the cache: those of the clean tokens where the tokens belong, those of the
 masks behind them, where the next step writes over them.
 """
@@ -27,13 +31,16 @@ from opdlm.actors.rollout.attention import Part, SlotLayout
 from opdlm.actors.rollout.denoise import Observer, refuse_logits
 from opdlm.actors.rollout.forward import StepForward
 from opdlm.actors.rollout.kv_cache import SPARE
-from opdlm.actors.rollout.sampling import draw_candidates
+from opdlm.actors.rollout.sampling import distribution, draw, draw_candidates, hashed_uniform
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.slots import Slots
 from opdlm.common.errors import OpdlmError
 from opdlm.common.form import StudentForm
-from opdlm.common.model.adapters import mark_noisy
+from opdlm.common.model.adapters import has_noisy_adapters, mark_noisy
 from opdlm.common.model.load import hidden_states
+
+_OWN, _ACCEPT, _DRAFT = 2, 3, 4
+"""Independent sequences of uniform numbers (`denoise.py` has two more)."""
 
 
 class Verifier:
@@ -59,7 +66,8 @@ class Verifier:
                 f"strategy verified: the student has {form}; only one with logit shift and causal context (model."
                 "logit_shift, model.context) has a clean path that can verify drafts"
             )
-        self._model, self._mask_id, self._size = model, mask_id, settings.block_size
+        self._model, self.settings, self._mask_id, self._size = model, settings, mask_id, settings.block_size
+        self.cache_outlives_weights = has_noisy_adapters(model)  # only verified tokens are kept, and they do not change
         self._eos_ids = torch.tensor([] if settings.ignore_eos else list(eos_ids), device=model.device)
         self._never = torch.tensor(list(never), device=model.device)
         size, device = self._size, model.device
@@ -68,6 +76,12 @@ class Verifier:
         """`[Q]` int64, positions of the queries behind d_0."""
         self._noisy = torch.arange(size * (1 + size), device=device)[None] >= size
         self._seen = _seen(size).to(device)
+
+    def keeps(self) -> torch.Tensor:
+        """`[0, ...]`, of the shape of `Slots.kept`: the distributions of sampled drafts."""
+        weight, sampled = self._model.lm_head.weight, self.settings.temperature > 0
+        shape = (self._size - 1, len(weight)) if sampled else (0,)
+        return torch.zeros(0, *shape, dtype=torch.float32, device=weight.device)
 
     def __call__(self, slots: Slots, step_forward: StepForward, observer: Observer | None) -> tuple[list[int], int]:
         """Runs one step of all occupied slots.
@@ -80,13 +94,13 @@ class Verifier:
         places = torch.arange(size, device=slots.device)
         clean = slots.tokens.gather(1, start[:, None] + places)  # [n, S]: d_0, and the drafts
         hidden = self._forward(slots, step_forward, clean, start)
-        own = self._likeliest(slots, hidden[:, :size])  # [n, S]: what the clean path writes behind each of them
-        right = (clean[:, 1:] == own[:, :-1]).long().cumprod(dim=1).sum(dim=1)  # [n] drafts that it would have written
+        right, own = self._verify(slots, clean, start, self._logits(slots, hidden[:, :size]))
         last = start + 1 + right  # [n], the position of the token of its own that follows
         group = size + right[:, None] * size + places[:-1]  # [n, S - 1] queries that predict the next drafts
-        drafts = self._likeliest(slots, hidden.gather(1, group[..., None].expand(-1, -1, hidden.shape[-1])))
+        ahead = self._logits(slots, hidden.gather(1, group[..., None].expand(-1, -1, hidden.shape[-1])))
+        drafts = self._draft(slots, last, ahead)
         slots.step.add_(1)
-        slots.tokens.scatter_(1, last[:, None], own.gather(1, right[:, None]))
+        slots.tokens.scatter_(1, last[:, None], own[:, None])
         slots.tokens.scatter_(1, last[:, None] + 1 + places[:-1], drafts)
         window = start[:, None] + 1 + places
         known = window <= last[:, None]
@@ -130,15 +144,55 @@ class Verifier:
         mask.masked_fill_(~shown, float("-inf"))
         return mask.repeat(1, config.num_attention_heads // config.num_key_value_heads, 1)[:, None]
 
-    def _likeliest(self, slots: Slots, hidden: torch.Tensor) -> torch.Tensor:
-        """The likeliest token at hidden states `[n, m, D]`: `[n, m]` int64."""
+    def _logits(self, slots: Slots, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits at hidden states `[n, m, D]`: `[n, m, V]` float32, minus infinity for what is no candidate."""
         logits = self._model.lm_head(hidden).float()
         logits.index_fill_(2, self._never, float("-inf"))
-        chosen = draw_candidates(logits, None, 0.0)
-        finite = logits.gather(2, chosen[..., None]).isfinite().flatten(1).all(dim=1)
-        if not finite.all():
-            refuse_logits(slots, int(finite.long().argmin()))
-        return chosen
+        highest = logits.amax(dim=2)
+        if not highest.isfinite().all():
+            refuse_logits(slots, int(highest.isfinite().all(dim=1).long().argmin()))
+        return logits
+
+    def _verify(
+        self, slots: Slots, clean: torch.Tensor, start: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many drafts are right, `[n]`, and the token of the clean path's own behind them, `[n]`, both int64.
+
+        Args:
+            clean: `[n, S]`, d_0 and the drafts.
+            start: `[n]`, the position of d_0.
+            logits: `[n, S, V]` of the clean path, behind each of them.
+        """
+        if self.settings.temperature == 0:
+            own = draw_candidates(logits, None, 0.0)
+            right = (clean[:, 1:] == own[:, :-1]).long().cumprod(dim=1).sum(dim=1)
+            return right, own.gather(1, right[:, None])[:, 0]
+        p = self._distribution(logits)
+        q = torch.where((slots.step > 0)[:, None, None], slots.kept, 0.0)  # a sequence begins without drafts
+        drafts = clean[:, 1:, None]
+        chance = self._uniform(slots, start[:, None] + 1 + torch.arange(self._size - 1, device=p.device), _ACCEPT)
+        accepted = chance * q.gather(2, drafts)[..., 0] < p[:, :-1].gather(2, drafts)[..., 0]
+        right = accepted.long().cumprod(dim=1).sum(dim=1)
+        at = right[:, None, None].expand(-1, 1, p.shape[2])
+        p, q = p.gather(1, at)[:, 0], torch.cat([q, torch.zeros_like(q[:, :1])], dim=1).gather(1, at)[:, 0]
+        more = (p - q).clamp(min=0)
+        more = torch.where(more.sum(dim=1, keepdim=True) > 0, more, p)  # they differ by rounding only
+        return right, draw(more, self._uniform(slots, start[:, None] + 1 + right[:, None], _OWN)[:, 0])
+
+    def _draft(self, slots: Slots, last: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Draws the tokens behind the last known one at `last`, `[n]`, from logits `[n, S - 1, V]`: `[n, S - 1]`."""
+        if self.settings.temperature == 0:
+            return draw_candidates(logits, None, 0.0)
+        q = self._distribution(logits)
+        slots.kept.copy_(q)
+        return draw(q, self._uniform(slots, last[:, None] + 1 + torch.arange(self._size - 1, device=q.device), _DRAFT))
+
+    def _distribution(self, logits: torch.Tensor) -> torch.Tensor:
+        return distribution(logits, self.settings.temperature, self.settings.top_k, self.settings.top_p)
+
+    def _uniform(self, slots: Slots, positions: torch.Tensor, stream: int) -> torch.Tensor:
+        """Of each position `[n, m]`: a number that depends on sequence, position and step alone."""
+        return hashed_uniform(slots.seed[:, None], positions, slots.step[:, None], stream)
 
 
 def _seen(size: int) -> torch.Tensor:

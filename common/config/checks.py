@@ -115,11 +115,6 @@ def _model(config: OpdlmConfig) -> Iterator[str]:
             f"objective.selection: found {config.objective.selection!r} with rollout.strategy "
             f"{config.rollout.strategy!r}; `drafts` goes with `verified`, and with nothing else"
         )
-    if verified and config.rollout.temperature > 0:
-        yield (
-            f"rollout.temperature: found {config.rollout.temperature:g} with rollout.strategy `verified`, whose drafts "
-            "are checked against the likeliest token; set it to 0"
-        )
 
 
 def _objective(config: OpdlmConfig) -> Iterator[str]:

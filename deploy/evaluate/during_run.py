@@ -166,7 +166,7 @@ class RunEvaluations:
     async def _ask(self, row: str, problems: Exam, handle: WeightHandle, pool: ActorPool) -> EvaluationResult:
         dynamic = row in (DYNAMIC, PERIODIC)
         strategy: Strategy = "low_confidence_dynamic" if dynamic else "low_confidence_static"
-        settings = self._settings.greedy(strategy)
+        settings = self._settings.greedy("verified" if self._settings.strategy == "verified" else strategy)
         task, progress = f"evaluation of round {handle.version}, {row}", self._records.progress
         arguments = pool, problems, handle, settings, self._config.evaluation, task, progress, self._beside
         return await evaluate_student(*arguments)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from opdlm.actors.rollout import attention
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.kv_cache import SlotCache
+from opdlm.actors.rollout.sampling import distribution
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.config.schema import LoraConfig, ObjectiveConfig
 from opdlm.common.errors import OpdlmError
@@ -29,14 +30,14 @@ SEEDS = st.integers(0, 10**6)
 FORM = StudentForm(logit_shift=True, context="causal")
 
 
-def drafting_model(seed: int, **settings: Any) -> Any:
+def drafting_model(seed: int, mask: int = MASK, std: float = 0.3, **settings: Any) -> Any:
     """A tiny student whose adapters are random, so that its drafts are not what the base model would say."""
     model = tiny_model(seed, **settings)
-    NoisyAdapters(model, LoraConfig(rank=2, target_modules=_linear(settings)), MASK, seed)
+    NoisyAdapters(model, LoraConfig(rank=2, target_modules=_linear(settings)), mask, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if is_adapter(name):
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=std)
     return model
 
 
@@ -188,3 +189,46 @@ def test_a_student_without_a_clean_path_is_refused() -> None:
     for form in (PAPER_FORM, StudentForm(logit_shift=True), StudentForm(context="causal")):
         with pytest.raises(OpdlmError, match="only one with logit shift and causal context"):
             BlockDecoder(tiny_model(), DecodeSettings(strategy="verified"), MASK, [EOS], 1, form=form)
+
+
+@pytest.mark.parametrize(
+    ("size", "top_k", "top_p", "temperature"), [(3, 0, 1.0, 1.0), (4, 0, 0.8, 0.7), (2, 3, 1.0, 1.3)]
+)
+def test_sampled_responses_follow_the_base_models_distribution(size, top_k, top_p, temperature) -> None:
+    """Over 10,000 seeds every response of three tokens comes as often as the base model alone would write it."""
+    mask, count, limit = 7, 10_000, 3
+    model = drafting_model(4, vocab_size=8, mask=mask, std=0.1)
+    model.lm_head.weight.data *= 0.4  # so flat that drafts and base model overlap
+    prompt = np.array([3, 1, 4], dtype=np.int32)
+    how = DecodeSettings(
+        block_size=size, strategy="verified", temperature=temperature, top_k=top_k, top_p=top_p, ignore_eos=True
+    )
+    requests = [RolloutRequest(i, "", prompt, limit, seed=i) for i in range(count)]
+    found, stats = BlockDecoder(model, how, mask, [EOS], 1024, form=FORM).decode(requests)
+    drawn = np.array([trajectory.response for trajectory in found]) @ [64, 8, 1]
+    expected = np.zeros(512)
+    for first in range(8):
+        for second in range(8):
+            chance = 1.0
+            for clean, token in (([3, 1, 4], first), ([3, 1, 4, first], second)):
+                chance *= float(_alone(model, clean, mask, temperature, top_k, top_p)[token])
+            if chance:
+                at = first * 64 + second * 8
+                expected[at : at + 8] = chance * _alone(
+                    model, [3, 1, 4, first, second], mask, temperature, top_k, top_p
+                )
+    seen = np.bincount(drawn, minlength=512)
+    assert seen[expected == 0].sum() == 0, "what the base model never says"
+    likely = expected * count >= 5
+    statistic = ((seen - expected * count)[likely] ** 2 / (expected * count)[likely]).sum()
+    freedom = likely.sum() - 1
+    assert statistic < freedom + 4 * np.sqrt(2 * freedom), f"{statistic:.1f} with {freedom} degrees of freedom"
+    assert stats.denoising_steps < count * limit, "some drafts are right"
+
+
+@torch.no_grad()
+def _alone(model: Any, clean: list[int], mask: int, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    mark_noisy(model, None)
+    logits = model(input_ids=torch.tensor([clean]), use_cache=False).logits[0, -1]
+    logits[mask] = float("-inf")
+    return distribution(logits, temperature, top_k, top_p).double().numpy()
