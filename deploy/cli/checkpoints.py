@@ -144,7 +144,10 @@ def generate(
     checkpoint: CheckpointFolder,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Prompt text; repeatable.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 64,
-    strategy: Annotated[Strategy, typer.Option(help="Remasking strategy.")] = "low_confidence_dynamic",
+    strategy: Annotated[
+        Strategy | None,
+        typer.Option(help="Remasking strategy. Default: low_confidence_dynamic; verified for a lossless student."),
+    ] = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of low_confidence_dynamic.")] = 0.9,
     block_size: Annotated[int | None, typer.Option(min=1, help="Default: what the checkpoint says, else 4.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,

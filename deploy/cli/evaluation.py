@@ -19,7 +19,10 @@ def evaluate(
     decoding: DecodingOptions,
     strategy: Annotated[
         list[str] | None,
-        typer.Option(help="Strategies to try; repeatable. Default: static and dynamic; with --lm-eval dynamic."),
+        typer.Option(
+            help="Strategies to try; repeatable. Default: static and dynamic, with --lm-eval dynamic; verified for a "
+            "lossless student."
+        ),
     ] = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of low_confidence_dynamic.")] = 0.9,
     block_size: Annotated[int | None, typer.Option(min=1, help="Default: what the checkpoint says, else 4.")] = None,
@@ -72,9 +75,8 @@ def evaluate(
     with clear_errors():
         from opdlm.deploy.evaluate.commands import EvalOptions, known_strategies, refuse_misplaced, run_eval
 
-        default = ["low_confidence_dynamic"] if lm_eval else ["low_confidence_static", "low_confidence_dynamic"]
         options = EvalOptions(
-            known_strategies(strategy or default), threshold, block_size, output, teacher, samples or 0, beside
+            known_strategies(strategy or []), threshold, block_size, output, teacher, samples or 0, beside
         )
         if lm_eval:
             given = {"--task": questions.task, "--data": questions.data, "--problems": questions.problems}

@@ -37,6 +37,7 @@ class EvalOptions:
     """The ways of decoding that `opdlm eval` compares, and where its results go."""
 
     strategies: tuple[Strategy, ...]
+    """Empty: the checkpoint's usual ones."""
     threshold: float
     block_size: int | None
     """None: what the checkpoint says, else 4."""
@@ -114,7 +115,8 @@ class Evaluation:
             self._teacher.on_progress = self._done
             theirs = self._teacher.answer(requests, self._teacher.base, self._decoding.batch_size)
             rows.append(self._row(TEACHER, self._teacher, theirs))
-        for strategy in self._options.strategies if decoder.is_student else self._options.strategies[:1]:
+        strategies = self._options.strategies or decoder.usual_strategies
+        for strategy in strategies if decoder.is_student else strategies[:1]:
             way = strategy if decoder.is_student else AUTOREGRESSIVE
             settings = replace(decoder.base.greedy(strategy), threshold=self._options.threshold)
             self._begin(decoding_name(way, self._options.threshold), len(requests))

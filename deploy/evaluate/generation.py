@@ -52,7 +52,7 @@ class Model(CheckpointDecoder):
         prompts: Sequence[str],
         *,
         max_new_tokens: int = 64,
-        strategy: Strategy = "low_confidence_dynamic",
+        strategy: Strategy | None = None,
         threshold: float = 0.9,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -68,7 +68,8 @@ class Model(CheckpointDecoder):
 
         Args:
             max_new_tokens: longest response, in tokens.
-            strategy: remasking strategy of a student; `threshold` belongs to `low_confidence_dynamic`.
+            strategy: remasking strategy of a student; `threshold` belongs to `low_confidence_dynamic`, the default. A
+                lossless student's is `verified`.
             temperature: 0 is greedy. An autoregressive model then samples from the whole vocabulary.
             block_size: None takes the checkpoint's own.
             chat: puts each prompt through the chat template, with `thinking` as its `enable_thinking`.
@@ -88,7 +89,7 @@ class Model(CheckpointDecoder):
         settings = replace(
             self.base,
             block_size=block_size or self.base.block_size,
-            strategy=strategy,
+            strategy=strategy or self.usual_strategies[-1],
             threshold=threshold,
             temperature=temperature,
             top_k=top_k,

@@ -44,7 +44,7 @@ class OpdlmLM(LM):
 
     Args (lm-eval's `model_args`):
         pretrained: checkpoint folder or hub id; or, from Python, a `Decoder`.
-        strategy: remasking strategy.
+        strategy: remasking strategy. None: `low_confidence_dynamic`, for a lossless student `verified`.
         threshold: confidence threshold of `low_confidence_dynamic`.
         block_size: None takes the checkpoint's own, else 4.
         batch_size: sequences decoded side by side; it overrides `--batch_size`, whose default is 1.
@@ -61,7 +61,7 @@ class OpdlmLM(LM):
     def __init__(
         self,
         pretrained: str | Decoder | None = None,
-        strategy: Strategy = "low_confidence_dynamic",
+        strategy: Strategy | None = None,
         threshold: float = 0.9,
         block_size: int | None = None,
         batch_size: int | str = 64,
@@ -89,6 +89,7 @@ class OpdlmLM(LM):
             if isinstance(pretrained, Decoder)
             else CheckpointDecoder(model_folder(pretrained, "model_args: pretrained"), block_size, device)
         )
+        strategy = strategy or self.decoder.usual_strategies[-1]
         self.settings = replace(self.decoder.base.greedy(strategy), threshold=float(threshold))
         self.seed, self._thinking, self._templated = seed, enable_thinking, False
         self._tokens = self._steps = 0
@@ -229,7 +230,7 @@ def _check_arguments(unknown: dict[str, Any], strategy: Any, threshold: Any) -> 
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
         raise OpdlmError(f"model_args: {name}: unknown; {hint}")
-    if strategy not in get_args(Strategy):
+    if strategy is not None and strategy not in get_args(Strategy):
         raise OpdlmError(f"model_args: strategy: found {strategy!r}; known: {', '.join(get_args(Strategy))}")
     if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise OpdlmError(f"model_args: threshold: found {threshold!r}; expected a number within 0 and 1")
