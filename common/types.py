@@ -67,6 +67,9 @@ class Trajectory:
     """`[R'] float32`, how much the loss at each kept token counts. None: all count the same."""
     reveal_logprob: np.ndarray | None = None
     """`[R'] float32`, log-probability of each kept token in the distribution it was drawn from. None: not asked for."""
+    clean_hidden: np.ndarray | None = None
+    """`[R, D]`, as in `HiddenTargets`: the hidden states of the clean path that predicted each token of the response,
+    which the strategy `verified` computes anyway. None: not asked for."""
 
     @property
     def response(self) -> np.ndarray:

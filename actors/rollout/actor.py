@@ -30,7 +30,15 @@ from opdlm.actors.rollout.student import Student
 from opdlm.common.config.schema import OnNewWeights
 from opdlm.common.errors import OpdlmError, WeightsLost, last_line
 from opdlm.common.model.device import device_for
-from opdlm.common.types import DecodeStats, RolloutRequest, StreamReport, Trajectory, WeightHandle, WeightPack
+from opdlm.common.types import (
+    DecodeStats,
+    RolloutRequest,
+    ScoredTrajectory,
+    StreamReport,
+    Trajectory,
+    WeightHandle,
+    WeightPack,
+)
 
 Result = TypeVar("Result")
 
@@ -119,7 +127,7 @@ class RolloutActor(Student):
         self._receive(handle)
         self._stream.add(requests)
 
-    def harvest(self, eager: bool) -> tuple[list[Trajectory], StreamReport]:
+    def harvest(self, eager: bool) -> tuple[list[Trajectory | ScoredTrajectory], StreamReport]:
         """See `SequenceStream.harvest`."""
         assert self._stream is not None, "`open_stream` comes before `harvest`"
         return self._stream.harvest(eager)

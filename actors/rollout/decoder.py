@@ -205,7 +205,7 @@ class BlockDecoder:
 
     def clear(self) -> None:
         """Drops all requests and sequences, finished or not."""
-        self._slots = Slots(self.grid.room, self.mask_id, self._denoise.keeps(), self.version)
+        self._slots = Slots(self.grid.room, self.mask_id, *self._denoise.keeps(), self.version)
         self._waiting: deque[RolloutRequest] = deque()
         self._crowded = False
         """Whether a sequence was put back and none has ended since."""

@@ -50,9 +50,11 @@ class Denoiser:
         self._never_candidates = torch.tensor(list(never), device=model.device)
         self._strategy = STRATEGIES[settings.strategy]
 
-    def keeps(self) -> torch.Tensor:
-        """`[0, ...]`, of the shape of `Slots.kept`."""
-        return self._model.lm_head.weight.new_zeros(0, self._model.config.hidden_size * self._form.logit_shift)
+    def keeps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[0, ...]` and `[0, 0, ...]`, of the shapes of `Slots.kept` and `Slots.noted`."""
+        weight = self._model.lm_head.weight
+        width = self._model.config.hidden_size * self._form.logit_shift
+        return weight.new_zeros(0, width), weight.new_zeros(0, 0, dtype=torch.float32)
 
     def __call__(self, slots: Slots, step_forward: StepForward, observer: Observer | None) -> tuple[list[int], int]:
         """Runs one denoising step of all occupied slots.
@@ -93,8 +95,8 @@ class Denoiser:
         slots.tokens.scatter_(1, window, new_tokens)
         slots.reveal.scatter_(1, window, torch.where(revealed, slots.step[:, None], old_reveal))
         if logprob is not None:
-            kept = slots.logprob.gather(1, window)
-            slots.logprob.scatter_(1, window, torch.where(revealed, in_blocks(logprob), kept))
+            kept = slots.noted.gather(1, window)
+            slots.noted.scatter_(1, window, torch.where(revealed, in_blocks(logprob), kept))
         if observer is not None:
             model_says = candidates, confidence, in_blocks(logits), in_blocks(mask_logit)
             tensors = (tensor.cpu() for tensor in (window, old_tokens, masked, revealed, *model_says))

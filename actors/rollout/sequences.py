@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from opdlm.common.grid import BlockGrid, DraftGrid
-from opdlm.common.types import RolloutRequest, Trajectory
+from opdlm.common.types import HiddenTargets, RolloutRequest, ScoredTrajectory, Trajectory
 
 CACHE_SETTING = "rollout.cache_tokens"
 
@@ -53,8 +54,7 @@ def trajectory_of(
     reveal: np.ndarray,
     history: Sequence[tuple[int, int]],
     eos_ids: Sequence[int],
-    ignore_eos: bool,
-    logprobs: np.ndarray | None = None,
+    noted: np.ndarray | None = None,
 ) -> Trajectory:
     """The trajectory of a finished sequence.
 
@@ -62,24 +62,34 @@ def trajectory_of(
         tokens: `[T]` int64, prompt and response.
         reveal: `[T]` int64, the denoising step that revealed each token; 0: none, as for the prompt.
         history: for each weight version that decoded it: (denoising steps done before it, version).
-        logprobs: `[T]` float32, of each token in the distribution it was drawn from; None: they were not kept.
+        eos_ids: tokens that end a response.
+        noted: of each token `[T]` its log-probability, or `[T, D]` the hidden state that predicted it (`Trajectory`).
     """
     start, end = request.prompt_ids.size, int(reveal.nonzero()[0][-1]) + 1
     response, reveal = tokens[start:end].astype(np.int32), reveal[start:end].astype(np.int32)
     steps_before, numbers = zip(*history, strict=True)
     # A token of step k has the last version that began before step k.
     versions = np.array(numbers, dtype=np.int32)[np.searchsorted(steps_before, reveal) - 1]
-    ends = np.flatnonzero(np.isin(response[: request.max_new_tokens], [] if ignore_eos else list(eos_ids)))
+    ends = np.flatnonzero(np.isin(response[: request.max_new_tokens], list(eos_ids)))
+    length = int(ends[0]) + 1 if len(ends) else min(len(response), request.max_new_tokens)
     return Trajectory(
         index=request.index,
         prompt_id=request.prompt_id,
         prompt_ids=request.prompt_ids,
         response_ids=response,
         reveal_step=reveal,
-        response_length=int(ends[0]) + 1 if len(ends) else min(len(response), request.max_new_tokens),
+        response_length=length,
         weight_version=int(versions.min()),
         finish_reason="eos" if len(ends) else "length",
         denoising_steps=int(reveal.max()),
         token_versions=versions if versions.min() < versions.max() else None,
-        reveal_logprob=None if logprobs is None else logprobs[start:end],
+        reveal_logprob=noted[start:end] if noted is not None and noted.ndim == 1 else None,
+        clean_hidden=noted[start : start + length] if noted is not None and noted.ndim > 1 else None,
     )
+
+
+def as_sample(trajectory: Trajectory) -> Trajectory | ScoredTrajectory:
+    """A trajectory that brings its own targets, as a sample; any other stays a trajectory."""
+    if trajectory.clean_hidden is None:
+        return trajectory
+    return ScoredTrajectory(replace(trajectory, clean_hidden=None), HiddenTargets(trajectory.clean_hidden))

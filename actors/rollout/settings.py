@@ -17,7 +17,7 @@ class DecodeSettings:
 
     The fields have the names and meanings of `rollout:` in the YAML (common/config/schema.py). `ignore_eos` exists only
     here: it decodes every response to its length limit, whatever end-of-sequence tokens it holds. So does
-    `keep_logprobs`: trajectories have `reveal_logprob`.
+    `keep_logprobs`: trajectories have `reveal_logprob`. `keep_targets`: those of `verified` have `clean_hidden`.
     """
 
     block_size: int = 4
@@ -31,6 +31,7 @@ class DecodeSettings:
     top_p: float = 1.0
     confidence: Confidence = "sampled"
     keep_logprobs: bool = False
+    keep_targets: bool = False
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -41,6 +42,11 @@ class DecodeSettings:
             if not is_number or not 0 <= value <= most or value == math.inf:
                 expected = "a finite number from 0" if most == math.inf else "a number within 0 and 1"
                 raise OpdlmError(f"{name}: found {value!r}; expected {expected}")
+
+    @property
+    def keeps_notes(self) -> bool:
+        """Whether something is noted of each token."""
+        return self.keep_logprobs or self.keep_targets
 
     @property
     def grid(self) -> BlockGrid | DraftGrid:
@@ -55,12 +61,14 @@ class DecodeSettings:
         return self.denoising_steps or self.block_size
 
     @classmethod
-    def from_config(cls, rollout: RolloutConfig, kind: Kind = "opd") -> DecodeSettings:
+    def from_config(cls, rollout: RolloutConfig, kind: Kind = "opd", keep_targets: bool = False) -> DecodeSettings:
         """The settings that the rollouts of a run with this `objective.kind` decode with."""
         shared = {name: getattr(rollout, name) for name in cls.__slots__ if hasattr(rollout, name)}
         shared["confidence"] = rollout.confidence or ("max_probability" if kind == "rl" else "sampled")
-        return cls(**shared, keep_logprobs=kind == "rl")
+        return cls(**shared, keep_logprobs=kind == "rl", keep_targets=keep_targets)
 
     def greedy(self, strategy: Strategy) -> DecodeSettings:
         """These settings with greedy sampling and the given strategy, as evaluation decodes."""
-        return replace(self, strategy=strategy, temperature=0.0, top_k=0, top_p=1.0, keep_logprobs=False)
+        return replace(
+            self, strategy=strategy, temperature=0.0, top_k=0, top_p=1.0, keep_logprobs=False, keep_targets=False
+        )

@@ -19,11 +19,12 @@ from opdlm.actors.rollout.sequences import extent, trajectory_of
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.grid import BlockGrid, DraftGrid
 from opdlm.common.seeds import as_int64
+from opdlm.common.tensors import tensor_to_array
 from opdlm.common.types import RolloutRequest, Trajectory
 
 _SORT_COST = 4
 """Cost of sorting one position relative to attending to it: sorting reads and writes it twice, attention reads once."""
-_ON_DEVICE = ("_tokens", "_reveal", "_logprob", "_numbers", "_threshold", "_kept")
+_ON_DEVICE = ("_tokens", "_reveal", "_noted", "_numbers", "_threshold", "_kept")
 _ON_HOST = ("host_starts", "host_commits", "host_masked", "host_fresh", "_bases", "_widths", "_limits", "_arrivals")
 _PROMPT, _END, _START, _STEP, _BLOCK_STEP, _SEED, _BASE = range(7)
 """Columns of `Slots._numbers`."""
@@ -32,11 +33,11 @@ _PROMPT, _END, _START, _STEP, _BLOCK_STEP, _SEED, _BASE = range(7)
 class Slots:
     """State of up to B sequences that are being decoded. Shapes: n occupied slots, T positions, S tokens per block."""
 
-    def __init__(self, block: int, mask_id: int, kept: torch.Tensor, version: int) -> None:
+    def __init__(self, block: int, mask_id: int, kept: torch.Tensor, noted: torch.Tensor, version: int) -> None:
         """Makes a state without slots; `enlarge` adds some.
 
         Args:
-            kept: `[0, ...]`, of the shape, dtype and device of what is `kept` for each slot.
+            kept, noted: `[0, ...]` and `[0, 0, ...]`, of shape, dtype and device of what is `kept` and `noted`.
         """
         self.block = block
         self.mask_id, self.device = mask_id, kept.device
@@ -56,8 +57,8 @@ class Slots:
             return torch.zeros(0, *shape, dtype=dtype, device=self.device)
 
         self._tokens, self._reveal, self._numbers = none(0), none(0), none(7)
-        self._threshold, self._logprob = none(dtype=torch.float32), none(0, dtype=torch.float32)
-        self._kept = kept
+        self._threshold = none(dtype=torch.float32)
+        self._kept, self._noted = kept, noted
         self.host_starts = np.zeros(0, dtype=np.int64)
         """`[B]` on the host: position at which the current block starts."""
         self.host_commits = np.zeros(0, dtype=bool)
@@ -81,7 +82,7 @@ class Slots:
             return
         for name in _ON_DEVICE:
             old = getattr(self, name)
-            width = [positions] if name in ("_tokens", "_reveal", "_logprob") else list(old.shape[1:])
+            width = [positions, *old.shape[2:]] if name in ("_tokens", "_reveal", "_noted") else list(old.shape[1:])
             new = old.new_full((capacity, *width), self.mask_id if name == "_tokens" else 0)
             new[tuple(slice(size) for size in old.shape)] = old
             setattr(self, name, new)
@@ -105,9 +106,9 @@ class Slots:
         return self._reveal[: self.occupied]
 
     @property
-    def logprob(self) -> torch.Tensor:
-        """`[n, T]` float32, log-probability of the revealed token where they are kept."""
-        return self._logprob[: self.occupied]
+    def noted(self) -> torch.Tensor:
+        """`[n, T, ...]`, what is noted of each revealed token, where it is: see `trajectory_of`."""
+        return self._noted[: self.occupied]
 
     @property
     def threshold(self) -> torch.Tensor:
@@ -116,8 +117,8 @@ class Slots:
 
     @property
     def kept(self) -> torch.Tensor:
-        """`[n, ...]`, what a step keeps for the next one. With a logit shift: `[n, D]`, the hidden state of the clean
-        token before the current block; of sampled drafts their distributions; else nothing."""
+        """`[n, ...]`, what a step keeps for the next one. With a logit shift the hidden state `[n, D]` of the clean
+        token before the current block, of sampled drafts their distributions, else nothing."""
         return self._kept[: self.occupied]
 
     @property
@@ -273,11 +274,10 @@ class Slots:
     def trajectories(self, rows: list[int], eos_ids: Sequence[int], settings: DecodeSettings) -> list[Trajectory]:
         """The trajectories of the given slots, whose sequences are finished."""
         tokens, reveals = self._tokens[rows].cpu().numpy(), self._reveal[rows].cpu().numpy()
-        logprobs = self._logprob[rows].cpu().numpy() if settings.keep_logprobs else [None] * len(rows)
-        return [
-            trajectory_of(self.requests[row], ids, reveal, self._history[row], eos_ids, settings.ignore_eos, logprob)
-            for row, ids, reveal, logprob in zip(rows, tokens, reveals, logprobs, strict=True)
-        ]
+        notes = tensor_to_array(self._noted[rows]) if settings.keeps_notes else [None] * len(rows)
+        ends = [] if settings.ignore_eos else eos_ids
+        given = zip(rows, tokens, reveals, notes, strict=True)
+        return [trajectory_of(self.requests[row], *of, self._history[row], ends, note) for row, *of, note in given]
 
     def free(self, rows: list[int]) -> None:
         """Frees the given slots; the slots after them move up, and nothing moves in the cache."""

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from opdlm.actors.rollout.decoder import BlockDecoder
-from opdlm.common.types import DecodeStats, EndedSequence, RolloutRequest, StreamReport, Trajectory
+from opdlm.actors.rollout.sequences import as_sample
+from opdlm.common.types import DecodeStats, EndedSequence, RolloutRequest, ScoredTrajectory, StreamReport, Trajectory
 
 _GROUP_SECONDS = 1.0
 """Trajectories that end within this time leave together, unless slots wait for more requests."""
@@ -116,8 +117,10 @@ class SequenceStream:
             self._ended += [(*self._begun.pop(trajectory.index), now) for trajectory in ended]
             self._changed.notify_all()
 
-    def harvest(self, eager: bool) -> tuple[list[Trajectory], StreamReport]:
+    def harvest(self, eager: bool) -> tuple[list[Trajectory | ScoredTrajectory], StreamReport]:
         """Waits until there is something to report; returns the trajectories that have ended, and the report.
+
+        Trajectories that bring their own targets are samples already.
 
         Args:
             eager: more requests wait for this actor, so a report must not wait while slots are free.
@@ -145,7 +148,7 @@ class SequenceStream:
         starving = not self._inbox and not self.decoder.waiting
         return not self.busy or waited >= _GROUP_SECONDS or (eager and starving)
 
-    def _report(self) -> tuple[list[Trajectory], StreamReport]:
+    def _report(self) -> tuple[list[Trajectory | ScoredTrajectory], StreamReport]:
         now, decoder, trajectories = time.monotonic(), self.decoder, self._outbox
         # Read once: the engine's thread may count on meanwhile.
         counts = decoder.forwards, decoder.forward_tokens, decoder.put_back
@@ -166,4 +169,4 @@ class SequenceStream:
         report = StreamReport(ended, self.room, self._added, self._tokens, stats)
         self._outbox, self._ended, self._steps, self._occupied_steps, self._seconds = [], [], 0, 0, 0.0
         self._counts, self._reported = counts, now
-        return trajectories, report
+        return [as_sample(trajectory) for trajectory in trajectories], report

@@ -77,11 +77,12 @@ class Verifier:
         self._noisy = torch.arange(size * (1 + size), device=device)[None] >= size
         self._seen = _seen(size).to(device)
 
-    def keeps(self) -> torch.Tensor:
-        """`[0, ...]`, of the shape of `Slots.kept`: the distributions of sampled drafts."""
-        weight, sampled = self._model.lm_head.weight, self.settings.temperature > 0
-        shape = (self._size - 1, len(weight)) if sampled else (0,)
-        return torch.zeros(0, *shape, dtype=torch.float32, device=weight.device)
+    def keeps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Denoiser.keeps`: the distributions of sampled drafts, and clean hidden states where they are targets."""
+        weight, settings = self._model.lm_head.weight, self.settings
+        kept = (self._size - 1, len(weight)) if settings.temperature > 0 else (0,)
+        noted = (self._model.config.hidden_size,) if settings.keep_targets else ()
+        return weight.new_zeros(0, *kept, dtype=torch.float32), weight.new_zeros(0, 0, *noted)
 
     def __call__(self, slots: Slots, step_forward: StepForward, observer: Observer | None) -> tuple[list[int], int]:
         """Runs one step of all occupied slots.
@@ -106,6 +107,10 @@ class Verifier:
         known = window <= last[:, None]
         reveal = slots.reveal
         reveal.scatter_(1, window, torch.where(known, slots.step[:, None], reveal.gather(1, window)))
+        if self.settings.keep_targets:
+            at = window[..., None].expand(-1, -1, hidden.shape[-1])
+            noted = slots.noted
+            noted.scatter_(1, at, torch.where(known[..., None], hidden[:, :size], noted.gather(1, at)))
         slots.block_start.copy_(last)
         new = slots.tokens.gather(1, window)
         ended = (last + 1 >= slots.end) | (torch.isin(new, self._eos_ids) & known).any(dim=1)

@@ -276,7 +276,14 @@ class OpdlmConfig(Section):
     @property
     def starts_teachers(self) -> bool:
         """Whether teacher actors are started: they score, or write the responses that `cft` is given."""
-        return self.objective.asks_teacher or self.objective.kind != "rl"
+        scores = self.objective.asks_teacher and not self.rollouts_bring_targets
+        return scores or self.objective.kind in ("cft", "off_policy_kd")
+
+    @property
+    def rollouts_bring_targets(self) -> bool:
+        """Whether rollouts come with the teacher's distributions, because the clean path that verifies drafts is it."""
+        has_clean_path = self.model.lora is not None and self.model.lora.tokens == "noisy"
+        return self.objective.kind == "opd" and self.rollout.strategy == "verified" and has_clean_path
 
     @property
     def reference_actors(self) -> int:

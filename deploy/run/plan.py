@@ -69,6 +69,12 @@ class Plan:
         """What does not fit on the machines, a line each."""
         return misfits(self.memory, self.demands, self.node, self.machines) if self.machines else []
 
+    def _teacher(self) -> str:
+        config = self.checked.config
+        if config.starts_teachers:
+            return f"{config.model.teacher} (vocabulary {self.checked.teacher.vocab_size:,})"
+        return "none: the student's clean path is it" if config.rollouts_bring_targets else "none: the reward judges"
+
     def steps(self) -> dict[str, str]:
         """What the run will do, in words by topic."""
         config, schedule, prompts = self.checked.config, self.checked.schedule, self.checked.prompts
@@ -77,7 +83,9 @@ class Plan:
         return {
             "teacher": f"{config.model.teacher} (vocabulary {self.checked.teacher.vocab_size:,})"
             if config.starts_teachers
-            else "none: the reward judges",
+            else (
+                "none: the student's clean path is it" if config.rollouts_bring_targets else "none: the reward judges"
+            ),
             "student starts from": config.model.student or "the teacher, converted",
             "end tokens": token_names(self.checked.student.eos_ids, self.checked.tokenizer),
             "prompts": f"{len(prompts.prompts):,} kept, {len(prompts.refused)} refused",

@@ -78,6 +78,8 @@ async def open_source(
     round_size = config.rollout.samples_per_round
     if config.run.replay is not None:
         return ReplaySource(Path(config.run.replay), round_size, per_reference)
+    if config.rollouts_bring_targets:
+        return OnPolicySource(config, roles.rollouts, records, _sample_of, checked.order)
     scoring = Scoring(roles.teachers, records, per_reference, config.teacher.batch_tokens, round_size)
     if config.objective.kind == "opd":
         return OnPolicySource(config, roles.rollouts, records, scoring.score, checked.order)
@@ -101,6 +103,11 @@ async def open_source(
     vocab_size = checked.teacher.tokens.end
     given = responses.by_prompt, vocab_size, student.eos_ids
     return GivenSource(config, scoring, checked.order, *given, mark_of_reasoning(config, checked.tokenizer))
+
+
+async def _sample_of(decoded: Decoded) -> SampleRef:
+    """A trajectory that is a sample already."""
+    return SampleRef(decoded.group, decoded.place, *decoded.lengths)
 
 
 def reference_of(config: OpdlmConfig, roles: Roles, start: ModelFacts) -> Callable[[Any], Awaitable[Any]] | None:
@@ -146,7 +153,7 @@ class OnPolicySource:
         ahead = (
             rollout.samples_per_round if config.run.deterministic else max(int(rollout.batch_size * _AHEAD_SHARE), 1)
         )
-        settings = DecodeSettings.from_config(rollout, config.objective.kind)
+        settings = DecodeSettings.from_config(rollout, config.objective.kind, config.rollouts_bring_targets)
         self.dealer = Dealer(rollouts, records, settings, rollout.batch_size, ahead)
 
     async def room(self) -> int:

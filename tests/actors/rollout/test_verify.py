@@ -14,7 +14,9 @@ from opdlm.actors.rollout import attention
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.actors.rollout.sampling import distribution
+from opdlm.actors.rollout.sequences import as_sample
 from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.teacher.scoring import score
 from opdlm.common.config.schema import LoraConfig, ObjectiveConfig
 from opdlm.common.errors import OpdlmError
 from opdlm.common.form import PAPER_FORM, StudentForm
@@ -232,3 +234,18 @@ def _alone(model: Any, clean: list[int], mask: int, temperature: float, top_k: i
     logits = model(input_ids=torch.tensor([clean]), use_cache=False).logits[0, -1]
     logits[mask] = float("-inf")
     return distribution(logits, temperature, top_k, top_p).double().numpy()
+
+
+def test_rollouts_bring_the_targets_that_a_teacher_would_give() -> None:
+    model, base = drafting_model(1), tiny_model(1)
+    requests = [request(4 + i, i, 9, seed=3) for i in range(5)]
+    how = DecodeSettings(block_size=3, strategy="verified", keep_targets=True)
+    found, _ = BlockDecoder(model, how, MASK, [EOS], 2, form=FORM).decode(requests)
+    targets = score(base, found, "hidden", 0, 4096)
+    for trajectory, theirs in zip(found, targets, strict=True):
+        sample = as_sample(trajectory)
+        assert isinstance(sample, ScoredTrajectory)
+        assert isinstance(sample.targets, HiddenTargets)
+        assert isinstance(theirs, HiddenTargets)
+        np.testing.assert_allclose(sample.targets.hidden, theirs.hidden, rtol=1e-4, atol=1e-4)
+        assert sample.trajectory.clean_hidden is None
