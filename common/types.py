@@ -208,6 +208,8 @@ class DecodeStats:
     """Positions that the actor's cache had when it reported."""
     cache_live_positions: int = 0
     """Those of them that sequences had filled."""
+    steps_by_tokens: tuple[int, ...] = ()
+    """With `verified`, how many steps of ended sequences wrote 1, 2, ... S tokens of the response; else empty."""
 
     @classmethod
     def of(

@@ -93,3 +93,12 @@ def as_sample(trajectory: Trajectory) -> Trajectory | ScoredTrajectory:
     if trajectory.clean_hidden is None:
         return trajectory
     return ScoredTrajectory(replace(trajectory, clean_hidden=None), HiddenTargets(trajectory.clean_hidden))
+
+
+def steps_by_tokens(trajectories: Sequence[Trajectory], most: int) -> tuple[int, ...]:
+    """How many steps wrote 1, 2, ... `most` tokens of the responses of these trajectories."""
+    counts = np.zeros(most + 1, dtype=np.int64)
+    for trajectory in trajectories:
+        written = np.bincount(trajectory.reveal_step[: trajectory.response_length])
+        counts += np.bincount(written[written > 0], minlength=most + 1)
+    return tuple(counts[1:].tolist())

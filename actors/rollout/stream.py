@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from opdlm.actors.rollout.decoder import BlockDecoder
-from opdlm.actors.rollout.sequences import as_sample
+from opdlm.actors.rollout.sequences import as_sample, steps_by_tokens
 from opdlm.common.types import DecodeStats, EndedSequence, RolloutRequest, ScoredTrajectory, StreamReport, Trajectory
 
 _GROUP_SECONDS = 1.0
@@ -150,6 +150,8 @@ class SequenceStream:
 
     def _report(self) -> tuple[list[Trajectory | ScoredTrajectory], StreamReport]:
         now, decoder, trajectories = time.monotonic(), self.decoder, self._outbox
+        settings = decoder.settings
+        drafted = steps_by_tokens(trajectories, settings.block_size) if settings.strategy == "verified" else ()
         # Read once: the engine's thread may count on meanwhile.
         counts = decoder.forwards, decoder.forward_tokens, decoder.put_back
         new = [count - before for count, before in zip(counts, self._counts, strict=True)]
@@ -161,6 +163,7 @@ class SequenceStream:
             put_back=new[2],
             cache_positions=decoder.cache.positions,
             cache_live_positions=self._live_positions,
+            steps_by_tokens=drafted,
         )
         ended = tuple(
             EndedSequence(t.index, t.lengths, t.weight_version, lane, now - began, now - end)

@@ -80,6 +80,7 @@ class RoundReports:
             figures["rollout_put_back"] = sum(s.put_back for s in self.decoded)
             figures["rollout_cache_positions_max"] = max(s.cache_positions for s in self.decoded)
             figures["rollout_cache_live_positions_max"] = max(s.cache_live_positions for s in self.decoded)
+        figures |= _draft_figures([s.steps_by_tokens for s in self.decoded if any(s.steps_by_tokens)])
         if room_tokens := sum(s.room_tokens for s in self.scored):
             figures["teacher_batch_fill"] = figures["teacher_forward_tokens"] / room_tokens
         if self.scored:
@@ -118,3 +119,16 @@ def _reward_figures(judged: Sequence[RewardStats]) -> dict[str, float]:
         "invalid_share": failures.total() / len(rewards),
         **({f"invalid_{kind}_share": failures[kind] / len(rewards) for kind in FAILURES} if failures else {}),
     }
+
+
+def _draft_figures(steps_by_tokens: Sequence[tuple[int, ...]]) -> dict[str, float]:
+    """Of the strategy `verified`: how often the first, second, ... draft is accepted, and the drafts thrown away.
+
+    `steps_by_tokens`: of each report, see `DecodeStats`.
+    """
+    if not steps_by_tokens:
+        return {}
+    steps = np.array(steps_by_tokens).sum(axis=0)
+    accepted = steps[::-1].cumsum()[::-1][1:] / steps.sum()  # a step that wrote i + 1 tokens accepted i drafts
+    shares = {f"draft_{i}_accepted_share": float(share) for i, share in enumerate(accepted, start=1)}
+    return shares | ({"drafts_lost_share": 1 - float(accepted.mean())} if len(accepted) else {})

@@ -14,7 +14,7 @@ from opdlm.actors.rollout import attention
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.actors.rollout.sampling import distribution
-from opdlm.actors.rollout.sequences import as_sample
+from opdlm.actors.rollout.sequences import as_sample, steps_by_tokens
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.teacher.scoring import score
 from opdlm.common.config.schema import LoraConfig, ObjectiveConfig
@@ -23,10 +23,11 @@ from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.model.adapters import NoisyAdapters, is_adapter, mark_noisy
 from opdlm.common.model.load import hidden_states
 from opdlm.common.types import HiddenTargets, RolloutRequest, ScoredTrajectory
+from opdlm.deploy.observe.round_figures import _draft_figures
 from opdlm.learner.distill import DistillModule
 from opdlm.learner.packing import pack
 from opdlm.learner.rows import build_draft_row
-from tests.tiny import EOS, MASK, OTHER_FAMILIES, request, tiny_model
+from tests.tiny import EOS, MASK, OTHER_FAMILIES, request, tiny_model, trajectory
 
 SEEDS = st.integers(0, 10**6)
 FORM = StudentForm(logit_shift=True, context="causal")
@@ -207,7 +208,7 @@ def test_sampled_responses_follow_the_base_models_distribution(size, top_k, top_
     )
     requests = [RolloutRequest(i, "", prompt, limit, seed=i) for i in range(count)]
     found, stats = BlockDecoder(model, how, mask, [EOS], 1024, form=FORM).decode(requests)
-    drawn = np.array([trajectory.response for trajectory in found]) @ [64, 8, 1]
+    drawn = np.array([one.response for one in found]) @ [64, 8, 1]
     expected = np.zeros(512)
     for first in range(8):
         for second in range(8):
@@ -242,10 +243,20 @@ def test_rollouts_bring_the_targets_that_a_teacher_would_give() -> None:
     how = DecodeSettings(block_size=3, strategy="verified", keep_targets=True)
     found, _ = BlockDecoder(model, how, MASK, [EOS], 2, form=FORM).decode(requests)
     targets = score(base, found, "hidden", 0, 4096)
-    for trajectory, theirs in zip(found, targets, strict=True):
-        sample = as_sample(trajectory)
+    for one, theirs in zip(found, targets, strict=True):
+        sample = as_sample(one)
         assert isinstance(sample, ScoredTrajectory)
         assert isinstance(sample.targets, HiddenTargets)
         assert isinstance(theirs, HiddenTargets)
         np.testing.assert_allclose(sample.targets.hidden, theirs.hidden, rtol=1e-4, atol=1e-4)
         assert sample.trajectory.clean_hidden is None
+
+
+def test_accepted_drafts_are_counted_by_their_place() -> None:
+    steps = [trajectory([1], [5] * 6, [1, 2, 2, 2, 3, 3], length=5), trajectory([1], [5] * 3, [1, 2, 3])]
+    counts = steps_by_tokens(steps, 4)
+    assert counts == (5, 0, 1, 0), "the response ends with the first token of its last step"
+    figures = _draft_figures([counts, counts])
+    shares = [figures[f"draft_{place}_accepted_share"] for place in (1, 2, 3)]
+    assert shares == pytest.approx([1 / 6, 1 / 6, 0.0])
+    assert figures["drafts_lost_share"] == pytest.approx(1 - 1 / 9)
