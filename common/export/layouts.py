@@ -19,7 +19,7 @@ from opdlm.common.files import atomic_folder, check_new_folder
 from opdlm.common.form import PAPER_FORM
 from opdlm.common.model.config import read_config
 from opdlm.common.model.convert import check_tensors, know_dtype, tied_copies
-from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.facts import read_facts, refuse_noisy_adapters, require_mask
 from opdlm.common.model.families import A2D_PREFIX
 from opdlm.common.model.folder import write_all_but_weights
 from opdlm.common.model.shards import check_finite, copy_shards, read_shards
@@ -52,6 +52,7 @@ def export(source: str | Path, destination: str | Path, layout: LayoutName, base
     source, destination, target = Path(source), Path(destination), LAYOUTS[layout]
     check_new_folder("export", destination)
     config, facts = read_config(source), read_facts(source)
+    refuse_noisy_adapters(facts, "export")
     if config.model_type != target.family:
         fitting = ", ".join(name for name, other in LAYOUTS.items() if other.family == config.model_type)
         raise OpdlmError(f"--layout: found {layout}, but {source} is a {config.model_type}; it can be: {fitting}")

@@ -20,7 +20,7 @@ from opdlm.common.errors import OpdlmError
 from opdlm.common.files import atomic_folder, check_new_folder
 from opdlm.common.form import Context
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
-from opdlm.common.model.facts import read_facts
+from opdlm.common.model.facts import read_facts, refuse_noisy_adapters
 from opdlm.common.model.folder import own_layout, write_all_but_weights
 from opdlm.common.model.mask_token import check_mask_row, choose_mask
 from opdlm.common.model.shards import Shards, check_finite, copy_shards, read_shards
@@ -58,6 +58,7 @@ def convert_checkpoint(
     check_tensors(config, shards)
     know_dtype(config, shards)
     facts = read_facts(source)
+    refuse_noisy_adapters(facts, "convert")
     form, eos_ids = facts.form.replaced(logit_shift, context), facts.eos_ids
     if form.causal and block_grid != "response":
         raise OpdlmError(f"causal context needs the block grid `response` (--block-grid); found `{block_grid}`")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from opdlm.common.batches import in_groups
-from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.config.schema import ObjectiveConfig, Selection
 from opdlm.common.form import StudentForm
 from opdlm.common.grid import BlockGrid
 from opdlm.common.token_ids import TokenIds
@@ -58,6 +58,7 @@ def summed_kl(
     form: StudentForm,
     tokens: TokenIds | None,
     seed: int = 0,
+    selection: Selection | None = None,
 ) -> tuple[float, int]:
     """KL(teacher || student) on the student's own rollouts, at the states that a training row would have.
 
@@ -69,11 +70,12 @@ def summed_kl(
         student: causal LM of transformers; its parameters need no gradient afterwards.
         head: the teacher's output matrix `[V, D]`, for hidden-state targets.
         tokens: the tokens that teacher and student share. None: all rows of the teacher.
+        selection: of other states, as in `objective.selection`.
 
     Returns: (the sum in nats over the masked positions, their number).
     """
     top_k = next((s.targets.token_ids.shape[1] for s in scored if isinstance(s.targets, TopKTargets)), 0)
-    objective = ObjectiveConfig(exclude_eos=False, top_k=top_k, tail="bucket" if top_k else "drop")
+    objective = ObjectiveConfig(selection=selection, exclude_eos=False, top_k=top_k, tail="bucket" if top_k else "drop")
     module = DistillModule(student.requires_grad_(False), objective, _LOGITS_CHUNK, form=form)
     device = next(student.parameters()).device
     rows = [

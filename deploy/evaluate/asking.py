@@ -11,7 +11,7 @@ from rich.table import Table
 
 from opdlm.actors.teacher.scoring import score
 from opdlm.common.batches import in_groups
-from opdlm.common.config.schema import Strategy
+from opdlm.common.config.schema import Selection, Strategy
 from opdlm.common.errors import OpdlmError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.facts import check_vocabularies, require_mask
@@ -179,7 +179,8 @@ class Evaluation:
             scored = [ScoredTrajectory(t, target) for t, target in zip(part, targets, strict=True)]
             head, mask_id = teacher.model.lm_head.weight, require_mask(student.facts)
             form, tokens = student.facts.form, teacher.facts.tokens
-            nats, count = summed_kl(student.model, mask_id, scored, head, grid, form, tokens)
+            selection: Selection | None = "drafts" if way == "verified" else None
+            nats, count = summed_kl(student.model, mask_id, scored, head, grid, form, tokens, selection=selection)
             total, positions, done = total + nats, positions + count, done + len(part)
             self._done(done)
         return total / positions if positions else None

@@ -27,7 +27,7 @@ from opdlm.deploy.evaluate.exam import Exam
 from opdlm.deploy.evaluate.held_out import EvaluationResult, HeldOutProblems
 from opdlm.deploy.observe.progress import RunProgress
 from opdlm.deploy.observe.records import RunRecords, read_records
-from opdlm.deploy.observe.report import BEFORE, DYNAMIC, PERIODIC, STATIC, TEACHER, figure_of
+from opdlm.deploy.observe.report import BEFORE, DYNAMIC, PERIODIC, STATIC, TEACHER, VERIFIED, figure_of
 from opdlm.deploy.run.preflight import Preflight, evaluated_tasks
 
 
@@ -128,9 +128,10 @@ class RunEvaluations:
         if self._best is not None:
             self._best.prune(last=True)
         if self._final is not None and self._newest is not None:
-            self._stage("examining the trained student, with two decodings")
-            await self._evaluate(STATIC, self._final, self._newest)
-            await self._evaluate(DYNAMIC, self._final, self._newest)
+            rows = (VERIFIED,) if self._settings.strategy == "verified" else (STATIC, DYNAMIC)
+            self._stage(f"examining the trained student, {'with two decodings' if len(rows) > 1 else 'verified'}")
+            for row in rows:
+                await self._evaluate(row, self._final, self._newest)
 
     async def _evaluate_periodically(self, handle: WeightHandle) -> None:
         assert self._periodic is not None

@@ -15,7 +15,7 @@ from rich.table import Table
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import write_json
 from opdlm.deploy.observe.records import read_records
-from opdlm.deploy.observe.report import DYNAMIC, PERIODIC, STATIC
+from opdlm.deploy.observe.report import DYNAMIC, PERIODIC, STATIC, VERIFIED
 from opdlm.deploy.observe.tables import new_table
 
 _PANELS = (
@@ -39,7 +39,7 @@ def run_curve(run_dir: Path) -> dict[str, Any]:
     records = read_records(run_dir)
     tokens_at = {0: 0} | {r["round"]: r["rollout_tokens"] for r in records if r["kind"] == "round"}
     rows = [r for r in records if r["kind"] == "evaluation" and r.get("data_right") is not None]
-    points = {r["round"]: _point(r, tokens_at) for r in rows if r["row"] in (PERIODIC, DYNAMIC)}
+    points = {r["round"]: _point(r, tokens_at) for r in rows if r["row"] in (PERIODIC, DYNAMIC, VERIFIED)}
     if not points:
         raise OpdlmError(
             f"{run_dir}: found no evaluation of a student on evaluation.data (metrics.jsonl); give run directories of "

@@ -14,6 +14,7 @@ from opdlm.deploy.observe.records import read_records
 from opdlm.deploy.observe.tables import new_table
 
 TEACHER, BEFORE, STATIC, DYNAMIC = "teacher", "student before", "student static", "student dynamic"
+VERIFIED = "student verified"
 PERIODIC = "student"
 """Names of evaluation rows."""
 DATA_FIGURES = ("data_right", "of_teacher", "agreement", "token_agreement", "length_ratio", "held_out_kl")
@@ -50,7 +51,7 @@ def write_report(run_dir: Path, samples: tuple[int, int] | None = None) -> Table
     }
     write_json(run_dir / "report.json", report)
     _draw(records, run_dir / "report.png")
-    shown = rows.keys() & {TEACHER, BEFORE, STATIC, DYNAMIC}
+    shown = rows.keys() & {TEACHER, BEFORE, STATIC, DYNAMIC, VERIFIED}
     return _evaluated({row: rows[row] for row in shown}) if shown else _done(report)
 
 
@@ -120,9 +121,10 @@ def _evaluated(rows: dict[str, dict[str, Any]]) -> Table:
     table = new_table(f"{problems:,} held-out problems", "model", *figures)
     titles = {
         TEACHER: "teacher (autoregressive)",
-        BEFORE: "student before (static)",
+        BEFORE: f"student before ({'verified' if VERIFIED in rows else 'static'})",
         STATIC: "student after, static",
         DYNAMIC: "student after, dynamic",
+        VERIFIED: "student after, verified",
     }
     for row, title in titles.items():
         if row in rows:
@@ -165,7 +167,7 @@ def _draw(records: list[dict[str, Any]], file: Path) -> None:
     points = sorted(
         (tokens_at[r["round"]], r["exact_match"], r["tokens_per_step"])
         for r in records
-        if r["kind"] == "evaluation" and r["row"] in (PERIODIC, DYNAMIC) and r["round"] in tokens_at
+        if r["kind"] == "evaluation" and r["row"] in (PERIODIC, DYNAMIC, VERIFIED) and r["round"] in tokens_at
     )
     figure, (top, bottom) = new_figure(2, 1, figsize=(7, 6.5), sharex=True)
     teacher = [r for r in records if r["kind"] == "evaluation" and r["row"] == TEACHER]
