@@ -51,7 +51,10 @@ class Denoiser:
         self._strategy = STRATEGIES[settings.strategy]
 
     def keeps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[0, ...]` and `[0, 0, ...]`, of the shapes of `Slots.kept` and `Slots.noted`."""
+        """`[0, ...]` and `[0, 0, ...]`, of the shapes of `Slots.kept` and `Slots.noted`.
+
+        With a logit shift a slot keeps the hidden state `[D]` of the clean token before its current block.
+        """
         weight = self._model.lm_head.weight
         width = self._model.config.hidden_size * self._form.logit_shift
         return weight.new_zeros(0, width), weight.new_zeros(0, 0, dtype=torch.float32)

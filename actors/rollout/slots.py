@@ -117,8 +117,7 @@ class Slots:
 
     @property
     def kept(self) -> torch.Tensor:
-        """`[n, ...]`, what a step keeps for the next one. With a logit shift the hidden state `[n, D]` of the clean
-        token before the current block, of sampled drafts their distributions, else nothing."""
+        """`[n, ...]`, what a step keeps for the next one: see `keeps` of `denoise.py` and `verify.py`."""
         return self._kept[: self.occupied]
 
     @property
@@ -276,8 +275,10 @@ class Slots:
         tokens, reveals = self._tokens[rows].cpu().numpy(), self._reveal[rows].cpu().numpy()
         notes = tensor_to_array(self._noted[rows]) if settings.keeps_notes else [None] * len(rows)
         ends = [] if settings.ignore_eos else eos_ids
-        given = zip(rows, tokens, reveals, notes, strict=True)
-        return [trajectory_of(self.requests[row], *of, self._history[row], ends, note) for row, *of, note in given]
+        return [
+            trajectory_of(self.requests[row], ids, reveal, self._history[row], ends, note)
+            for row, ids, reveal, note in zip(rows, tokens, reveals, notes, strict=True)
+        ]
 
     def free(self, rows: list[int]) -> None:
         """Frees the given slots; the slots after them move up, and nothing moves in the cache."""
