@@ -258,7 +258,8 @@ def test_slots_are_sorted_only_if_their_order_costs_more_than_sorting(monkeypatc
 
 def test_a_sort_that_finds_no_room_puts_nothing_back() -> None:
     """Four slots fill the cache in an order that wastes much attention; sorted, they would need more room."""
-    slots, ends = Slots(4, MASK, torch.zeros(0, 0), 0), np.array([300, 4000, 300, 4000])
+    nothing = torch.zeros(0, 0)
+    slots, ends = Slots(4, MASK, nothing, nothing, 0), np.array([300, 4000, 300, 4000])
     slots.enlarge(4, 8192)
     slots.refill([request(int(end) - 4, i, 4192) for i, end in enumerate(ends)], BlockGrid(4, "response"), 0.9)
     moved: list[int] = []
