@@ -36,7 +36,7 @@ LARGEST = 2**64 - 1
 @pytest.fixture(scope="module")
 def long_one():
     """The trajectory of a long response, as the decoder's state gives it once every token is revealed."""
-    slots = Slots(4, MASK, torch.zeros(0, 0), version=0)
+    slots = Slots(4, MASK, torch.zeros(0, 0), torch.zeros(0, 0), version=0)
     slots.enlarge(1, 4 + LENGTH)
     prompt = np.array([3, 4, 5, 6], np.int32)
     slots.refill([RolloutRequest(0, "long", prompt, LENGTH, seed=LARGEST)], BlockGrid(4, "absolute"), 0.9)
