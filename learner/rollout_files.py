@@ -44,7 +44,7 @@ _TARGETS: dict[str, type[HiddenTargets] | type[LogitsTargets] | type[TopKTargets
 }
 """Types of the targets by `RolloutFacts.targets`."""
 _TRAJECTORY_ARRAYS = ("prompt_ids", "response_ids", "reveal_step")
-_OPTIONAL = ("token_versions", "reveal_logprob", "loss_weight")
+_OPTIONAL = ("token_versions", "reveal_logprob", "loss_weight", "clean_hidden")
 """Arrays of a trajectory that not every one has."""
 
 

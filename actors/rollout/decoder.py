@@ -33,7 +33,7 @@ from opdlm.actors.rollout.denoise import Denoiser, Observer
 from opdlm.actors.rollout.forward import Recorder, StepForward, prefill
 from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.actors.rollout.places import ADMISSION_SLACK, GROWING_SLACK, LEAST_SLACK, widths_of
-from opdlm.actors.rollout.sequences import check_requests, extent
+from opdlm.actors.rollout.sequences import check_requests, extent, grid_of
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.slots import Slots
 from opdlm.actors.rollout.verify import Verifier
@@ -88,7 +88,7 @@ class BlockDecoder:
         self.model = model
         self.settings = settings
         self.mask_id, self.eos_ids, self.batch_size, self.form = mask_id, sorted(eos_ids), batch_size, form
-        self.grid = settings.grid
+        self.grid = grid_of(settings)
         rows = model.lm_head.weight.shape[0]
         never = (TokenIds(rows) if tokens is None else tokens).without(mask_id).others(rows)
         step = Verifier if settings.strategy == "verified" else Denoiser

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from opdlm.common.config.base import Confidence
 from opdlm.common.config.schema import Grid, Kind, RolloutConfig, Strategy
 from opdlm.common.errors import OpdlmError
-from opdlm.common.grid import BlockGrid, DraftGrid
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +46,6 @@ class DecodeSettings:
     def keeps_notes(self) -> bool:
         """Whether something is noted of each token."""
         return self.keep_logprobs or self.keep_targets
-
-    @property
-    def grid(self) -> BlockGrid | DraftGrid:
-        """Where steps begin, and what room they need."""
-        if self.strategy == "verified":
-            return DraftGrid(self.block_size)
-        return BlockGrid(self.block_size, self.block_grid)
 
     @property
     def steps_per_block(self) -> int:

@@ -53,14 +53,15 @@ def words(text: str) -> str:
 
 def test_short_names_tell_all_ways_of_decoding_apart() -> None:
     names = [decoding_name(s, t) for s in STRATEGIES for t in (0.5, 0.95)]
-    assert {"static", "dynamic 0.5", "dynamic 0.95", "sequential", "entropy", "random"} == set(names)
+    assert {"static", "dynamic 0.5", "dynamic 0.95", "sequential", "entropy", "random", "verified"} == set(names)
     assert decoding_name("low_confidence_dynamic") == "dynamic"
 
 
 def test_eval_and_sweep(chain_teacher, tmp_path) -> None:
     folder = tmp_path / f"a-rather-long-name-of-a-run-{'x' * 60}"
     convert_checkpoint(chain_teacher, folder, 4, "absolute")
-    strategies = [part for name in STRATEGIES for part in ("--strategy", name)]
+    of_any_student = [name for name in STRATEGIES if name != "verified"]
+    strategies = [part for name in of_any_student for part in ("--strategy", name)]
     asked = ["eval", str(folder), "--task", "chain", "--problems", "3", "--max-new-tokens", "4", *strategies]
     result = CliRunner().invoke(app, asked, env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
