@@ -47,7 +47,7 @@ data/everyday.jsonl: | $(VENV)/.installed
 	@$(BIN)/opdlm prompts everyday --out $@
 
 # Runs one stage, or goes on with it; a finished stage is kept. $(1): name of its folder, $(2): run file, $(3): settings.
-STAGE = @if [ ! -e runs/rerank/$(1)/student ]; then printf '%s  %s\n' "$$(date +%H:%M:%S)" "rerank: $(1)"; \
+STAGE = @if [ ! -e runs/rerank/$(1)/student ] || [ ! -e runs/rerank/$(1)/report.json ]; then printf '%s  %s\n' "$$(date +%H:%M:%S)" "rerank: $(1)"; \
 	$(BIN)/opdlm train deploy/rerank-$(2).yaml --set run.dir=runs/rerank/$(1) $(3) \
 	$$(if [ -e runs/rerank/$(1)/config.yaml ]; then echo --resume; fi); fi
 RERANKERS = AR=models/rerank-teacher converted=models/rerank-converted CFT=runs/rerank/cft/student \

@@ -8,9 +8,9 @@ loading and overrides in `load.py`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from opdlm.common.config.base import (
     AnswerKind,
@@ -132,7 +132,8 @@ class ModelConfig(Section):
 
     teacher: PathText
     """Folder of the autoregressive teacher in Hugging Face layout, or a hub id such as `Qwen/Qwen3-0.6B`, which the
-    driver downloads. It has no default, except with `objective.kind: rl` alone, which asks no teacher: the student."""
+    driver downloads. It has no default. `objective.kind: rl` alone starts no teacher, but takes tokens and sizes from
+    here."""
     student: PathText | None = None
     """Folder (or hub id) of a converted model whose weights the student starts from. Empty: the teacher is converted,
     and a mask token added where it has none."""
@@ -260,18 +261,6 @@ class OpdlmConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _student_for_teacher(cls, given: Any) -> Any:
-        """A policy gradient alone asks no teacher, so none need be named; tokens and sizes are the student's."""
-        model, objective = (given.get(name) if isinstance(given, dict) else None for name in ("model", "objective"))
-        if not (isinstance(model, dict) and isinstance(objective, dict)):
-            return given
-        asks = objective.get("kind") != "rl" or objective.get("opd_weight")
-        if asks or model.get("teacher") or not model.get("student"):
-            return given
-        return {**given, "model": {**model, "teacher": model["student"]}}
 
     @property
     def starts_teachers(self) -> bool:

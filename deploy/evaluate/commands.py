@@ -25,7 +25,14 @@ from opdlm.deploy.evaluate.asking import (
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder, Decoder
 from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_actors, check_questions
 from opdlm.deploy.evaluate.questions import Questions, open_questions
-from opdlm.deploy.evaluate.reranked import Comparison, ranked_rows, read_beside, rerank_comparisons, rerank_tables
+from opdlm.deploy.evaluate.reranked import (
+    Comparison,
+    cases_digest,
+    ranked_rows,
+    read_beside,
+    rerank_comparisons,
+    rerank_tables,
+)
 from opdlm.deploy.observe.meter import Meter
 
 
@@ -103,7 +110,8 @@ def run_eval(
             console.print(line, style="yellow", highlight=False, soft_wrap=True)
     if options.output:
         content = {"checkpoint": str(folder), "questions": questions.title, "threshold": options.threshold}
-        content |= {"rows": rows} | ({"compared": compared} if compared else {})
+        content |= {"rows": rows}
+        content |= {"cases": cases_digest(questions.cases), "compared": compared} if compared else {}
         content |= {"teacher": str(options.teacher)} if options.teacher else {}
         content |= {"samples": texts} if texts else {}
         write_results(options.output, content, console)
@@ -114,7 +122,7 @@ def _read_beside(file: Path | None, questions: Questions) -> list[tuple[str, dic
         return []
     if not questions.cases:
         raise OpdlmError(f"--beside: found {file}; only re-ranking cases are compared with another evaluation")
-    return read_beside(file, questions.title, len(questions.cases))
+    return read_beside(file, questions.cases)
 
 
 def tell_unknown(questions: Questions, console: Console) -> None:

@@ -2,41 +2,32 @@
 
 Quality is measured on all cases, speed on the first few of them, since a batch of one takes long. Speeds of one run of
 this command can be compared with each other: the models take turns on one machine, with the same batch and dtype. An
-autoregressive model decodes twice, with our decoder and with transformers' `generate`; students are compared with the
-faster of the two.
+autoregressive model is decoded by transformers' `generate`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from opdlm.common.batches import in_groups
 from opdlm.common.data.reranking import BY_RANK
 from opdlm.common.errors import OpdlmError
+from opdlm.common.model.facts import read_facts
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.evaluate.commands import check_output, write_results
-from opdlm.deploy.evaluate.decoders import Answers, CheckpointDecoder
+from opdlm.deploy.evaluate.decoders import CheckpointDecoder
 from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_questions
 from opdlm.deploy.evaluate.questions import Questions, open_questions
-from opdlm.deploy.evaluate.reranked import rerank_comparisons, rerank_figures, rerank_tables
+from opdlm.deploy.evaluate.reranked import RETRIEVER, rerank_comparisons, rerank_figures, rerank_tables
 from opdlm.deploy.observe.meter import Meter
 from opdlm.deploy.observe.tables import new_table
 
-GENERATE = "transformers_speed"
-"""Where an autoregressive model's row has its speed with transformers' `generate`."""
-
-Answer = Callable[[Sequence[RolloutRequest], int], Answers]
-"""Answers requests in batches of a size."""
 Model = tuple[str, Path]
 """Name in the tables, folder."""
 
@@ -50,6 +41,8 @@ def read_models(given: Sequence[str]) -> list[Model]:
             raise OpdlmError(f"found {text!r}; expected NAME=FOLDER, such as teacher=models/rerank-teacher")
         if name in [other for other, _ in models]:
             raise OpdlmError(f"found the name {name!r} twice; give each model a name of its own")
+        if name == RETRIEVER:
+            raise OpdlmError(f"found the name {name!r}, which the tables have for the retriever's order; give another")
         models.append((name, Path(folder)))
     return models
 
@@ -79,6 +72,12 @@ def run_rerank_report(
     for file in (out, out.with_suffix(".png")):
         check_output(file, "--out")
     check_questions(asked)
+    if (most := max(batches)) > speed_cases:
+        raise OpdlmError(f"--batches: found {most} with --speed-cases {speed_cases}; a batch has no more than these")
+    if decoding.actors:
+        raise OpdlmError(f"--actors: found {decoding.actors}; speeds are measured in this process, so give 0")
+    for _, folder in models:
+        read_facts(folder)  # what cannot be used is refused before anything is measured
     rows: list[dict[str, Any]] = []
     with Meter(console) as meter:
         for name, folder in models:
@@ -121,50 +120,19 @@ def _measured(
     decoder.on_progress = meter
     meter.begin(title, len(requests))
     answers = decoder.answer(requests, settings, decoding.batch_size)
-    ways: dict[str, Answer] = {"speed": lambda asked, batch: decoder.answer(asked, settings, batch)}
-    if threshold is None:
-        ways[GENERATE] = partial(_generate, decoder)
     row: dict[str, Any] = {"name": name, "threshold": threshold, "tokens_per_step": answers.tokens_per_step}
     row["rerank"] = rerank_figures(questions.cases, questions.mark(answers.responses).reranked)
-    few = list(requests[:speed_cases])
-    for way, answer in ways.items():
-        row[way] = {}
-        for batch in batches:
-            meter.begin(f"{title}, {'batch' if way == 'speed' else 'transformers, batch'} {batch}", len(few))
-            answer(few[:batch], batch)  # warms up
-            timed = answer(few, batch)
-            row[way][str(batch)] = {
-                "tokens_per_second": timed.tokens / timed.seconds,
-                "milliseconds_per_request": 1e3 * timed.seconds / len(few),
-            }
+    row["speed"] = {}
+    few: list[RolloutRequest] = list(requests[:speed_cases])
+    for batch in batches:
+        meter.begin(f"{title}, batch {batch}", len(few))
+        decoder.answer(few[:batch], settings, batch)  # warms up
+        timed = decoder.answer(few, settings, batch)
+        row["speed"][str(batch)] = {
+            "tokens_per_second": timed.tokens / timed.seconds,
+            "milliseconds_per_request": 1e3 * timed.seconds / len(few),
+        }
     return row
-
-
-@torch.inference_mode()
-def _generate(decoder: CheckpointDecoder, requests: Sequence[RolloutRequest], batch_size: int) -> Answers:
-    """Greedy answers of an autoregressive model by transformers' `generate`, in batches padded on the left."""
-    model, eos_ids, responses = decoder.model, decoder.facts.eos_ids, []
-    started = time.perf_counter()
-    for group in in_groups(requests, batch_size):
-        longest = max(request.prompt_ids.size for request in group)
-        ids = np.full((len(group), longest), eos_ids[0], dtype=np.int64)
-        for row, request in zip(ids, group, strict=True):
-            row[longest - request.prompt_ids.size :] = request.prompt_ids
-        lengths = np.array([request.prompt_ids.size for request in group])
-        mask = np.arange(longest) >= longest - lengths[:, None]
-        made = model.generate(
-            torch.from_numpy(ids).to(model.device),
-            attention_mask=torch.from_numpy(mask.astype(np.int64)).to(model.device),
-            max_new_tokens=max(request.max_new_tokens for request in group),
-            do_sample=False,
-            eos_token_id=list(eos_ids),
-            pad_token_id=eos_ids[0],
-        )
-        for tokens in made[:, longest:].cpu().numpy():
-            ends = np.flatnonzero(np.isin(tokens, eos_ids))
-            responses.append(tokens[: ends[0] + 1] if ends.size else tokens)
-        decoder.on_progress(len(responses))
-    return Answers(responses, sum(map(len, responses)), time.perf_counter() - started)
 
 
 def _speed_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -172,30 +140,18 @@ def _speed_table(rows: Sequence[dict[str, Any]]) -> Table:
     batches = list(rows[0]["speed"])
     columns = [f"batch {batch}: {what}" for batch in batches for what in ("tokens/s", "ms a request", "times AR")]
     table = new_table("speed", "model", "threshold", "R@1", "tokens per step", *columns)
-    fastest = fastest_autoregressive(rows)
+    beside = next((row for row in rows if row["threshold"] is None), None)
     for row in rows:
-        for way, note in (("speed", ""), (GENERATE, ", transformers")):
-            if way not in row:
-                continue
-            cells = []
-            for batch in batches:
-                speed = row[way][batch]
-                times = speed["tokens_per_second"] / fastest[batch] if fastest else None
-                cells += [f"{speed['tokens_per_second']:,.0f}", f"{speed['milliseconds_per_request']:.1f}"]
-                cells.append("-" if times is None else f"{times:.2f}")
-            threshold = "-" if row["threshold"] is None else f"{row['threshold']:g}"
-            first = f"{row['rerank']['recall@1']:.3f}", f"{row['tokens_per_step']:.2f}"
-            table.add_row(row["name"] + note, threshold, *first, *cells)
+        cells = []
+        for batch in batches:
+            speed = row["speed"][batch]
+            times = speed["tokens_per_second"] / beside["speed"][batch]["tokens_per_second"] if beside else None
+            cells += [f"{speed['tokens_per_second']:,.0f}", f"{speed['milliseconds_per_request']:.1f}"]
+            cells.append("-" if times is None else f"{times:.2f}")
+        threshold = "-" if row["threshold"] is None else f"{row['threshold']:g}"
+        first = f"{row['rerank']['recall@1']:.3f}", f"{row['tokens_per_step']:.2f}"
+        table.add_row(row["name"], threshold, *first, *cells)
     return table
-
-
-def fastest_autoregressive(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """By batch size, tokens per second of the first autoregressive model, decoded the faster way; empty without one."""
-    first = next((row for row in rows if row["threshold"] is None), None)
-    if first is None:
-        return {}
-    ways = [first["speed"], first[GENERATE]]
-    return {batch: max(way[batch]["tokens_per_second"] for way in ways) for batch in first["speed"]}
 
 
 def draw(rows: Sequence[dict[str, Any]], title: str, file: Path) -> None:
@@ -206,8 +162,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str, file: Path) -> None:
     batch = next(iter(rows[0]["speed"]))
     for place, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
         own = [row for row in rows if row["name"] == name]
-        ways = [[row[way][batch] for way in ("speed", GENERATE) if way in row] for row in own]
-        speeds = [max(way["tokens_per_second"] for way in of) for of in ways]
+        speeds = [row["speed"][batch]["tokens_per_second"] for row in own]
         recalls = [row["rerank"]["recall@1"] for row in own]
         errors = [1.96 * np.std(BY_RANK["recall@1"](np.array(row["rerank"]["ranks"]))) for row in own]
         counts = [len(row["rerank"]["ranks"]) for row in own]

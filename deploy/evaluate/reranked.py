@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from opdlm.common.data.reranking import (
     rerank_metrics,
 )
 from opdlm.common.errors import OpdlmError
-from opdlm.common.files import read_text
+from opdlm.common.files import read_json
 from opdlm.deploy.observe.tables import decoding_name, new_table
 
 RETRIEVER = "retriever"
@@ -86,28 +86,33 @@ def _retriever(cases: Sequence[RerankCase]) -> tuple[str, dict[str, Any]]:
     return RETRIEVER, rerank_figures(cases, [RerankAnswer(case.candidates) for case in cases])
 
 
-def read_beside(file: Path, questions: str, count: int) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of another evaluation of the same questions, with its checkpoint's name, for `rerank_tables`.
+def cases_digest(cases: Sequence[RerankCase]) -> str:
+    """A fingerprint of the cases: evaluations with the same one can be compared case by case."""
+    return hashlib.sha256(repr([(case.candidates, case.target) for case in cases]).encode()).hexdigest()[:16]
+
+
+def read_beside(file: Path, cases: Sequence[RerankCase]) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of another evaluation of the same cases, with its checkpoint's name, for `rerank_tables`.
 
     Args:
         file: what `opdlm eval --output` wrote.
-        questions, count: title of the questions, and their number.
 
     Raises:
-        OpdlmError: the file cannot be read, or is about other questions.
+        OpdlmError: the file cannot be read, or has other cases.
     """
+    found = read_json(file)
     try:
-        found = json.loads(read_text(file))
-        about, folder = found["questions"], Path(found["checkpoint"])
-        name = "/".join(folder.parts[-2:])
+        digest, name = found["cases"], "/".join(Path(found["checkpoint"]).parts[-2:])
         ranked = [(f"{name}, {way}", figures) for way, figures in ranked_rows(found["rows"], found["threshold"])]
-        lengths = {len(figures["ranks"]) for _, figures in ranked}
-    except (ValueError, KeyError, TypeError) as error:
+        complete = all({"ranks", *_SHOWN} <= figures.keys() for _, figures in ranked)
+    except (KeyError, TypeError, AttributeError):
+        ranked, complete, digest = [], False, None
+    if not (ranked and complete):
+        raise OpdlmError(f"--beside: {file} is no result of `opdlm eval --output` with re-ranking cases")
+    if digest != cases_digest(cases):
         raise OpdlmError(
-            f"--beside: {file} is no JSON that `opdlm eval --output` wrote of re-ranking cases ({error!r})"
-        ) from None
-    if about != questions or lengths != {count}:
-        raise OpdlmError(f"--beside: {file} is about {about}, and this evaluation about {questions}; they must agree")
+            f"--beside: {file} has other cases than this evaluation; evaluate both with the same questions"
+        )
     return ranked
 
 

@@ -116,10 +116,9 @@ def gpus_reserved(config: OpdlmConfig, sizes: Mapping[str, Any]) -> float:
     gpus = learner.workers * learner.gpus_per_worker
     if config.run.replay is not None:
         return gpus
-    students = sizes.get("rollout_actors", rollout.actors) + config.evaluation.actors
-    return (
-        gpus + students * rollout.gpus_per_actor + sizes.get("teacher_actors", teacher.actors) * teacher.gpus_per_actor
-    )
+    students = sizes.get("rollout_actors", rollout.actors) + config.evaluation.actors + config.reference_actors
+    teachers = sizes.get("teacher_actors", teacher.actors if config.starts_teachers else 0)
+    return gpus + students * rollout.gpus_per_actor + teachers * teacher.gpus_per_actor
 
 
 def time_lines(config: OpdlmConfig, rounds: int, earlier: Iterable[Mapping[str, Any]]) -> dict[str, str]:

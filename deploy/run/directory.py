@@ -72,7 +72,7 @@ def check_run(config: OpdlmConfig, resume: bool) -> None:
 def _check_cache(config: OpdlmConfig) -> None:
     """Where the teacher has yet to write responses, they must find room in their cache. A full cache is only read."""
     offline = config.offline
-    writes = config.objective.kind != "opd" and offline.responses == "teacher"
+    writes = config.objective.kind in ("cft", "off_policy_kd") and offline.responses == "teacher"
     if writes and offline.cache is not None and not os.path.exists(offline.cache):
         check_file(Path(offline.cache), "offline.cache")
 

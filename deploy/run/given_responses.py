@@ -85,7 +85,7 @@ def known_responses(config: OpdlmConfig, prompts: Sequence[Prompt], digest: str)
     Raises:
         ConfigError: see `read_responses`.
     """
-    if config.objective.kind == "opd":
+    if config.objective.kind not in ("cft", "off_policy_kd"):
         return None
     if config.offline.responses == "data":
         return GivenResponses({p.prompt_id: p.response for p in prompts if p.response is not None}, 0, False)

@@ -22,15 +22,12 @@ def config_with(**sections) -> OpdlmConfig:
     return config_from_dict(BASE | sections)
 
 
-def test_a_policy_gradient_alone_needs_no_teacher() -> None:
-    given, rl = {"model": {"student": "s"}, "rollout": {"responses_per_prompt": 4}}, {"kind": "rl"}
-    config = config_with(**given, objective=rl)
-    assert (config.model.teacher, config.starts_teachers) == ("s", False)
-    assert config_with(rollout=given["rollout"], objective=rl).model.teacher == "t"
+def test_a_policy_gradient_alone_starts_no_teacher() -> None:
+    groups, rl = {"responses_per_prompt": 4}, {"kind": "rl"}
+    assert not config_with(rollout=groups, objective=rl).starts_teachers
     for asking in ({"kind": "opd"}, rl | {"opd_weight": 0.5}):
-        with pytest.raises(ConfigError, match=r"model\.teacher: missing; it has no default"):
-            config_with(**given, objective=asking)
-        assert config_with(rollout=given["rollout"], objective=asking).starts_teachers
+        assert config_with(rollout=groups, objective=asking).starts_teachers
+    assert config_with(objective={"kind": "cft"}).starts_teachers
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,6 @@ import pytest
 
 from opdlm.common.data.tasks import get_task
 from opdlm.common.model.convert import convert_checkpoint
-from opdlm.deploy.evaluate.decoders import CheckpointDecoder
-from opdlm.deploy.evaluate.options import QuestionOptions
-from opdlm.deploy.evaluate.questions import open_questions
-from opdlm.deploy.evaluate.rerank_report import GENERATE, _generate, fastest_autoregressive
 from tests.deploy.cli.test_cli import opdlm
 from tests.tiny import save_teacher
 
@@ -37,13 +33,10 @@ def test_every_model_has_its_quality_and_its_speed(models, tmp_path) -> None:
     for row in rows:
         assert len(row["rerank"]["ranks"]) == 12
         assert row["rerank"]["valid"] == 0.0, "a random model writes no order"
-        assert (GENERATE in row) == (row["threshold"] is None)
-        for way in {"speed", GENERATE} & row.keys():
-            assert list(row[way]) == ["1", "4"]
-            for speed in row[way].values():
-                assert speed["tokens_per_second"] > 0
-                assert speed["milliseconds_per_request"] > 0
-    assert "AR, transformers" in " ".join(text.split())
+        assert list(row["speed"]) == ["1", "4"]
+        for speed in row["speed"].values():
+            assert speed["tokens_per_second"] > 0
+            assert speed["milliseconds_per_request"] > 0
     assert rows[0]["rerank"]["recall@1"] == rows[1]["rerank"]["recall@1"], "an invalid answer is the retriever's order"
     assert out.with_suffix(".png").stat().st_size > 1000
 
@@ -55,26 +48,14 @@ def test_every_model_has_its_quality_and_its_speed(models, tmp_path) -> None:
         (("a={0}", "a={1}"), "found the name 'a' twice"),
         (("a={0}", "--task", "chain"), "the questions are no re-ranking cases"),
         (("a={0}", "--task", "rerank", "--out", "report.txt"), "expected a .json"),
+        (("retriever={0}",), "found the name 'retriever'"),
+        (("a={0}", "--batches", "8", "--speed-cases", "4"), "--batches: found 8 with --speed-cases 4"),
+        (("a={0}", "--actors", "1"), "--actors: found 1"),
     ],
 )
 def test_mistakes_are_named(models, arguments, message) -> None:
     given = [argument.format(*models) for argument in arguments]
     assert message in opdlm("rerank-report", *given, *([] if "--task" in given else ["--task", "rerank"]), code=2)
-
-
-def test_transformers_generates_what_our_decoder_does(models) -> None:
-    decoder = CheckpointDecoder(models[0])
-    requests = open_questions(QuestionOptions(task="rerank", problems=7), decoder).requests(12)
-    ours = decoder.answer(requests, decoder.base, 3)
-    theirs = _generate(decoder, requests, 3)
-    assert [ids.tolist() for ids in theirs.responses] == [ids.tolist() for ids in ours.responses]
-    assert theirs.tokens == theirs.denoising_steps == ours.tokens
-
-
-def test_students_are_compared_with_the_faster_of_both_decoders() -> None:
-    ar = {"threshold": None, "speed": {"1": {"tokens_per_second": 5.0}}, GENERATE: {"1": {"tokens_per_second": 7.0}}}
-    assert fastest_autoregressive([{"threshold": 0.9}, ar]) == {"1": 7.0}
-    assert fastest_autoregressive([{"threshold": 0.9}]) == {}
 
 
 def test_an_evaluation_is_compared_with_that_of_another_checkpoint(models, tmp_path) -> None:
@@ -99,6 +80,10 @@ def test_what_cannot_be_compared_is_refused(models, tmp_path) -> None:
     asked = "--task", "rerank", "--max-new-tokens", 4
     opdlm("eval", teacher, *asked, "--problems", 3, "--output", other)
     broken.write_text("{}")
-    for file, message in ((other, "is about 3 held-out problems of rerank"), (broken, "is no JSON that"), ("x", "x")):
+    less = tmp_path / "less.json"
+    opdlm("eval", teacher, *asked, "--problems", 4, "--output", less)
+    changed = json.loads(less.read_text()) | {"cases": "0"}
+    less.write_text(json.dumps(changed))
+    for file, message in ((other, "has other cases"), (broken, "is no result"), ("x", "x"), (less, "has other cases")):
         assert message in opdlm("eval", student, *asked, "--problems", 4, "--beside", file, code=2)
     assert "only re-ranking cases" in opdlm("eval", student, "--task", "chain", "--beside", other, code=2)
