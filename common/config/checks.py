@@ -115,6 +115,11 @@ def _model(config: OpdlmConfig) -> Iterator[str]:
             f"objective.selection: found {config.objective.selection!r} with rollout.strategy "
             f"{config.rollout.strategy!r}; `drafts` goes with `verified`, and with nothing else"
         )
+    elif verified and config.objective.kind != "opd":
+        yield (
+            f"rollout.strategy: found `verified` with objective.kind {config.objective.kind!r}; drafts are trained "
+            "with `opd` only"
+        )
 
 
 def _objective(config: OpdlmConfig) -> Iterator[str]:

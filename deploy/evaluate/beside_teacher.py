@@ -61,7 +61,7 @@ class BesideTeacher:
         pool: ActorPool,
         handle: WeightHandle,
     ) -> EvaluationResult:
-        """The result with the comparison of its answers to `evaluation.data`; as it is where it has none.
+        """The result with the comparison of its answers to `evaluation.data`; as it is without them, or a teacher.
 
         Args:
             trajectories: of all requests of the exam, in their order.
@@ -70,7 +70,7 @@ class BesideTeacher:
         Raises:
             WeightsLost: the version died meanwhile.
         """
-        if exam.known is None:
+        if exam.known is None or not self._teachers.actors:
             return result
         own = exam.of_known(trajectories)
         theirs = await self._teacher_answers(exam.known.prompt_ids)

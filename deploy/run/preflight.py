@@ -18,7 +18,6 @@ from opdlm.common.data.reranking import RerankCase
 from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import ConfigError
 from opdlm.common.form import StudentForm
-from opdlm.common.grid import BlockGrid
 from opdlm.common.model.config import read_config
 from opdlm.common.model.end_tokens import token_names
 from opdlm.common.model.facts import ModelFacts, check_vocabularies, read_facts, require_mask
@@ -33,6 +32,7 @@ from opdlm.deploy.evaluate.known_answers import KnownAnswers
 from opdlm.deploy.run.longest import LongRequest, check_cache, longest_question, longest_rollout
 from opdlm.deploy.run.paths import check_job_paths
 from opdlm.deploy.run.replay import check_replay
+from opdlm.deploy.run.student_checks import check_grid, check_noisy
 from opdlm.learner.schedule import TrainingSchedule
 
 
@@ -86,9 +86,10 @@ def preflight(config: OpdlmConfig) -> Preflight:
         _check_mask(config, student)
         check_vocabularies(teacher, student)
         check_tokenizers(teacher, student)
-        _check_grid(config, student)
+        check_grid(config, student)
     else:
         _check_conversion(config, teacher)
+    check_noisy(config, student, student.form if config.model.student else config.model.converted_form)
     for setting, top_k in (("teacher.top_k", _teacher_top_k(config)), ("objective.top_k", config.objective.top_k)):
         if top_k > len(teacher.tokens):
             raise ConfigError(f"{setting}: found {top_k}, more than the teacher's {len(teacher.tokens)} tokens")
@@ -275,21 +276,3 @@ def _check_lora(config: OpdlmConfig, student: ModelFacts) -> None:
 def _require_package(name: str, found: str, requirement: str) -> None:
     if importlib.util.find_spec(name) is None:
         raise ConfigError(f"{found}, which needs the package {name}; pip install '{requirement}'")
-
-
-def _check_grid(config: OpdlmConfig, student: ModelFacts) -> None:
-    ours = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
-    for field, theirs in (("block_size", student.block_size), ("block_grid", student.block_grid)):
-        found = ours.block_size if field == "block_size" else ours.kind
-        if theirs is not None and theirs != found:
-            raise ConfigError(
-                f"rollout.{field}: found {found!r}, but the student {student.folder} was made for {theirs!r}; "
-                f"set rollout.{field} to that, or convert the teacher again"
-            )
-    for field in ("logit_shift", "context"):
-        asked, theirs = getattr(config.model, field), getattr(student.form, field)
-        if asked not in (None, theirs):
-            raise ConfigError(
-                f"model.{field}: found {asked!r}, but the student {student.folder} was made for {theirs!r}; leave "
-                f"model.{field} out, or convert the student again"
-            )
