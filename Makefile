@@ -1,4 +1,4 @@
-# Nothing to remember beyond: make demo, make real, make test, make test-all, make lint, make bench, make docs.
+# Nothing to remember beyond: make demo, make lossless, make real, make test, make test-all, make lint, make bench, make docs.
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
@@ -16,12 +16,18 @@ ASIDE = @if [ -e $(1) ]; then n=1; while [ -e $(1).$$n ]; do n=$$((n + 1)); done
 	printf '%s  %s\n' "$$(date +%H:%M:%S)" "$(1) of an earlier time is now $(1).$$n"; fi
 COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 -x '/(testing|tests|models)/' .
 
-.PHONY: demo real rerank rerank-more test test-slow test-all test-vllm test-compat chaos soak lint bench docs format clean
+.PHONY: demo lossless real rerank rerank-more test test-slow test-all test-vllm test-compat chaos soak lint bench docs format clean
 
 demo: $(VENV)/.installed models/chain-teacher  ## Train a teacher, turn it into a diffusion model, report.
 	$(call ASIDE,runs/demo)
 	$(SAY) "training the student (opdlm train deploy/demo.yaml)"
 	@$(BIN)/opdlm train deploy/demo.yaml
+
+lossless: $(VENV)/.installed models/chain-teacher  ## The same teacher learns to draft, and loses no answer.
+	@$(INSTALL) -e '.[lora]'
+	$(call ASIDE,runs/demo-lossless)
+	$(SAY) "training the adapters (opdlm train deploy/demo-lossless.yaml)"
+	@$(BIN)/opdlm train deploy/demo-lossless.yaml
 
 models/chain-teacher: | $(VENV)/.installed  # trained on first use, then kept
 	$(SAY) "training the teacher: about a minute, once"
