@@ -16,7 +16,7 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.masks import training_mask_mod
-from opdlm.common.model.adapters import add_adapters, has_noisy_adapters, mark_noisy
+from opdlm.common.model.adapters import add_adapters, has_noisy_adapters
 from opdlm.common.model.attention import ATTENTION
 from opdlm.common.model.load import hidden_states, load_model
 from opdlm.learner.chunked_loss import chunked_loss
@@ -91,9 +91,13 @@ class DistillModule(nn.Module):
             looked_up = embed(matrix, batch.input_ids, embedding.padding_idx, handover)
             tokens = {"input_ids": None, "inputs_embeds": looked_up}
         mask, attention_arguments = self._mask(batch)
-        mark_noisy(self.student, batch.copies > 0)
         hidden = hidden_states(
-            self.student, position_ids=batch.position_ids, mask=mask, **tokens, **attention_arguments
+            self.student,
+            position_ids=batch.position_ids,
+            mask=mask,
+            noisy=batch.copies > 0,
+            **tokens,
+            **attention_arguments,
         )
         hidden = hidden[batch.loss_line, batch.loss_column]
         return chunked_loss(hidden, matrix, targets, weights, self.objective, self.logits_chunk, handover)

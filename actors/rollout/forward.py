@@ -22,7 +22,6 @@ from opdlm.common.batches import batches_by_length
 from opdlm.common.form import StudentForm
 from opdlm.common.grid import BlockGrid, DraftGrid, block_index
 from opdlm.common.masks import block_causal
-from opdlm.common.model.adapters import mark_noisy
 from opdlm.common.model.load import hidden_states
 
 PREFILL_TOKENS = 16384
@@ -167,9 +166,9 @@ class StepForward:
             self._model.lm_head.weight.dtype,
         )
         cache.prepare(written, attends_to_cache=True)
-        mark_noisy(self._model, (torch.arange(len(tokens), device=tokens.device) < shape.slots)[:, None])
+        noisy = (torch.arange(len(tokens), device=tokens.device) < shape.slots)[:, None]
         # Transformers wants a mask; the layout takes its own.
-        return hidden_states(self._model, tokens, positions, layout.masks[0], cache, layout=layout)
+        return hidden_states(self._model, tokens, positions, layout.masks[0], cache, noisy, layout=layout)
 
 
 def prefill(model: Any, cache: SlotCache, slots: Slots, grid: BlockGrid | DraftGrid, form: StudentForm) -> int:
@@ -181,7 +180,6 @@ def prefill(model: Any, cache: SlotCache, slots: Slots, grid: BlockGrid | DraftG
     rows = np.flatnonzero(slots.host_fresh[:n] & (slots.host_starts[:n] > 0)).tolist()
     slots.host_fresh[:n] = False
     lengths = [int(slots.host_starts[row]) for row in rows]
-    mark_noisy(model, None)
     for group in batches_by_length(lengths, PREFILL_TOKENS):
         chosen, longest = [rows[i] for i in group], lengths[group[0]]
         offsets = [[grid.offset(slots.requests[row].prompt_ids.size)] for row in chosen]

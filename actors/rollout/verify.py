@@ -36,7 +36,7 @@ from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.slots import Slots
 from opdlm.common.errors import OpdlmError
 from opdlm.common.form import StudentForm
-from opdlm.common.model.adapters import has_noisy_adapters, mark_noisy
+from opdlm.common.model.adapters import has_noisy_adapters
 from opdlm.common.model.load import hidden_states
 
 _OWN, _ACCEPT, _DRAFT = 2, 3, 4
@@ -133,9 +133,8 @@ class Verifier:
         noisy = clean.new_full((len(clean), queries - self._size), self._mask_id)
         addresses = (slots.bases + start)[:, None] + torch.arange(queries, device=start.device)
         cache.prepare(addresses, attends_to_cache=True)
-        mark_noisy(self._model, self._noisy)
         tokens, positions = torch.cat([clean, noisy], dim=1), start[:, None] + self._ahead
-        return hidden_states(self._model, tokens, positions, masks[0], cache, layout=layout)
+        return hidden_states(self._model, tokens, positions, masks[0], cache, self._noisy, layout=layout)
 
     def _mask(self, part: Part, bases: torch.Tensor, start: torch.Tensor, config: Any) -> torch.Tensor:
         """The additive mask of a part, `[n, 1, heads of a group x Q, width]`: what lies before d_0, and `_seen`."""

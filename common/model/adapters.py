@@ -1,7 +1,7 @@
 """LoRA adapters in a student through peft: on all tokens, or on noisy tokens alone (METHOD.md section 11).
 
 With adapters on noisy tokens alone the clean tokens are computed by the frozen base model: a student that learns to
-draft is its own teacher. Which tokens of a forward are noisy is told before it (`mark_noisy`).
+draft is its own teacher. Which tokens of a forward are noisy is told before it (`hidden_states`, `load.py`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from opdlm.common.errors import OpdlmError
-from opdlm.common.model.adapters import read_noisy_adapters
+from opdlm.common.model.adapters import mark_noisy, read_noisy_adapters
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
 from opdlm.common.model.end_tokens import check_generation_config
 from opdlm.common.model.shards import read_shards, require_finite
@@ -62,6 +62,7 @@ def hidden_states(
     position_ids: torch.Tensor | None = None,
     mask: Any = None,
     cache: Any = None,
+    noisy: torch.Tensor | None = None,
     **others: Any,
 ) -> torch.Tensor:
     """Computes the final hidden states, to which the output matrix is applied for logits.
@@ -72,10 +73,13 @@ def hidden_states(
         mask: `[B, 1, T, T']`, bool (True: the query sees the key) or float (added to the scores), or a BlockMask of
             flex_attention. None is a causal mask.
         cache: an object with `update(keys, values, layer)`.
+        noisy: `[B, T]` bool, the tokens that adapters on noisy tokens alone act on, where the model has some; None:
+            none of them.
         others: `inputs_embeds` `[B, T, D]` in place of ids, and keyword arguments of the attention function.
 
     Returns: `[B, T, D]` in the model's dtype.
     """
+    mark_noisy(model, noisy)
     output = model.model(
         input_ids=input_ids,
         attention_mask=mask,

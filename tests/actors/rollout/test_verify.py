@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opdlm.actors.engine_guard import one_token_forward
 from opdlm.actors.rollout import attention
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.kv_cache import SlotCache
@@ -140,8 +141,7 @@ def test_a_training_row_has_the_states_that_decoding_had(model, size, prompt, li
     module = DistillModule(model, ObjectiveConfig(selection="drafts"), 64, form=FORM)
     mask, layout = module._mask(batch)
     with torch.no_grad():
-        mark_noisy(model, batch.copies > 0)
-        hidden = hidden_states(model, batch.input_ids, batch.position_ids, mask, **layout)
+        hidden = hidden_states(model, batch.input_ids, batch.position_ids, mask, noisy=batch.copies > 0, **layout)
         ours = model.lm_head(hidden[batch.loss_line, batch.loss_column])
     ours[:, MASK] = float("-inf")
     tokens = [*decoded[0].prompt_ids.tolist(), *decoded[0].response.tolist()]
@@ -260,3 +260,12 @@ def test_accepted_drafts_are_counted_by_their_place() -> None:
     shares = [figures[f"draft_{place}_accepted_share"] for place in (1, 2, 3)]
     assert shares == pytest.approx([1 / 6, 1 / 6, 0.0])
     assert figures["drafts_lost_share"] == pytest.approx(1 - 1 / 9)
+
+
+def test_a_forward_that_says_nothing_of_noise_has_none() -> None:
+    """As the one that asks an engine for one token after an error, whatever was decoded before."""
+    model = drafting_model(1)
+    BlockDecoder(model, DecodeSettings(strategy="verified"), MASK, [EOS], 1, form=FORM).decode([request(5)])
+    one_token_forward(model)
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(hidden_states(model, ids), hidden_states(tiny_model(1), ids))
