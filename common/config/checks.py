@@ -120,6 +120,15 @@ def _model(config: OpdlmConfig) -> Iterator[str]:
             f"rollout.strategy: found `verified` with objective.kind {config.objective.kind!r}; drafts are trained "
             "with `opd` only"
         )
+    if verified and config.rollout.block_size < 2:
+        yield f"rollout.block_size: found {config.rollout.block_size} with rollout.strategy `verified`; give 2 or more"
+    if verified and config.rollout.cuda_graphs:
+        yield "rollout.cuda_graphs: found true with rollout.strategy `verified`, whose forwards are not recorded yet"
+    if config.rollouts_bring_targets and config.teacher.targets != "hidden":
+        yield (
+            f"teacher.targets: found {config.teacher.targets!r} with rollouts that bring the teacher's hidden states "
+            "(rollout.strategy `verified`, model.lora.tokens `noisy`); set it to `hidden`"
+        )
 
 
 def _objective(config: OpdlmConfig) -> Iterator[str]:

@@ -17,7 +17,7 @@ from opdlm.common.export.card import Card, write_card
 from opdlm.common.export.names import LAYOUTS, LayoutName
 from opdlm.common.model.config import read_config
 from opdlm.common.model.convert import check_tensors
-from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.facts import read_facts, refuse_noisy_adapters, require_mask
 from opdlm.common.model.hub import BESIDE_WEIGHTS, REPOSITORY
 from opdlm.common.model.shards import Shards, check_finite, read_shards
 from opdlm.common.model.tokenizer import load_tokenizer
@@ -75,6 +75,7 @@ def collect(folder: Path, base_model: str | None, temporary: Path) -> Upload:
         OpdlmError: the folder holds no student, or not all of one, or weights that are NaN or infinite.
     """
     config, facts, shards = read_config(folder), read_facts(folder), read_shards(folder)
+    refuse_noisy_adapters(facts, "push")
     if not facts.is_student:
         raise OpdlmError(
             f"push: {folder} is an autoregressive model; this command sends students: a run's `student`, a folder of "

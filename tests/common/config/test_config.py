@@ -22,6 +22,21 @@ def config_with(**sections) -> OpdlmConfig:
     return config_from_dict(BASE | sections)
 
 
+@pytest.mark.parametrize(
+    ("rollout", "teacher", "message"),
+    [
+        ({"block_size": 1}, {}, r"rollout\.block_size: found 1 with rollout\.strategy `verified`; give 2 or more"),
+        ({"cuda_graphs": True}, {}, r"rollout\.cuda_graphs: found true with rollout\.strategy `verified`"),
+        ({}, {"targets": "logits"}, r"teacher\.targets: found 'logits' with rollouts that bring"),
+    ],
+)
+def test_lossless_mode_refuses_what_it_cannot_do(rollout, teacher, message) -> None:
+    model = {"teacher": "t", "logit_shift": True, "context": "causal", "lora": {"tokens": "noisy"}}
+    verified = {"strategy": "verified", "block_grid": "response", "temperature": 0}
+    with pytest.raises(ConfigError, match=message):
+        config_with(model=model, rollout=verified | rollout, teacher=teacher, objective={"selection": "drafts"})
+
+
 def test_a_policy_gradient_alone_starts_no_teacher() -> None:
     groups, rl = {"responses_per_prompt": 4}, {"kind": "rl"}
     assert not config_with(rollout=groups, objective=rl).starts_teachers
