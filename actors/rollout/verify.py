@@ -95,10 +95,11 @@ class Verifier:
         places = torch.arange(size, device=slots.device)
         clean = slots.tokens.gather(1, start[:, None] + places)  # [n, S]: d_0, and the drafts
         hidden = self._forward(slots, step_forward, clean, start)
-        right, own = self._verify(slots, clean, start, self._logits(slots, hidden[:, :size]))
+        logits, is_finite = self._logits(hidden[:, :size])
+        right, own = self._verify(slots, clean, start, logits)
         last = start + 1 + right  # [n], the position of the token of its own that follows
         group = size + right[:, None] * size + places[:-1]  # [n, S - 1] queries that predict the next drafts
-        ahead = self._logits(slots, hidden.gather(1, group[..., None].expand(-1, -1, hidden.shape[-1])))
+        ahead, are_finite = self._logits(hidden.gather(1, group[..., None].expand(-1, -1, hidden.shape[-1])))
         drafts = self._draft(slots, last, ahead)
         slots.step.add_(1)
         slots.tokens.scatter_(1, last[:, None], own[:, None])
@@ -114,9 +115,11 @@ class Verifier:
         slots.block_start.copy_(last)
         new = slots.tokens.gather(1, window)
         ended = (last + 1 >= slots.end) | (torch.isin(new, self._eos_ids) & known).any(dim=1)
-        on_host = torch.stack([ended.long(), last], dim=1).cpu().numpy()  # the synchronisation of the step
-        slots.host_starts[: slots.occupied] = on_host[:, 1]
-        return np.flatnonzero(on_host[:, 0]).tolist(), slots.occupied * len(self._ahead)
+        state = torch.stack([ended.long(), last, is_finite & are_finite], dim=1)
+        finished, slots.host_starts[: slots.occupied], finite = state.cpu().numpy().T  # the synchronisation of the step
+        if not finite.all():
+            refuse_logits(slots, int(finite.argmin()))
+        return np.flatnonzero(finished).tolist(), slots.occupied * len(self._ahead)
 
     def _forward(
         self, slots: Slots, step_forward: StepForward, clean: torch.Tensor, start: torch.Tensor
@@ -148,15 +151,15 @@ class Verifier:
         mask.masked_fill_(~shown, float("-inf"))
         return mask.repeat(1, config.num_attention_heads // config.num_key_value_heads, 1)[:, None]
 
-    def _logits(self, slots: Slots, hidden: torch.Tensor) -> torch.Tensor:
-        """The logits at hidden states `[n, m, D]`: `[n, m, V]` float32, minus infinity for what is no candidate."""
-        # Flat and contiguous: a slice of three dimensions makes a bfloat16 product on a CPU twenty times as slow.
-        logits = self._model.lm_head(hidden.flatten(0, 1).contiguous()).unflatten(0, hidden.shape[:2]).float()
+    def _logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits at hidden states `[n, m, D]`, and whether the highest of each slot are finite, `[n]` bool.
+
+        The logits, `[n, m, V]` float32, are minus infinity for what is no candidate.
+        """
+        # Flat: a slice of three dimensions makes a bfloat16 product on a CPU twenty times as slow.
+        logits = self._model.lm_head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]).float()
         logits.index_fill_(2, self._never, float("-inf"))
-        highest = logits.amax(dim=2)
-        if not highest.isfinite().all():
-            refuse_logits(slots, int(highest.isfinite().all(dim=1).long().argmin()))
-        return logits
+        return logits, logits.amax(dim=2).isfinite().all(dim=1)
 
     def _verify(
         self, slots: Slots, clean: torch.Tensor, start: torch.Tensor, logits: torch.Tensor

@@ -81,11 +81,7 @@ class Plan:
         rollout, last = config.rollout, self.checked.schedule.rounds - 1
         first_limit, last_limit = length_limit(config, 0), length_limit(config, last)
         return {
-            "teacher": f"{config.model.teacher} (vocabulary {self.checked.teacher.vocab_size:,})"
-            if config.starts_teachers
-            else (
-                "none: the student's clean path is it" if config.rollouts_bring_targets else "none: the reward judges"
-            ),
+            "teacher": self._teacher(),
             "student starts from": config.model.student or "the teacher, converted",
             "end tokens": token_names(self.checked.student.eos_ids, self.checked.tokenizer),
             "prompts": f"{len(prompts.prompts):,} kept, {len(prompts.refused)} refused",

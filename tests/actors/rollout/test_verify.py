@@ -269,3 +269,12 @@ def test_a_forward_that_says_nothing_of_noise_has_none() -> None:
     one_token_forward(model)
     ids = torch.tensor([[3, 4, 5]])
     torch.testing.assert_close(hidden_states(model, ids), hidden_states(tiny_model(1), ids))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_weights_are_named(temperature) -> None:
+    model = drafting_model(1)
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    how = DecodeSettings(strategy="verified", temperature=temperature)
+    with pytest.raises(OpdlmError, match="prompt test/0: the student's logits hold NaN or infinity"):
+        BlockDecoder(model, how, MASK, [EOS], 1, form=FORM).decode([request(5)])
