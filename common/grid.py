@@ -95,6 +95,11 @@ class DraftGrid:
         return prompt_length + response_limit
 
 
+def decoding_grid(strategy: str, block_size: int, kind: GridKind) -> BlockGrid | DraftGrid:
+    """Where the steps of a decoder begin, and what room they need."""
+    return DraftGrid(block_size) if strategy == "verified" else BlockGrid(block_size, kind)
+
+
 def block_index(positions: torch.Tensor, offset: torch.Tensor | int, block_size: int) -> torch.Tensor:
     """Returns the block of each position.
 

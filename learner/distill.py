@@ -14,6 +14,7 @@ from torch import nn
 
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.errors import OpdlmError
 from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.masks import training_mask_mod
 from opdlm.common.model.adapters import add_adapters, has_noisy_adapters
@@ -64,8 +65,11 @@ class DistillModule(nn.Module):
         if attention == "auto":
             attention = "flex_attention" if config.learner.gpus_per_worker > 0 else "sdpa"
         student = load_model(folder, config.model.dtype, attention)
-        if config.model.lora is not None and not has_noisy_adapters(student):
-            add_adapters(student, config.model.lora, config.run.seed)
+        lora = config.model.lora
+        if lora is not None and lora.tokens == "noisy" and not has_noisy_adapters(student):
+            raise OpdlmError(f"model folder {folder}: it has no adapters on noisy tokens (model.lora.tokens `noisy`)")
+        if lora is not None and lora.tokens == "all":
+            add_adapters(student, lora, config.run.seed)
         if config.learner.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(student, config.objective, config.learner.logits_chunk, attention, form)

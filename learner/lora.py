@@ -1,7 +1,8 @@
 """What the learner publishes and saves of a student with LoRA adapters (`common/model/adapters.py`).
 
-Only the learner knows of adapters. It publishes `W + scaling B A` for every adapted layer under the layer's plain name,
-so rollout actors, checksums and exports see an ordinary model.
+Of adapters on all tokens only the learner knows. It publishes `W + scaling B A` for every adapted layer under the
+layer's plain name, so rollout actors, checksums and exports see an ordinary model. Adapters on noisy tokens alone
+cannot be merged; they are published as they are.
 """
 
 from __future__ import annotations

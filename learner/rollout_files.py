@@ -63,6 +63,9 @@ class RolloutFacts:
     """Fingerprint of the prompts (`PromptOrder.digest`)."""
     teacher: str
     """Fingerprint and number format of the teacher that scored the rollouts; empty for `tokens`."""
+    drafts: bool = False
+    """Whether they were decoded with `verified`: steps that revealed tokens say where drafts began, not which blocks'
+    states were visited. Files of earlier versions do not say so: they have none."""
 
 
 def facts_of(config: OpdlmConfig, vocab_size: int, data_digest: str, fingerprint: str) -> RolloutFacts:
@@ -82,6 +85,7 @@ def facts_of(config: OpdlmConfig, vocab_size: int, data_digest: str, fingerprint
         targets=config.teacher.targets if scored else "tokens",
         data_digest=data_digest,
         teacher=f"{fingerprint} {config.teacher.dtype}" if scored else "",
+        drafts=rollout.strategy == "verified",
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from opdlm.actors.rollout.settings import DecodeSettings
-from opdlm.common.grid import BlockGrid, DraftGrid
+from opdlm.common.grid import BlockGrid, DraftGrid, decoding_grid
 from opdlm.common.types import HiddenTargets, RolloutRequest, ScoredTrajectory, Trajectory
 
 CACHE_SETTING = "rollout.cache_tokens"
@@ -16,9 +16,7 @@ CACHE_SETTING = "rollout.cache_tokens"
 
 def grid_of(settings: DecodeSettings) -> BlockGrid | DraftGrid:
     """Where the steps of a decoder begin, and what room they need."""
-    if settings.strategy == "verified":
-        return DraftGrid(settings.block_size)
-    return BlockGrid(settings.block_size, settings.block_grid)
+    return decoding_grid(settings.strategy, settings.block_size, settings.block_grid)
 
 
 def extent(request: RolloutRequest, grid: BlockGrid | DraftGrid) -> tuple[int, int]:

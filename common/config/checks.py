@@ -120,6 +120,11 @@ def _model(config: OpdlmConfig) -> Iterator[str]:
             f"rollout.strategy: found `verified` with objective.kind {config.objective.kind!r}; drafts are trained "
             "with `opd` only"
         )
+    if verified and (lora is None or lora.tokens != "noisy"):
+        yield (
+            "model.lora: found no adapters on noisy tokens with rollout.strategy `verified`; set lora.tokens to "
+            "`noisy`: otherwise training changes the clean path, which verifies drafts"
+        )
     if verified and config.rollout.block_size < 2:
         yield f"rollout.block_size: found {config.rollout.block_size} with rollout.strategy `verified`; give 2 or more"
     if verified and config.rollout.cuda_graphs:

@@ -271,8 +271,7 @@ class OpdlmConfig(Section):
     @property
     def rollouts_bring_targets(self) -> bool:
         """Whether rollouts come with the teacher's distributions, because the clean path that verifies drafts is it."""
-        has_clean_path = self.model.lora is not None and self.model.lora.tokens == "noisy"
-        return self.objective.kind == "opd" and self.rollout.strategy == "verified" and has_clean_path
+        return self.rollout.strategy == "verified"
 
     @property
     def reference_actors(self) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from opdlm.common.config.schema import LoraConfig
@@ -34,9 +35,10 @@ def add_adapters(student: nn.Module, config: LoraConfig, seed: int) -> None:
         import peft
     except ImportError:
         raise OpdlmError("model.lora: needs the package peft; install opdlm-ray[lora]") from None
-    torch.manual_seed(seed)
     try:
-        peft.inject_adapter_in_model(peft_config(config), student, adapter_name=ADAPTER)
+        with torch.random.fork_rng():  # whoever loads a student keeps the random numbers of its own
+            torch.manual_seed(seed)
+            peft.inject_adapter_in_model(peft_config(config), student, adapter_name=ADAPTER)
     except ValueError as error:
         found = sorted({name.rsplit(".")[-1] for name, m in student.named_modules() if isinstance(m, nn.Linear)})
         raise OpdlmError(
@@ -145,6 +147,23 @@ def write_noisy_adapters(student: Any, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def noisy_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the adapters on noisy tokens in a model folder; nothing where it has none.
+
+    Raises:
+        OpdlmError: the file is damaged.
+    """
+    file = folder / NOISY_FILE
+    if not file.is_file():
+        return
+    try:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                yield name, tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise OpdlmError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+
+
 def read_noisy_adapters(student: Any, folder: Path, config: Any) -> None:
     """Gives a loaded base model the adapters on noisy tokens of its folder, if it has any.
 
@@ -157,13 +176,11 @@ def read_noisy_adapters(student: Any, folder: Path, config: Any) -> None:
     settings = getattr(config, NOISY_LORA, None)
     if settings is None:
         return
-    NoisyAdapters(student, LoraConfig(**settings), config.mask_token_id, seed=0)
     file = folder / NOISY_FILE
-    try:
-        tensors = load_file(file)
-    except Exception as error:  # safetensors has several, of no common class
-        raise OpdlmError(f"{file} cannot be read: {error}") from None
-    own = dict(adapter_parameters(student))
+    if not file.is_file():
+        raise OpdlmError(f"model folder {folder}: {NOISY_FILE} is missing, which config.json names ({NOISY_LORA})")
+    NoisyAdapters(student, LoraConfig(**settings), config.mask_token_id, seed=0)
+    tensors, own = dict(noisy_tensors(folder)), dict(adapter_parameters(student))
     if own.keys() != tensors.keys() or any(own[name].shape != tensor.shape for name, tensor in tensors.items()):
         raise OpdlmError(f"{file}: its tensors are not those of the adapters that config.json names ({NOISY_LORA})")
     with torch.no_grad():

@@ -5,6 +5,9 @@ Ray does not hide a machine's GPUs from a process that reserves none of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from opdlm.common.errors import OpdlmError
@@ -30,3 +33,12 @@ def device_for(gpus: float, setting: str) -> str:
             "driver that fit the GPU, or set it to 0"
         )
     return "cuda"
+
+
+def multiplies_bfloat16(capabilities: Mapping[str, Any]) -> bool:
+    """Whether a CPU multiplies matrices of bfloat16 at least as fast as of float32. Without AVX-512, x86 does not.
+
+    Args:
+        capabilities: as of `torch.cpu.get_capabilities()`.
+    """
+    return capabilities["architecture"] != "x86_64" or bool(capabilities["avx512_bw"])

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 
 from opdlm.common.errors import OpdlmError
+from opdlm.common.model.adapters import NOISY_FILE, noisy_tensors
 from opdlm.common.tensors import is_finite
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -105,9 +106,17 @@ def require_finite(tensor: torch.Tensor, name: str, folder: str | Path) -> None:
 
 
 def check_finite(shards: Shards) -> None:
-    """Reads every tensor of a checkpoint, one at a time, and refuses NaN and infinity as `require_finite` does."""
+    """Reads every tensor of a checkpoint, adapters on noisy tokens too, and refuses NaN and infinity.
+
+    One tensor is in memory at a time.
+
+    Raises:
+        OpdlmError: see `require_finite`; or the file of the adapters is damaged.
+    """
     for name in sorted(shards.file_of):
         require_finite(shards.load(name), name, shards.folder)
+    for name, tensor in noisy_tensors(shards.folder):
+        require_finite(tensor, name, shards.folder)
 
 
 def copy_shards(shards: Shards, destination: Path, rows: Mapping[str, torch.Tensor], drop: frozenset[str]) -> None:
@@ -222,9 +231,9 @@ def weights_fingerprint(folder: str | Path) -> str:
 
 
 def model_fingerprint(folder: str | Path) -> str:
-    """Returns a fingerprint of a checkpoint folder: `weights_fingerprint`, tokenizer, template and end tokens."""
+    """Returns a fingerprint of a folder: `weights_fingerprint`, adapters, tokenizer, template and end tokens."""
     running = hashlib.sha256(weights_fingerprint(folder).encode())
-    for file in (Path(folder, name) for name in _SETTINGS):
+    for file in (Path(folder, name) for name in (NOISY_FILE, *_SETTINGS)):
         if file.is_file():
             running.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
     return running.hexdigest()[:16]

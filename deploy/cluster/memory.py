@@ -34,6 +34,8 @@ class ModelSize:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    pushed: int | None = None
+    """Parameters that a push moves; None: all."""
 
     def with_rows(self, rows: int, tied: bool) -> ModelSize:
         """The size with more rows in embedding and output matrix (`tied`: one matrix), as for a mask token."""
@@ -50,9 +52,16 @@ class Lengths:
     """Prompt and response, up to the end of the last block."""
     row: int
     """A training row `[clean | noisy]`: P + 2R, plus the prompt tokens that share the first response block (METHOD.md
-    section 4)."""
+    section 4); with drafts of S masks at most P + R (1 + S)."""
     question: int = 0
     """A question of the run's evaluations and its answer, up to the end of the last block; 0: there are none."""
+    drafts: int = 0
+    """Masks in a draft of the strategy `verified`; 0: it decodes blocks."""
+
+    @property
+    def response(self) -> int:
+        """The longest response, up to the end of its last block."""
+        return (self.row - self.prompt) // (1 + self.drafts) if self.drafts else self.row - self.end
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +157,10 @@ def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) ->
         [
             *process_terms("rollout", rollout.gpus_per_actor, student.parameters * size),
             weights_term(student.parameters, config.model.dtype),
-            *_arriving_weights(config, student.parameters * size),
+            *_arriving_weights(config, (student.pushed or student.parameters) * size),
             _cache(config, student, slots, lengths),
-            Term(
-                "logits of a step",
-                f"{slots} slots x block {rollout.block_size} x {student.vocabulary:,} x 4 B",
-                slots * rollout.block_size * student.vocabulary * 4,
-            ),
-            _sampling(config, slots, student.vocabulary),
+            *_step(config, slots, student),
+            *_clean_path(config, slots, student, lengths),
             _forward(student, tokens, size, f"prefill of {tokens:,} tokens"),
         ],
     )
@@ -165,7 +170,7 @@ def _arriving_weights(config: OpdlmConfig, nbytes: int) -> list[Term]:
     """With `nixl`, the actor holds the new weights beside those in use; otherwise the node's object store does."""
     if config.rollout.weight_transport != "nixl":
         return []
-    return [Term("weights that arrive", "as much again, during a push", nbytes)]
+    return [Term("weights that arrive", "those that a push moves, once more", nbytes)]
 
 
 def _cache(config: OpdlmConfig, student: ModelSize, slots: int, lengths: Lengths) -> Term:
@@ -185,12 +190,32 @@ def _cache(config: OpdlmConfig, student: ModelSize, slots: int, lengths: Lengths
     return Term("key/value cache", f"{what} x {heads}", positions * each * size, estimate=bound is None)
 
 
-def _sampling(config: OpdlmConfig, slots: int, vocabulary: int) -> Term:
-    """Probabilities in fp32 and their cumulative sum in fp64 (`actors/rollout/sampling.py`); greedy needs neither."""
+def _step(config: OpdlmConfig, slots: int, student: ModelSize) -> list[Term]:
+    """Logits of a step; above temperature 0 also probabilities in fp32 and their cumulative sum in fp64
+    (`actors/rollout/sampling.py`)."""
+    size, vocabulary = config.rollout.block_size, student.vocabulary
+    # With drafts: behind each clean token, and of each draft but the first, which the clean path gives.
+    rows = 2 * size - 1 if config.rollout.strategy == "verified" else size
+    shape = f"{slots} slots x {rows} positions x {vocabulary:,}"
     each = 12 if config.rollout.temperature else 0
-    count = slots * config.rollout.block_size
-    what = f"{slots} slots x block {config.rollout.block_size} x {vocabulary:,} x {each} B"
-    return Term("sampling from them", what, count * vocabulary * each, estimate=True)
+    return [
+        Term("logits of a step", f"{shape} x 4 B", slots * rows * vocabulary * 4),
+        Term("sampling from them", f"{shape} x {each} B", slots * rows * vocabulary * each, estimate=True),
+    ]
+
+
+def _clean_path(config: OpdlmConfig, slots: int, student: ModelSize, lengths: Lengths) -> list[Term]:
+    """What `verified` keeps of each slot: hidden states of the clean path, and distributions of sampled drafts."""
+    rollout = config.rollout
+    if rollout.strategy != "verified":
+        return []
+    size, drafts = DTYPE_BYTES[config.model.dtype], (rollout.block_size - 1) * student.vocabulary
+    hidden = f"{slots} slots x {lengths.end:,} positions x {student.width:,} x {size} B"
+    terms = [Term("clean hidden states", hidden, slots * lengths.end * student.width * size)]
+    if rollout.temperature:
+        what = f"{slots} slots x {rollout.block_size - 1} x {student.vocabulary:,} x 4 B"
+        terms.append(Term("distributions of drafts", what, slots * drafts * 4))
+    return terms
 
 
 def teacher_memory(config: OpdlmConfig, teacher: ModelSize, lengths: Lengths) -> RoleMemory:

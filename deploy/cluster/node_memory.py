@@ -97,7 +97,7 @@ def _store(
     config: OpdlmConfig, student: ModelSize, teacher: ModelSize, lengths: Lengths, rounds: int, nodes: int
 ) -> list[Term]:
     """Samples are held until a checkpoint covers them (`actors/queue/rules.py`), on the nodes of their makers."""
-    prompts, response = config.rollout.samples_per_round, lengths.row - lengths.end
+    prompts, response = config.rollout.samples_per_round, lengths.response
     under_way = config.queue.max_staleness + 1
     kept = min(config.checkpoint.every_rounds + under_way, rounds)
     each = PROMPT_BYTES * lengths.prompt + response * response_token_bytes(config, teacher.width, teacher.vocabulary)
@@ -116,8 +116,9 @@ def _store(
     if config.rollout.weight_transport == "object_store":
         size = DTYPE_BYTES[config.model.dtype]
         copy = "; as much on the node of the second copy" if nodes > 1 else ""
-        what = f"{VERSIONS} versions x {student.parameters:,} x {size} B{copy}"
-        terms.append(Term("weights in flight", what, VERSIONS * student.parameters * size))
+        pushed = student.pushed or student.parameters
+        what = f"{VERSIONS} versions x {pushed:,} x {size} B{copy}"
+        terms.append(Term("weights in flight", what, VERSIONS * pushed * size))
     return terms
 
 

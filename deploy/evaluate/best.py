@@ -24,29 +24,31 @@ _OF_TASK = ("exact_match", "token_match", "tokens_per_step")
 """Figures of each task in `EvaluationResult.by_task`."""
 
 
-_OF_QUESTIONS = ("data_right", "of_teacher", "agreement", "token_agreement", "held_out_kl")
-"""Figures about the questions of `evaluation.data`."""
+_BESIDE_TEACHER = ("of_teacher", "agreement", "token_agreement", "held_out_kl")
+"""Figures about the questions of `evaluation.data` that a run has only if it starts teacher actors."""
 
 
-def best_figures(tasks: Sequence[str], kinds: Sequence[str] | None = None) -> list[str]:
+def best_figures(tasks: Sequence[str], kinds: Sequence[str] | None = None, has_teacher: bool = True) -> list[str]:
     """Names of the figures by which a run can keep its best student.
 
     Args:
         tasks: that it evaluates on.
         kinds: of the questions of `evaluation.data`; None: there are none.
+        has_teacher: whether the run starts teacher actors, which answer the questions too.
     """
-    of_questions = [] if kinds is None else [*_OF_QUESTIONS, *(f"{kind}/right" for kind in kinds)]
+    of_questions = ["data_right", *(_BESIDE_TEACHER if has_teacher else ()), *(f"{kind}/right" for kind in kinds or ())]
+    of_questions = [] if kinds is None else of_questions
     return [*_OF_ALL, *(f"{task}/{figure}" for task in tasks for figure in _OF_TASK), *of_questions]
 
 
 def check_best_figure(
-    settings: KeepBestConfig | None, tasks: Sequence[str], kinds: Sequence[str] | None = None
+    settings: KeepBestConfig | None, tasks: Sequence[str], kinds: Sequence[str] | None = None, has_teacher: bool = True
 ) -> None:
     """Raises `ConfigError`, with the figures that there are, if the evaluations have none of the configured name.
 
-    `tasks`, `kinds`: as for `best_figures`.
+    `tasks`, `kinds`, `has_teacher`: as for `best_figures`.
     """
-    known = best_figures(tasks, kinds)
+    known = best_figures(tasks, kinds, has_teacher)
     if settings is not None and settings.figure not in known:
         raise ConfigError(
             f"checkpoint.keep_best.figure: found {settings.figure!r}; this run's evaluations have {', '.join(known)}"

@@ -37,6 +37,8 @@ def write_report(run_dir: Path, samples: tuple[int, int] | None = None) -> Table
         "student_exact_match_static": _figure(rows, STATIC, "exact_match"),
         "student_exact_match_dynamic": _figure(rows, DYNAMIC, "exact_match"),
         "tokens_per_step_dynamic": _figure(rows, DYNAMIC, "tokens_per_step"),
+        "student_exact_match_verified": _figure(rows, VERIFIED, "exact_match"),
+        "tokens_per_step_verified": _figure(rows, VERIFIED, "tokens_per_step"),
         "rollout_tokens": last["rollout_tokens"],
         "optimizer_steps": last["step"],
         "weight_version": last["round"],

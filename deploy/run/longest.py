@@ -12,7 +12,7 @@ from opdlm.common.curriculum import longest_limit
 from opdlm.common.data.prompts import PromptSet
 from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import ConfigError
-from opdlm.common.grid import BlockGrid
+from opdlm.common.grid import decoding_grid
 from opdlm.deploy.evaluate.held_out import HeldOutProblems
 from opdlm.deploy.evaluate.known_answers import KnownAnswers
 
@@ -27,7 +27,7 @@ class LongRequest:
     limit: int
     """Most new tokens."""
     end: int
-    """Positions of both, to the end of the last block."""
+    """Positions of both, to the end of the last block; with drafts, those of the last step's masks too."""
 
 
 def longest_rollout(config: OpdlmConfig, prompts: PromptSet, rounds: int) -> LongRequest | None:
@@ -67,13 +67,14 @@ def check_cache(config: OpdlmConfig, rollout: LongRequest | None, question: Long
     if found is not None and longest is not None and longest.end > found:
         raise ConfigError(
             f"rollout.cache_tokens: found {found}, too small for {longest.name}: {longest.prompt} prompt tokens and at "
-            f"most {longest.limit} new ones take {longest.end} positions, to the end of their last block; give at "
-            f"least {longest.end}"
+            f"most {longest.limit} new ones take {longest.end} positions, to the end of their last "
+            f"{'step' if config.rollout.strategy == 'verified' else 'block'}; give at least {longest.end}"
         )
 
 
 def _longest(config: OpdlmConfig, asked: Iterable[tuple[str, int, int]]) -> LongRequest | None:
-    grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
+    rollout = config.rollout
+    grid = decoding_grid(rollout.strategy, rollout.block_size, rollout.block_grid)
     ends = ((name, prompt, limit, grid.end_position(prompt, limit)) for name, prompt, limit in asked)
     longest = max(ends, key=lambda request: request[-1], default=None)
     return LongRequest(*longest) if longest is not None else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.console import Console
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.curriculum import length_limit, longest_limit
 from opdlm.common.files import write_json
-from opdlm.common.grid import BlockGrid
+from opdlm.common.grid import decoding_grid
 from opdlm.common.model.config import read_config
 from opdlm.common.model.end_tokens import token_names
 from opdlm.common.model.tokenizer import load_tokenizer
@@ -161,7 +161,10 @@ def plan_of(checked: Preflight, machines: Machines | None) -> Plan:
         tied = read_config(start).tie_word_embeddings
         # Conversion gives the mask token the id after the tokenizer's last; without a spare row it adds one.
         student = student.with_rows(max(len(load_tokenizer(start)) + 1 - student.vocabulary, 0), tied)
-    adapters = adapter_parameters(start, config.model.lora) if config.model.lora else None
+    lora = config.model.lora
+    adapters = adapter_parameters(start, lora) if lora else None
+    if lora is not None and lora.tokens == "noisy":
+        student = replace(student, pushed=adapters)
     memory = [learner_memory(config, student, teacher, adapters, lengths)]
     if config.run.replay is None:
         memory = [rollout_memory(config, student, lengths), *_judges(config, student, teacher, lengths), *memory]
@@ -181,16 +184,19 @@ def _judges(config: OpdlmConfig, student: ModelSize, teacher: ModelSize, lengths
 def longest_sequences(checked: Preflight) -> Lengths:
     """The longest prompt, sequence and training row over all prompts, each with its longest response."""
     config = checked.config
-    grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
+    size, drafts = config.rollout.block_size, config.rollout.strategy == "verified"
+    grid = decoding_grid(config.rollout.strategy, size, config.rollout.block_grid)
     ends, rows = [0], [0]
     for prompt in checked.prompts.prompts:
-        size = len(prompt.ids)
+        length = len(prompt.ids)
         limit = longest_limit(config, checked.schedule.rounds, prompt.domain, prompt.max_new_tokens)
-        end = grid.end_position(size, limit)
+        end = grid.end_position(length, limit)
         ends.append(end)
-        rows.append(2 * end - grid.first_block_start(size))
+        # If every draft is wrong, each token of a response has a draft of its own behind it.
+        rows.append(length + limit * (1 + size) if drafts else 2 * end - grid.first_block_start(length))
     question = checked.longest_question.end if checked.longest_question else 0
-    return Lengths(max(len(p.ids) for p in checked.prompts.prompts), max(ends), max(rows), question)
+    longest = max(len(p.ids) for p in checked.prompts.prompts)
+    return Lengths(longest, max(ends), max(rows), question, size if drafts else 0)
 
 
 def show_plan(config: OpdlmConfig, console: Console, json_file: Path | None = None, resume: bool | None = None) -> None:

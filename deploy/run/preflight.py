@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.common.config import OpdlmConfig
@@ -19,7 +20,6 @@ from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import ConfigError
 from opdlm.common.form import StudentForm
 from opdlm.common.model.config import read_config
-from opdlm.common.model.end_tokens import token_names
 from opdlm.common.model.facts import ModelFacts, check_vocabularies, read_facts, require_mask
 from opdlm.common.model.families import A2D_PREFIX
 from opdlm.common.model.mask_token import check_mask_row, choose_mask
@@ -30,9 +30,10 @@ from opdlm.deploy.evaluate.best import check_best_figure
 from opdlm.deploy.evaluate.exam import load_known
 from opdlm.deploy.evaluate.known_answers import KnownAnswers
 from opdlm.deploy.run.longest import LongRequest, check_cache, longest_question, longest_rollout
+from opdlm.deploy.run.notes import end_token_notes, slow_bfloat16_notes
 from opdlm.deploy.run.paths import check_job_paths
 from opdlm.deploy.run.replay import check_replay
-from opdlm.deploy.run.student_checks import check_grid, check_noisy
+from opdlm.deploy.run.student_checks import check_base, check_grid, check_noisy
 from opdlm.learner.schedule import TrainingSchedule
 
 
@@ -89,7 +90,7 @@ def preflight(config: OpdlmConfig) -> Preflight:
         check_grid(config, student)
     else:
         _check_conversion(config, teacher)
-    check_noisy(config, student, student.form if config.model.student else config.model.converted_form)
+    check_noisy(config, student)
     for setting, top_k in (("teacher.top_k", _teacher_top_k(config)), ("objective.top_k", config.objective.top_k)):
         if top_k > len(teacher.tokens):
             raise ConfigError(f"{setting}: found {top_k}, more than the teacher's {len(teacher.tokens)} tokens")
@@ -99,7 +100,7 @@ def preflight(config: OpdlmConfig) -> Preflight:
     room = min(teacher.context, student.context) - config.evaluation.max_new_tokens - (config.rollout.block_size - 1)
     questions, refused = load_known(config, tokenizer, room, {*teacher.eos_ids, *student.eos_ids})
     kinds = questions.chosen(config.evaluation.limit).kinds if questions is not None else None
-    check_best_figure(config.checkpoint.keep_best, evaluated_tasks(config), kinds)
+    check_best_figure(config.checkpoint.keep_best, evaluated_tasks(config), kinds, config.starts_teachers)
     prompts = load_prompts(config.data, tokenizer, longest, config.run.seed, teacher.tokens, student.eos_ids)
     per_round, responses = config.rollout.samples_per_round, config.rollout.responses_per_prompt
     per_epoch = prompts.samples_per_epoch * responses
@@ -114,23 +115,9 @@ def preflight(config: OpdlmConfig) -> Preflight:
     order = PromptOrder(prompts.prompts, config.run.seed, epochs, prompts.shares, responses)
     if config.run.replay is not None:
         check_replay(config, Path(config.run.replay), teacher, schedule, order.digest)
-    notes = (*end_token_notes(teacher, student, tokenizer), *([refused] if refused else []))
+    slow = slow_bfloat16_notes(config, torch.cpu.get_capabilities())
+    notes = (*end_token_notes(teacher, student, tokenizer), *([refused] if refused else []), *slow)
     return Preflight(config, teacher, student, tokenizer, prompts, order, schedule, notes, question, questions)
-
-
-def end_token_notes(teacher: ModelFacts, student: ModelFacts, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Says where files name different end-of-sequence tokens: those of one folder, or teacher and student.
-
-    The student decodes, so its end tokens are the run's.
-    """
-    notes = [note for note in dict.fromkeys((teacher.end_tokens_note, student.end_tokens_note)) if note]
-    if teacher.eos_ids != student.eos_ids:
-        ours, theirs = (token_names(facts.eos_ids, tokenizer) for facts in (student, teacher))
-        notes.append(
-            f"end tokens: the teacher {teacher.folder} has {theirs}; the student {student.folder} has {ours}, and the "
-            f"run takes the student's; to change them, set eos_token_id in {student.folder}/generation_config.json"
-        )
-    return notes
 
 
 def check_references(config: OpdlmConfig, prompts: Sequence[Prompt]) -> None:
@@ -191,10 +178,12 @@ def check_weights(config: OpdlmConfig) -> None:
     """Reads all weights of the given models once, because one NaN would show only when the actors have started.
 
     Raises:
-        OpdlmError: a weight is NaN or infinite; its tensor is named.
+        OpdlmError: a weight is NaN or infinite, or not the teacher's where it must be; its tensor is named.
     """
     for folder in sorted({config.model.teacher, config.model.student or config.model.teacher}):
         check_finite(read_shards(folder))
+    if config.rollouts_bring_targets and config.model.student:
+        check_base(read_shards(config.model.teacher), read_shards(config.model.student))
 
 
 def evaluated_tasks(config: OpdlmConfig) -> list[str]:

@@ -26,6 +26,7 @@ _WHERE = {
     "targets": "teacher.targets",
     "data_digest": "data (fingerprint of the prompts)",
     "teacher": "model.teacher (fingerprint and teacher.dtype)",
+    "drafts": "rollout.strategy `verified`",
 }
 
 

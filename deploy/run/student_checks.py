@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
+import torch
+
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.errors import ConfigError
-from opdlm.common.form import StudentForm
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.adapters import NOISY_LORA
 from opdlm.common.model.config import read_config
+from opdlm.common.model.convert import tied_copies
 from opdlm.common.model.facts import ModelFacts
+from opdlm.common.model.shards import Shards
 
 
-def check_noisy(config: OpdlmConfig, student: ModelFacts, form: StudentForm) -> None:
-    """Checks the form for lossless decoding, and the adapters that a given student has."""
-    lora = config.model.lora
+def check_noisy(config: OpdlmConfig, student: ModelFacts) -> None:
+    """Checks the form of a given student for adapters on noisy tokens, and those that it has."""
+    if not config.model.student:
+        return
+    lora, form = config.model.lora, student.form
     noisy = lora is not None and lora.tokens == "noisy"
-    if (noisy or config.rollout.strategy == "verified") and not (form.logit_shift and form.causal):
-        where = "model.lora.tokens `noisy`" if noisy else "rollout.strategy `verified`"
-        mend = (
-            "convert the teacher again, with both"
-            if config.model.student
-            else "set model.logit_shift and model.context"
-        )
+    if noisy and not (form.logit_shift and form.causal):
         raise ConfigError(
-            f"{'model.student' if config.model.student else 'model'}: found a student with {form}; {where} needs logit "
-            f"shift and causal context: {mend}"
+            f"model.student: found a student with {form}; model.lora.tokens `noisy` needs logit shift and causal "
+            "context: convert the teacher again, with both"
         )
-    if config.model.student and student.has_noisy_adapters:
+    if student.has_noisy_adapters:
         ours = lora.model_dump(mode="json") if lora is not None and noisy else None
         theirs = getattr(read_config(config.model.student), NOISY_LORA)
         if ours != theirs:
             raise ConfigError(
                 f"model.lora: found {ours}, but the student {student.folder} has adapters with {theirs}; give the same"
             )
+
+
+def check_base(teacher: Shards, student: Shards) -> None:
+    """Checks that a given student has the teacher's own weights: its clean path is the teacher (METHOD.md section 11).
+
+    A tensor that the student has in another number format is compared in that. A matrix of the student may have rows
+    behind the teacher's, as conversion adds one for the mask token. One tensor of each is in memory at a time.
+
+    Raises:
+        ConfigError: a tensor differs, or the student lacks it.
+    """
+    for name in sorted(teacher.file_of.keys() - tied_copies(read_config(teacher.folder), teacher)):
+        found = student.load(name) if name in student.file_of else None
+        if found is not None:
+            own = teacher.load(name).to(found.dtype)
+            if found.shape[1:] == own.shape[1:] and torch.equal(found[: len(own)], own):
+                continue
+        how = "lacks" if found is None else "has other values in"
+        raise ConfigError(
+            f"model.student: found {student.folder}, which {how} {name} of the teacher {teacher.folder}; with "
+            "rollout.strategy `verified` and model.lora.tokens `noisy` the student's own weights are the teacher: give "
+            "a student that was converted from this teacher and has learnt nothing but such adapters, or leave "
+            "model.student out"
+        )
 
 
 def check_grid(config: OpdlmConfig, student: ModelFacts) -> None:

@@ -24,7 +24,7 @@ from opdlm.common.data.tasks import get_task
 from opdlm.common.data.unknown import UnknownCharacters
 from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.common.files import write_text
-from opdlm.common.model.adapters import add_adapters
+from opdlm.common.model.adapters import add_adapters, has_noisy_adapters
 from opdlm.common.model.facts import check_vocabularies, read_facts, require_mask, shared_tokens
 from opdlm.common.model.load import load_model
 from opdlm.common.model.shards import require_finite
@@ -172,14 +172,15 @@ def _student(run: Path, config: OpdlmConfig, given: Path | None) -> tuple[Checkp
     if given is not None or (run / "student").is_dir():
         folder = given or run / "student"
         return CheckpointDecoder(folder), str(folder)
-    start = Path(config.model.student) if config.model.student else run / "student_init"
+    made = run / "student_init"  # of the teacher, or of a given student that was to get adapters on noisy tokens
+    start = made if made.is_dir() or not config.model.student else Path(config.model.student)
     if not start.is_dir():
         raise OpdlmError(f"{run} has neither student/ nor student_init/; train it, or give --student CKPT")
     student = CheckpointDecoder(start)
     checkpoint = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         return student, str(start)
-    if config.model.lora is not None:
+    if config.model.lora is not None and not has_noisy_adapters(student.model):
         add_adapters(student.model, config.model.lora, config.run.seed)
     weights = load_file(checkpoint.folder / "weights.safetensors")
     with torch.no_grad():

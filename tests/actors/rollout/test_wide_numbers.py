@@ -71,6 +71,16 @@ def test_saved_rollouts_of_a_long_response(long_one, tmp_path) -> None:
     assert np.array_equal(loaded.trajectory.reveal_step, long_one.reveal_step)
 
 
+def test_saved_rollouts_say_whether_they_are_drafts() -> None:
+    """Steps of `verified` say where drafts began, not which states were visited: replays refuse a mixture."""
+    noisy = {"teacher": "t", "logit_shift": True, "context": "causal", "lora": {"tokens": "noisy"}}
+    shared = {"model": noisy, "data": {"path": "p"}}
+    plain = {"rollout": {"block_grid": "response"}}
+    drafts = {"rollout": {"block_grid": "response", "strategy": "verified"}, "objective": {"selection": "drafts"}}
+    facts = [facts_of(config_from_dict(shared | sections), 32, "digest", "print") for sections in (plain, drafts)]
+    assert facts[0] != facts[1] == replace(facts[0], drafts=True)
+
+
 def test_saved_rollouts_of_earlier_versions(tmp_path) -> None:
     """They hold int16; a step that did not fit into it is told, not trained on."""
     config = config_from_dict({"model": {"teacher": "t"}, "data": {"path": "p"}})

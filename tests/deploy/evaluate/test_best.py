@@ -166,6 +166,10 @@ def test_figures_of_questions_with_accepted_answers() -> None:
     assert math.isnan(values[1]), "the teacher had none right"
     assert values[:1] + values[2:] == [0.5, 0.5, 0.5, 0.5, 0.25]
     assert check_best_figure(KeepBestConfig(figure="capitals/right"), [], ["capitals"]) is None
+    alone = best_figures([], ["capitals"], has_teacher=False)
+    assert alone == ["exact_match", "tokens_per_step", "data_right", "capitals/right"]
+    with pytest.raises(ConfigError, match="found 'of_teacher'; this run's evaluations have exact_match"):
+        check_best_figure(KeepBestConfig(figure="of_teacher"), [], ["capitals"], has_teacher=False)
 
 
 @pytest.mark.parametrize(
