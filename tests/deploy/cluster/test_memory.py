@@ -11,11 +11,9 @@ from torch import nn
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.kv_cache import SPARE, SlotCache
 from opdlm.actors.rollout.settings import DecodeSettings
-from opdlm.actors.rollout.verify import Verifier
 from opdlm.common.config import OpdlmConfig, config_from_dict
 from opdlm.common.config.schema import LoraConfig
-from opdlm.common.form import StudentForm
-from opdlm.common.grid import BlockGrid, DraftGrid
+from opdlm.common.grid import BlockGrid
 from opdlm.common.model.adapters import add_adapters
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
@@ -30,7 +28,7 @@ from opdlm.deploy.cluster.learner_memory import (
 from opdlm.deploy.cluster.memory import Lengths, model_size, rollout_memory, teacher_memory
 from opdlm.learner.packing import pack
 from opdlm.learner.row_attention import RowParts
-from opdlm.learner.rows import build_draft_row, build_row
+from opdlm.learner.rows import build_row
 from opdlm.learner.states import ChosenStates
 from tests.tiny import EOS, MASK, request, save_teacher, tiny_model, trajectory
 
@@ -124,35 +122,6 @@ def test_rows_have_the_assumed_length() -> None:
     )
     end = grid.end_position(6, 10)
     assert len(row.input_ids) == 2 * end - grid.first_block_start(6)
-
-
-def test_drafts_have_rows_and_buffers_of_their_own(tmp_path) -> None:
-    size, room = 3, DraftGrid(3)
-    sample = trajectory([5] * 6, [6] * 10, range(1, 11))  # every draft was wrong
-    row = build_draft_row(_scored(sample), size, MASK, exclude_eos=False)
-    lengths = Lengths(6, room.end_position(6, 10), 6 + 10 * (1 + size), drafts=size)
-    assert size * 9 < lengths.row - row.clean_length <= size * 10, "no draft follows the last token"
-    assert lengths.response == 10
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
-    config = config_with(
-        model={
-            "teacher": "t",
-            "dtype": "float32",
-            "logit_shift": True,
-            "context": "causal",
-            "lora": {"tokens": "noisy"},
-        },
-        rollout={"strategy": "verified", "block_size": size, "block_grid": "response", "temperature": 1.0},
-        objective={"selection": "drafts"},
-    )
-    settings = DecodeSettings.from_config(config.rollout, "opd", keep_targets=True)
-    kept, noted = Verifier(model, settings, MASK, (EOS,), (MASK,), StudentForm(True, "causal")).keeps()
-    terms = by_name(rollout_memory(config, model_size(tmp_path), lengths).terms)
-    slots = config.rollout.batch_size
-    assert terms["distributions of drafts"] == slots * kept.shape[1:].numel() * 4
-    assert terms["clean hidden states"] == slots * lengths.end * noted.shape[2] * 4
-    assert terms["logits of a step"] == slots * (2 * size - 1) * 32 * 4
 
 
 def _scored(sample):
