@@ -16,7 +16,7 @@ ASIDE = @if [ -e $(1) ]; then n=1; while [ -e $(1).$$n ]; do n=$$((n + 1)); done
 	printf '%s  %s\n' "$$(date +%H:%M:%S)" "$(1) of an earlier time is now $(1).$$n"; fi
 COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 -x '/(testing|tests|models)/' .
 
-.PHONY: demo lossless real rerank rerank-more test test-slow test-all test-vllm test-compat chaos soak lint bench docs format clean
+.PHONY: demo lossless real rerank rerank-more rerank-ml100k test test-slow test-all test-vllm test-compat chaos soak lint bench docs format clean
 
 demo: $(VENV)/.installed models/chain-teacher  ## Train a teacher, turn it into a diffusion model, report.
 	$(call ASIDE,runs/demo)
@@ -52,23 +52,25 @@ models/smollm2-135m: | $(VENV)/.installed
 data/everyday.jsonl: | $(VENV)/.installed
 	@$(BIN)/opdlm prompts everyday --out $@
 
-# Runs one stage, or goes on with it; a finished stage is kept. $(1): name of its folder, $(2): run file, $(3): settings.
-STAGE = @if [ ! -e runs/rerank/$(1)/student ] || [ ! -e runs/rerank/$(1)/report.json ]; then printf '%s  %s\n' "$$(date +%H:%M:%S)" "rerank: $(1)"; \
-	$(BIN)/opdlm train deploy/rerank-$(2).yaml --set run.dir=runs/rerank/$(1) $(3) \
-	$$(if [ -e runs/rerank/$(1)/config.yaml ]; then echo --resume; fi); fi
+# Runs a stage in runs/$(1), or goes on with it; a finished one is kept. $(2): run file, $(3): settings. A stage that ended
+# by itself (run.max_minutes) has no student yet, and the next one needs it.
+STAGE = @if [ ! -e runs/$(1)/student ] || [ ! -e runs/$(1)/report.json ]; then printf '%s  %s\n' "$$(date +%H:%M:%S)" "$(1)"; \
+	$(BIN)/opdlm train deploy/$(2).yaml --set run.dir=runs/$(1) $(3) \
+	$$(if [ -e runs/$(1)/config.yaml ]; then echo --resume; fi) && \
+	if [ ! -e runs/$(1)/student ]; then echo "runs/$(1) is not finished; the same command goes on with it"; exit 1; fi; fi
 RERANKERS = AR=models/rerank-teacher converted=models/rerank-converted CFT=runs/rerank/cft/student \
 	CFT+OPD=runs/rerank/opd/student RL=runs/rerank/rl/student
 
 rerank: $(VENV)/.installed models/rerank-converted  ## A re-ranker in three stages: cft, opd, rl; with a report.
-	$(call STAGE,cft,cft)
-	$(call STAGE,opd,opd)
-	$(call STAGE,rl,rl)
+	$(call STAGE,rerank/cft,rerank-cft)
+	$(call STAGE,rerank/opd,rerank-opd)
+	$(call STAGE,rerank/rl,rerank-rl)
 	@$(BIN)/opdlm rerank-report $(RERANKERS) --task rerank --problems 3000 --out runs/rerank/report.json
 
 rerank-more: rerank  ## What each stage is for: rl without opd, opd without cft, a reward for validity alone.
-	$(call STAGE,rl-without-opd,rl,--set model.student=runs/rerank/cft/student)
-	$(call STAGE,opd-without-cft,opd,--set model.student=models/rerank-converted)
-	$(call STAGE,rl-validity,rl,--set reward.validity_alone=true)
+	$(call STAGE,rerank/rl-without-opd,rerank-rl,--set model.student=runs/rerank/cft/student)
+	$(call STAGE,rerank/opd-without-cft,rerank-opd,--set model.student=models/rerank-converted)
+	$(call STAGE,rerank/rl-validity,rerank-rl,--set reward.validity_alone=true)
 	@$(BIN)/opdlm rerank-report $(RERANKERS) CFT+RL=runs/rerank/rl-without-opd/student \
 		OPD=runs/rerank/opd-without-cft/student validity=runs/rerank/rl-validity/student \
 		--task rerank --problems 3000 --out runs/rerank/report-more.json
@@ -79,6 +81,35 @@ models/rerank-teacher: | $(VENV)/.installed
 
 models/rerank-converted: | models/rerank-teacher
 	@$(BIN)/opdlm convert models/rerank-teacher $@ --block-size 4 --block-grid response
+
+# The same with real users and films: MovieLens-100k, of which a package on PyPI holds a copy.
+ML100K := recbole/dataset_example/ml-100k
+ML100K_CASES = --set data.task=null --set data.path=data/ml100k/train.jsonl --set data.response_field=response \
+	--set evaluation.data=data/ml100k/valid.jsonl --set evaluation.limit=400 --set model.teacher=models/ml100k-teacher \
+	--set run.max_minutes=110
+
+rerank-ml100k: $(VENV)/.installed models/ml100k-converted  ## The three stages on MovieLens-100k; run it again to go on.
+	$(call STAGE,ml100k/cft,rerank-cft,$(ML100K_CASES))
+	$(call STAGE,ml100k/opd,rerank-opd,$(ML100K_CASES) --set model.student=runs/ml100k/cft/student)
+	$(call STAGE,ml100k/rl,rerank-rl,$(ML100K_CASES) --set model.student=runs/ml100k/opd/student)
+	@$(BIN)/opdlm rerank-report AR=models/ml100k-teacher converted=models/ml100k-converted CFT=runs/ml100k/cft/student \
+		CFT+OPD=runs/ml100k/opd/student RL=runs/ml100k/rl/student --data data/ml100k/test.jsonl --out runs/ml100k/report.json
+
+data/ml100k: | $(VENV)/.installed
+	$(SAY) "getting MovieLens-100k, 2 MB, once; its terms forbid passing it on"
+	@mkdir -p models/download
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest models/download recbole==1.2.1
+	@cd models/download && $(abspath $(BIN))/python -c "import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); \
+		[z.extract(sys.argv[2] + name) for name in ('/ml-100k.inter', '/ml-100k.item')]" recbole-*.whl $(ML100K)
+	@$(BIN)/opdlm prompts ml100k --files models/download/$(ML100K) --out $@
+	@rm -r models/download
+
+models/ml100k-teacher: | data/ml100k
+	$(SAY) "training the re-ranker that is the teacher, once"
+	@$(BIN)/opdlm pretrain $@ --data data/ml100k/train.jsonl --steps 1200 --lr 2e-3
+
+models/ml100k-converted: | models/ml100k-teacher
+	@$(BIN)/opdlm convert models/ml100k-teacher $@ --block-size 4 --block-grid response
 
 test: $(VENV)/.installed-dev  ## The tests before every commit: every part, and the main properties of whole runs.
 	$(BIN)/python -m pytest -m "not slow"

@@ -7,7 +7,7 @@ autoregressive model is decoded by transformers' `generate`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def run_rerank_report(
     shown = max((t for t in thresholds if t < 1), default=max(thresholds))
     quality = [(row["name"], row["rerank"]) for row in rows if row["threshold"] in (None, shown)]
     compared = rerank_comparisons(questions.cases, quality)
-    for table in (*rerank_tables(questions.cases, quality, compared), _speed_table(rows)):
+    for table in (*rerank_tables(questions.cases, quality, compared), *_speed_tables(rows)):
         console.print(table)
     content = {"questions": questions.title, "quality_threshold": shown, "speed_cases": speed_cases}
     content |= {"rows": rows, "compared": compared}
@@ -135,23 +135,25 @@ def _measured(
     return row
 
 
-def _speed_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Tokens per second and milliseconds a request with each batch size, beside the first autoregressive model."""
-    batches = list(rows[0]["speed"])
-    columns = [f"batch {batch}: {what}" for batch in batches for what in ("tokens/s", "ms a request", "times AR")]
-    table = new_table("speed", "model", "threshold", "R@1", "tokens per step", *columns)
+def _speed_tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """For each batch size: tokens per second and milliseconds a request, beside the first autoregressive model."""
     beside = next((row for row in rows if row["threshold"] is None), None)
-    for row in rows:
-        cells = []
-        for batch in batches:
+    for batch in rows[0]["speed"]:
+        columns = "threshold", "R@1", "tokens per step", "tokens per second", "ms a request", "times AR"
+        table = new_table(f"speed, batch {batch}", "model", *columns)
+        for row in rows:
             speed = row["speed"][batch]
             times = speed["tokens_per_second"] / beside["speed"][batch]["tokens_per_second"] if beside else None
-            cells += [f"{speed['tokens_per_second']:,.0f}", f"{speed['milliseconds_per_request']:.1f}"]
-            cells.append("-" if times is None else f"{times:.2f}")
-        threshold = "-" if row["threshold"] is None else f"{row['threshold']:g}"
-        first = f"{row['rerank']['recall@1']:.3f}", f"{row['tokens_per_step']:.2f}"
-        table.add_row(row["name"], threshold, *first, *cells)
-    return table
+            table.add_row(
+                row["name"],
+                "-" if row["threshold"] is None else f"{row['threshold']:g}",
+                f"{row['rerank']['recall@1']:.3f}",
+                f"{row['tokens_per_step']:.2f}",
+                f"{speed['tokens_per_second']:,.0f}",
+                f"{speed['milliseconds_per_request']:.1f}",
+                "-" if times is None else f"{times:.2f}",
+            )
+        yield table
 
 
 def draw(rows: Sequence[dict[str, Any]], title: str, file: Path) -> None:

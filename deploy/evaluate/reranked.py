@@ -24,10 +24,11 @@ from opdlm.common.files import read_json
 from opdlm.deploy.observe.tables import decoding_name, new_table
 
 RETRIEVER = "retriever"
-_SHOWN = "recall@1", "recall@3", "ndcg@3", "reward", "valid", "copied", *FAILURES
+_RANKED = "recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5", "reward"
+_COUNTED = "valid", "copied", *FAILURES
 COMPARED = "recall@1", "ndcg@3"
 """The metrics whose differences get an interval."""
-_NAMES = {"recall@1": "R@1", "recall@3": "R@3", "ndcg@3": "NDCG@3"}
+_NAMES = {"recall@1": "R@1", "recall@3": "R@3", "recall@5": "R@5", "ndcg@3": "NDCG@3", "ndcg@5": "NDCG@5"}
 
 Comparison = dict[str, str | float]
 
@@ -61,16 +62,17 @@ def rerank_comparisons(cases: Sequence[RerankCase], rows: Sequence[tuple[str, di
 def rerank_tables(
     cases: Sequence[RerankCase], rows: Sequence[tuple[str, dict[str, Any]]], compared: Sequence[Comparison]
 ) -> list[Table]:
-    """Two tables: the metrics, and by how much each row beats the rows above it.
+    """Three tables: the metrics, what became of the answers, and by how much each row beats the rows above it.
 
     Args:
         rows: (name, `rerank_figures`) of each way of decoding, the teacher's first where there is one.
         compared: `rerank_comparisons` of them.
     """
-    metrics = new_table(f"re-ranking, {len(cases):,} cases", "order", *(_NAMES.get(n, n) for n in _SHOWN))
+    metrics = new_table(f"re-ranking, {len(cases):,} cases", "order", *(_NAMES.get(n, n) for n in _RANKED))
+    answers = new_table("its answers", "order", *_COUNTED)
     for name, figures in [_retriever(cases), *rows]:
-        shown = [f"{figures[n]:.3f}" if n in _NAMES or n == "reward" else f"{figures[n]:.1%}" for n in _SHOWN]
-        metrics.add_row(name, *shown)
+        metrics.add_row(name, *(f"{figures[n]:.3f}" for n in _RANKED))
+        answers.add_row(name, *(f"{figures[n]:.1%}" for n in _COUNTED))
     columns = [_NAMES[metric] for metric in COMPARED]
     differences = new_table("differences, and the 95 % interval of a paired bootstrap", "order", "beside", *columns)
     cells: dict[tuple[Any, Any], list[str]] = {}
@@ -79,7 +81,7 @@ def rerank_tables(
         cells.setdefault((one["order"], one["beside"]), []).append(text)
     for pair, texts in cells.items():
         differences.add_row(*pair, *texts)
-    return [metrics, differences]
+    return [metrics, answers, differences]
 
 
 def _retriever(cases: Sequence[RerankCase]) -> tuple[str, dict[str, Any]]:
@@ -104,7 +106,7 @@ def read_beside(file: Path, cases: Sequence[RerankCase]) -> list[tuple[str, dict
     try:
         digest, name = found["cases"], "/".join(Path(found["checkpoint"]).parts[-2:])
         ranked = [(f"{name}, {way}", figures) for way, figures in ranked_rows(found["rows"], found["threshold"])]
-        complete = all({"ranks", *_SHOWN} <= figures.keys() for _, figures in ranked)
+        complete = all({"ranks", *_RANKED, *_COUNTED} <= figures.keys() for _, figures in ranked)
     except (KeyError, TypeError, AttributeError):
         ranked, complete, digest = [], False, None
     if not (ranked and complete):

@@ -28,6 +28,9 @@ def test_every_model_has_its_quality_and_its_speed(models, tmp_path) -> None:
     out = tmp_path / "report.json"
     text = opdlm("rerank-report", f"AR={teacher}", f"new={student}", "--task", "rerank", *sizes, "--out", out)
     assert "retriever" in text
+    assert "…" not in text, "no figure is cut off"
+    for title in ("its answers", "speed, batch 1", "speed, batch 4"):
+        assert title in text
     rows = json.loads(out.read_text())["rows"]
     assert [(row["name"], row["threshold"]) for row in rows] == [("AR", None), ("new", 0.9), ("new", 0.5)]
     for row in rows:
