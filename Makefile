@@ -111,8 +111,9 @@ models/ml100k-teacher: | data/ml100k
 models/ml100k-converted: | models/ml100k-teacher
 	@$(BIN)/opdlm convert models/ml100k-teacher $@ --block-size 4 --block-grid response
 
+# One process has the tests with Ray, the other ones the rest (tests/conftest.py); models are too small for two threads.
 test: $(VENV)/.installed-dev  ## The tests before every commit: every part, and the main properties of whole runs.
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
 test-slow: $(VENV)/.installed-dev  ## The rest: several nodes, full disks, every role killed, a job on a cluster.
 	$(BIN)/python -m pytest -m slow

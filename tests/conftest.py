@@ -14,8 +14,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For several processes (`pytest -n 2 --dist loadgroup`): tests with Ray are for one of them, which then has the one
-    cluster and time of its own; the others share the other files."""
+    """For several processes (`pytest -n 2 --dist loadgroup`): one has all tests with Ray, and so one cluster; others
+    share the other files."""
     for item in items:
         needs_ray = item.get_closest_marker("ray") or "cluster" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("ray" if needs_ray else str(item.path)))

@@ -51,17 +51,19 @@ def test_what_a_run_says(unbroken) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("role", ["rollout", "reward"])
-def test_an_actor_dies_in_a_call(unbroken, chain_teacher, victims, tmp_path, role) -> None:
+def test_actors_die_in_a_call(unbroken, chain_teacher, victims, tmp_path) -> None:
     run_dir = tmp_path / "run"
     with running(policy_config(chain_teacher, run_dir)) as process:
-        victim = victims.find(role)
-        wait_for_rounds(run_dir, 1, process)
-        kill_during_a_call(victim, run_dir)
+        for role in ("rollout", "reward"):
+            rounds = len(records_of(run_dir, "round")) + 1  # training one more needs the actor that died before
+            victim = victims.find(role)
+            wait_for_rounds(run_dir, rounds, process)
+            kill_during_a_call(victim, run_dir)
         assert process.wait(timeout=PATIENCE) == 0
     assert_sound(run_dir)
-    (died,) = (record["role"] for record in records_of(run_dir, "actor_death"))
-    assert died == role or (role, died) == ("rollout", "reference"), "both are of one class, and so are their processes"
+    first, second = (record["role"] for record in records_of(run_dir, "actor_death"))
+    assert first in ("rollout", "reference"), "both are of one class, and so are their processes"
+    assert second == "reward"
     assert losses(run_dir) == losses(unbroken)
 
 
