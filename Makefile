@@ -77,7 +77,7 @@ rerank-more: rerank  ## What each stage is for: rl without opd, opd without cft,
 
 models/rerank-teacher: | $(VENV)/.installed
 	$(SAY) "training the re-ranker that is the teacher, once"
-	@$(BIN)/opdlm pretrain $@ --task rerank --hidden-size 128 --layers 4 --steps 1500
+	@$(BIN)/opdlm pretrain $@ --task rerank --hidden-size 128 --layers 4 --steps 1000
 
 models/rerank-converted: | models/rerank-teacher
 	@$(BIN)/opdlm convert models/rerank-teacher $@ --block-size 4 --block-grid response
