@@ -32,7 +32,7 @@ from opdlm.deploy.evaluate.known_answers import KnownAnswers
 from opdlm.deploy.run.longest import LongRequest, check_cache, longest_question, longest_rollout
 from opdlm.deploy.run.paths import check_job_paths
 from opdlm.deploy.run.replay import check_replay
-from opdlm.deploy.run.student_checks import check_grid, check_noisy
+from opdlm.deploy.run.student_checks import check_attention, check_grid, check_noisy
 from opdlm.learner.schedule import TrainingSchedule
 
 
@@ -89,6 +89,7 @@ def preflight(config: OpdlmConfig) -> Preflight:
         check_grid(config, student)
     else:
         _check_conversion(config, teacher)
+    check_attention(config, student)
     check_noisy(config, student, student.form if config.model.student else config.model.converted_form)
     for setting, top_k in (("teacher.top_k", _teacher_top_k(config)), ("objective.top_k", config.objective.top_k)):
         if top_k > len(teacher.tokens):
