@@ -18,6 +18,7 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.masks import training_mask_mod
 from opdlm.common.model.config import NARROWEST_FLEX_HEAD
 from opdlm.learner.packing import MicroBatch
+
 _MOST_VERSIONS = 32
 """Compiled versions of one function that torch may keep; its own limit is 8."""
 

@@ -1,4 +1,4 @@
-"""Decoding on the GPU: against the CPU, by CUDA graphs, lossless, and without waits. `pytest tests/gpu/test_decoding.py`"""
+"""Decoding on the GPU: as on the CPU, by CUDA graphs, lossless, without waits. `pytest tests/gpu/test_decoding.py`"""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -35,10 +34,9 @@ MODELS = {
 
 
 @pytest.fixture(autouse=True)
-def apart() -> Iterator[None]:
+def apart() -> None:
     """Nothing compiled is left of an earlier test."""
     torch._dynamo.reset()
-    yield
 
 
 def micro_batch(count: int, response: int, width: int, form: StudentForm) -> tuple[MicroBatch, PositionTargets]:
