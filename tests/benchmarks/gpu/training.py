@@ -53,8 +53,12 @@ def flops(model: Any, batch: MicroBatch) -> float:
     return 3 * (2 * layers * tokens + attention + 2 * output) + 2 * output
 
 
-def peak_bytes(run: Callable[[], Any], device: str) -> int | None:
-    """The most that torch allocates in a call, beside what there was; None on the CPU."""
+def peak_bytes(run: Callable[[], Any], model: Any, device: str) -> int | None:
+    """The most that torch allocates in a call, the model's gradients included, beside what there was before.
+
+    None on the CPU.
+    """
+    model.zero_grad(set_to_none=True)
     if device != "cuda":
         run()
         return None
@@ -112,9 +116,9 @@ def main() -> None:
                 utilisation=work / seconds / peak,
                 first_seconds=firsts[0],
                 second_seconds=firsts[1],
-                peak_gib=(peak_bytes(run, device) or 0) / 2**30,
+                peak_gib=(peak_bytes(run, model, device) or 0) / 2**30,
             )
-        least = peak_bytes(ours(module, one, one_targets), device)
+        least = peak_bytes(ours(module, one, one_targets), model, device)
         journal.add(attention=attention, rows=1, response=chosen.response, peak_gib=(least or 0) / 2**30)
         del module, model
     plain = random_model(shape, device).train()
@@ -125,7 +129,7 @@ def main() -> None:
         plain.zero_grad(set_to_none=True)
         direct(plain, dense, dense_targets).backward()
 
-    most = peak_bytes(directly, device)
+    most = peak_bytes(directly, plain, device)
     ratio = most / least if most is not None and least is not None else None
     journal.add(attention="direct", rows=1, response=chosen.response, peak_gib=(most or 0) / 2**30, times_ours=ratio)
 
