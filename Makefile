@@ -16,7 +16,7 @@ ASIDE = @if [ -e $(1) ]; then n=1; while [ -e $(1).$$n ]; do n=$$((n + 1)); done
 	printf '%s  %s\n' "$$(date +%H:%M:%S)" "$(1) of an earlier time is now $(1).$$n"; fi
 COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 -x '/(testing|tests|models)/' .
 
-.PHONY: demo lossless real rerank rerank-more rerank-ml100k test test-slow test-all test-vllm test-compat chaos soak lint bench docs format clean
+.PHONY: demo lossless real rerank rerank-more rerank-ml100k test test-slow test-all test-vllm test-compat test-gpu bench-gpu chaos soak lint bench docs format clean
 
 demo: $(VENV)/.installed models/chain-teacher  ## Train a teacher, turn it into a diffusion model, report.
 	$(call ASIDE,runs/demo)
@@ -77,7 +77,7 @@ rerank-more: rerank  ## What each stage is for: rl without opd, opd without cft,
 
 models/rerank-teacher: | $(VENV)/.installed
 	$(SAY) "training the re-ranker that is the teacher, once"
-	@$(BIN)/opdlm pretrain $@ --task rerank --hidden-size 128 --layers 4 --steps 1000
+	@$(BIN)/opdlm pretrain $@ --task rerank --hidden-size 128 --layers 4 --steps 1500
 
 models/rerank-converted: | models/rerank-teacher
 	@$(BIN)/opdlm convert models/rerank-teacher $@ --block-size 4 --block-grid response
@@ -125,6 +125,12 @@ test-vllm: $(VLLM_VENV)/.installed  ## The vLLM teacher against the transformers
 
 test-compat: $(VENV)/.installed-dev $(COMPAT)/.installed  ## What we write, read by transformers 4 and 5 (a folder of 75 MB).
 	OPDLM_TRANSFORMERS_4=$(abspath $(COMPAT)) $(BIN)/python -m pytest tests/compat
+
+test-gpu: $(VENV)/.installed-dev  ## What only a GPU can show, in 10 minutes on one GPU; results in runs/gpu.
+	$(BIN)/python -m tests.gpu.session --only tests --out runs/gpu
+
+bench-gpu: $(VENV)/.installed-dev  ## Measurements on one GPU, in 10 minutes; results in runs/gpu-bench.
+	$(BIN)/python -m tests.gpu.session --only bench --out runs/gpu-bench
 
 chaos: $(VENV)/.installed-dev models/chain-teacher  ## 40 rounds of the demo, unbroken and under random kills, side by side.
 	rm -rf runs/chaos

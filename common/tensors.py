@@ -26,6 +26,12 @@ def array_to_tensor(array: np.ndarray) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if tensor.dtype is torch.uint16 else tensor
 
 
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A small array as a tensor on a device. The host does not wait for a GPU: it copies from page-locked memory."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor of any shape and dtype holds neither NaN nor infinity. Waits for the tensor's device."""
     if not tensor.is_floating_point() or not tensor.numel():

@@ -16,11 +16,12 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.common.errors import OpdlmError
 from opdlm.common.form import PAPER_FORM, StudentForm
-from opdlm.common.masks import training_mask_mod
 from opdlm.common.model.adapters import add_adapters, has_noisy_adapters
 from opdlm.common.model.attention import ATTENTION
+from opdlm.common.model.config import head_width, read_config
 from opdlm.common.model.load import hidden_states, load_model
 from opdlm.learner.chunked_loss import chunked_loss
+from opdlm.learner.flex import attention_for, block_mask
 from opdlm.learner.packing import MicroBatch
 from opdlm.learner.policy_gradient import PolicyPositions
 from opdlm.learner.row_attention import RowParts
@@ -61,9 +62,7 @@ class DistillModule(nn.Module):
     @classmethod
     def load(cls, folder: str, config: OpdlmConfig, form: StudentForm) -> DistillModule:
         """Loads a student as the run file asks for it: dtype, attention, adapters, gradient checkpointing."""
-        attention = config.model.attention
-        if attention == "auto":
-            attention = "flex_attention" if config.learner.gpus_per_worker > 0 else "sdpa"
+        attention = attention_for(config, head_width(read_config(folder)))
         student = load_model(folder, config.model.dtype, attention)
         lora = config.model.lora
         if lora is not None and lora.tokens == "noisy" and not has_noisy_adapters(student):
@@ -115,9 +114,4 @@ class DistillModule(nn.Module):
             parts = RowParts.from_batch(batch, dtype, self.form.causal)
             self.padding = parts.padding
             return parts.clean_pieces[0].mask, {"layout": parts}  # any mask: with one, the model makes none itself
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        rows, length = batch.blocks.shape
-        mask_mod = training_mask_mod(batch.samples, batch.copies, batch.blocks, self.form.causal)
-        device = str(batch.blocks.device)
-        return create_block_mask(mask_mod, rows, None, length, length, device=device, _compile=True), {}
+        return block_mask(batch, self.form.causal), {}

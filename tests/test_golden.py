@@ -32,18 +32,24 @@ RELATIVE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def student():
-    return load_model(golden_files.ROOT / "models" / "student")
+def device() -> torch.device:
+    """`tests/gpu/test_golden.py` repeats these tests on another one."""
+    return torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def teacher():
-    return load_model(golden_files.ROOT / "models" / "teacher")
+def student(device):
+    return load_model(golden_files.ROOT / "models" / "student").to(device)
+
+
+@pytest.fixture(scope="module")
+def teacher(device):
+    return load_model(golden_files.ROOT / "models" / "teacher").to(device)
 
 
 @pytest.mark.parametrize("path", golden_files.cases("train") + golden_files.cases("shift"), ids=lambda p: p.stem)
 @pytest.mark.parametrize("kind", ["logits", "hidden", "topk"])
-def test_loss_and_gradients(path, kind, student, teacher) -> None:
+def test_loss_and_gradients(path, kind, device, student, teacher) -> None:
     case = golden_files.load(path)
     objective = golden_files.objective_of(case)
     if kind == "topk" and objective.top_k == 0:
@@ -61,10 +67,11 @@ def test_loss_and_gradients(path, kind, student, teacher) -> None:
     weights = torch.cat([torch.full((len(r.loss_positions),), 1 / len(r.loss_positions) / len(rows)) for r in rows])
     module = DistillModule(student, objective, logits_chunk=7, form=form)
     student.zero_grad()
-    loss, losses = module(batch, gather_targets(rows, teacher.lm_head.weight, objective), weights)
+    targets_at_loss = gather_targets(rows, teacher.lm_head.weight, objective).to(device)
+    loss, losses = module(batch.to(device), targets_at_loss, weights.to(device))
     loss.backward()
 
-    per_row = losses.split([len(row.loss_positions) for row in rows])
+    per_row = losses.cpu().split([len(row.loss_positions) for row in rows])
     for ours, row in zip(per_row, case["rows"], strict=True):
         torch.testing.assert_close(ours, torch.tensor(row["loss_per_position"]), rtol=RELATIVE, atol=1e-5)
         assert ours.mean().item() == pytest.approx(row["loss"], rel=RELATIVE)
@@ -137,10 +144,11 @@ def test_decoded_tokens_and_reveal_steps(path, batch_size, student) -> None:
 
 
 @pytest.mark.parametrize("path", golden_files.cases("rl"), ids=lambda p: p.stem)
-def test_policy_gradient(path) -> None:
+def test_policy_gradient(path, device) -> None:
     """Advantages, log-probabilities, ratios, surrogates, clipped share, loss and gradients (METHOD.md section 7)."""
     case = golden_files.load(path)
-    objective, student = golden_files.objective_of(case), load_model(golden_files.ROOT / "models" / case["model"])
+    objective = golden_files.objective_of(case)
+    student = load_model(golden_files.ROOT / "models" / case["model"]).to(device)
     for group in case["groups"]:
         expected = None if group["dropped"] else [sample["advantage"] for sample in group["samples"]]
         ours = advantages([sample["reward"] for sample in group["samples"]], objective.advantage)
@@ -150,14 +158,14 @@ def test_policy_gradient(path) -> None:
     rows = [row for scored, _ in samples for row in build_rows(scored, grid, objective, case["mask_id"], rng)]
     count = sum(len(row.loss_positions) for row in rows)
     assert count == case["tokens"]
-    positions = gather_policy(rows, Draws(case["temperature"], (case["mask_id"],)))
+    positions = gather_policy(rows, Draws(case["temperature"], (case["mask_id"],))).to(device)
     module = DistillModule(student, objective, logits_chunk=7)
-    loss, losses = module(pack(rows), positions, torch.full((count,), 1 / count))
+    loss, losses = module(pack(rows).to(device), positions, torch.full((count,), 1 / count, device=device))
     loss.backward()
 
     def of_each_sample(values: torch.Tensor) -> list[torch.Tensor]:
         """Values of the loss positions -> by sample, in the order of the response."""
-        parts = values.split([len(row.loss_positions) for row in rows])
+        parts = values.cpu().split([len(row.loss_positions) for row in rows])
         found = []
         for scored, _ in samples:
             mine = [(row.loss_positions, part) for row, part in zip(rows, parts, strict=True) if row.scored is scored]
@@ -188,7 +196,7 @@ def _compare_gradients(student: torch.nn.Module, norm: float, path: Path) -> Non
     gradients = {k.removeprefix("grad."): v for k, v in reference.items() if k.startswith("grad.")}
     assert gradients, "the reference file names no gradients"
     for name, gradient in gradients.items():
-        difference = (named[name].grad - gradient).norm() / gradient.norm()
+        difference = (named[name].grad.cpu() - gradient).norm() / gradient.norm()
         assert difference < RELATIVE, f"gradient of {name} is off by {difference:.1e}"
 
 

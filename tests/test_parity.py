@@ -6,6 +6,9 @@ saw, for any prompt length, any response end, either grid and every form of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -16,9 +19,11 @@ from opdlm.actors.rollout.observation import StepObservation
 from opdlm.actors.rollout.remasking import STRATEGIES
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.common.form import StudentForm
 from opdlm.common.masks import training_mask
 from opdlm.common.model.load import hidden_states
-from opdlm.learner.packing import collate
+from opdlm.common.types import RolloutRequest
+from opdlm.learner.packing import MicroBatch, collate
 from opdlm.learner.rows import build_rows
 from tests.golden_files import unscored
 from tests.tiny import EOS, FORMS_AND_GRIDS, MASK, OTHER_FAMILIES, request, tiny_model
@@ -40,6 +45,28 @@ def test_training_forward_sees_what_the_decoder_saw(
     model, block_size, form_and_grid, strategy, temperature, lengths, seed
 ) -> None:
     form, grid = form_and_grid
+    how = DecodeSettings(block_size, grid, strategy, 0.4, 1.0, temperature=temperature)
+    requests = [request(p, i, limit, seed) for i, (p, limit) in enumerate(lengths)]
+    trained, decoded = both_logits(model, how, form, requests, dense_logits)
+    torch.testing.assert_close(trained, decoded, rtol=1e-4, atol=1e-4)
+
+
+Forward = Callable[[Any, MicroBatch, StudentForm], torch.Tensor]
+
+
+def dense_logits(model: Any, batch: MicroBatch, form: StudentForm) -> torch.Tensor:
+    """The logits `[B, T, V]` of training rows, by a dense mask."""
+    mask = training_mask(batch.samples, batch.copies, batch.blocks, form.causal)
+    return model.lm_head(hidden_states(model, batch.input_ids, batch.position_ids, mask))
+
+
+def both_logits(
+    model: Any, how: DecodeSettings, form: StudentForm, requests: Sequence[RolloutRequest], forward: Forward
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decodes, and runs the training forward over every state of every rollout.
+
+    Returns: the logits `[N, V]` of training and of decoding, at every masked position that the decoder saw.
+    """
     seen: dict[tuple[int, int, int], torch.Tensor] = {}  # logits [V] by (sequence, step, position)
 
     def observe(view: StepObservation) -> None:
@@ -48,22 +75,19 @@ def test_training_forward_sees_what_the_decoder_saw(
                 place = (index, view.step[row], int(view.positions[row, column]))
                 seen[place] = view.logits[row, column].clone()
 
-    how = DecodeSettings(block_size, grid, strategy, 0.4, 1.0, temperature=temperature)
     decoder = BlockDecoder(model, how, MASK, [EOS], batch_size=3, form=form)
-    requests = [request(p, i, limit, seed) for i, (p, limit) in enumerate(lengths)]
     trajectories, _ = decoder.decode(requests, observer=observe)
 
     objective = ObjectiveConfig(selection="all_states", exclude_eos=False)
-    compared = 0
+    trained, decoded = [], []
     for t in trajectories:
         rows = build_rows(unscored(t), decoder.grid, objective, MASK, np.random.default_rng(0), form)
         batch = collate(rows)
         with torch.no_grad():
-            mask = training_mask(batch.samples, batch.copies, batch.blocks, form.causal)
-            logits = model.lm_head(hidden_states(model, batch.input_ids, batch.position_ids, mask)).float()
+            logits = forward(model, batch.to(model.device), form).float().cpu()
         logits[..., MASK] = float("-inf")
         start, length = len(batch.rows[0].input_ids) - len(t.response_ids), len(t.prompt_ids)
-        size, offset = block_size, decoder.grid.offset(length)
+        size, offset = how.block_size, decoder.grid.offset(length)
         steps_of_block = _distinct_steps(t.reveal_step, length, decoder.grid)
         for k, row in enumerate(rows):
             for i in np.flatnonzero(row.input_ids[start:] == MASK).tolist():
@@ -72,10 +96,10 @@ def test_training_forward_sees_what_the_decoder_saw(
                 column = start + i
                 if form.logit_shift:  # a block's first token is predicted at the clean token before the block
                     column = length + i - 1 if (length + i + offset) % size == 0 else start + i - 1
-                recorded = seen[(t.index, int(steps_of_block[i][k]), length + i)]
-                torch.testing.assert_close(logits[k, column], recorded, rtol=1e-4, atol=1e-4)
-                compared += 1
-    assert compared == len(seen), "some positions that the decoder saw were not compared"
+                trained.append(logits[k, column])
+                decoded.append(seen[(t.index, int(steps_of_block[i][k]), length + i)])
+    assert len(trained) == len(seen), "some positions that the decoder saw were not compared"
+    return torch.stack(trained), torch.stack(decoded)
 
 
 def _distinct_steps(reveal: np.ndarray, prompt_length: int, grid) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.slots import Slots
 from opdlm.common.errors import OpdlmError
 from opdlm.common.form import StudentForm
+from opdlm.common.tensors import to_device
 
 _TOKEN_STREAM, _ORDER_STREAM = 0, 1  # two independent sequences of uniform numbers
 
@@ -66,12 +67,10 @@ class Denoiser:
         """
         n, block = slots.occupied, self.settings.block_size
         window = slots.block_start[:, None] + torch.arange(block, device=slots.device)  # [n, S] positions
-        # The host copies its indices to the device before it launches the forward: later, the copy would wait for it.
         committing, masked_places = np.flatnonzero(slots.host_commits[:n]), np.flatnonzero(slots.host_masked[:n])
         shape = step_forward.shape(committing.size, slots)
         # A shape that was rounded up has room for more commits: `resize` repeats slots, whose blocks are written twice.
-        indices = torch.from_numpy(np.concatenate([np.resize(committing, shape.commits), masked_places]))
-        indices = indices.to(slots.device)
+        indices = to_device(np.concatenate([np.resize(committing, shape.commits), masked_places]), slots.device)
         commit, places = indices[: shape.commits], indices[shape.commits :]  # [c] slots, [m] places in [n * S]
         hidden = step_forward(shape, *slots.first_rows(shape.slots, step_forward.cache), commit)
         if self._form.logit_shift:

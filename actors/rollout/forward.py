@@ -193,5 +193,5 @@ def prefill(model: Any, cache: SlotCache, slots: Slots, grid: BlockGrid | DraftG
         tokens = slots.tokens[where, :longest]
         hidden = hidden_states(model, tokens, positions, block_causal(blocks, blocks), cache)
         if form.logit_shift and isinstance(grid, BlockGrid):
-            slots.kept[where] = hidden[torch.arange(len(chosen)), starts - 1]
+            slots.kept[where] = hidden[torch.arange(len(chosen), device=slots.device), starts - 1]
     return sum(lengths)

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from opdlm.common.model.config import head_width
+
 SPARE = 16
 """Positions of each layer that belong to no slot: the first takes what nobody reads, and windows may reach into all."""
 
@@ -33,8 +35,7 @@ class SlotCache:
             limit: positions (`rollout.cache_tokens`); they are allocated now. None: the cache grows with its sequences.
         """
         config, weight = model.config, model.lm_head.weight
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        empty = weight.new_zeros(0, config.num_key_value_heads, head_dim)
+        empty = weight.new_zeros(0, config.num_key_value_heads, head_width(config))
         self.layers = [[empty, empty] for _ in range(config.num_hidden_layers)]
         """Per layer, keys and values, `[positions + SPARE, H', D]` each."""
         self.limit, self.positions = limit, 0

@@ -158,7 +158,8 @@ class ModelConfig(Section):
     rounds, so a weight that decodes differs from the one that trains by up to half a bfloat16 step."""
     attention: Attention = "auto"
     """Attention of the learner's forward. `flex_attention`: block masks, GPU only. `sdpa`: two dense calls, one for
-    clean and one for noisy tokens. `auto`: `flex_attention` on a GPU, `sdpa` on the CPU."""
+    clean and one for noisy tokens. `auto`: `flex_attention` on a GPU, `sdpa` on the CPU and for heads narrower than 16
+    numbers."""
 
     @property
     def converted_form(self) -> StudentForm:

@@ -32,6 +32,14 @@ _IGNORED_KEYS = (
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 """Names of the embedding and the output matrix `[V, D]` of all families; a tied model has the first one only."""
 
+NARROWEST_FLEX_HEAD = 16
+"""Numbers of a head's query that flex_attention's kernels for GPUs need at least."""
+
+
+def head_width(config: Any) -> int:
+    """Numbers of a head's query. `config`: of transformers."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
 
 def read_config(folder: str | Path) -> Any:
     """Returns the transformers config of a checkpoint folder; `a2d-*` and `sdar` become the family of their network.

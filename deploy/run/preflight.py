@@ -33,7 +33,7 @@ from opdlm.deploy.run.longest import LongRequest, check_cache, longest_question,
 from opdlm.deploy.run.notes import end_token_notes, slow_bfloat16_notes
 from opdlm.deploy.run.paths import check_job_paths
 from opdlm.deploy.run.replay import check_replay
-from opdlm.deploy.run.student_checks import check_base, check_grid, check_noisy
+from opdlm.deploy.run.student_checks import check_attention, check_base, check_grid, check_noisy
 from opdlm.learner.schedule import TrainingSchedule
 
 
@@ -90,6 +90,7 @@ def preflight(config: OpdlmConfig) -> Preflight:
         check_grid(config, student)
     else:
         _check_conversion(config, teacher)
+    check_attention(config, student)
     check_noisy(config, student)
     for setting, top_k in (("teacher.top_k", _teacher_top_k(config)), ("objective.top_k", config.objective.top_k)):
         if top_k > len(teacher.tokens):

@@ -1,4 +1,4 @@
-"""What a student must be for the settings of a run: its grid, its form, its adapters."""
+"""What a student must be for the settings of a run: its grid, its form, its adapters, its attention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from opdlm.common.config import OpdlmConfig
 from opdlm.common.errors import ConfigError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.adapters import NOISY_LORA
-from opdlm.common.model.config import read_config
+from opdlm.common.model.config import NARROWEST_FLEX_HEAD, head_width, read_config
 from opdlm.common.model.convert import tied_copies
 from opdlm.common.model.facts import ModelFacts
 from opdlm.common.model.shards import Shards
@@ -75,3 +75,13 @@ def check_grid(config: OpdlmConfig, student: ModelFacts) -> None:
                 f"model.{field}: found {asked!r}, but the student {student.folder} was made for {theirs!r}; leave "
                 f"model.{field} out, or convert the student again"
             )
+
+
+def check_attention(config: OpdlmConfig, student: ModelFacts) -> None:
+    """Checks that flex_attention, where the run file asks for it, can compute the student's heads."""
+    width = head_width(read_config(student.folder))
+    if config.model.attention == "flex_attention" and width < NARROWEST_FLEX_HEAD:
+        raise ConfigError(
+            f"model.attention: found `flex_attention`, but the heads of {student.folder} are {width} wide, and its "
+            f"kernels need {NARROWEST_FLEX_HEAD}; use `sdpa` or `auto`"
+        )

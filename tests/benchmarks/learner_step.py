@@ -73,13 +73,15 @@ def row(hidden: int, response: int, head: torch.Tensor) -> tuple[MicroBatch, Pos
 def direct(student: Qwen3ForCausalLM, batch: MicroBatch, targets: PositionTargets) -> torch.Tensor:
     """The mean forward KL by the direct formulation."""
     visible = training_mask(batch.samples, batch.copies, batch.blocks)
-    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-    log_q = student.lm_head(hidden_states(student, batch.input_ids, batch.position_ids, mask)).log_softmax(-1)
+    here = {"dtype": student.dtype, "device": student.device}
+    mask = torch.zeros(visible.shape, **here).masked_fill(~visible, torch.finfo(student.dtype).min)
+    logits = student.lm_head(hidden_states(student, batch.input_ids, batch.position_ids, mask))
+    log_q = logits.float().log_softmax(-1)
     with torch.no_grad():
-        values = torch.zeros(*batch.input_ids.shape, targets.values.shape[1])
-        values[batch.loss_line, batch.loss_column] = targets.values
+        values = torch.zeros(*batch.input_ids.shape, targets.values.shape[1], **here)
+        values[batch.loss_line, batch.loss_column] = targets.values.to(student.dtype)
         assert targets.head is not None
-        log_p = (values @ targets.head.T).log_softmax(-1)
+        log_p = (values @ targets.head.T).float().log_softmax(-1)
     everywhere = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     return everywhere[batch.loss_line, batch.loss_column].mean()
 

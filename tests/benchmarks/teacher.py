@@ -49,13 +49,14 @@ def trajectories() -> list[Trajectory]:
 
 
 @torch.inference_mode()
-def bare(model: Any, asked: list[Trajectory], logits: bool) -> None:
+def bare(model: Any, asked: list[Trajectory], logits: bool, most_tokens: int = BATCH_TOKENS) -> None:
     """Runs the bare forwards of all trajectories. `logits`: at every position, not only the last."""
     lengths = [P + t.response_length - 1 for t in asked]
-    for batch in batches_by_length(lengths, BATCH_TOKENS):
+    for batch in batches_by_length(lengths, most_tokens):
         ids = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.int64)
         for row, i in enumerate(batch):
             ids[row, : lengths[i]] = torch.from_numpy(np.concatenate([asked[i].prompt_ids, asked[i].response])[:-1])
+        ids = ids.to(model.device)
         model(input_ids=ids, output_hidden_states=True, use_cache=False, logits_to_keep=0 if logits else 1)
 
 

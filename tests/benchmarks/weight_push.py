@@ -32,18 +32,19 @@ from tests.benchmarks.measure import Ratio, write_json
 TENSOR_VALUES = 4 << 20
 
 
-def weights(nbytes: int) -> nn.ParameterList:
+def weights(nbytes: int, device: str) -> nn.ParameterList:
     """Float32 parameters of 16 MB each."""
     count = max(round(nbytes / 4 / TENSOR_VALUES), 1)
-    return nn.ParameterList(nn.Parameter(torch.randn(TENSOR_VALUES), requires_grad=False) for _ in range(count))
+    each = (torch.randn(TENSOR_VALUES, device=device) for _ in range(count))
+    return nn.ParameterList(nn.Parameter(values, requires_grad=False) for values in each)
 
 
 class Learner:
     """Holds weights and publishes them."""
 
-    def __init__(self, queue: Any, nbytes: int, transport: str) -> None:
+    def __init__(self, queue: Any, nbytes: int, transport: str, device: str) -> None:
         torch.set_num_threads(1)
-        self.weights, self.queue, self.version = weights(nbytes), QueueClient(queue, 0, 600.0), -1
+        self.weights, self.queue, self.version = weights(nbytes, device), QueueClient(queue, 0, 600.0), -1
         self.packer = WeightPacker(on_device=transport == "nixl")
         self.hand_over = self.queue.publish_held if transport == "nixl" else self.queue.publish
 
@@ -51,6 +52,7 @@ class Learner:
         """Packs and hands over a new version; returns the seconds of both."""
         self.version += 1
         self.weights[0].add_(1e-3)
+        _wait(self.weights)
         started = time.perf_counter()
         pack = self.packer.pack(self.version, self.weights.named_parameters())
         packed = time.perf_counter()
@@ -60,21 +62,23 @@ class Learner:
     def copy_seconds(self) -> float:
         """Seconds to copy all bytes into newly allocated memory, estimated from one gigabyte to save memory."""
         some, started = list(self.weights)[: int(1e9 / 4 / TENSOR_VALUES)], time.perf_counter()
-        fresh = [tensor.detach().clone() for tensor in some]  # all are kept, or each would reuse the memory of the last
+        # All are kept, or each would reuse the memory of the last. A GPU's weights go to the host.
+        fresh = [tensor.detach().to("cpu", copy=True) for tensor in some]
         return (time.perf_counter() - started) * len(self.weights) / len(fresh)
 
 
 class Rollout:
     """Holds weights and loads new ones."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, device: str) -> None:
         torch.set_num_threads(1)
-        self.weights, self.buffer = weights(nbytes), weights(min(nbytes, 250_000_000))
+        self.weights, self.buffer = weights(nbytes, device), weights(min(nbytes, 250_000_000), "cpu")
 
     def load(self, handle: WeightHandle) -> float:
         """Loads a version as `RolloutActor.load_weights` does; returns the seconds."""
         started = time.perf_counter()
         load_weights(self.weights, ray.get(handle.pack[0]))
+        _wait(self.weights)
         return time.perf_counter() - started
 
     def copy_seconds(self) -> float:
@@ -82,25 +86,36 @@ class Rollout:
         started = time.perf_counter()
         for tensor, source in zip(self.weights, itertools.cycle(self.buffer)):
             tensor.copy_(source)
+        _wait(self.weights)
         return time.perf_counter() - started
 
 
-def push(gigabytes: float, nodes: int, transport: str, actors: int, repetitions: int) -> dict[str, Any]:
+def _wait(parameters: nn.ParameterList) -> None:
+    if not parameters[0].is_cpu:
+        torch.cuda.synchronize()
+
+
+def push(
+    gigabytes: float, nodes: int, transport: str, actors: int, repetitions: int, device: str = "cpu"
+) -> dict[str, Any]:
     """Measures pushes of one size; a first one, which warms up, is left out."""
     nbytes = int(gigabytes * 1e9)
     store = int(min(3.2 * nbytes + 5e8, 9e9))
-    head = {"num_cpus": 8, "num_gpus": 0, "include_dashboard": False, "object_store_memory": store}
+    gpus = int(device == "cuda")
+    head = {"num_cpus": 8, "num_gpus": gpus, "include_dashboard": False, "object_store_memory": store}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     if nodes == 2:
         cluster.add_node(num_cpus=8, resources={"second": 8}, object_store_memory=store)
     try:
         os.environ["RAY_ADDRESS"] = cluster.address
         ray.init(address=cluster.address, log_to_driver=False)
-        there = {"resources": {"second": 1}} if nodes == 2 else {}
+        there: dict[str, Any] = {"resources": {"second": 1}} if nodes == 2 else {}
+        there |= {"num_gpus": gpus / (actors + 1)}
         queue = ray.remote(ReplayQueueActor).options(num_cpus=0).remote(1, 0, 1, 0)
         # Two threads: one publishes, while the queue calls the other to fetch the weights.
-        learner = ray.remote(Learner).options(num_cpus=1, max_concurrency=2).remote(queue, nbytes, transport)
-        rollouts = [ray.remote(Rollout).options(num_cpus=1, **there).remote(nbytes) for _ in range(actors)]
+        here = {"num_cpus": 1, "num_gpus": gpus / (actors + 1), "max_concurrency": 2}
+        learner = ray.remote(Learner).options(**here).remote(queue, nbytes, transport, device)
+        rollouts = [ray.remote(Rollout).options(num_cpus=1, **there).remote(nbytes, device) for _ in range(actors)]
         found = [_one_push(queue, learner, rollouts, version, nodes) for version in range(repetitions + 1)][1:]
     finally:
         ray.shutdown()
@@ -127,6 +142,7 @@ def main() -> None:
     parser.add_argument("--transport", nargs="+", default=["object_store"], choices=["object_store", "nixl"])
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="of the weights; with `cuda` the processes share one GPU")
     chosen = parser.parse_args()
     table = Table(title=f"push of float32 weights to {chosen.actors} rollout actors, {chosen.repetitions} repetitions")
     for name in (
@@ -142,7 +158,7 @@ def main() -> None:
     ):
         table.add_column(name, justify="right")
     lines = [
-        push(size, nodes, transport, chosen.actors, chosen.repetitions)
+        push(size, nodes, transport, chosen.actors, chosen.repetitions, chosen.device)
         for nodes in chosen.nodes
         for size in chosen.gigabytes
         for transport in chosen.transport

@@ -34,7 +34,7 @@ def student(dtype: str = "float32", tied: bool = False):
     return tiny_model(2, hidden_size=15, tied=tied).to(getattr(torch, dtype))
 
 
-def learner_config(stage: int, workers: int, micro_batch_tokens: int) -> LearnerConfig:
+def learner_config(stage: int, workers: int, micro_batch_tokens: int, gpus: float = 0) -> LearnerConfig:
     """Settings with a gradient clip that takes effect; the tests set the learning rate themselves."""
     return LearnerConfig.model_validate(
         {
@@ -43,6 +43,7 @@ def learner_config(stage: int, workers: int, micro_batch_tokens: int) -> Learner
             "micro_batch_tokens": micro_batch_tokens,
             "optimizer": {"lr": RATE, "grad_clip": 0.5},
             "zero": {"stage": stage},
+            "gpus_per_worker": gpus,
         }
     )
 
@@ -92,18 +93,22 @@ def with_nan(sample: ScoredTrajectory) -> ScoredTrajectory:
 
 def make_step(engine, config: LearnerConfig, objective: ObjectiveConfig = OBJECTIVE) -> TrainStep:
     """The step under test, with the teacher's output matrix."""
-    head = tiny_model(1).lm_head.weight.detach()
+    head = tiny_model(1).lm_head.weight.detach().to(engine.device)
     return TrainStep(engine, config, objective, BlockGrid(4), MASK, head, seed=0, draws=DRAWS)
 
 
-def run_rank(rank: int, world: int, port: int, folder: str) -> None:
-    """All stages in one process group; rank 0 leaves the results in `folder`."""
+def run_rank(rank: int, world: int, port: int, folder: str, gpus: int = 0) -> None:
+    """All stages in one process group; rank 0 leaves the results in `folder`. `gpus`: of each rank, 0 or 1."""
     warnings.filterwarnings("ignore")
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    if gpus:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if gpus else "gloo", rank=rank, world_size=world)
     from opdlm.learner import zero
 
     results: dict[str, dict] = {}
@@ -119,7 +124,7 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
         lora: bool = False,
         tied: bool = False,
     ) -> None:
-        config = learner_config(stage, world, micro_batch_tokens=40)
+        config = learner_config(stage, world, 40, gpus)
         model = student(dtype, tied)
         if lora:
             add_adapters(model, LORA, seed=0)
@@ -137,7 +142,7 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
                 dist.barrier()
             outcome = step(data[i][rank::world], data[i][0], RATE)
             figures.append((outcome.loss, outcome.grad_norm, outcome.rows, outcome.rows_without_loss))
-        weights = {n: p.clone() for n, p in zero.full_parameters(engine)}
+        weights = {n: p.clone().cpu() for n, p in zero.full_parameters(engine)}
         results[name] = {"figures": figures, "weights": weights}
         if lora:
             save_adapter(
@@ -149,17 +154,17 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
         train(f"zero-{stage}-resumed", stage, "float32", SAVED_AFTER, root / f"from-{stage}", None)
         train(f"zero-{stage}-resumed-as-{other}", other, "float32", SAVED_AFTER, root / f"from-{stage}", None)
         train(f"tied-{stage}", stage, "float32", 0, None, None, tied=True)
-        config = learner_config(stage, world, micro_batch_tokens=40)
+        config = learner_config(stage, world, 40, gpus)
         step = make_step(zero.initialise(DistillModule(student(), POLICY, 3), config, "float32"), config, POLICY)
         outcomes = [step(batch[rank::world], batch[0], RATE) for batch in policy_batches()]
         results[f"policy-{stage}"] = {
             "figures": [(o.loss, o.grad_norm, o.rows, o.loss_positions) for o in outcomes],
             "policy": [o.policy for o in outcomes],
-            "weights": {n: p.clone() for n, p in zero.full_parameters(step.engine)},
+            "weights": {n: p.clone().cpu() for n, p in zero.full_parameters(step.engine)},
         }
     train("tied-lora", 3, "float32", 0, None, None, lora=True, tied=True)
     for stage, dtype in ((1, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16")):
-        config = learner_config(stage, world, micro_batch_tokens=40)
+        config = learner_config(stage, world, 40, gpus)
         engine = zero.initialise(DistillModule(student(dtype), OBJECTIVE, 3), config, dtype)
         step, good = make_step(engine, config), data[0]
         outcomes = [step(good[rank::world], good[0], RATE)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from unittest import mock
 
 import numpy as np
@@ -139,20 +138,6 @@ def test_shapes_are_few_and_large_enough(slots, data) -> None:
         StepShape(c, n, width).rounded_up(slots, positions) for n in range(1, slots + 1) for c in range(n + 1)
     }
     assert len(all_shapes) <= 5 * (1 + slots.bit_length())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("model", MODELS)
-def test_cuda_graphs_decode_the_same(model) -> None:
-    from opdlm.actors.rollout.cuda_graphs import CudaGraphs
-
-    model, decode_settings = copy.deepcopy(model).cuda(), DecodeSettings(threshold=0.4, temperature=1.0)
-    requests = [request(1 + 5 * i % 11, i, 1 + 7 * i % 29, seed=3) for i in range(40)]
-    plain, _ = BlockDecoder(model, decode_settings, MASK, [EOS], 9).decode(requests)
-    decoder = BlockDecoder(model, decode_settings, MASK, [EOS], 9, CudaGraphs)
-    for asked in (requests[:20], requests):  # the second call needs a longer cache and so new graphs
-        ours, _ = decoder.decode(asked)
-        assert [t.response_ids.tolist() for t in ours] == [t.response_ids.tolist() for t in plain[: len(asked)]]
 
 
 def test_a_call_is_not_affected_by_the_one_before() -> None:
