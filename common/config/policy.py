@@ -52,7 +52,6 @@ def check_policy_gradient(config: OpdlmConfig) -> Iterator[str]:
     for setting, is_given in (
         ("run.dump_rollouts", config.run.dump_rollouts),
         ("run.replay", config.run.replay is not None),
-        ("evaluation.data", config.evaluation.data is not None),
     ):
         if is_given:
             yield f"{setting}: found with objective.kind `rl`, which does not have it yet; leave it out"

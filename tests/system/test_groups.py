@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from opdlm.common.config import OpdlmConfig
+from opdlm.deploy.observe.report import BEFORE, DYNAMIC, PERIODIC, STATIC
 from tests.patience import PATIENCE
 from tests.system.runs import ROUNDS, assert_sound, losses, records_of, run_config, run_until, running, wait_for_rounds
 from tests.system.test_deaths import kill_during_a_call
@@ -91,10 +92,20 @@ def test_the_driver_dies_and_the_run_is_resumed(unbroken, chain_teacher, tmp_pat
 
 @pytest.mark.slow
 def test_rounds_ahead_train_on_what_older_weights_drew(chain_teacher, ray_cluster, tmp_path) -> None:
-    run_dir = tmp_path / "run"
+    """And questions of one's own are asked, though no teacher answers them too."""
+    run_dir, questions = tmp_path / "run", tmp_path / "questions.jsonl"
+    questions.write_text(
+        "".join(f'{{"prompt": "{n}+3-4=", "answers": "{n - 1}", "kind": "sums"}}\n' for n in range(10, 14))
+    )
     ahead = {"queue": {"max_staleness": 1}, "objective": {"kind": "rl", "selection": "one_sampled_state"}}
-    with running(policy_config(chain_teacher, run_dir, **ahead, learner={"optimizer": {"lr": 1e-2}})) as process:
+    asked = {"evaluation": {"data": str(questions), "every_rounds": 3}}
+    with running(
+        policy_config(chain_teacher, run_dir, **ahead, **asked, learner={"optimizer": {"lr": 1e-2}})
+    ) as process:
         assert process.wait(timeout=PATIENCE) == 0
     assert_sound(run_dir)
+    evaluations = records_of(run_dir, "evaluation")
+    assert {record["row"] for record in evaluations} == {BEFORE, PERIODIC, STATIC, DYNAMIC}
+    assert all(record["by_kind"]["sums"]["questions"] == 4 and record["of_teacher"] is None for record in evaluations)
     changes = [step["logprob_change"] for step in records_of(run_dir, "step")]
     assert max(changes[2:]) > 1e-4, "the old log-probabilities are those that the tokens were drawn with"
