@@ -41,8 +41,9 @@ EXPORTS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "a2d-llama-causal": ("a2d-llama", "AutoModelForMaskedLM", {**CAUSAL, **OTHER_FAMILIES["llama"]}),
     "a2d-qwen3-both": ("a2d-qwen3", "AutoModelForMaskedLM", {**CAUSAL, "logit_shift": True}),
     "sdar": ("sdar", "AutoModelForCausalLM", {"grid": "absolute", "max_shard_size": "4KB"}),
+    "sdar-spare": ("sdar", "AutoModelForCausalLM", {"grid": "absolute", "spare_rows": 9}),
     "sdar-yarn": ("sdar", "AutoModelForCausalLM", {"grid": "response", **OTHER_FAMILIES["qwen3-yarn"]}),
-    "plain-qwen3": ("qwen3", None, {"grid": "absolute"}),
+    "plain-qwen3": ("qwen3", None, {"grid": "absolute", "spare_rows": 9}),
     "plain-llama": ("llama", None, {"grid": "response", **OTHER_FAMILIES["llama"]}),
 }
 for family in ("mistral", "phi3", "smollm3", "olmo2"):
@@ -71,7 +72,8 @@ def inputs() -> dict[str, torch.Tensor]:
     padding = torch.ones(2, 14, dtype=torch.int64)
     padding[0, :3] = 0
     given = torch.rand((2, 1, 14, 14), generator=rng) < 0.5
-    prompts = {f"prompt.{i}": torch.randint(2, 18, (1, 5 + i), generator=rng) for i in range(4)}
+    lengths = (5, 6, 7, 8, 1, 19)
+    prompts = {f"prompt.{i}": torch.randint(2, 18, (1, n), generator=rng) for i, n in enumerate(lengths)}
     return {
         **{f"{name}.ids": ids.clone() for name in ("whole", "left", "right")},
         "left.padding": padding,
@@ -149,14 +151,29 @@ def test_logits_without_our_packages(exports, inputs, outside, name, implementat
 
 
 @pytest.mark.parametrize("name", WITH_CODE)
-def test_generate_of_an_export_decodes_as_our_decoder(exports, inputs, outside, name) -> None:
-    compared = 0
+def test_generate_of_a_padded_batch_decodes_as_our_decoder(exports, inputs, outside, name) -> None:
+    prompts = [value[0].tolist() for key, value in inputs.items() if key.startswith("prompt.")]
+    width, pad = max(map(len, prompts)), 0
     for limit, threshold in ((9, 0.3), (5, 1.0)):
-        for i, response in enumerate(decode(exports / f"{name}-student", inputs, limit, threshold)):
-            ours = torch.cat([inputs[f"prompt.{i}"][0], torch.from_numpy(response).long()])
-            assert outside[0][f"{name}/decode.{i}.{limit}"][0].tolist() == ours.tolist()
-            compared += 1
-    assert compared == 8
+        found = outside[0][f"{name}/decode.{limit}"].tolist()
+        ours = [ids.tolist() for ids in decode(exports / f"{name}-student", inputs, limit, threshold)]
+        longest = max(map(len, ours))
+        for prompt, response, row in zip(prompts, ours, found, strict=True):
+            padding = width - len(prompt)
+            assert row == [1] * padding + prompt + response + [pad] * (longest - len(response))
+    first = outside[0][f"{name}/alone"][0].tolist()
+    assert first == prompts[0] + decode(exports / f"{name}-student", inputs, 9, 0.3)[0].tolist()
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_sampling_of_an_export_follows_torchs_seed(outside, name) -> None:
+    found = {case: outside[0][f"{name}/{case}"].tolist() for case in ("drawn", "again", "other")}
+    assert found["drawn"] == found["again"]
+    assert found["drawn"] != found["other"]
+    assert {17, *range(18, 27)}.isdisjoint(token for row in found["drawn"] for token in row[19:])
+    greedy = outside[0][f"{name}/decode.9"].tolist()
+    for case in ("top_k", "top_p"):  # both leave the likeliest token alone
+        assert outside[0][f"{name}/{case}"].tolist() == greedy
 
 
 @pytest.mark.parametrize("name", EXPORTS)
@@ -296,5 +313,5 @@ def decode(folder: Path, inputs: dict[str, torch.Tensor], limit: int, threshold:
     settings = DecodeSettings(facts.block_size, facts.block_grid, "low_confidence_dynamic", threshold)
     prompts = [value[0].numpy().astype(np.int32) for key, value in inputs.items() if key.startswith("prompt.")]
     requests = [RolloutRequest(i, str(i), ids, limit, seed=i) for i, ids in enumerate(prompts)]
-    decoder = BlockDecoder(load_model(folder), settings, facts.mask_id, facts.eos_ids, batch_size=4, form=facts.form)
+    decoder = BlockDecoder(load_model(folder), settings, facts.mask_id, facts.eos_ids, 4, tokens=facts.tokens, form=facts.form)
     return [t.response for t in decoder.decode(requests)[0]]
