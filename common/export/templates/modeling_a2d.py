@@ -26,6 +26,8 @@ from transformers import (
 )
 
 from .block_causal import BlockCausalMixin
+from .block_decoding import BlockDecoding  # noqa: F401  transformers 4 copies only the files that this one names
+from .generation import Request  # noqa: F401
 
 
 class A2DQwen3Config(Qwen3Config):
