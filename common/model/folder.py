@@ -37,7 +37,7 @@ _TOKENIZER_KEYS = (
 )
 """Keys of tokenizer_config.json that are kept as transformers writes them."""
 SPARE_TOKEN_IDS = "spare_token_ids"
-"""Key of a student's config.json: ranges (first id, one past the last id) of rows of the vocabulary that no token has."""
+"""Key of a student's config.json: ranges (first id, one past the last id) of rows of its matrices that no token has."""
 _FORCED_CLEAN_UP = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 

@@ -56,7 +56,7 @@ class Request:
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The distribution that tokens are drawn from: `[m, V]` float32 of logits `[m, V]`."""
-        return self.warpers(None, logits).softmax(-1)  # type: ignore[misc,arg-type]
+        return self.warpers(None, logits).softmax(-1)  # type: ignore[misc]
 
     def cut(self, response: torch.Tensor) -> torch.Tensor:
         """A response `[R]` to its first end-of-sequence token, or to the limit."""
@@ -102,10 +102,11 @@ def read_request(model: Any, given: dict[str, Any]) -> Request:
             f"expected max_new_tokens of at most {context - longest}"
         )
     ends = named.get("eos_token_id")
-    ends = torch.as_tensor(ends if isinstance(ends, list) else [] if ends is None else [ends], device=ids.device)
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     pad = named.get("pad_token_id")
-    pad = (int(ends[0]) if len(ends) else 0) if pad is None else pad
-    return Request(prompts, ids, int(limit), ends, pad, _warpers(named))
+    pad = (ends[0] if ends else 0) if pad is None else pad
+    stops = torch.tensor(ends, dtype=torch.int64, device=ids.device)
+    return Request(prompts, ids, int(limit), stops, pad, _warpers(named))
 
 
 def _without_padding(ids: torch.Tensor, real: torch.Tensor | None) -> list[torch.Tensor]:

@@ -313,5 +313,7 @@ def decode(folder: Path, inputs: dict[str, torch.Tensor], limit: int, threshold:
     settings = DecodeSettings(facts.block_size, facts.block_grid, "low_confidence_dynamic", threshold)
     prompts = [value[0].numpy().astype(np.int32) for key, value in inputs.items() if key.startswith("prompt.")]
     requests = [RolloutRequest(i, str(i), ids, limit, seed=i) for i, ids in enumerate(prompts)]
-    decoder = BlockDecoder(load_model(folder), settings, facts.mask_id, facts.eos_ids, 4, tokens=facts.tokens, form=facts.form)
+    decoder = BlockDecoder(
+        load_model(folder), settings, facts.mask_id, facts.eos_ids, 4, tokens=facts.tokens, form=facts.form
+    )
     return [t.response for t in decoder.decode(requests)[0]]
