@@ -24,6 +24,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from tqdm import tqdm
 
 from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.rollout.stopping import StopStrings
 from opdlm.common.batches import in_groups
 from opdlm.common.config.schema import Strategy
 from opdlm.common.data.chat import chat_prompt, require_template
@@ -116,7 +117,8 @@ class OpdlmLM(LM):
     # --- generation ----------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Responses as text, cut before the first stop string of the request's `until`."""
+        """Responses as text, cut before the first stop string of the request's `until`, with whose block a student's
+        response ends."""
         groups: dict[str, list[RolloutRequest]] = defaultdict(list)
         until: list[list[str]] = []
         for i, instance in enumerate(requests):
@@ -125,7 +127,8 @@ class OpdlmLM(LM):
             until.append(how.pop("until"))
             limit, ids = int(how.pop("max_gen_toks")), self.decoder.encode(context, self._templated)
             name = f"{instance.task_name} document {instance.doc_id}"
-            groups[json.dumps(how, sort_keys=True)].append(RolloutRequest(i, name, ids, limit, seed=self.seed + i))
+            request = RolloutRequest(i, name, ids, limit, seed=self.seed + i, stop=tuple(filter(None, until[-1])))
+            groups[json.dumps(how, sort_keys=True)].append(request)
         settings = {
             key: self._settings(json.loads(key)) for key in groups
         }  # checks all of them before the first is decoded
@@ -202,11 +205,7 @@ class OpdlmLM(LM):
         return replace(self.settings, temperature=temperature, top_k=_whole("top_k", top_k), top_p=top_p)
 
     def _text(self, ids: np.ndarray, until: list[str]) -> str:
-        tokenizer = self.decoder.tokenizer
-        # A stop string that is a special token leaves no trace in the text: it has to be looked for among the ids.
-        stops = [tokenizer.convert_tokens_to_ids(stop) for stop in until if stop in tokenizer.all_special_tokens]
-        ends = np.flatnonzero(np.isin(ids, stops))
-        ids = ids[: ends[0]] if ends.size else ids
+        ids = StopStrings(self.decoder.tokenizer).cut(until, ids)
         return postprocess_generated_text(self.decoder.text(ids), until, None)
 
 

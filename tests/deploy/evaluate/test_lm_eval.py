@@ -78,6 +78,9 @@ def test_each_request_keeps_its_own_limit_and_stop_strings(student) -> None:
     texts = model.generate_until([*first, *rest], disable_tqdm=True)
     assert texts[0] == whole[0].split(stop)[0] != whole[0]
     assert texts[1:] == direct(student, 7, strategy="sequential")[1:]
+    before = model._tokens
+    model.generate_until(first, disable_tqdm=True)
+    assert model._tokens - before < LIMIT, "the stop string ends decoding"
 
 
 def test_a_stop_string_that_is_a_special_token_stops_too(student) -> None:
