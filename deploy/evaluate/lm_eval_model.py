@@ -30,18 +30,18 @@ from opdlm.common.config.schema import Strategy
 from opdlm.common.data.chat import chat_prompt, require_template
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import home_path, read_text
-from opdlm.common.model.facts import read_facts
 from opdlm.common.model.hub import model_folder
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder, Decoder
+from opdlm.deploy.evaluate.lm_eval_likelihood import BOUND_SAMPLES, Likelihoods
 
 _BATCHES_A_CALL = 8
 """Batches per update of the progress bar and of lm-eval's response cache."""
 
 
 @register_model("opdlm")
-class OpdlmLM(LM):
-    """`generate_until` with the block decoder, or token by token for an AR checkpoint.
+class OpdlmLM(Likelihoods, LM):
+    """`generate_until` with the block decoder, or token by token for an AR checkpoint, and likelihoods of students.
 
     Args (lm-eval's `model_args`):
         pretrained: checkpoint folder or hub id; or, from Python, a `Decoder`.
@@ -54,6 +54,8 @@ class OpdlmLM(LM):
         enable_thinking: passed to the template.
         seed: seed of sampling, for tasks that sample.
         device: by default cuda if there is one.
+        likelihood: `bound` lets a lower bound stand for the likelihoods of a student, which `likelihood_samples`
+            samples estimate. A lossless student's likelihoods are exact without it.
 
     Raises:
         OpdlmError: names an unknown argument, or one with an impossible value.
@@ -71,9 +73,15 @@ class OpdlmLM(LM):
         enable_thinking: bool | None = None,
         seed: int = 0,
         device: str | None = None,
+        likelihood: str | None = None,
+        likelihood_samples: int = BOUND_SAMPLES,
         **unknown: Any,
     ) -> None:
         super().__init__()
+        if likelihood not in (None, "bound"):
+            raise OpdlmError(f"model_args: likelihood: found {likelihood!r}; known: bound")
+        self.likelihood, self.bounds = likelihood, []
+        self.likelihood_samples = _count("likelihood_samples", likelihood_samples)
         _check_arguments(unknown, strategy, threshold)
         # lm-eval's `--batch_size` comes as text.
         self.batch_size = _count("batch_size", int(batch_size) if str(batch_size).isdigit() else batch_size)
@@ -148,14 +156,6 @@ class OpdlmLM(LM):
                     bar.update(len(part))
         return texts
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Refused, with the reason."""
-        raise OpdlmError(no_likelihood("loglikelihood", self.decoder.folder))
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Refused, with the reason."""
-        raise OpdlmError(no_likelihood("loglikelihood_rolling", self.decoder.folder))
-
     def get_model_info(self) -> dict[str, Any]:
         """The way and the speed of decoding, which lm-eval writes beside its results."""
         return {
@@ -166,6 +166,7 @@ class OpdlmLM(LM):
             "block_grid": self.settings.block_grid,
             "tokens_per_step": self._tokens / self._steps if self._steps else None,
             "tokens_per_second": self._tokens / self._seconds if self._steps else None,
+            **self.likelihood_info(),
         }
 
     # --- chat templates, as lm-eval asks for them ---------------------------------------------------------------
@@ -207,20 +208,6 @@ class OpdlmLM(LM):
     def _text(self, ids: np.ndarray, until: list[str]) -> str:
         ids = StopStrings(self.decoder.tokenizer).cut(until, ids)
         return postprocess_generated_text(self.decoder.text(ids), until, None)
-
-
-def no_likelihood(what: str, folder: Path) -> str:
-    """Why a request of this type is refused for this checkpoint, and what to do instead."""
-    hint = "use tasks that generate (`output_type: generate_until`)"
-    if read_facts(folder).is_student:
-        return (
-            f"lm-eval asks for {what}, but a block-diffusion model gives no exact sequence likelihood in one pass: "
-            f"the tokens of a block are revealed in many possible orders, over which it would be a sum; {hint}"
-        )
-    return (
-        f"lm-eval asks for {what}, which `opdlm` gives for no checkpoint; {folder} is autoregressive, so lm-eval's own "
-        f"`hf` model does (--model hf --model_args pretrained={folder}); or {hint}"
-    )
 
 
 def _check_arguments(unknown: dict[str, Any], strategy: Any, threshold: Any) -> None:
