@@ -10,6 +10,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.common.files import read_json, read_yaml
+from opdlm.common.model.adapters import NOISY_LORA
 from opdlm.common.model.end_tokens import as_ids, token_names
 from opdlm.common.model.hub import hub_id
 from opdlm.common.model.prompt_encoder import PromptEncoder
@@ -24,7 +25,13 @@ folder = "."  # this folder, or its id on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, padding_side="left")
 model = {auto}.from_pretrained(folder, trust_remote_code=True)
 batch = tokenizer([{prompt}, return_tensors="pt", padding=True)
-print(tokenizer.decode(model.generate(**batch, max_new_tokens=32, threshold=0.9)[0]))
+print(tokenizer.decode(model.generate(**batch, max_new_tokens=32{threshold})[0]))
+"""
+_LOSSLESS = """
+This is a lossless student: `{base}` as it was, and adapters (`noisy_adapter/`) that act on masks alone. They draft,
+`{base}` verifies, so `generate` writes what that writes, in fewer forwards: greedy the same tokens (in bfloat16 up to
+ties that rounding decides), with `do_sample` from the same distribution. It takes batches that are padded on the left,
+with their `attention_mask`, `max_new_tokens`, `do_sample`, `temperature`, `top_k` and `top_p`.
 """
 _GENERATE = """
 `generate` caches keys and values and takes batches that are padded on the left, with their `attention_mask`,
@@ -103,7 +110,11 @@ def write_card(card: Card, warnings: list[str], file: Path) -> None:
         head["base_model"] = base
     if _has_pipeline(card):
         head["pipeline_tag"] = "text-generation"
-    sections = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n", _description(card, base), _usage(card, warnings)]
+    sections = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
+        _description(card, base),
+        _usage(card, base, warnings),
+    ]
     if figures:
         sections.append(_table("Figures of the run", figures))
     if run:
@@ -139,18 +150,21 @@ def _description(card: Card, base: str | None) -> str:
     return text + _table("", facts)
 
 
-def _usage(card: Card, warnings: list[str]) -> str:
+def _usage(card: Card, base: str | None, warnings: list[str]) -> str:
     auto = next((name for name in card.auto_map if name != "AutoConfig"), None)
     text, others = _prompt_code(card.tokenizer)
     prompt = f"{text}]{others}" if auto else f"{text}{others}"
-    snippet = (_WITH_CODE if auto else _PLAIN).format(auto=auto, prompt=prompt)
+    is_lossless = getattr(card.config, NOISY_LORA, None) is not None
+    threshold = "" if is_lossless else ", threshold=0.9"
+    snippet = (_WITH_CODE if auto else _PLAIN).format(auto=auto, prompt=prompt, threshold=threshold)
     text = "## How to decode\n\nWith opdlm-ray, which caches keys and values and decodes batches:\n\n"
     text += f"```\nopdlm generate THIS_FOLDER --prompt {_PROMPT!r} --trace\n```\n\n"
     text += _PLAIN_WARNING if auto is None else ""
     text += "With transformers alone, version 4.57 or later:\n\n"
     text += f"```python\n{snippet}```\n"
     if auto:
-        text += _GENERATE + (_PIPELINE if _has_pipeline(card) else _NO_PIPELINE)
+        text += _LOSSLESS.format(base=base or "the base model") if is_lossless else _GENERATE
+        text += _PIPELINE if _has_pipeline(card) else _NO_PIPELINE
     if card.layout == "sdar":
         text += "\nSGLang and LMDeploy serve this architecture; this folder has not been tried with them."
         text += " Mind the differences:\n\n" if warnings else "\n"

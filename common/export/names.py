@@ -50,7 +50,7 @@ def _a2d(family: str, prefix: str) -> Layout:
         "AutoModelForMaskedLM": f"modeling_a2d.{model}",
         "AutoModelForCausalLM": f"modeling_a2d.{prefix}IsNotCausal",  # raises an error that says so
     }
-    return Layout(family, model, auto_map, ("modeling_a2d.py", *_DECODING))
+    return Layout(family, model, auto_map, ("modeling_a2d.py", *_DECODING, "lossless.py", "verified_decoding.py"))
 
 
 LAYOUTS: dict[LayoutName, Layout] = {

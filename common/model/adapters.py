@@ -7,6 +7,7 @@ draft is its own teacher. Which tokens of a forward are noisy is told before it 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,21 @@ def write_noisy_adapters(student: Any, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def check_noisy_adapters(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder's adapters on noisy tokens, by name; raises `OpdlmError` if they cannot be read."""
+    file = folder / NOISY_FILE
+    try:
+        return load_file(file)
+    except Exception as error:  # safetensors has several, of no common class
+        raise OpdlmError(f"{file} cannot be read: {error}") from None
+
+
+def copy_noisy_adapters(source: Path, destination: Path) -> None:
+    """Copies adapters on noisy tokens into another folder, whose config.json names them already."""
+    (destination / NOISY_FILE).parent.mkdir()
+    shutil.copyfile(source / NOISY_FILE, destination / NOISY_FILE)
+
+
 def read_noisy_adapters(student: Any, folder: Path, config: Any) -> None:
     """Gives a loaded base model the adapters on noisy tokens of its folder, if it has any.
 
@@ -158,11 +174,7 @@ def read_noisy_adapters(student: Any, folder: Path, config: Any) -> None:
     if settings is None:
         return
     NoisyAdapters(student, LoraConfig(**settings), config.mask_token_id, seed=0)
-    file = folder / NOISY_FILE
-    try:
-        tensors = load_file(file)
-    except Exception as error:  # safetensors has several, of no common class
-        raise OpdlmError(f"{file} cannot be read: {error}") from None
+    file, tensors = folder / NOISY_FILE, check_noisy_adapters(folder)
     own = dict(adapter_parameters(student))
     if own.keys() != tensors.keys() or any(own[name].shape != tensor.shape for name, tensor in tensors.items()):
         raise OpdlmError(f"{file}: its tensors are not those of the adapters that config.json names ({NOISY_LORA})")

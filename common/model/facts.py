@@ -81,7 +81,7 @@ def refuse_noisy_adapters(facts: ModelFacts, command: str) -> None:
     if facts.has_noisy_adapters:
         raise OpdlmError(
             f"{command}: {facts.folder} is a lossless student: its base model's weights as they were, and adapters "
-            f"({NOISY_FILE}), which this command would lose; use the folder as it is"
+            f"({NOISY_FILE}), which this command would lose; use the folder as it is, or export it"
         )
 
 
