@@ -146,7 +146,7 @@ lint: $(VENV)/.installed-dev  ## Format, lint, types.
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev  ## Measurements; see tests/benchmarks/RESULTS.md.
-	set -e; for part in learner_step learner_memory weight_push weight_delta teacher decoder long_tail cache streaming orders flow floors loop demo_time; do \
+	set -e; for part in learner_step learner_memory weight_push weight_delta teacher decoder long_tail cache streaming orders flow floors loop demo_time exported; do \
 		$(BIN)/python -m tests.benchmarks.$$part; done
 
 docs: $(VENV)/.installed-docs  ## The pages of docs/ as a site, in site/.

@@ -48,3 +48,13 @@ class TokenIds:
     def others(self, rows: int) -> list[int]:
         """The ids below `rows` that are not in the set, rising."""
         return [*sorted(hole for hole in self.holes if hole < rows), *range(self.end, rows)]
+
+    def other_ranges(self, rows: int) -> list[tuple[int, int]]:
+        """`others` as ranges (first id, one past the last id): a padded vocabulary has thousands in a row."""
+        ranges: list[tuple[int, int]] = []
+        for i in self.others(rows):
+            if ranges and ranges[-1][1] == i:
+                ranges[-1] = ranges[-1][0], i + 1
+            else:
+                ranges.append((i, i + 1))
+        return ranges

@@ -16,8 +16,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-FinishReason = Literal["eos", "length"]
-"""Why a response ended: with an end-of-sequence token, or at its length limit."""
+FinishReason = Literal["eos", "length", "stop"]
+"""Why a response ended: with an end-of-sequence token, at its length limit, or with the block of a stop string."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,8 @@ class RolloutRequest:
     the decoder takes its lowest 64 bits."""
     threshold: float | None = None
     """Confidence threshold of the round (`curriculum.threshold`). None: the threshold of the decoder's settings."""
+    stop: tuple[str, ...] = ()
+    """The sequence ends with the block in which its text first holds one of these, where the decoder has `stops`."""
 
 
 @dataclass(frozen=True, slots=True)

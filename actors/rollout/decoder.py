@@ -36,6 +36,7 @@ from opdlm.actors.rollout.places import ADMISSION_SLACK, GROWING_SLACK, LEAST_SL
 from opdlm.actors.rollout.sequences import check_requests, extent, grid_of
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.slots import Slots
+from opdlm.actors.rollout.stopping import StopStrings
 from opdlm.actors.rollout.verify import Verifier
 from opdlm.common.errors import OpdlmError
 from opdlm.common.form import PAPER_FORM, StudentForm
@@ -97,10 +98,9 @@ class BlockDecoder:
         self._make_recorder = make_recorder
         self.cache = SlotCache(model) if cache is None else cache
         self._step_forward = StepForward(model, self.cache, settings.block_size, batch_size, make_recorder, form.causal)
-        self._longest_need = 1
-        """Positions, to the end of the first block, of the longest prompt so far."""
-        self.version = 0
-        """Weight version of the next denoising step."""
+        self._longest_need = 1  # positions, to the end of the first block, of the longest prompt so far
+        self.stops: StopStrings | None = None  # None: the stop strings of requests end nothing
+        self.version = 0  # weight version of the next denoising step
         self.forwards = self.forward_tokens = self.put_back = 0
         """Since the decoder was made: denoising forwards, tokens that went through the student, sequences put back."""
         self._idle_steps: int
@@ -115,7 +115,7 @@ class BlockDecoder:
 
     @property
     def waiting(self) -> int:
-        """Number of requests that were added and have no slot yet."""
+        """Number of requests that have no slot yet."""
         return len(self._waiting)
 
     @property
@@ -184,6 +184,8 @@ class BlockDecoder:
             raise
         self.forwards += 1
         self.forward_tokens += count
+        if self.stops is not None:
+            finished = sorted(finished + self.stops.stopped(slots, finished, self.grid))
         if not finished:
             return []
         trajectories = slots.trajectories(finished, self.eos_ids, self.settings)
@@ -207,12 +209,9 @@ class BlockDecoder:
         """Drops all requests and sequences, finished or not."""
         self._slots = Slots(self.grid.room, self.mask_id, *self._denoise.keeps(), self.version)
         self._waiting: deque[RolloutRequest] = deque()
-        self._crowded = False
-        """Whether a sequence was put back and none has ended since."""
-        self._idle_steps = 0
-        """Steps that slots were free for waiting requests since the last refill, summed over the slots."""
-        self._finished: dict[int, Trajectory] = {}
-        """By index, the sequences that the running `decode` has finished."""
+        self._crowded = False  # whether a sequence was put back and none has ended since
+        self._idle_steps = 0  # that slots were free for waiting requests since the last refill, summed over the slots
+        self._finished: dict[int, Trajectory] = {}  # by index, what the running `decode` has finished
 
     def progress(self) -> CallProgress:
         """How far the running `decode` has come. Call it between two denoising steps, from `update_weights`."""

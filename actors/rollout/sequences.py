@@ -9,7 +9,7 @@ import numpy as np
 
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.grid import BlockGrid, DraftGrid, decoding_grid
-from opdlm.common.types import HiddenTargets, RolloutRequest, ScoredTrajectory, Trajectory
+from opdlm.common.types import FinishReason, HiddenTargets, RolloutRequest, ScoredTrajectory, Trajectory
 
 CACHE_SETTING = "rollout.cache_tokens"
 
@@ -78,6 +78,7 @@ def trajectory_of(
     versions = np.array(numbers, dtype=np.int32)[np.searchsorted(steps_before, reveal) - 1]
     ends = np.flatnonzero(np.isin(response[: request.max_new_tokens], list(eos_ids)))
     length = int(ends[0]) + 1 if len(ends) else min(len(response), request.max_new_tokens)
+    reason: FinishReason = "eos" if len(ends) else "length" if length == request.max_new_tokens else "stop"
     return Trajectory(
         index=request.index,
         prompt_id=request.prompt_id,
@@ -86,7 +87,7 @@ def trajectory_of(
         reveal_step=reveal,
         response_length=length,
         weight_version=int(versions.min()),
-        finish_reason="eos" if len(ends) else "length",
+        finish_reason=reason,
         denoising_steps=int(reveal.max()),
         token_versions=versions if versions.min() < versions.max() else None,
         reveal_logprob=noted[start:end] if noted is not None and noted.ndim == 1 else None,

@@ -14,10 +14,12 @@ from opdlm.actors.rollout.cuda_graphs import CudaGraphs
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.rollout.stopping import StopStrings
 from opdlm.common.errors import OpdlmError, first_line
 from opdlm.common.model.facts import read_facts, require_mask
 from opdlm.common.model.folder import save_student
 from opdlm.common.model.load import load_model
+from opdlm.common.model.tokenizer import has_tokenizer, load_tokenizer
 from opdlm.common.types import WeightHandle, WeightPack
 from opdlm.common.weights import load_weights
 
@@ -56,6 +58,8 @@ class Student:
         key = (settings, batch_size)
         if key not in self._decoders:
             self._decoders[key] = self._new_decoder(settings, batch_size)
+            if has_tokenizer(self._folder):
+                self._decoders[key].stops = StopStrings(load_tokenizer(self._folder))
         return self._decoders[key]
 
     def _new_decoder(self, settings: DecodeSettings, batch_size: int) -> BlockDecoder:

@@ -10,6 +10,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.common.files import read_json, read_yaml
+from opdlm.common.model.adapters import NOISY_LORA
 from opdlm.common.model.end_tokens import as_ids, token_names
 from opdlm.common.model.hub import hub_id
 from opdlm.common.model.prompt_encoder import PromptEncoder
@@ -21,10 +22,25 @@ _WITH_CODE = """\
 from transformers import {auto}, AutoTokenizer
 
 folder = "."  # this folder, or its id on the hub
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, padding_side="left")
 model = {auto}.from_pretrained(folder, trust_remote_code=True)
-prompt = tokenizer({prompt}, return_tensors="pt")["input_ids"]
-print(tokenizer.decode(model.generate(prompt, max_new_tokens=32, threshold=0.9)[0]))
+batch = tokenizer([{prompt}, return_tensors="pt", padding=True)
+print(tokenizer.decode(model.generate(**batch, max_new_tokens=32{threshold})[0]))
+"""
+_LOSSLESS = """
+This is a lossless student: `{base}` as it was, and adapters (`noisy_adapter/`) that act on masks alone. They draft,
+`{base}` verifies, so `generate` writes what that writes, in fewer forwards: greedy the same tokens (in bfloat16 up to
+ties that rounding decides), with `do_sample` from the same distribution. It takes batches that are padded on the left,
+with their `attention_mask`, `max_new_tokens`, `do_sample`, `temperature`, `top_k` and `top_p`.
+"""
+_GENERATE = """
+`generate` caches keys and values and takes batches that are padded on the left, with their `attention_mask`,
+`max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p` and `threshold`: a step decodes every token whose
+probability is above it, and at least one. It refuses what else transformers' `generate` knows (beams, penalties).
+"""
+_PIPELINE = """`pipeline("text-generation", model=folder, trust_remote_code=True)` works.
+"""
+_NO_PIPELINE = """`AutoModelForCausalLM`, and `pipeline("text-generation")` with it, refuse this folder in one line.
 """
 
 _PLAIN = """\
@@ -48,6 +64,8 @@ while start < length + 32 and not torch.isin(tokens[0, length:], ends).any():
         with torch.no_grad():
             logits = model(input_ids=tokens, attention_mask=seen, use_cache=False).logits[0]
         logits[:, mask] = float("-inf")
+        for spare in getattr(model.config, "spare_token_ids", []):  # rows that no token has
+            logits[:, spare[0] : spare[1]] = float("-inf")
         confidence, token = logits.softmax(-1).max(-1)
         confidence[(tokens[0] != mask) | (torch.arange(start + size) < length)] = -1.0
         tokens[0, confidence.argmax()] = token[confidence.argmax()]
@@ -86,12 +104,17 @@ def write_card(card: Card, warnings: list[str], file: Path) -> None:
     base = card.base_model or (_without_paths(teacher) if teacher else None)
     head: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
         "tags": ["opdlm", "block-diffusion", "diffusion-language-model", "on-policy-distillation", card.layout],
     }
     if base:
         head["base_model"] = base
-    sections = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n", _description(card, base), _usage(card, warnings)]
+    if _has_pipeline(card):
+        head["pipeline_tag"] = "text-generation"
+    sections = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
+        _description(card, base),
+        _usage(card, base, warnings),
+    ]
     if figures:
         sections.append(_table("Figures of the run", figures))
     if run:
@@ -127,14 +150,21 @@ def _description(card: Card, base: str | None) -> str:
     return text + _table("", facts)
 
 
-def _usage(card: Card, warnings: list[str]) -> str:
+def _usage(card: Card, base: str | None, warnings: list[str]) -> str:
     auto = next((name for name in card.auto_map if name != "AutoConfig"), None)
-    snippet = (_WITH_CODE if auto else _PLAIN).format(auto=auto, prompt=_prompt_code(card.tokenizer))
+    text, others = _prompt_code(card.tokenizer)
+    prompt = f"{text}]{others}" if auto else f"{text}{others}"
+    is_lossless = getattr(card.config, NOISY_LORA, None) is not None
+    threshold = "" if is_lossless else ", threshold=0.9"
+    snippet = (_WITH_CODE if auto else _PLAIN).format(auto=auto, prompt=prompt, threshold=threshold)
     text = "## How to decode\n\nWith opdlm-ray, which caches keys and values and decodes batches:\n\n"
     text += f"```\nopdlm generate THIS_FOLDER --prompt {_PROMPT!r} --trace\n```\n\n"
     text += _PLAIN_WARNING if auto is None else ""
     text += "With transformers alone, version 4.57 or later:\n\n"
     text += f"```python\n{snippet}```\n"
+    if auto:
+        text += _LOSSLESS.format(base=base or "the base model") if is_lossless else _GENERATE
+        text += _PIPELINE if _has_pipeline(card) else _NO_PIPELINE
     if card.layout == "sdar":
         text += "\nSGLang and LMDeploy serve this architecture; this folder has not been tried with them."
         text += " Mind the differences:\n\n" if warnings else "\n"
@@ -142,15 +172,23 @@ def _usage(card: Card, warnings: list[str]) -> str:
     return text
 
 
-def _prompt_code(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Arguments with which the tokenizer encodes the prompt as opdlm does: its beginning tokens, nothing behind it."""
+def _has_pipeline(card: Card) -> bool:
+    """Whether transformers' pipeline for text loads the folder, which it does through `AutoModelForCausalLM`."""
+    return "AutoModelForCausalLM" in card.auto_map and "AutoModelForMaskedLM" not in card.auto_map
+
+
+def _prompt_code(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Code with which the tokenizer encodes the prompt as opdlm does: its beginning tokens, nothing behind it.
+
+    Returns: the prompt as a string, and further arguments with the comma before them.
+    """
     encode = PromptEncoder(tokenizer)
     if not encode.beginning:
-        return f"{_PROMPT!r}, add_special_tokens=False"
+        return repr(_PROMPT), ", add_special_tokens=False"
     if list(tokenizer(_PROMPT)["input_ids"]) == encode(_PROMPT):
-        return repr(_PROMPT)
+        return repr(_PROMPT), ""
     beginning = "".join(tokenizer.convert_ids_to_tokens(encode.beginning))
-    return f"{beginning + _PROMPT!r}, add_special_tokens=False"
+    return repr(beginning + _PROMPT), ", add_special_tokens=False"
 
 
 def _run_and_figures(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,7 +3,8 @@
 `a2d-*` is the layout of the public OPDLM and A2D checkpoints (`AutoModelForMaskedLM`, with code beside the weights).
 `sdar` is the one that SGLang and LMDeploy serve. The names of the model families (`qwen3`, `llama`, ...) are the plain
 network, for programs that make the attention mask themselves. The weight files are the same bytes in all layouts;
-`common/export/templates` holds the code that is copied into the first two.
+`common/export/templates` holds the code that is copied into the first two. A lossless student is exported to `a2d-*`,
+as its base model's weights, its adapters, and code whose `generate` is the verified decoder.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from opdlm.common.export.card import Card, write_card
 from opdlm.common.export.names import LAYOUTS, LayoutName
 from opdlm.common.files import atomic_folder, check_new_folder
 from opdlm.common.form import PAPER_FORM
+from opdlm.common.model.adapters import copy_noisy_adapters
 from opdlm.common.model.config import read_config
 from opdlm.common.model.convert import check_tensors, know_dtype, tied_copies
-from opdlm.common.model.facts import read_facts, refuse_noisy_adapters, require_mask
+from opdlm.common.model.facts import read_facts, require_mask
 from opdlm.common.model.families import A2D_PREFIX
 from opdlm.common.model.folder import write_all_but_weights
 from opdlm.common.model.shards import check_finite, copy_shards, read_shards
@@ -52,7 +54,6 @@ def export(source: str | Path, destination: str | Path, layout: LayoutName, base
     source, destination, target = Path(source), Path(destination), LAYOUTS[layout]
     check_new_folder("export", destination)
     config, facts = read_config(source), read_facts(source)
-    refuse_noisy_adapters(facts, "export")
     if config.model_type != target.family:
         fitting = ", ".join(name for name, other in LAYOUTS.items() if other.family == config.model_type)
         raise OpdlmError(f"--layout: found {layout}, but {source} is a {config.model_type}; it can be: {fitting}")
@@ -77,6 +78,8 @@ def export(source: str | Path, destination: str | Path, layout: LayoutName, base
     card = Card(source, layout, config, tokenizer, target.auto_map, base_model)
     with atomic_folder(destination) as folder:
         copy_shards(shards, folder, {}, tied_copies(config, shards))
+        if facts.has_noisy_adapters:
+            copy_noisy_adapters(source, folder)
         write_all_but_weights(folder, config, tokenizer, facts.eos_ids, layout)
         warnings = engine_warnings(config) if layout == "sdar" else [] if target.files else [PLAIN_WARNING]
         write_card(card, warnings, folder / "README.md")

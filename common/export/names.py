@@ -26,6 +26,7 @@ LayoutName = Literal[
 
 TEMPLATES = Path(__file__).parent / "templates"
 """Folder of the code that a layout puts beside the weights."""
+_DECODING = ("block_causal.py", "block_decoding.py", "generation.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def _a2d(family: str, prefix: str) -> Layout:
         "AutoModelForMaskedLM": f"modeling_a2d.{model}",
         "AutoModelForCausalLM": f"modeling_a2d.{prefix}IsNotCausal",  # raises an error that says so
     }
-    return Layout(family, model, auto_map, ("modeling_a2d.py", "block_causal.py"))
+    return Layout(family, model, auto_map, ("modeling_a2d.py", *_DECODING, "lossless.py", "verified_decoding.py"))
 
 
 LAYOUTS: dict[LayoutName, Layout] = {
@@ -64,7 +65,7 @@ LAYOUTS: dict[LayoutName, Layout] = {
         "qwen3",
         "SDARForCausalLM",
         {"AutoConfig": "configuration_sdar.SDARConfig", "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM"},
-        ("configuration_sdar.py", "modeling_sdar.py", "block_causal.py"),
+        ("configuration_sdar.py", "modeling_sdar.py", *_DECODING),
     ),
     "qwen3": Layout("qwen3"),
     "qwen2": Layout("qwen2"),

@@ -7,6 +7,7 @@ draft is its own teacher. Which tokens of a forward are noisy is told before it 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 
 from opdlm.common.config.schema import LoraConfig
 from opdlm.common.errors import OpdlmError
+from opdlm.common.files import read_json
 
 ADAPTER = "default"
 """peft's name of the adapter in each layer."""
@@ -148,20 +150,28 @@ def write_noisy_adapters(student: Any, folder: Path) -> None:
 
 
 def noisy_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the adapters on noisy tokens in a model folder; nothing where it has none.
+    """(name, tensor) of the adapters on noisy tokens in a model folder; nothing where config.json names none.
 
     Raises:
-        OpdlmError: the file is damaged.
+        OpdlmError: their file is missing or damaged.
     """
+    if NOISY_LORA not in read_json(folder / "config.json"):
+        return
     file = folder / NOISY_FILE
     if not file.is_file():
-        return
+        raise OpdlmError(f"model folder {folder}: {NOISY_FILE} is missing, which config.json names ({NOISY_LORA})")
     try:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no dict)
                 yield name, tensors.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise OpdlmError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def copy_noisy_adapters(source: Path, destination: Path) -> None:
+    """Copies adapters on noisy tokens into another folder, whose config.json names them already."""
+    (destination / NOISY_FILE).parent.mkdir()
+    shutil.copyfile(source / NOISY_FILE, destination / NOISY_FILE)
 
 
 def read_noisy_adapters(student: Any, folder: Path, config: Any) -> None:
@@ -176,11 +186,9 @@ def read_noisy_adapters(student: Any, folder: Path, config: Any) -> None:
     settings = getattr(config, NOISY_LORA, None)
     if settings is None:
         return
-    file = folder / NOISY_FILE
-    if not file.is_file():
-        raise OpdlmError(f"model folder {folder}: {NOISY_FILE} is missing, which config.json names ({NOISY_LORA})")
     NoisyAdapters(student, LoraConfig(**settings), config.mask_token_id, seed=0)
-    tensors, own = dict(noisy_tensors(folder)), dict(adapter_parameters(student))
+    file, tensors = folder / NOISY_FILE, dict(noisy_tensors(folder))
+    own = dict(adapter_parameters(student))
     if own.keys() != tensors.keys() or any(own[name].shape != tensor.shape for name, tensor in tensors.items()):
         raise OpdlmError(f"{file}: its tensors are not those of the adapters that config.json names ({NOISY_LORA})")
     with torch.no_grad():

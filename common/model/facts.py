@@ -63,7 +63,7 @@ def read_facts(folder: str | Path) -> ModelFacts:
     return ModelFacts(
         folder=folder,
         vocab_size=config.vocab_size,
-        tokens=_tokens(tokenizer, config.vocab_size),
+        tokens=tokens_of(tokenizer, config.vocab_size),
         context=config.max_position_embeddings,
         eos_ids=ends.ids,
         mask_id=_mask_id(folder, config, tokenizer),
@@ -81,7 +81,7 @@ def refuse_noisy_adapters(facts: ModelFacts, command: str) -> None:
     if facts.has_noisy_adapters:
         raise OpdlmError(
             f"{command}: {facts.folder} is a lossless student: its base model's weights as they were, and adapters "
-            f"({NOISY_FILE}), which this command would lose; use the folder as it is"
+            f"({NOISY_FILE}), which this command would lose; use the folder as it is, or export it"
         )
 
 
@@ -157,7 +157,8 @@ def _form(config: Any, folder: Path) -> StudentForm:
     return StudentForm(shift, context)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase | None, rows: int) -> TokenIds:
+def tokens_of(tokenizer: PreTrainedTokenizerBase | None, rows: int) -> TokenIds:
+    """The rows of a vocabulary that are tokens of the tokenizer; all rows where there is none."""
     if tokenizer is None:
         return TokenIds(rows)
     return TokenIds.of(i for i in tokenizer.get_vocab().values() if i < rows)

@@ -22,7 +22,7 @@ from opdlm.common.export.names import LAYOUTS, TEMPLATES, LayoutName
 from opdlm.common.files import atomic_folder, read_json
 from opdlm.common.model.adapters import has_noisy_adapters, write_noisy_adapters
 from opdlm.common.model.end_tokens import as_setting
-from opdlm.common.model.facts import read_facts
+from opdlm.common.model.facts import read_facts, tokens_of
 from opdlm.common.model.families import A2D_PREFIX
 from opdlm.common.model.tokenizer import load_tokenizer
 
@@ -36,6 +36,8 @@ _TOKENIZER_KEYS = (
     "response_template",
 )
 """Keys of tokenizer_config.json that are kept as transformers writes them."""
+SPARE_TOKEN_IDS = "spare_token_ids"
+"""Key of a student's config.json: ranges (first id, one past the last id) of rows of its matrices that no token has."""
 _FORCED_CLEAN_UP = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
@@ -88,7 +90,8 @@ def write_all_but_weights(
     # Both files name all end tokens, so that every program ends a response alike.
     config.eos_token_id = as_setting(eos_ids)
     config.save_pretrained(folder)
-    _rewrite_config(folder / "config.json", config, layout)
+    spare = tokens_of(tokenizer, config.vocab_size).other_ranges(config.vocab_size)
+    _rewrite_config(folder / "config.json", config, layout, spare)
     pad = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
     # Nothing else of a source's file: its sampling settings are those of an autoregressive model, and some values
     # (`num_return_sequences: 4`) would keep transformers from loading the folder.
@@ -101,10 +104,15 @@ def write_all_but_weights(
         shutil.copyfile(TEMPLATES / name, folder / name)
 
 
-def _rewrite_config(file: Path, config: Any, layout: LayoutName) -> None:
-    """Gives config.json the layout's names, and the form of transformers 4, which version 5 and engines read too."""
+def _rewrite_config(file: Path, config: Any, layout: LayoutName, spare: list[tuple[int, int]]) -> None:
+    """Gives config.json the layout's names, and the form of transformers 4, which version 5 and engines read too.
+
+    Args:
+        spare: rows of the vocabulary that no token has, for code that decodes without a tokenizer.
+    """
     raw, target = read_json(file), LAYOUTS[layout]
     raw.pop("is_diffusion_student", None)  # `read_config` adds it
+    raw.pop(SPARE_TOKEN_IDS, None)
     rope = dict(raw.pop("rope_parameters"))
     raw |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": raw.pop("dtype")}
     if "partial_rotary_factor" in rope:  # Phi3 rotates a part of each head
@@ -112,6 +120,8 @@ def _rewrite_config(file: Path, config: Any, layout: LayoutName) -> None:
     if rope.get("rope_type", "default") != "default":
         raw["rope_scaling"] = rope
     raw["architectures"] = [target.architecture or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    if spare and raw.get("mask_token_id") is not None:
+        raw[SPARE_TOKEN_IDS] = spare
     if target.architecture:
         raw |= {"model_type": layout, "auto_map": target.auto_map}
     _write(file, raw)

@@ -46,7 +46,18 @@ def evaluate(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the results and samples.")] = None,
     lm_eval: Annotated[
-        str | None, typer.Option(metavar="TASKS", help="Tasks of lm-eval, with commas between; they must generate.")
+        str | None, typer.Option(metavar="TASKS", help="Tasks of lm-eval, with commas between; see --likelihood.")
+    ] = None,
+    likelihood: Annotated[
+        str | None,
+        typer.Option(
+            metavar="bound",
+            help="lm-eval: `bound` lets a lower bound stand for a student's likelihoods, in multiple-choice tasks. A "
+            "lossless student's are exact without it.",
+        ),
+    ] = None,
+    likelihood_samples: Annotated[
+        int | None, typer.Option(min=2, help="lm-eval: samples of each bound. Default: 32.")
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder of your own lm-eval task YAMLs.")] = None,
     limit: Annotated[
@@ -83,7 +94,7 @@ def evaluate(
             refuse_misplaced("--lm-eval", given | {"--teacher": teacher, "--samples": samples, "--beside": beside})
             refuse_data_options("--lm-eval", questions)
             check_thinking(questions)
-            from opdlm.deploy.evaluate.lm_eval import HarnessOptions, run_harness
+            from opdlm.deploy.evaluate.lm_eval import HarnessOptions, known_likelihood, run_harness
 
             harness = HarnessOptions(
                 [name.strip() for name in lm_eval.split(",")],
@@ -92,10 +103,14 @@ def evaluate(
                 fewshot,
                 questions.chat,
                 questions.thinking,
+                known_likelihood(likelihood),
+                likelihood_samples,
             )
             run_harness(checkpoint, harness, options, decoding, out)
             return
-        refuse_misplaced("--task and --data", {"--include-path": include_path, "--limit": limit, "--fewshot": fewshot})
+        of_harness = {"--include-path": include_path, "--limit": limit, "--fewshot": fewshot}
+        refuse_misplaced("--task and --data", of_harness)
+        refuse_misplaced("--task and --data", {"--likelihood": likelihood, "--likelihood-samples": likelihood_samples})
         run_eval(checkpoint, questions, options, decoding, out)
 
 

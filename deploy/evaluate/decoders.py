@@ -19,6 +19,7 @@ import torch
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.observation import StepObservation
 from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.rollout.stopping import StopStrings
 from opdlm.actors.teacher.generation import generate
 from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
@@ -166,6 +167,8 @@ class CheckpointDecoder(Decoder):
         decoder = BlockDecoder(
             self.model, settings, mask_id, facts.eos_ids, batch_size, tokens=facts.tokens, form=facts.form
         )
+
+        decoder.stops = StopStrings(self.tokenizer)
 
         def before_step() -> None:
             self.on_progress(len(decoder.progress().finished))

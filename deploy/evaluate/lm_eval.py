@@ -6,12 +6,13 @@ import difflib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from opdlm.common.errors import OpdlmError, first_line
+from opdlm.common.model.facts import read_facts
 from opdlm.deploy.evaluate.commands import EvalOptions, check_output, open_decoder, write_results
 from opdlm.deploy.evaluate.options import DecodingOptions
 from opdlm.deploy.observe.tables import decoding_name, new_table
@@ -31,6 +32,17 @@ class HarnessOptions:
     fewshot: int | None
     chat: bool
     thinking: bool | None
+    likelihood: Literal["bound"] | None = None
+    """`bound`: a lower bound stands for a student's likelihoods."""
+    likelihood_samples: int | None = None
+    """Samples of each bound. None: as `OpdlmLM` has it."""
+
+
+def known_likelihood(name: str | None) -> Literal["bound"] | None:
+    """The value of --likelihood; raises `OpdlmError` for an unknown one."""
+    if name not in (None, "bound"):
+        raise OpdlmError(f"--likelihood: found {name!r}; known: bound")
+    return None if name is None else "bound"
 
 
 def require_lm_eval() -> Any:
@@ -47,11 +59,13 @@ def run_harness(
 ) -> None:
     """Loads the tasks, decodes them with each strategy, prints lm-eval's tables, writes the results."""
     lm_eval = require_lm_eval()
+    if harness.likelihood is None and harness.likelihood_samples is not None:
+        raise OpdlmError(f"--likelihood-samples: found {harness.likelihood_samples} without --likelihood bound")
     check_output(options.output)
     manager, tasks = load_tasks(harness, folder)
     from lm_eval.utils import handle_non_serializable
 
-    from opdlm.deploy.evaluate.lm_eval_model import OpdlmLM
+    from opdlm.deploy.evaluate.lm_eval_model import BOUND_SAMPLES, OpdlmLM
 
     written: dict[str, Any] = {}
     with open_decoder(folder, decoding, options.block_size) as decoder:
@@ -64,6 +78,8 @@ def run_harness(
                 batch_size=decoding.batch_size,
                 max_new_tokens=decoding.max_new_tokens,
                 enable_thinking=harness.thinking,
+                likelihood=harness.likelihood,
+                likelihood_samples=harness.likelihood_samples or BOUND_SAMPLES,
             )
             results = lm_eval.simple_evaluate(
                 model=model,
@@ -78,15 +94,23 @@ def run_harness(
             how = model.get_model_info()
             for table in result_tables(results):
                 console.print(table, "")
-            console.print(
-                f"{decoding_name(how['decoding'], how.get('threshold'))}: "
-                f"{how['tokens_per_step']:.2f} tokens per denoising step, {how['tokens_per_second']:,.0f} per second",
-                highlight=False,
-                soft_wrap=True,
-            )
+            for line in _how_lines(how):
+                console.print(line, highlight=False, soft_wrap=True)
             written[how["decoding"]] = results
     if options.output:
         write_results(options.output, written, console, handle_non_serializable)
+
+
+def _how_lines(how: dict[str, Any]) -> list[str]:
+    """The speed of decoding, and what the likelihoods are."""
+    lines = []
+    if how["tokens_per_step"] is not None:
+        figures = f"{how['tokens_per_step']:.2f} tokens per denoising step, {how['tokens_per_second']:,.0f} per second"
+        lines.append(f"{decoding_name(how['decoding'], how.get('threshold'))}: {figures}")
+    if "likelihood" in how:
+        error = f"{how['likelihood_samples']} samples each, mean standard error {how['likelihood_stderr']:.3f} nats"
+        lines.append(f"in place of likelihoods: a lower bound ({error})")
+    return lines
 
 
 def result_tables(results: dict[str, Any]) -> list[Table]:
@@ -114,19 +138,20 @@ def _figure(value: Any) -> str:
 
 
 def load_tasks(harness: HarnessOptions, folder: Path) -> tuple[Any, list[Any]]:
-    """lm-eval's task manager and task objects. Nothing is decoded before every task is known to generate text.
+    """lm-eval's task manager and task objects. Nothing is decoded before every task is known to be answered.
 
     Raises:
-        OpdlmError: a task is unknown, its data cannot be loaded, or it asks for likelihoods.
+        OpdlmError: a task is unknown, its data cannot be loaded, it runs code, or it asks for likelihoods that are not
+            given.
     """
     from lm_eval.tasks import TaskManager
 
-    from opdlm.deploy.evaluate.lm_eval_model import no_likelihood
+    from opdlm.deploy.evaluate.lm_eval_likelihood import WITH_BOUND, check_likelihood
 
     if harness.include_path is not None and not harness.include_path.is_dir():
         raise OpdlmError(f"--include-path: {harness.include_path} is no folder; expected one with task YAMLs")
     manager = TaskManager(include_path=str(harness.include_path) if harness.include_path else None)
-    tasks: list[Any] = []
+    tasks, facts = list[Any](), read_facts(folder)
     for name in harness.tasks:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
@@ -138,8 +163,16 @@ def load_tasks(harness: HarnessOptions, folder: Path) -> tuple[Any, list[Any]]:
             reason = first_line(error)
             raise OpdlmError(f"--lm-eval: the data of task {name!r} cannot be loaded: {reason}") from error
         for task in loaded["tasks"].values():
-            if task.OUTPUT_TYPE != "generate_until":
-                raise OpdlmError(f"--lm-eval: task {task.task_name!r}: {no_likelihood(task.OUTPUT_TYPE, folder)}")
+            if getattr(task, "UNSAFE_CODE", False):
+                raise OpdlmError(
+                    f"--lm-eval: task {task.task_name!r} runs the code that the model writes; where that may run: "
+                    f"HF_ALLOW_CODE_EVAL=1 opdlm lm-eval run --model opdlm --tasks {task.task_name} "
+                    f"--model_args pretrained={folder} --confirm_run_unsafe_code"
+                )
+            try:
+                check_likelihood(task.OUTPUT_TYPE, facts, harness.likelihood, WITH_BOUND)
+            except OpdlmError as error:
+                raise OpdlmError(f"--lm-eval: task {task.task_name!r}: {error}") from None
         tasks += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
     return manager, tasks
 

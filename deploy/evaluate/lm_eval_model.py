@@ -24,23 +24,24 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from tqdm import tqdm
 
 from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.rollout.stopping import StopStrings
 from opdlm.common.batches import in_groups
 from opdlm.common.config.schema import Strategy
 from opdlm.common.data.chat import chat_prompt, require_template
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import home_path, read_text
-from opdlm.common.model.facts import read_facts
 from opdlm.common.model.hub import model_folder
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder, Decoder
+from opdlm.deploy.evaluate.lm_eval_likelihood import BOUND_SAMPLES, Likelihoods
 
 _BATCHES_A_CALL = 8
 """Batches per update of the progress bar and of lm-eval's response cache."""
 
 
 @register_model("opdlm")
-class OpdlmLM(LM):
-    """`generate_until` with the block decoder, or token by token for an AR checkpoint.
+class OpdlmLM(Likelihoods, LM):
+    """`generate_until` with the block decoder, or token by token for an AR checkpoint, and likelihoods of students.
 
     Args (lm-eval's `model_args`):
         pretrained: checkpoint folder or hub id; or, from Python, a `Decoder`.
@@ -53,6 +54,8 @@ class OpdlmLM(LM):
         enable_thinking: passed to the template.
         seed: seed of sampling, for tasks that sample.
         device: by default cuda if there is one.
+        likelihood: `bound` lets a lower bound stand for the likelihoods of a student, which `likelihood_samples`
+            samples estimate. A lossless student's likelihoods are exact without it.
 
     Raises:
         OpdlmError: names an unknown argument, or one with an impossible value.
@@ -70,9 +73,15 @@ class OpdlmLM(LM):
         enable_thinking: bool | None = None,
         seed: int = 0,
         device: str | None = None,
+        likelihood: str | None = None,
+        likelihood_samples: int = BOUND_SAMPLES,
         **unknown: Any,
     ) -> None:
         super().__init__()
+        if likelihood not in (None, "bound"):
+            raise OpdlmError(f"model_args: likelihood: found {likelihood!r}; known: bound")
+        self.likelihood, self.bounds = likelihood, []
+        self.likelihood_samples = _count("likelihood_samples", likelihood_samples)
         _check_arguments(unknown, strategy, threshold)
         # lm-eval's `--batch_size` comes as text.
         self.batch_size = _count("batch_size", int(batch_size) if str(batch_size).isdigit() else batch_size)
@@ -116,7 +125,8 @@ class OpdlmLM(LM):
     # --- generation ----------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Responses as text, cut before the first stop string of the request's `until`."""
+        """Responses as text, cut before the first stop string of the request's `until`, with whose block a student's
+        response ends."""
         groups: dict[str, list[RolloutRequest]] = defaultdict(list)
         until: list[list[str]] = []
         for i, instance in enumerate(requests):
@@ -125,7 +135,8 @@ class OpdlmLM(LM):
             until.append(how.pop("until"))
             limit, ids = int(how.pop("max_gen_toks")), self.decoder.encode(context, self._templated)
             name = f"{instance.task_name} document {instance.doc_id}"
-            groups[json.dumps(how, sort_keys=True)].append(RolloutRequest(i, name, ids, limit, seed=self.seed + i))
+            request = RolloutRequest(i, name, ids, limit, seed=self.seed + i, stop=tuple(filter(None, until[-1])))
+            groups[json.dumps(how, sort_keys=True)].append(request)
         settings = {
             key: self._settings(json.loads(key)) for key in groups
         }  # checks all of them before the first is decoded
@@ -145,14 +156,6 @@ class OpdlmLM(LM):
                     bar.update(len(part))
         return texts
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Refused, with the reason."""
-        raise OpdlmError(no_likelihood("loglikelihood", self.decoder.folder))
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Refused, with the reason."""
-        raise OpdlmError(no_likelihood("loglikelihood_rolling", self.decoder.folder))
-
     def get_model_info(self) -> dict[str, Any]:
         """The way and the speed of decoding, which lm-eval writes beside its results."""
         return {
@@ -163,6 +166,7 @@ class OpdlmLM(LM):
             "block_grid": self.settings.block_grid,
             "tokens_per_step": self._tokens / self._steps if self._steps else None,
             "tokens_per_second": self._tokens / self._seconds if self._steps else None,
+            **self.likelihood_info(),
         }
 
     # --- chat templates, as lm-eval asks for them ---------------------------------------------------------------
@@ -202,26 +206,8 @@ class OpdlmLM(LM):
         return replace(self.settings, temperature=temperature, top_k=_whole("top_k", top_k), top_p=top_p)
 
     def _text(self, ids: np.ndarray, until: list[str]) -> str:
-        tokenizer = self.decoder.tokenizer
-        # A stop string that is a special token leaves no trace in the text: it has to be looked for among the ids.
-        stops = [tokenizer.convert_tokens_to_ids(stop) for stop in until if stop in tokenizer.all_special_tokens]
-        ends = np.flatnonzero(np.isin(ids, stops))
-        ids = ids[: ends[0]] if ends.size else ids
+        ids = StopStrings(self.decoder.tokenizer).cut(until, ids)
         return postprocess_generated_text(self.decoder.text(ids), until, None)
-
-
-def no_likelihood(what: str, folder: Path) -> str:
-    """Why a request of this type is refused for this checkpoint, and what to do instead."""
-    hint = "use tasks that generate (`output_type: generate_until`)"
-    if read_facts(folder).is_student:
-        return (
-            f"lm-eval asks for {what}, but a block-diffusion model gives no exact sequence likelihood in one pass: "
-            f"the tokens of a block are revealed in many possible orders, over which it would be a sum; {hint}"
-        )
-    return (
-        f"lm-eval asks for {what}, which `opdlm` gives for no checkpoint; {folder} is autoregressive, so lm-eval's own "
-        f"`hf` model does (--model hf --model_args pretrained={folder}); or {hint}"
-    )
 
 
 def _check_arguments(unknown: dict[str, Any], strategy: Any, threshold: Any) -> None:

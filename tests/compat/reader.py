@@ -54,6 +54,35 @@ def refusal(auto: str, path: str, **how: Any) -> str | None:
     return None
 
 
+def answers(model: Any, tokenizer: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Responses to prompts of several lengths, each alone, in a padded batch, and drawn with a seed."""
+    import torch
+
+    tokenizer.padding_side = "left"
+    prompts = [job["prompt"], job["prompt"] * 3, job["prompt"][:2]]
+    alone = []
+    for prompt in prompts:
+        encoded = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+        alone.append(model.generate(**encoded, max_new_tokens=9, threshold=0.3)[0].tolist())
+    batch = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
+    padded, drawn = model.generate(**batch, max_new_tokens=9, threshold=0.3).tolist(), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        how = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
+        drawn.append(model.generate(**batch, max_new_tokens=9, threshold=0.3, **how).tolist())
+    before = [row.index(1) for row in batch["attention_mask"].tolist()]
+    return {"alone": alone, "padded": [row[at:] for row, at in zip(padded, before, strict=True)], "drawn": drawn}
+
+
+def piped(model: Any, tokenizer: Any, job: dict[str, Any]) -> list[str]:
+    """What `pipeline("text-generation")` around the loaded model writes, greedily."""
+    from transformers import pipeline
+
+    made = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    prompts = [job["prompt"], job["prompt"] * 3]
+    return [out[0]["generated_text"] for out in made(prompts, batch_size=2, max_new_tokens=9, do_sample=False)]
+
+
 def read(folder: dict[str, Any], job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the test compares for one folder: facts that JSON holds, and logits by name."""
     import torch
@@ -75,6 +104,11 @@ def read(folder: dict[str, Any], job: dict[str, Any]) -> tuple[dict[str, Any], d
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=True)
         encoded = tokenizer(job["prompt"], add_special_tokens=False, return_tensors="pt")
         found["decoded_answer"] = model.generate(**encoded, max_new_tokens=9, threshold=0.3)[0].tolist()
+        found["batch_answers"] = answers(model, tokenizer, job)
+        found["piped"] = piped(model, tokenizer, job)
+    if auto == CAUSAL and code:
+        made = transformers.pipeline("text-generation", model=path, trust_remote_code=True)
+        found["piped_from_folder"] = made(job["prompt"], max_new_tokens=9, do_sample=False)[0]["generated_text"]
     if auto == MASKED:
         found["causal"] = refusal(CAUSAL, path, trust_remote_code=True)
     if not folder["plain"]:

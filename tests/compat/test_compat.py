@@ -153,6 +153,20 @@ def test_every_folder_of_a_student_decodes_alike(found, folders) -> None:
         assert len({tuple(answer) for answer in answers.values()}) == 1, answers
 
 
+def test_padded_batches_and_pipelines(found, folders) -> None:
+    """A row is decoded as if it were alone; a pipeline around the model, and one from an `sdar` folder, write text."""
+    for key, folder in folders.items():
+        if folder["plain"]:
+            continue
+        answers = found[key]["batch_answers"]
+        for alone, padded in zip(answers["alone"], answers["padded"], strict=True):
+            assert padded[: len(alone)] == alone, key
+        assert answers["drawn"][0] == answers["drawn"][1], key
+        assert all(text.startswith(JOB["prompt"]) for text in found[key]["piped"]), key
+        if folder["auto"] == CAUSAL:
+            assert found[key]["piped_from_folder"] == found[key]["piped"][0], key
+
+
 def test_model_folders_are_written_in_one_place() -> None:
     """Another caller of `save_pretrained` would write what transformers 4 misreads. (peft has one for adapters.)"""
     callers = {file.name for file in code_files() if ".save_pretrained(" in file.read_text()}

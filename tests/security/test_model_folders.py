@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from opdlm.common.errors import OpdlmError
+from opdlm.common.export import LAYOUTS
 from opdlm.common.model.config import read_config
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
@@ -90,7 +91,7 @@ def test_code_beside_the_weights_is_not_imported(model, marker, tmp_path, monkey
     read_all(model, tmp_path / "new")
     assert questions == []
     written = {file.name: file for file in (tmp_path / "new").rglob("*.py")}
-    assert written.keys() == {"modeling_a2d.py", "block_causal.py"}, "our own code, and none of the source's"
+    assert written.keys() == set(LAYOUTS["a2d-qwen3"].files), "our own code, and none of the source's"
     assert all(str(marker) not in file.read_text() for file in written.values())
     held = (tmp_path / "new" / "config.json").read_text() + (tmp_path / "new" / "tokenizer_config.json").read_text()
     assert "_x." not in held + (tmp_path / "new" / "generation_config.json").read_text()

@@ -1,10 +1,11 @@
-"""Block-causal attention and block decoding, for causal language models of transformers.
+"""Block-causal attention, for causal language models of transformers.
 
 A block diffusion language model has the network of its autoregressive teacher with two differences: a token sees every
 token of its own block and of earlier blocks, and the logits at position i predict token i, which is a mask token until
 it is decoded. Two settings of the config take one of the differences away each. With `context: causal`, a token sees
 the tokens before it, and only in the last block, while that holds a mask token, its whole block. With `logit_shift:
-true`, the logits at position i predict token i + 1. This file needs torch and transformers only.
+true`, the logits at position i predict token i + 1. Decoding is in block_decoding.py. These files need torch and
+transformers only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+
+from .block_decoding import BlockDecoding
+from .generation import read_request
 
 
 class BlockCausalMixin(nn.Module):
@@ -26,6 +30,8 @@ class BlockCausalMixin(nn.Module):
 
     config: Any
     generation_config: Any
+    prefill_tokens = 512
+    """Tokens of each prompt that `generate` reads in one forward: its attention mask is `[B, 1, 512, P]`."""
 
     def forward(
         self,
@@ -51,13 +57,7 @@ class BlockCausalMixin(nn.Module):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             attention_mask, counted = self._block_causal(attention_mask, input_ids, rows, past, length)
             position_ids = counted if position_ids is None else position_ids
-        implementation = self.config._attn_implementation
-        if implementation not in ("sdpa", "eager"):
-            raise ValueError(f"attn_implementation is {implementation!r}; block-causal masks need 'sdpa' or 'eager'")
-        if implementation == "eager" and attention_mask.dtype == torch.bool:  # eager adds the mask to the scores
-            dtype = next(self.parameters()).dtype
-            hidden = torch.zeros_like(attention_mask, dtype=dtype)
-            attention_mask = hidden.masked_fill(~attention_mask, torch.finfo(dtype).min)
+        attention_mask = self.attention_scores(attention_mask)
         output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -76,51 +76,44 @@ class BlockCausalMixin(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.Tensor,
-        max_new_tokens: int = 64,
+        inputs: torch.Tensor | None = None,
+        generation_config: Any = None,
+        *,
         threshold: float = 0.9,
-        attention_mask: torch.Tensor | None = None,
+        **settings: Any,
     ) -> torch.Tensor:
-        """Decodes one prompt greedily, block by block.
+        """Decodes a batch block by block, with a key-value cache.
 
-        Each step unmasks every position whose probability is above `threshold`, and at least the most probable one. It
-        runs the whole sequence in each step; serving engines and opdlm cache keys and values instead.
+        Each step unmasks every position whose probability is above `threshold`, and at least the most probable one.
 
         Args:
-            input_ids: `[1, P]` int64, the prompt.
-            max_new_tokens: longest response in tokens.
-            attention_mask: `[1, P]`, all 1, as a tokenizer returns it: a prompt has no padding.
+            inputs: `[B, P]` int64, prompts; or named `input_ids`. Padding is on the left, as `attention_mask` says.
+            generation_config: settings of transformers; those that are named in the call come before it.
+            threshold: within 0 and 1; a lower one decodes more tokens a step.
+            settings: `attention_mask` (`[B, P]`, 0 for padding), `max_new_tokens` (64), `max_length`, `do_sample`
+                (False: greedy), `temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`. Sampling draws from
+                torch's generator.
 
-        Returns: `[1, P + R]` int64, prompt and response, to the first end-of-sequence token or to the limit.
+        Returns: `[B, P + R]` int64, prompts and responses, each to its first end-of-sequence token or to the limit, and
+            padded on the right.
+
+        Raises:
+            ValueError: an argument is unknown or impossible, or padding is not on the left.
         """
-        if input_ids.shape[0] != 1:
-            raise ValueError(f"input_ids has {input_ids.shape[0]} rows; expected 1, a single prompt")
-        if attention_mask is not None and not attention_mask.all():
-            raise ValueError("attention_mask hides tokens of input_ids; expected a prompt without padding")
-        size, mask_id, prompt = self.config.block_size, self.config.mask_token_id, input_ids.shape[1]
-        stops = self.generation_config.eos_token_id
-        stops = torch.tensor(stops if isinstance(stops, list) else [stops], device=input_ids.device)
-        start = prompt - (prompt % size if self.config.block_grid == "absolute" else 0)
-        tokens = input_ids
-        while True:
-            tokens = functional.pad(tokens, (0, start + size - tokens.shape[1]), value=mask_id)
-            masked = torch.arange(start, start + size, device=tokens.device) >= prompt
-            while masked.any():
-                # Shifted logits wrap around to position 0, which is a prompt's token and never decoded.
-                logits = self(input_ids=tokens, use_cache=False).logits[0].roll(int(self._shift), 0)[start:].float()
-                logits[:, mask_id] = float("-inf")
-                confidence, candidates = logits.softmax(-1).max(-1)
-                confidence = confidence.masked_fill(~masked, -1.0)
-                revealed = masked & (confidence > threshold)
-                revealed[confidence.argmax()] = True
-                tokens[0, start:][revealed] = candidates[revealed]
-                masked &= ~revealed
-            start += size
-            ended = torch.isin(tokens[0, prompt : prompt + max_new_tokens], stops).nonzero()
-            if len(ended):
-                return tokens[:, : prompt + int(ended[0]) + 1]
-            if start >= prompt + max_new_tokens:
-                return tokens[:, : prompt + max_new_tokens]
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"generate: threshold: found {threshold}; expected a number within 0 and 1")
+        request = read_request(self, {"inputs": inputs, "generation_config": generation_config, **settings})
+        return BlockDecoding(self, request, threshold, self.prefill_tokens).run()
+
+    def attention_scores(self, seen: torch.Tensor) -> torch.Tensor:
+        """What the model's attention takes for a bool mask `[B, 1, T, K]`, True where the query sees the key."""
+        implementation = self.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(f"attn_implementation is {implementation!r}; block-causal masks need 'sdpa' or 'eager'")
+        if implementation == "sdpa" or seen.dtype != torch.bool:
+            return seen
+        dtype = next(self.parameters()).dtype  # eager adds the mask to the scores
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
     @property
     def _shift(self) -> bool:

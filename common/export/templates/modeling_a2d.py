@@ -1,7 +1,7 @@
 """Causal language models as block diffusion models, with the names of the public A2D (AR-to-diffusion) models.
 
 `AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)` loads one. See block_causal.py for the
-differences from the autoregressive network.
+differences from the autoregressive network, and lossless.py for models with adapters on noisy tokens alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from transformers import (
 )
 
 from .block_causal import BlockCausalMixin
+from .block_decoding import BlockDecoding  # noqa: F401  transformers 4 copies only the files that this one names
+from .generation import Request  # noqa: F401
+from .lossless import LosslessMixin
+from .verified_decoding import VerifiedDecoding  # noqa: F401
 
 
 class A2DQwen3Config(Qwen3Config):
@@ -70,43 +74,43 @@ class A2DOlmo2Config(Olmo2Config):
     model_type = "a2d-olmo2"
 
 
-class A2DQwen3LMHeadModel(BlockCausalMixin, Qwen3ForCausalLM):
+class A2DQwen3LMHeadModel(LosslessMixin, BlockCausalMixin, Qwen3ForCausalLM):
     """Block diffusion on Qwen3."""
 
     config_class = A2DQwen3Config
 
 
-class A2DQwen2LMHeadModel(BlockCausalMixin, Qwen2ForCausalLM):
+class A2DQwen2LMHeadModel(LosslessMixin, BlockCausalMixin, Qwen2ForCausalLM):
     """Block diffusion on Qwen2."""
 
     config_class = A2DQwen2Config
 
 
-class A2DLlamaLMHeadModel(BlockCausalMixin, LlamaForCausalLM):
+class A2DLlamaLMHeadModel(LosslessMixin, BlockCausalMixin, LlamaForCausalLM):
     """Block diffusion on Llama."""
 
     config_class = A2DLlamaConfig
 
 
-class A2DMistralLMHeadModel(BlockCausalMixin, MistralForCausalLM):
+class A2DMistralLMHeadModel(LosslessMixin, BlockCausalMixin, MistralForCausalLM):
     """Block diffusion on Mistral."""
 
     config_class = A2DMistralConfig
 
 
-class A2DPhi3LMHeadModel(BlockCausalMixin, Phi3ForCausalLM):
+class A2DPhi3LMHeadModel(LosslessMixin, BlockCausalMixin, Phi3ForCausalLM):
     """Block diffusion on Phi3."""
 
     config_class = A2DPhi3Config
 
 
-class A2DSmolLM3LMHeadModel(BlockCausalMixin, SmolLM3ForCausalLM):
+class A2DSmolLM3LMHeadModel(LosslessMixin, BlockCausalMixin, SmolLM3ForCausalLM):
     """Block diffusion on SmolLM3."""
 
     config_class = A2DSmolLM3Config
 
 
-class A2DOlmo2LMHeadModel(BlockCausalMixin, Olmo2ForCausalLM):
+class A2DOlmo2LMHeadModel(LosslessMixin, BlockCausalMixin, Olmo2ForCausalLM):
     """Block diffusion on Olmo2."""
 
     config_class = A2DOlmo2Config

@@ -10,7 +10,9 @@ from __future__ import annotations
 from transformers import Qwen3ForCausalLM
 
 from .block_causal import BlockCausalMixin
+from .block_decoding import BlockDecoding  # noqa: F401  transformers 4 copies only the files that this one names
 from .configuration_sdar import SDARConfig
+from .generation import Request  # noqa: F401
 
 
 class SDARForCausalLM(BlockCausalMixin, Qwen3ForCausalLM):

@@ -53,13 +53,52 @@ def read(folder: dict, tensors: dict) -> dict:
             labels = tensors["whole.ids"].clone()
             labels[:, ::2] = -100
             found[f"{implementation}.loss"] = model(input_ids=tensors["whole.ids"], labels=labels).loss
-    for i in range(4):
-        for limit, threshold in ((9, 0.3), (5, 1.0)):
-            found[f"decode.{i}.{limit}"] = model.generate(tensors[f"prompt.{i}"], limit, threshold)
+    found |= decode(model, tensors)
     if model.config.model_type == "sdar":  # SGLang reads these attributes
         factor = (model.config.rope_scaling or {}).get("factor", 1.0)
         found["config"] = torch.tensor([model.config.rope_theta, factor])
     return {key: value.contiguous() for key, value in found.items()}
+
+
+def decode(model, tensors: dict) -> dict:
+    """Responses to all prompts in one padded batch, to one prompt alone, and sampled ones."""
+    import torch
+
+    prompts = [value[0] for key, value in sorted(tensors.items()) if key.startswith("prompt.")]
+    width = max(len(prompt) for prompt in prompts)
+    batch = {
+        "input_ids": torch.stack([torch.nn.functional.pad(ids, (width - len(ids), 0), value=1) for ids in prompts]),
+        "attention_mask": torch.stack([(torch.arange(width) >= width - len(ids)).long() for ids in prompts]),
+    }
+    found = {"alone": model.generate(prompts[0][None], max_new_tokens=9, threshold=0.3)}
+    for limit, threshold, read_at_once in ((9, 0.3, 512), (5, 1.0, 8)):
+        model.prefill_tokens = read_at_once
+        found[f"decode.{limit}"] = model.generate(**batch, max_new_tokens=limit, threshold=threshold)
+    for name, seed, how in (
+        ("drawn", 3, {"temperature": 2.0}),
+        ("again", 3, {"temperature": 2.0}),
+        ("other", 4, {"temperature": 2.0}),
+        ("top_k", 4, {"top_k": 1}),
+        ("top_p", 4, {"top_p": 1e-6}),
+    ):
+        torch.manual_seed(seed)
+        found[name] = model.generate(**batch, max_new_tokens=9, threshold=0.3, do_sample=True, **how)
+    errors = []
+    for wrong in (
+        {"num_beams": 4},
+        {"attention_mask": batch["attention_mask"].flip(1)},
+        {"max_new_tokens": 1000},
+        {"threshold": 3.0},
+        {"input_ids": None},
+    ):
+        try:
+            model.generate(**(batch | wrong))
+        except ValueError as error:
+            errors.append(str(error))
+    assert [error.split()[1].strip(":") for error in errors[:2]] == ["num_beams", "attention_mask"], errors
+    assert ["context" in error for error in errors] == [False, False, True, False, False], errors
+    assert len(errors) == 5
+    return found
 
 
 def run_card(folder: Path) -> None:

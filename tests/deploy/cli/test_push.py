@@ -56,7 +56,7 @@ def test_a_student_is_sent_with_a_card(hub, student) -> None:
     (student / ".env").write_text("HF_TOKEN=hf_secret")
     (student / "events").mkdir()
     printed = opdlm("push", student, "me/tiny", "--private", "--base-model", "me/base")
-    assert "https://hub.test/me/tiny: 8 files" in printed
+    assert "https://hub.test/me/tiny: 12 files" in printed
     assert "not sent: .env, events, notes.txt" in printed
     assert hub.created == [{"repository": "me/tiny", "private": True, "exist_ok": True}]
     names = {path.name for path in student.iterdir()} - {"notes.txt", ".env", "events"}
@@ -83,7 +83,7 @@ def test_dry_run_lists_and_asks_nothing(student, monkeypatch) -> None:
     printed = opdlm("push", student, "me/tiny", "--dry-run")
     assert "model.safetensors" in printed
     assert "README.md" in printed
-    assert "8 files" in printed
+    assert "12 files" in printed
     assert "would be sent to me/tiny" in printed
 
 

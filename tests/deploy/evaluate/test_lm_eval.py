@@ -78,6 +78,9 @@ def test_each_request_keeps_its_own_limit_and_stop_strings(student) -> None:
     texts = model.generate_until([*first, *rest], disable_tqdm=True)
     assert texts[0] == whole[0].split(stop)[0] != whole[0]
     assert texts[1:] == direct(student, 7, strategy="sequential")[1:]
+    before = model._tokens
+    model.generate_until(first, disable_tqdm=True)
+    assert model._tokens - before < LIMIT, "the stop string ends decoding"
 
 
 def test_a_stop_string_that_is_a_special_token_stops_too(student) -> None:
@@ -108,14 +111,6 @@ def test_autoregressive_checkpoints_answer_token_by_token(chain_teacher) -> None
     assert texts == direct(chain_teacher)
     assert model.get_model_info()["tokens_per_step"] == 1
     assert model.get_model_info()["decoding"] == "autoregressive"
-
-
-def test_likelihoods_are_refused_with_the_reason(student, chain_teacher) -> None:
-    for method in ("loglikelihood", "loglikelihood_rolling"):
-        with pytest.raises(OpdlmError, match=f"asks for {method}, but a block-diffusion model gives no exact sequence"):
-            getattr(OpdlmLM(str(student)), method)([])
-        with pytest.raises(OpdlmError, match=f"--model hf --model_args pretrained={chain_teacher}"):
-            getattr(OpdlmLM(str(chain_teacher)), method)([])
 
 
 def test_mistakes_in_model_args_are_named(student) -> None:
@@ -176,6 +171,7 @@ def task_folder(student, tmp_path_factory) -> Path:
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
     (folder / "chain_local.yaml").write_text(yaml.safe_dump(task))
+    (folder / "chain_code.yaml").write_text(yaml.safe_dump(task | {"task": "chain_code", "unsafe_code": True}))
     likelihood = task | {"task": "chain_choice", "output_type": "multiple_choice", "doc_to_choice": ["1", "2"]}
     likelihood |= {"doc_to_target": 0, "metric_list": [{"metric": "acc"}]}
     (folder / "chain_choice.yaml").write_text(yaml.safe_dump({k: v for k, v in likelihood.items() if k[:3] != "gen"}))
@@ -218,6 +214,15 @@ def test_eval_runs_the_harness(student, task_folder, tmp_path) -> None:
     assert json.loads(file.read_text())["low_confidence_dynamic"]["results"]["chain_local"]["exact_match,none"] == 1.0
 
 
+def test_multiple_choice_with_a_bound(student, task_folder, tmp_path) -> None:
+    file = tmp_path / "results.json"
+    choice = ("--lm-eval", "chain_choice", "--include-path", task_folder, "--output", file)
+    text = opdlm("eval", student, *choice, "--likelihood", "bound", "--likelihood-samples", 4)
+    assert "chain_choice acc" in text
+    assert "in place of likelihoods: a lower bound (4 samples each, mean standard error" in text
+    assert json.loads(file.read_text())["low_confidence_dynamic"]["config"]["likelihood"] == "lower bound"
+
+
 def test_lm_evals_own_command_knows_the_model(student, task_folder, tmp_path) -> None:
     arguments = f"pretrained={student},batch_size=4"
     options = ("--tasks", "chain_local", "--include_path", task_folder, "--output_path", tmp_path / "out.json")
@@ -235,7 +240,11 @@ def test_mistakes_are_named_before_anything_is_decoded(student, task_folder, mon
     monkeypatch.setattr("opdlm.deploy.evaluate.lm_eval.open_decoder", lambda *_: pytest.fail("a model was loaded"))
     for arguments, message in [
         (("--lm-eval", "chain_lokal", *local), "unknown task 'chain_lokal'; did you mean `chain_local`?"),
+        (("--lm-eval", "chain_code", *local), "task 'chain_code' runs the code that the model writes; where that may"),
         (("--lm-eval", "chain_choice", *local), "task 'chain_choice': lm-eval asks for multiple_choice, but a block-"),
+        (("--lm-eval", "chain_choice", *local, "--likelihood", "exact"), "--likelihood: found 'exact'; known: bound"),
+        (("--lm-eval", "chain_choice", *local, "--likelihood-samples", 9), "--likelihood-samples: found 9 without"),
+        (("--task", "chain", "--likelihood", "bound"), "--likelihood: found bound; it does not go with --task"),
         (("--lm-eval", "x", "--include-path", "/no/such"), "--include-path: /no/such is no folder"),
         (("--lm-eval", "x", "--task", "chain"), "--task: found chain; it does not go with --lm-eval"),
         (("--lm-eval", "x", "--output", "/no/such/f.json"), "--output: /no/such/f.json lies in /no/such, which does"),

@@ -226,16 +226,17 @@ def test_the_plan_shows_the_first_prompts_tokens(begins, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("template", "arguments"),
     [
-        ("$A", "'47+8-3=', add_special_tokens=False,"),
-        ("<s> $A", "'47+8-3=', return"),
-        ("<s> $A [SEP]", "'<s>47+8-3=', add_special_tokens=False,"),
+        ("$A", ("'47+8-3='", ", add_special_tokens=False,")),
+        ("<s> $A", ("'47+8-3='", ", return")),
+        ("<s> $A [SEP]", ("'<s>47+8-3='", ", add_special_tokens=False,")),
     ],
 )
 def test_the_card_of_an_export_encodes_its_prompt_likewise(tmp_path, template, arguments) -> None:
     convert_checkpoint(with_post_processor(tmp_path / "m", template), tmp_path / "student", 4, "absolute")
-    for layout in ("a2d-llama", "llama"):
+    text, others = arguments
+    for layout, called in (("a2d-llama", f"tokenizer([{text}]{others}"), ("llama", f"tokenizer({text}{others}")):
         export(tmp_path / "student", tmp_path / layout, layout)  # type: ignore[arg-type]
-        assert f"tokenizer({arguments}" in (tmp_path / layout / "README.md").read_text()
+        assert called in (tmp_path / layout / "README.md").read_text()
 
 
 # --- options that would be ignored --------------------------------------------------------------------------------
