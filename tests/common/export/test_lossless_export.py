@@ -150,6 +150,6 @@ def test_an_export_is_a_lossless_student_here_and_names_itself_as_one(root, tmp_
         export(root / "llama-run", tmp_path / "plain", "llama")
     shutil.copytree(root / "llama-run", tmp_path / "damaged")
     (tmp_path / "damaged" / NOISY_FILE).unlink()
-    with pytest.raises(OpdlmError, match=r"adapter_model.safetensors cannot be read"):
+    with pytest.raises(OpdlmError, match=r"adapter_model.safetensors is missing, which config.json names"):
         export(tmp_path / "damaged", tmp_path / "new", "a2d-llama")
     assert not (tmp_path / "new").exists()
