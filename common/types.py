@@ -36,6 +36,8 @@ class RolloutRequest:
     the decoder takes its lowest 64 bits."""
     threshold: float | None = None
     """Confidence threshold of the round (`curriculum.threshold`). None: the threshold of the decoder's settings."""
+    sampling: tuple[float, float] | None = None
+    """Temperature and top-p of this sequence. None: those of the decoder's settings, which `verified` always takes."""
 
 
 @dataclass(frozen=True, slots=True)
