@@ -39,8 +39,8 @@ class ServedDecoder(BlockDecoder):
         """By index, the tokens of finished blocks behind those that were sent.
 
         Args:
-            sent: by index, response tokens that were sent; other sequences are passed over. A sequence that is put back and decoded anew sends nothing
-                until it is further than it was.
+            sent: by index, response tokens that were sent; other sequences are passed over. A sequence that is put back
+                and decoded anew sends nothing until it is further than it was.
         """
         slots, found = self._slots, {}
         for row, request in enumerate(slots.requests):

@@ -29,7 +29,12 @@ def students(tmp_path_factory) -> list[Path]:
     """Two students with different weights."""
     folder = tmp_path_factory.mktemp("students")
     for seed in (0, 1):
-        convert_checkpoint(save_teacher(folder / f"teacher{seed}", seed), folder / f"student{seed}", block_size=4, block_grid="absolute")
+        convert_checkpoint(
+            save_teacher(folder / f"teacher{seed}", seed),
+            folder / f"student{seed}",
+            block_size=4,
+            block_grid="absolute",
+        )
     return [folder / "student0", folder / "student1"]
 
 
