@@ -68,10 +68,12 @@ class EngineReplica:
         """Decodes a request; yields its tokens block by block, or why it cannot be decoded."""
         await self.load(weights)
         loop, parts = asyncio.get_running_loop(), asyncio.Queue[Tokens | BaseException]()
+
+        def deliver(part: Tokens | BaseException) -> None:
+            loop.call_soon_threadsafe(parts.put_nowait, part)
+
         try:
-            index = self._engine.submit(
-                request, lambda part: loop.call_soon_threadsafe(parts.put_nowait, part) and None
-            )
+            index = self._engine.submit(request, deliver)
         except ValueError as error:
             yield Refused(str(error).removeprefix(f"prompt {request.prompt_id}: "))
             return

@@ -190,6 +190,6 @@ def test_new_weights_lose_no_request_and_an_engine_that_dies_loses_none(cluster,
 
 def engine_processes(cluster: Any) -> list[int]:
     """Process ids of the engines of this cluster."""
-    raylets = [psutil.Process(raylet.pid) for raylet in raylets_of(cluster)]
+    raylets = [psutil.Process(raylet) for raylet in raylets_of(cluster)]
     workers = [process for raylet in raylets for process in raylet.children()]
     return [worker.pid for worker in workers if ":engine" in " ".join(worker.cmdline())]
