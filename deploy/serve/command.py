@@ -39,14 +39,15 @@ def run_server(options: ServeOptions, host: str, port: int, drain_seconds: float
             f"--host: found {host}, which other machines can reach, and no --api-key-file; give one, or use 127.0.0.1"
         )
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     gpus = [("--gpus-per-replica", options.replicas, options.gpus_per_replica)] if options.gpus_per_replica else []
     cpus = [("--cpus-per-replica", options.replicas, options.cpus_per_replica)]
     join_or_start(ResourcesConfig(), {"CPU": cpus, "GPU": gpus})
     try:
         serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
         handle = serve.run(application(options), name=_NAME, route_prefix="/")
+        # Only now: Ray replaces the handler of SIGTERM when it starts.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
         console.print(
             f"serving {options.checkpoint} at http://{host}:{port}/v1 (Ctrl-C drains and ends)", highlight=False
         )
