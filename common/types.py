@@ -38,6 +38,8 @@ class RolloutRequest:
     """Confidence threshold of the round (`curriculum.threshold`). None: the threshold of the decoder's settings."""
     stop: tuple[str, ...] = ()
     """The sequence ends with the block in which its text first holds one of these, where the decoder has `stops`."""
+    sampling: tuple[float, float] | None = None
+    """Temperature and top-p of this sequence. None: those of the decoder's settings, which `verified` always takes."""
 
 
 @dataclass(frozen=True, slots=True)

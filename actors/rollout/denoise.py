@@ -86,7 +86,7 @@ class Denoiser:
 
         old_reveal, old_tokens = slots.reveal.gather(1, window), slots.tokens.gather(1, window)
         masked = (window >= slots.prompt_length[:, None]) & (old_reveal == 0)
-        drawn, probability, logprob = self._candidates(slots, window, places, logits)
+        drawn, probability, logprob = self._candidates(slots, window, places, logits, masked_places // block)
         candidates, confidence = in_blocks(drawn), in_blocks(probability)
         revealed = self._strategy(
             self._strategy_input(slots, window, masked, confidence, lambda: in_blocks(entropy_of(logits)))
@@ -107,25 +107,38 @@ class Denoiser:
         return finished, (n + committing.size) * block
 
     def _candidates(
-        self, slots: Slots, window: torch.Tensor, places: torch.Tensor, logits: torch.Tensor
+        self, slots: Slots, window: torch.Tensor, places: torch.Tensor, logits: torch.Tensor, rows: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Draws a candidate for each masked position: candidates `[m]` int64 and the positions' confidence `[m]`.
 
-        Where they are kept, the candidates' log-probabilities `[m]` in the distribution they are drawn from come with
-        them. Both are float32.
+        Where they are kept, the candidates' log-probabilities `[m]` in the distribution they are drawn from, before
+        top-k and top-p, come with them; those of the likeliest tokens are of temperature 1. Both are float32.
+
+        Args:
+            rows: `[m]` int64, the slot of each masked position.
         """
         settings = self.settings
+        usual = settings.temperature, settings.top_p
+        ways = [request.sampling or usual for request in slots.requests]
         uniform = None
-        if settings.temperature > 0:
+        if any(temperature > 0 for temperature, _ in ways):
             uniform = hashed_uniform(slots.seed[:, None], window, slots.step[:, None], _TOKEN_STREAM).flatten()[places]
-        candidates = draw_candidates(logits, uniform, settings.temperature, settings.top_k, settings.top_p)
+        groups = _groups(ways, rows, logits.device)
+        candidates = places.new_zeros(len(places))
+        for (temperature, top_p), chosen in groups:
+            random = uniform[chosen] if uniform is not None and temperature > 0 else None
+            candidates[chosen] = draw_candidates(logits[chosen], random, temperature, settings.top_k, top_p)
         log_p = logits.log_softmax(dim=-1)
         drawn = log_p.gather(-1, candidates[:, None]).squeeze(-1)
         confidence = (drawn if settings.confidence == "sampled" else log_p.amax(dim=-1)).exp()
         if not settings.keep_logprobs:
             return candidates, confidence, None
-        tempered = (logits / settings.temperature).log_softmax(dim=-1)
-        return candidates, confidence, tempered.gather(-1, candidates[:, None]).squeeze(-1)
+        kept = drawn.clone()
+        for (temperature, _), chosen in groups:
+            if temperature not in (0.0, 1.0):
+                tempered = (logits[chosen] / temperature).log_softmax(dim=-1)
+                kept[chosen] = tempered.gather(-1, candidates[chosen, None]).squeeze(-1)
+        return candidates, confidence, kept
 
     def _strategy_input(
         self,
@@ -173,6 +186,22 @@ class Denoiser:
         if not_finite.any():
             refuse_logits(slots, int(not_finite.argmax()))
         return np.flatnonzero(finished).tolist()
+
+
+def _groups(
+    ways: Sequence[tuple[float, float]], rows: np.ndarray, device: torch.device
+) -> list[tuple[tuple[float, float], Any]]:
+    """Each way to sample that occurs, and the masked positions that take it: all of them as a slice, or `[k]` int64.
+
+    Args:
+        ways: temperature and top-p of each slot.
+        rows: `[m]` int64, the slot of each masked position.
+    """
+    kinds = sorted(set(ways))
+    if len(kinds) == 1:
+        return [(kinds[0], slice(None))]
+    of_place = np.array([kinds.index(way) for way in ways])[rows]
+    return [(kind, torch.from_numpy(np.flatnonzero(of_place == k)).to(device)) for k, kind in enumerate(kinds)]
 
 
 def refuse_logits(slots: Slots, row: int) -> NoReturn:

@@ -1,0 +1,208 @@
+"""The engine of a server's replica: a student, its decoder, and a thread that alone uses both.
+
+submit ──► inbox ──a slot is free──► decoder ──a block is finished──► deliver(Tokens)
+cancel ──► dropped before the next step            reload ──► waits until what is being decoded has ended
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+from opdlm.actors.engine_guard import guarded
+from opdlm.actors.rollout.engine_thread import EngineThread
+from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.actors.rollout.student import Student
+from opdlm.actors.serving.decoder import ServedDecoder, Tokens
+from opdlm.common.errors import OpdlmError
+from opdlm.common.model.facts import read_facts
+from opdlm.common.model.load import load_model
+from opdlm.common.types import RolloutRequest, Trajectory
+
+Deliver = Callable[[Tokens | BaseException], None]
+"""Gets the tokens of one request, block by block, the last with `end`; or what ended the request. It must not raise."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """One request that has not ended."""
+
+    deliver: Deliver
+    sent: int = 0
+
+
+class ServingEngine(Student):
+    """Decodes requests that come one by one. Its methods can be called from any thread.
+
+    Args:
+        student: its folder.
+        settings: how it decodes; the temperature, top-p and threshold are those of requests that bring none.
+        slots: sequences that it decodes at a time.
+        dtype, threads, cuda_graphs, cache_tokens, device: see `Student`.
+    """
+
+    def __init__(
+        self,
+        student: str,
+        settings: DecodeSettings,
+        slots: int,
+        dtype: str,
+        threads: int,
+        cuda_graphs: bool = False,
+        cache_tokens: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(student, dtype, threads, cuda_graphs, cache_tokens, device)
+        self._dtype, self._version = dtype, 0
+        self._reload_lock = threading.Lock()
+        settings = replace(settings, keep_logprobs=settings.strategy != "verified")
+        self._serving = ServedDecoder(
+            self._model,
+            settings,
+            self._mask_id,
+            self._facts.eos_ids,
+            slots,
+            self._make_recorder,
+            self._facts.tokens,
+            self._facts.form,
+            self._cache,
+        )
+        self._inbox: deque[RolloutRequest] = deque()
+        self._live: dict[int, _Live] = {}
+        self._cancelled: set[int] = set()
+        self._reloads = self._next = 0
+        self._engine = EngineThread(self._changed, self._has_step, self._step, self._must_finish)
+
+    @property
+    def version(self) -> int:
+        """Weight version in the model; the weights of the folder it started with are version 0."""
+        return self._version
+
+    @property
+    def unfinished(self) -> int:
+        """Number of requests that have not ended."""
+        return len(self._live)
+
+    def submit(self, request: RolloutRequest, deliver: Deliver) -> int:
+        """Takes a request; returns the index by which it can be cancelled. The request's own index does not count.
+
+        Raises:
+            ValueError: it cannot be decoded.
+        """
+        self._serving.check([request])
+        with self._changed:
+            index, self._next = self._next, self._next + 1
+            self._live[index] = _Live(deliver)
+            self._inbox.append(replace(request, index=index))
+            self._changed.notify_all()
+        return index
+
+    def cancel(self, index: int) -> None:
+        """Drops a request, if it has not ended; its slot is free in the next step. Nothing is delivered any more."""
+        with self._changed:
+            if self._live.pop(index, None) is not None:
+                self._cancelled.add(index)
+                self._changed.notify_all()
+
+    def reload(self, folder: str, version: int) -> int:
+        """Takes the weights of another folder of the same model, once what is being decoded has ended.
+
+        Requests that wait are decoded with the new weights. An older version changes nothing.
+
+        Returns: the version in the model.
+
+        Raises:
+            OpdlmError: the folder cannot be used, or it is another model; then the old weights stay.
+        """
+        with self._reload_lock:
+            if version <= self._version:
+                return self._version
+            facts = read_facts(folder)
+            may_differ = {"folder", "end_tokens_note"}
+            names = [field.name for field in fields(facts) if field.name not in may_differ]
+            for name in names:
+                if (found := getattr(facts, name)) != (expected := getattr(self._facts, name)):
+                    raise OpdlmError(
+                        f"{folder}: {name}: found {found}; expected {expected}, as in the model that is served; start "
+                        "another server for another model"
+                    )
+            weights = load_model(folder, self._dtype).state_dict()
+            own = self._model.state_dict()
+            if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in own.items()}:
+                raise OpdlmError(f"{folder}: its weights have other names or shapes than those that are served")
+
+            def load() -> int:
+                self._model.load_state_dict(weights)
+                self._serving.use_weights(version)
+                self._version = version
+                return version
+
+            with self._changed:
+                self._reloads += 1
+            try:
+                return self._engine.run(load)
+            finally:
+                with self._changed:
+                    self._reloads -= 1
+                    self._changed.notify_all()
+
+    # --- the engine's thread --------------------------------------------------------------------------------------
+
+    def _has_step(self) -> bool:
+        return bool(self._inbox) or self._decoding() or bool(self._cancelled)
+
+    def _decoding(self) -> bool:
+        return self._serving.occupied + self._serving.waiting > 0
+
+    def _must_finish(self) -> bool:
+        return self._decoding()
+
+    def _step(self) -> None:
+        try:
+            with guarded("student", self._probe):
+                with self._changed:
+                    cancelled, self._cancelled = self._cancelled, set()
+                    self._inbox = deque(request for request in self._inbox if request.index not in cancelled)
+                self._serving.drop(cancelled)
+                with self._changed:
+                    room = 0 if self._reloads else max(self._serving.room, 0)
+                    begin = [self._inbox.popleft() for _ in range(min(room, len(self._inbox)))]
+                if begin:
+                    self._serving.add(begin)
+                self._deliver(self._serving.step())
+        except BaseException as error:  # each request gets it
+            with self._changed:
+                live, self._live = self._live, {}
+                self._inbox.clear()
+                self._cancelled.clear()
+                self._serving.clear()
+            for one in live.values():
+                one.deliver(error)
+
+    def _deliver(self, ended: list[Trajectory]) -> None:
+        with self._changed:
+            live = dict(self._live)
+        for trajectory in ended:
+            if (one := live.get(trajectory.index)) is not None:
+                with self._changed:
+                    self._live.pop(trajectory.index, None)
+                one.deliver(_last(trajectory, one.sent))
+        for index, tokens in self._serving.finished_blocks({i: one.sent for i, one in live.items()}).items():
+            live[index].sent += len(tokens.ids)
+            live[index].deliver(tokens)
+
+
+def _last(trajectory: Trajectory, sent: int) -> Tokens:
+    """The tokens of an ended sequence behind those that were sent; without the token that ended it."""
+    length = trajectory.response_length
+    stop = length - (trajectory.finish_reason == "eos")
+    logprobs = trajectory.reveal_logprob
+    return Tokens(
+        tuple(trajectory.response_ids[sent:stop].tolist()),
+        None if logprobs is None else tuple(logprobs[sent:stop].tolist()),
+        trajectory.denoising_steps,
+        trajectory.finish_reason,
+        trajectory.weight_version,
+    )

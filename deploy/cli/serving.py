@@ -1,0 +1,78 @@
+"""`opdlm serve`: a student behind an HTTP API."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opdlm.common.config.schema import Strategy
+from opdlm.common.errors import OpdlmError
+from opdlm.deploy.cli.app import CheckpointFolder, app, clear_errors, out
+
+
+@app.command()
+def serve(
+    checkpoint: CheckpointFolder,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Any but loopback needs --api-key-file.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name of the model in the API. Default: the folder's.")] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Engines, each with a copy of the model.")] = 1,
+    gpus_per_replica: Annotated[float, typer.Option(min=0, help="GPUs of each engine; 0 decodes on the CPU.")] = 0,
+    cpus_per_replica: Annotated[float, typer.Option(min=1, help="CPUs, and threads, of each engine.")] = 1,
+    slots: Annotated[int, typer.Option(min=1, help="Sequences that an engine decodes at a time.")] = 32,
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="Responses that are made or wait at a time; beyond it: 429.")
+    ] = 1024,
+    request_seconds: Annotated[float, typer.Option(min=0.1, help="Longest time of a request, with its wait.")] = 600,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="`max_tokens` of requests that name none.")] = 256,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as stored.")] = "auto",
+    block_size: Annotated[int | None, typer.Option(min=1, help="Block size. Default: the model's own.")] = None,
+    strategy: Annotated[
+        Strategy, typer.Option(help="Remasking strategy of all requests; `verified` for lossless checkpoints.")
+    ] = "low_confidence_dynamic",
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of requests that name none.")] = 0.9,
+    temperature: Annotated[float, typer.Option(min=0, help="Temperature of requests that name none.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Top-p of requests that name none.")] = 1.0,
+    cache_tokens: Annotated[int | None, typer.Option(min=1, help="Positions of an engine's cache.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File with keys, one a line, that requests need.")] = None,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="Longest wait at SIGTERM for running requests.")] = 60,
+) -> None:
+    """Serve a student behind an OpenAI-compatible HTTP API, on Ray Serve (pip install 'opdlm-ray[serve]').
+
+    Examples:
+
+        opdlm serve runs/demo/student
+
+        opdlm serve runs/demo/student --replicas 4 --gpus-per-replica 1 --host 0.0.0.0 --api-key-file keys.txt
+    """
+    with clear_errors():
+        if find_spec("starlette") is None or find_spec("uvicorn") is None:
+            raise OpdlmError("serve: Ray Serve is not installed; install it: pip install 'opdlm-ray[serve]'")
+        from opdlm.deploy.serve.command import run_server
+        from opdlm.deploy.serve.options import ServeOptions
+
+        options = ServeOptions(
+            checkpoint=str(checkpoint.resolve()),
+            name=name or checkpoint.name,
+            replicas=replicas,
+            gpus_per_replica=gpus_per_replica,
+            cpus_per_replica=cpus_per_replica,
+            slots=slots,
+            max_requests=max_requests,
+            request_seconds=request_seconds,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype,
+            block_size=block_size,
+            strategy=strategy,
+            threshold=threshold,
+            temperature=temperature,
+            top_p=top_p,
+            cache_tokens=cache_tokens,
+            api_key_file=None if api_key_file is None else str(api_key_file.resolve()),
+        )
+        run_server(options, host, port, drain_seconds, out)

@@ -1,0 +1,72 @@
+"""`opdlm serve`: starts the application on a cluster or on this machine, and drains it at SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import ray
+from ray import serve
+from rich.console import Console
+
+from opdlm.common.config.checks import is_loopback
+from opdlm.common.config.schema import ResourcesConfig
+from opdlm.common.errors import OpdlmError
+from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.deploy.cluster.connection import join_or_start
+from opdlm.deploy.serve.application import application
+from opdlm.deploy.serve.keys import read_keys
+from opdlm.deploy.serve.options import ServeOptions
+
+_NAME = "opdlm"
+_POLL_SECONDS = 0.2
+
+
+def run_server(options: ServeOptions, host: str, port: int, drain_seconds: float, console: Console) -> None:
+    """Serves until SIGTERM or Ctrl-C; then it refuses further requests and waits for those that are being made.
+
+    Args:
+        drain_seconds: longest wait for them; a second signal ends it.
+
+    Raises:
+        OpdlmError: no student in the folder; other machines could use the server without a key; the keys cannot be
+            read; or the cluster cannot be joined or started.
+    """
+    require_mask(read_facts(options.checkpoint))
+    if not read_keys(options.api_key_file) and not is_loopback(host):
+        raise OpdlmError(
+            f"--host: found {host}, which other machines can reach, and no --api-key-file; give one, or use 127.0.0.1"
+        )
+    stop = threading.Event()
+    gpus = [("--gpus-per-replica", options.replicas, options.gpus_per_replica)] if options.gpus_per_replica else []
+    cpus = [("--cpus-per-replica", options.replicas, options.cpus_per_replica)]
+    join_or_start(ResourcesConfig(), {"CPU": cpus, "GPU": gpus})
+    try:
+        serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
+        handle = serve.run(application(options), name=_NAME, route_prefix="/")
+        # Only now: Ray replaces the handler of SIGTERM when it starts.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        console.print(
+            f"serving {options.checkpoint} at http://{host}:{port}/v1 (Ctrl-C drains and ends)", highlight=False
+        )
+        while not stop.wait(_POLL_SECONDS):
+            pass
+        stop.clear()
+        _drain(handle, stop, time.monotonic() + drain_seconds, console)
+    finally:
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
+
+
+def _drain(handle: object, stop: threading.Event, until: float, console: Console) -> None:
+    """Waits until no response is made any more, or for the time limit or a second signal."""
+    left = handle.drain.remote().result()  # type: ignore[attr-defined]
+    console.print(f"draining: {left} responses are still made", highlight=False)
+    while left and time.monotonic() < until and not stop.wait(_POLL_SECONDS):
+        left = handle.drain.remote().result()  # type: ignore[attr-defined]
+    console.print(
+        f"ended; {left} responses were cut off" if left else "ended; no response was cut off", highlight=False
+    )

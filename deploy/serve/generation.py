@@ -1,0 +1,117 @@
+"""Makes the responses to one request with the engines, and begins anew what an engine that died had."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+from transformers import PreTrainedTokenizerBase
+
+from opdlm.actors.serving.decoder import Tokens
+from opdlm.common.errors import last_line
+from opdlm.common.types import RolloutRequest
+from opdlm.deploy.serve.errors import ApiError
+from opdlm.deploy.serve.metrics import Metrics
+from opdlm.deploy.serve.replica import Refused, Weights
+from opdlm.deploy.serve.replies import Piece, Usage
+from opdlm.deploy.serve.text import TextStream
+
+_ATTEMPTS = 5
+"""How often a response is begun, if engines die."""
+_PAUSE_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """The engines, and what a response needs beside them."""
+
+    handle: Any
+    tokenizer: PreTrainedTokenizerBase
+    metrics: Metrics
+
+
+async def generate(
+    engines: Engines, requests: Sequence[RolloutRequest], weights: Weights, stops: Sequence[str], usage: Usage
+) -> AsyncGenerator[Piece]:
+    """Yields the pieces of all responses as they come; `Piece.choice` is the place in `requests`. Fills in `usage`.
+
+    Whoever leaves the iteration early cancels all of them.
+
+    Raises:
+        ApiError: 400, the decoder refuses a request; 500, it failed; 503, no engine came back in time.
+    """
+    pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+
+    async def run(choice: int, request: RolloutRequest) -> None:
+        try:
+            async for piece in _response(engines, choice, request, weights, stops, usage):
+                pieces.put_nowait(piece)
+        except Exception as error:
+            pieces.put_nowait(error)
+
+    tasks = [asyncio.create_task(run(choice, request)) for choice, request in enumerate(requests)]
+    try:
+        unfinished = len(tasks)
+        while unfinished:
+            piece = await pieces.get()
+            if isinstance(piece, BaseException):
+                raise piece
+            unfinished -= piece.finish is not None
+            yield piece
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _response(
+    engines: Engines,
+    choice: int,
+    request: RolloutRequest,
+    weights: Weights,
+    stops: Sequence[str],
+    usage: Usage,
+) -> AsyncGenerator[Piece]:
+    text, steps = TextStream(engines.tokenizer, stops), 0
+    usage.prompt_tokens += request.prompt_ids.size
+    async with aclosing(_tokens(engines, request, weights)) as parts:
+        async for part in parts:
+            usage.completion_tokens += len(part.ids)
+            usage.denoising_steps += part.denoising_steps - steps
+            steps = part.denoising_steps
+            new = text.add(part.ids, last=part.end is not None)
+            finish = "stop" if text.stopped or part.end == "eos" else part.end
+            yield Piece(choice, new, list(part.ids), None if part.logprobs is None else list(part.logprobs), finish)
+            if finish is not None:
+                return
+
+
+async def _tokens(engines: Engines, request: RolloutRequest, weights: Weights) -> AsyncGenerator[Tokens]:
+    """The tokens of one response. The same request gives the same tokens, so a new engine goes on where one died."""
+    seen = 0
+    for attempt in range(1, _ATTEMPTS + 1):
+        stream, place = engines.handle.generate.remote(request, weights), 0
+        try:
+            async for part in stream:
+                if isinstance(part, Refused):
+                    raise ApiError(400, part.reason, "context_length_exceeded")
+                skipped = min(max(seen - place, 0), len(part.ids))
+                place += len(part.ids)
+                if skipped < len(part.ids) or part.end is not None:
+                    seen = max(seen, place)
+                    kept = None if part.logprobs is None else part.logprobs[skipped:]
+                    yield Tokens(part.ids[skipped:], kept, part.denoising_steps, part.end, part.weight_version)
+            return
+        except RayActorError as error:
+            if attempt == _ATTEMPTS:
+                raise ApiError(503, f"the engines died {_ATTEMPTS} times: {last_line(error)}", "no_engine") from None
+            engines.metrics.retries.inc()
+            await asyncio.sleep(_PAUSE_SECONDS * attempt)
+        except RayTaskError as error:
+            raise ApiError(500, f"the engine failed: {last_line(error.cause or error)}", "engine_failed") from None
+        finally:
+            with suppress(Exception):  # it may have ended, or its engine died
+                stream.cancel()

@@ -1,0 +1,52 @@
+"""What a server is set to."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from opdlm.common.config.schema import Strategy
+
+
+class ServeOptions(BaseModel):
+    """Options of a server: those of `opdlm serve`, and the `args` of an application in deploy/serve.yaml."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: str
+    """Folder of the student, or a hub id; every node of the cluster must be able to read it."""
+    name: str | None = None
+    """Name of the model in the API. None: the name of the folder."""
+    replicas: int = Field(default=1, ge=1)
+    """Engines, each with a copy of the model."""
+    autoscale_to: int | None = Field(default=None, ge=1)
+    """Most engines; between `replicas` and this number Ray Serve starts and stops them with the load. None: fixed."""
+    gpus_per_replica: float = Field(default=0, ge=0)
+    """GPUs of each engine; 0 decodes on the CPU."""
+    cpus_per_replica: float = Field(default=1, gt=0)
+    """CPUs of each engine, and the threads that it decodes with."""
+    slots: int = Field(default=32, ge=1)
+    """Sequences that an engine decodes at a time."""
+    max_requests: int = Field(default=1024, ge=1)
+    """Responses that are made or wait at a time, over all engines; beyond it, requests are refused with 429."""
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1)
+    """Largest body of a request in bytes."""
+    request_seconds: float = Field(default=600, gt=0)
+    """Longest time that a request may take, with its wait."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """`max_tokens` of requests that name none; less where the context ends."""
+    dtype: str = "auto"
+    """Number format of the weights: float32, bfloat16; `auto` keeps the stored one."""
+    block_size: int | None = Field(default=None, ge=1)
+    """Block size. None: the model's own."""
+    strategy: Strategy = "low_confidence_dynamic"
+    """Remasking strategy of all requests; `verified` for lossless checkpoints."""
+    threshold: float = Field(default=0.9, ge=0, le=1)
+    """Threshold of requests that name none."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Temperature of requests that name none; of all requests with `verified`."""
+    top_p: float = Field(default=1.0, ge=0, le=1)
+    """Top-p of requests that name none; of all requests with `verified`."""
+    cache_tokens: int | None = Field(default=None, ge=1)
+    """Positions of an engine's cache. None: it grows as needed."""
+    api_key_file: str | None = None
+    """File with one key a line, of which requests must bring one (`Authorization: Bearer KEY`). None: no key."""
