@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import secrets
 import time
@@ -22,7 +21,7 @@ from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.deploy.serve.admission import Admission
 from opdlm.deploy.serve.errors import ApiError
 from opdlm.deploy.serve.generation import Engines, generate
-from opdlm.deploy.serve.keys import read_keys
+from opdlm.deploy.serve.keys import check_key, read_keys
 from opdlm.deploy.serve.metrics import Metrics
 from opdlm.deploy.serve.options import ServeOptions
 from opdlm.deploy.serve.prompts import Prompts
@@ -73,7 +72,7 @@ class Api:
         route = self._routes.get((request.method, path))
         try:
             if path not in _OPEN:
-                self._check_key(request)
+                check_key(self._keys, request.headers.get("authorization", ""), request.client and request.client.host)
             if route is None:
                 raise ApiError(404, f"there is no {request.method} {path} here", "not_found")
             response = await route(request)
@@ -86,13 +85,6 @@ class Api:
         if response.status_code == 200 and request.method == "POST" and not isinstance(response, StreamingResponse):
             self._metrics.seconds.observe(time.monotonic() - started)
         return response
-
-    def _check_key(self, request: Request) -> None:
-        if not self._keys:
-            return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if not sum(hmac.compare_digest(given, key) for key in self._keys):  # with all: no time tells which
-            raise ApiError(401, "the request has no valid key (Authorization: Bearer KEY)", "invalid_api_key")
 
     async def _body(self, request: Request) -> bytes:
         most = self._options.max_body_bytes

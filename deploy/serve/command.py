@@ -48,9 +48,8 @@ def run_server(options: ServeOptions, host: str, port: int, drain_seconds: float
         # Only now: Ray replaces the handler of SIGTERM when it starts.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        console.print(
-            f"serving {options.checkpoint} at http://{host}:{port}/v1 (Ctrl-C drains and ends)", highlight=False
-        )
+        line = f"serving {options.checkpoint} at http://{host}:{port}/v1 (Ctrl-C drains and ends)"
+        console.print(line, highlight=False, soft_wrap=True)
         while not stop.wait(_POLL_SECONDS):
             pass
         stop.clear()

@@ -10,7 +10,7 @@ from opdlm.common.errors import OpdlmError
 from opdlm.common.model.char_tokenizer import build_char_tokenizer
 from opdlm.deploy.serve.admission import Admission
 from opdlm.deploy.serve.errors import ApiError
-from opdlm.deploy.serve.keys import read_keys
+from opdlm.deploy.serve.keys import check_key, read_keys
 from opdlm.deploy.serve.schema import ChatRequest, CompletionRequest, read_request
 from opdlm.deploy.serve.text import TextStream
 
@@ -96,3 +96,14 @@ def test_keys_are_lines_and_an_empty_file_is_refused(tmp_path) -> None:
     (tmp_path / "keys").write_text("\n")
     with pytest.raises(OpdlmError, match="found no key"):
         read_keys(str(tmp_path / "keys"))
+
+
+def test_without_keys_only_this_machine_is_answered() -> None:
+    for client in ("127.0.0.1", "::1", None):
+        check_key([], "", client)
+    with pytest.raises(ApiError, match="this server has no keys and answers its own machine only"):
+        check_key([], "Bearer x", "10.0.0.7")
+    check_key([b"one", b"two"], "Bearer two", "10.0.0.7")
+    for wrong in ("", "Bearer three", "two "):
+        with pytest.raises(ApiError, match="no valid key"):
+            check_key([b"one", b"two"], wrong, "127.0.0.1")
