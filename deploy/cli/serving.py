@@ -1,4 +1,4 @@
-"""`opdlm serve`: a student behind an HTTP API."""
+"""`opdlm serve` and `opdlm chat`: a student behind an HTTP API, and a conversation with one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
-from opdlm.deploy.cli.app import CheckpointFolder, app, clear_errors, out
+from opdlm.deploy.cli.app import CheckpointFolder, app, clear_errors, model_folder_of, out
 
 
 @app.command()
@@ -76,3 +76,45 @@ def serve(
             api_key_file=None if api_key_file is None else str(api_key_file.resolve()),
         )
         run_server(options, host, port, drain_seconds, out)
+
+
+@app.command()
+def chat(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="CKPT", help="Checkpoint folder or hub id, decoded in this process.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Address of a server instead, such as http://127.0.0.1:8000.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="With --url: file whose first line is the key.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Confidence threshold. Default: 0.9, or the server's.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest tokens.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+) -> None:
+    """Talk with a student in the terminal, and watch its blocks being unmasked.
+
+    Examples:
+
+        opdlm chat runs/mine/student
+
+        opdlm chat --url http://127.0.0.1:8000
+    """
+    with clear_errors():
+        if (checkpoint is None) == (url is None):
+            raise OpdlmError("chat: give either a checkpoint or --url")
+        if url is None and api_key_file is not None:
+            raise OpdlmError(f"--api-key-file: found {api_key_file} without --url; only a server needs a key")
+        import readline  # noqa: F401  lines can be edited, and earlier ones called back
+
+        from opdlm.deploy.chat.answering import Here, How, There
+        from opdlm.deploy.chat.command import Conversation, run_chat
+
+        answering: Here | There
+        if url is not None:
+            answering = There(url, max_new_tokens, api_key_file)
+        else:
+            assert checkpoint is not None
+            answering = Here(model_folder_of(checkpoint, "CKPT"), max_new_tokens, out)
+        how = How(threshold=threshold, temperature=temperature, seed=seed)
+        run_chat(Conversation(answering, how, out), input, out)

@@ -15,8 +15,10 @@ import openai
 import psutil
 import pytest
 import ray
+from rich.text import Text
 
 from opdlm.common.model.convert import convert_checkpoint
+from opdlm.deploy.chat.answering import How, There
 from opdlm.deploy.serve.options import ServeOptions
 from tests.patience import wait_until
 from tests.system.victims import raylets_of
@@ -102,6 +104,17 @@ def test_openais_client_lists_completes_chats_and_streams(client) -> None:
     assert all(token.logprob <= 0 for token in answer.choices[0].logprobs.content)
     streamed = client.chat.completions.create(stream=True, extra_body={"threshold": 0.2}, **chat)
     assert "".join(part.choices[0].delta.content for part in streamed) == answer.choices[0].message.content
+
+
+def test_opdlm_chat_talks_with_it(server, client, tmp_path) -> None:
+    key, shown = tmp_path / "key", list[Text]()
+    key.write_text(KEY)
+    asked = [{"role": "user", "content": "1+2"}]
+    found = There(server, 24, key).answer(asked, How(threshold=0.2), shown.append)
+    how: dict[str, Any] = {"model": "tiny", "max_tokens": 24, "temperature": 0.0, "extra_body": {"threshold": 0.2}}
+    expected = client.chat.completions.create(messages=asked, **how)
+    assert found.text == expected.choices[0].message.content == shown[-1].plain
+    assert found.denoising_steps == expected.usage.model_dump()["denoising_steps"]
 
 
 def test_a_stop_string_ends_a_response_before_it(client) -> None:
