@@ -10,9 +10,14 @@ from opdlm.common.errors import ConfigError
 _FOLDER = Path(opdlm.deploy.__file__).parent
 
 
+def run_files() -> list[Path]:
+    """The bundled run files, in alphabetical order of their names. (`serve.yaml` is for Ray Serve.)"""
+    return sorted((file for file in _FOLDER.glob("*.yaml") if file.stem != "serve"), key=lambda file: file.stem)
+
+
 def recipes() -> dict[str, str]:
     """The bundled run files in alphabetical order: name -> the first sentence of the comment on top of the file."""
-    return {file.stem: _purpose(file) for file in sorted(_FOLDER.glob("*.yaml"), key=lambda file: file.stem)}
+    return {file.stem: _purpose(file) for file in run_files()}
 
 
 def read_recipe(name: str) -> str:

@@ -11,6 +11,7 @@ from opdlm.actors.rollout.remasking import STRATEGIES
 from opdlm.common.config import OpdlmConfig, config_from_dict, dump_config, load_config
 from opdlm.common.config.schema import ObjectiveConfig, Selection, Strategy
 from opdlm.common.errors import ConfigError
+from opdlm.deploy.run.recipes import run_files
 from opdlm.learner.states import SELECTIONS
 from tests import REPOSITORY
 
@@ -231,7 +232,7 @@ def test_strategies_and_selections_of_the_schema_are_those_of_the_code() -> None
 RECIPES = [*DEMO.parent.glob("qwen3-*.yaml"), *DEMO.parent.glob("math-*.yaml")]
 
 
-@pytest.mark.parametrize("file", sorted(DEMO.parent.glob("*.yaml")), ids=lambda f: f.name)
+@pytest.mark.parametrize("file", run_files(), ids=lambda f: f.name)
 def test_every_run_file_is_valid(file) -> None:
     load_config(file)
 

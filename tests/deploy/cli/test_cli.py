@@ -41,6 +41,7 @@ def run_file(chain_teacher, tmp_path) -> Path:
         "model": {"teacher": str(chain_teacher), "dtype": "float32"},
         "data": {"task": "chain", "prompts": 100},
         "rollout": {"max_new_tokens": 20},
+        "teacher": {"dtype": "float32"},
     }
     file.write_text(yaml.safe_dump(config))
     return file

@@ -26,6 +26,7 @@ from opdlm.deploy.cluster.machines import planned_machines
 from opdlm.deploy.cluster.memory import DRIVER_MIB, Lengths, ModelSize, rollout_memory, teacher_memory
 from opdlm.deploy.cluster.node_memory import NodeMemory, misfits, node_memory
 from opdlm.deploy.cluster.placement import demands
+from opdlm.deploy.run.recipes import run_files
 from tests import REPOSITORY
 from tests.patience import PATIENCE
 
@@ -143,7 +144,7 @@ def test_a_run_file_fits_on_the_machines_that_it_names(file) -> None:
 
 
 def test_every_run_file_with_gpus_names_its_machines() -> None:
-    for file in DEPLOY.glob("*.yaml"):
+    for file in run_files():
         machines = load_config(file).resources.machines
         assert (machines is not None) == (gpus_asked(file.name) > 0), file.name
         if machines is not None:

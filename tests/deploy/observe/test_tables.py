@@ -169,8 +169,9 @@ def test_plans(chain_teacher, tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     file = tmp_path / "run.yaml"
-    sections = {"run": {"dir": f"/no/{'long' * 30}"}, "model": {"teacher": str(chain_teacher)}}
-    sections |= {"data": {"task": "chain", "prompts": 100}, "rollout": {"max_new_tokens": 20}}
+    numbers = {"dtype": "float32"}
+    sections = {"run": {"dir": f"/no/{'long' * 30}"}, "model": {"teacher": str(chain_teacher)} | numbers}
+    sections |= {"data": {"task": "chain", "prompts": 100}, "rollout": {"max_new_tokens": 20}, "teacher": numbers}
     file.write_text(yaml.safe_dump(sections))
 
     def plan(*settings: str) -> str:

@@ -78,7 +78,7 @@ def test_mistakes_are_named(run_file, tmp_path) -> None:  # noqa: F811
 
 
 def test_the_plan_counts_the_longest_sequence_and_the_mask_tokens_row(run_file) -> None:  # noqa: F811
-    plan = make_plan(load_config(run_file, ["evaluation.final_problems=0"]))
+    plan = make_plan(load_config(run_file, ["evaluation.final_problems=0", "teacher.dtype=bfloat16"]))
     student, teacher = (next(t.nbytes for t in plan.memory[i].terms if t.what == "weights") for i in (0, 1))
     # float32 against bfloat16, and the mask token's row of 16 in embedding and output matrix
     assert student == 2 * teacher + 2 * 16 * 4
