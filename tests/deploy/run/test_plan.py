@@ -22,7 +22,7 @@ def test_the_command_prints_and_writes_the_same(run_file, tmp_path, monkeypatch)
     assert "sum 6 0" in text
     assert "memory of one learner process, in its own memory (no GPU)" in text
     assert "host memory of all processes, were they on one node" in text
-    assert "in Ray's object store (this machine has " in text
+    assert "in Ray's object store" in text
     assert not (tmp_path / "run").exists()
 
     text = opdlm("plan", run_file, "--json", tmp_path / "plan.json")
