@@ -5,9 +5,6 @@ Ray does not hide a machine's GPUs from a process that reserves none of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from opdlm.common.errors import OpdlmError
@@ -35,10 +32,10 @@ def device_for(gpus: float, setting: str) -> str:
     return "cuda"
 
 
-def multiplies_bfloat16(capabilities: Mapping[str, Any]) -> bool:
+def multiplies_bfloat16(capability: str) -> bool:
     """Whether a CPU multiplies matrices of bfloat16 at least as fast as of float32. Without AVX-512, x86 does not.
 
     Args:
-        capabilities: as of `torch.cpu.get_capabilities()`.
+        capability: as of `torch.backends.cpu.get_cpu_capability()`.
     """
-    return capabilities["architecture"] != "x86_64" or bool(capabilities["avx512_bw"])
+    return capability not in ("NO AVX", "AVX2")

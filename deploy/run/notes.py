@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from transformers import PreTrainedTokenizerBase
 
 from opdlm.common.config import OpdlmConfig
@@ -28,17 +25,17 @@ def end_token_notes(teacher: ModelFacts, student: ModelFacts, tokenizer: PreTrai
     return notes
 
 
-def slow_bfloat16_notes(config: OpdlmConfig, capabilities: Mapping[str, Any]) -> list[str]:
+def slow_bfloat16_notes(config: OpdlmConfig, capability: str) -> list[str]:
     """Says that processes without a GPU compute in bfloat16, where this machine's CPU has no arithmetic for it.
 
-    `capabilities`: of the CPU, as of `torch.cpu.get_capabilities()`.
+    `capability`: of the CPU, as of `torch.backends.cpu.get_cpu_capability()`.
     """
     asked = (
         ("model.dtype", config.model.dtype, min(config.rollout.gpus_per_actor, config.learner.gpus_per_worker)),
         ("teacher.dtype", config.teacher.dtype, config.teacher.gpus_per_actor if config.starts_teachers else 1.0),
     )
     slow = [name for name, dtype, gpus in asked if dtype == "bfloat16" and gpus == 0]
-    if not slow or multiplies_bfloat16(capabilities):
+    if not slow or multiplies_bfloat16(capability):
         return []
     return [
         f"{' and '.join(slow)}: found `bfloat16` on CPUs; this machine's has no AVX-512 and multiplies float32 "

@@ -116,7 +116,7 @@ def preflight(config: OpdlmConfig) -> Preflight:
     order = PromptOrder(prompts.prompts, config.run.seed, epochs, prompts.shares, responses)
     if config.run.replay is not None:
         check_replay(config, Path(config.run.replay), teacher, schedule, order.digest)
-    slow = slow_bfloat16_notes(config, torch.cpu.get_capabilities())
+    slow = slow_bfloat16_notes(config, torch.backends.cpu.get_cpu_capability())
     notes = (*end_token_notes(teacher, student, tokenizer), *([refused] if refused else []), *slow)
     return Preflight(config, teacher, student, tokenizer, prompts, order, schedule, notes, question, questions)
 
