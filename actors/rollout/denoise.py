@@ -201,7 +201,7 @@ def _groups(
     if len(kinds) == 1:
         return [(kinds[0], slice(None))]
     of_place = np.array([kinds.index(way) for way in ways])[rows]
-    return [(kind, torch.from_numpy(np.flatnonzero(of_place == k)).to(device)) for k, kind in enumerate(kinds)]
+    return [(kind, to_device(np.flatnonzero(of_place == k), device)) for k, kind in enumerate(kinds)]
 
 
 def refuse_logits(slots: Slots, row: int) -> NoReturn:

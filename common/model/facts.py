@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.form import Context, StudentForm
-from opdlm.common.grid import GridKind
+from opdlm.common.grid import BlockGrid, GridKind
 from opdlm.common.model.adapters import NOISY_FILE, NOISY_LORA
 from opdlm.common.model.config import OUTPUT, read_config
 from opdlm.common.model.end_tokens import disagreement, read_end_tokens
@@ -49,6 +49,10 @@ class ModelFacts:
     """Whether a student has adapters that act on noisy tokens alone, so that its clean path is its base model's."""
     end_tokens_note: str | None = None
     """One line that says which file names which end-of-sequence tokens. None: they agree."""
+
+    def grid(self, block_size: int | None = None) -> BlockGrid:
+        """The grid that it is decoded on. `block_size`: None takes the checkpoint's own, else 4."""
+        return BlockGrid(block_size or self.block_size or 4, self.block_grid or "absolute")
 
 
 def read_facts(folder: str | Path) -> ModelFacts:

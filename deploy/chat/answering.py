@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -184,8 +183,3 @@ def _said(error: urllib.error.HTTPError) -> str:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return body[:200] or str(error.reason)
-
-
-def seeded(turn: int, seed: int) -> int:
-    """The seed of a conversation's turn, so that the same conversation repeats, but no two turns are alike."""
-    return int(np.random.SeedSequence([seed, turn]).generate_state(1)[0])

@@ -11,8 +11,9 @@ from rich.live import Live
 from rich.text import Text
 
 from opdlm.common.errors import OpdlmError
+from opdlm.common.seeds import as_int64, sample_seed
 from opdlm.common.text import text_fault
-from opdlm.deploy.chat.answering import Answering, How, Message, seeded
+from opdlm.deploy.chat.answering import Answering, How, Message
 
 HELP = """\
 /threshold 0.9      confidence from which tokens are revealed; lower is faster
@@ -76,7 +77,7 @@ class Conversation:
         if fault := text_fault(line):
             raise OpdlmError(f"the message holds {fault}; correct the text")
         messages = [*self.messages, {"role": "user", "content": line}]
-        how, shown = replace(self.how, seed=seeded(self._turn, self.how.seed)), Text()
+        how, shown = replace(self.how, seed=as_int64(sample_seed(self.how.seed, self._turn))), Text()
         started = time.perf_counter()
         # A trace prints lines of its own, between which a live view would be drawn again and again.
         with Live(console=self._console, auto_refresh=False, transient=True, vertical_overflow="visible") as live:

@@ -9,8 +9,7 @@ from rich.text import Text
 
 from opdlm.actors.rollout.observation import StepObservation
 from opdlm.deploy.evaluate.generation import Model
-
-_MASK_SIGN = "░"
+from opdlm.deploy.tools.generate import MASK_SIGN
 
 
 class Unmasking:
@@ -42,7 +41,7 @@ class Unmasking:
             token = self._tokens[position]
             if token is None:
                 text.append(self._plain(known))
-                text.append(_MASK_SIGN, style="dim")
+                text.append(MASK_SIGN, style="dim")
                 known = []
             elif token in self._model.facts.eos_ids:
                 break

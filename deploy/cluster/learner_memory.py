@@ -28,8 +28,7 @@ def learner_memory(
     learner, size = config.learner, DTYPE_BYTES[config.model.dtype]
     direct = config.rollout.weight_transport == "nixl"
     versions = config.queue.max_staleness + 2 if direct else 1  # actors may still read the older ones
-    packed = student.pushed or student.parameters
-    pushed = f"{packed:,} x {size} B{f' x {versions} versions' if direct else ''}, the first rank only"
+    pushed = f"{student.pushed:,} x {size} B{f' x {versions} versions' if direct else ''}, the first rank only"
     on_gpu = learner.gpus_per_worker > 0
     largest = f"the largest tensor, {student.vocabulary:,} x {student.width:,} x 4 B, the first rank only"
     return RoleMemory(
@@ -40,7 +39,7 @@ def learner_memory(
             *zero_terms(config, student.parameters + (adapters or 0), adapters or student.parameters),
             *_activations(config, student, lengths, size),
             *_losses(config, student, teacher, trains_matrix=adapters is None),
-            Term("packed weights", pushed, packed * size * versions, False, on_gpu and not direct, True),
+            Term("packed weights", pushed, student.pushed * size * versions, False, on_gpu and not direct, True),
             Term("a checkpoint", largest, student.vocabulary * student.width * 4, False, on_gpu, True),
             Term(
                 "the finished student",

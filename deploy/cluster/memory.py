@@ -17,7 +17,7 @@ from opdlm.actors.rollout.kv_cache import SPARE
 from opdlm.actors.teacher.scoring import LOGITS_CHUNK
 from opdlm.common.config import OpdlmConfig
 from opdlm.common.config.base import DTYPE_BYTES
-from opdlm.common.model.config import read_config
+from opdlm.common.model.config import head_width, read_config
 from opdlm.common.model.facts import count_parameters
 
 
@@ -34,8 +34,13 @@ class ModelSize:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    pushed: int | None = None
-    """Parameters that a push moves; None: all."""
+    adapters: int | None = None
+    """Parameters of adapters on noisy tokens, which alone a push moves; None: it moves the whole model."""
+
+    @property
+    def pushed(self) -> int:
+        """Parameters that a push moves."""
+        return self.parameters if self.adapters is None else self.adapters
 
     def with_rows(self, rows: int, tied: bool) -> ModelSize:
         """The size with more rows in embedding and output matrix (`tied`: one matrix), as for a mask token."""
@@ -138,7 +143,7 @@ def model_size(folder: str | Path) -> ModelSize:
         intermediate=config.intermediate_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=head_width(config),
         vocabulary=config.vocab_size,
     )
 
@@ -157,7 +162,7 @@ def rollout_memory(config: OpdlmConfig, student: ModelSize, lengths: Lengths) ->
         [
             *process_terms("rollout", rollout.gpus_per_actor, student.parameters * size),
             weights_term(student.parameters, config.model.dtype),
-            *_arriving_weights(config, (student.pushed or student.parameters) * size),
+            *_arriving_weights(config, student.pushed * size),
             _cache(config, student, slots, lengths),
             *_step(config, slots, student),
             *_clean_path(config, slots, student, lengths),

@@ -116,9 +116,8 @@ def _store(
     if config.rollout.weight_transport == "object_store":
         size = DTYPE_BYTES[config.model.dtype]
         copy = "; as much on the node of the second copy" if nodes > 1 else ""
-        pushed = student.pushed or student.parameters
-        what = f"{VERSIONS} versions x {pushed:,} x {size} B{copy}"
-        terms.append(Term("weights in flight", what, VERSIONS * pushed * size))
+        what = f"{VERSIONS} versions x {student.pushed:,} x {size} B{copy}"
+        terms.append(Term("weights in flight", what, VERSIONS * student.pushed * size))
     return terms
 
 

@@ -36,9 +36,10 @@ def best_figures(tasks: Sequence[str], kinds: Sequence[str] | None = None, has_t
         kinds: of the questions of `evaluation.data`; None: there are none.
         has_teacher: whether the run starts teacher actors, which answer the questions too.
     """
-    of_questions = ["data_right", *(_BESIDE_TEACHER if has_teacher else ()), *(f"{kind}/right" for kind in kinds or ())]
-    of_questions = [] if kinds is None else of_questions
-    return [*_OF_ALL, *(f"{task}/{figure}" for task in tasks for figure in _OF_TASK), *of_questions]
+    found = [*_OF_ALL, *(f"{task}/{figure}" for task in tasks for figure in _OF_TASK)]
+    if kinds is None:
+        return found
+    return [*found, "data_right", *(_BESIDE_TEACHER if has_teacher else ()), *(f"{kind}/right" for kind in kinds)]
 
 
 def check_best_figure(

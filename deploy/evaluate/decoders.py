@@ -77,9 +77,8 @@ class Decoder(ABC):
         self._encode_text = PromptEncoder(self.tokenizer)
         if self.facts.end_tokens_note:
             log.warning(self.facts.end_tokens_note)
-        self.base = DecodeSettings(
-            block_size=block_size or self.facts.block_size or 4, block_grid=self.facts.block_grid or "absolute"
-        )
+        grid = self.facts.grid(block_size)
+        self.base = DecodeSettings(block_size=grid.block_size, block_grid=grid.kind)
 
     @property
     def is_student(self) -> bool:

@@ -164,7 +164,7 @@ def plan_of(checked: Preflight, machines: Machines | None) -> Plan:
     lora = config.model.lora
     adapters = adapter_parameters(start, lora) if lora else None
     if lora is not None and lora.tokens == "noisy":
-        student = replace(student, pushed=adapters)
+        student = replace(student, adapters=adapters)
     memory = [learner_memory(config, student, teacher, adapters, lengths)]
     if config.run.replay is None:
         memory = [rollout_memory(config, student, lengths), *_judges(config, student, teacher, lengths), *memory]

@@ -79,8 +79,9 @@ def check_grid(config: OpdlmConfig, student: ModelFacts) -> None:
 
 def check_attention(config: OpdlmConfig, student: ModelFacts) -> None:
     """Checks that flex_attention, where the run file asks for it, can compute the student's heads."""
-    width = head_width(read_config(student.folder))
-    if config.model.attention == "flex_attention" and width < NARROWEST_FLEX_HEAD:
+    if config.model.attention != "flex_attention":
+        return
+    if (width := head_width(read_config(student.folder))) < NARROWEST_FLEX_HEAD:
         raise ConfigError(
             f"model.attention: found `flex_attention`, but the heads of {student.folder} are {width} wide, and its "
             f"kernels need {NARROWEST_FLEX_HEAD}; use `sdpa` or `auto`"

@@ -24,7 +24,7 @@ class Prompts:
     def __init__(self, options: ServeOptions, facts: ModelFacts, tokenizer: PreTrainedTokenizerBase) -> None:
         self._options, self._facts, self._tokenizer = options, facts, tokenizer
         self._encode = PromptEncoder(tokenizer)
-        self._block = options.block_size or facts.block_size or 4
+        self._block = facts.grid(options.block_size).block_size
 
     def requests(self, given: CompletionRequest | ChatRequest, seed: int) -> tuple[list[RolloutRequest], list[str]]:
         """The sequences of a request, and the text in front of each: choice `n * prompt + k` is response k of a prompt.

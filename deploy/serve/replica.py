@@ -34,10 +34,10 @@ class EngineReplica:
     """A `ServingEngine` whose requests are cancelled when Serve cancels their calls."""
 
     def __init__(self, options: ServeOptions) -> None:
-        facts = read_facts(options.checkpoint)
+        grid = read_facts(options.checkpoint).grid(options.block_size)
         settings = DecodeSettings(
-            block_size=options.block_size or facts.block_size or 4,
-            block_grid=facts.block_grid or "absolute",
+            block_size=grid.block_size,
+            block_grid=grid.kind,
             strategy=options.strategy,
             threshold=options.threshold,
             temperature=options.temperature,

@@ -13,7 +13,8 @@ from rich.text import Text
 from opdlm.actors.rollout.observation import StepObservation
 from opdlm.deploy.evaluate.generation import Model
 
-_MASK_SIGN = "░"
+MASK_SIGN = "░"
+"""Stands for a masked token."""
 _EMPTY = "(empty response: it ended at once, or holds no text)"
 _NO_BLOCK = (-1, -1)
 """(index, position) before the first block."""
@@ -74,7 +75,7 @@ class Tracer:
                 line.append(self._text(int(observed.candidates[0, column])), style=f"bold {_colour(confidence)}")
                 line.append(f" {confidence:.0%} ", style=_colour(confidence))
             elif bool(observed.masked[0, column]):
-                line.append(f"{_MASK_SIGN} ", style="dim")
+                line.append(f"{MASK_SIGN} ", style="dim")
             else:
                 line.append(f"{self._text(int(observed.tokens[0, column]))} ")
         self._console.print(line, soft_wrap=True)
