@@ -167,6 +167,12 @@ def rerank_report(
         "1,8,32"
     ),
     speed_cases: Annotated[int, typer.Option(min=1, help="Cases for the measurement of speed.")] = 64,
+    speed_threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="CPU threads for the measurement of speed. Small models are faster with 1. Default: torch's."
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--out", help="JSON file; a plot goes beside it.")] = Path("report.json"),
 ) -> None:
     """Re-rankers side by side: recall, validity, each kind of failure, tokens per second beside an AR model.
@@ -176,13 +182,14 @@ def rerank_report(
         opdlm rerank-report AR=models/rerank-teacher RL=runs/rerank/rl/student --task rerank --out report.json
     """
     with clear_errors():
-        from opdlm.deploy.evaluate.rerank_report import read_models, run_rerank_report
+        from opdlm.deploy.evaluate.rerank_report import SpeedOptions, read_models, run_rerank_report
         from opdlm.deploy.evaluate.sweep import numbers
 
         thresholds = sorted(numbers(threshold, float, "--threshold", 0, 1), reverse=True)
         sizes = numbers(batches, int, "--batches", 1, 4096)
         chosen = [(name, model_folder_of(folder, name)) for name, folder in read_models(models)]
-        run_rerank_report(chosen, questions, thresholds, sizes, speed_cases, decoding, output, out)
+        asked = SpeedOptions(sizes, speed_cases, speed_threads)
+        run_rerank_report(chosen, questions, thresholds, asked, decoding, output, out)
 
 
 @app.command(

@@ -8,11 +8,13 @@ autoregressive model is decoded by transformers' `generate`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +32,18 @@ from opdlm.deploy.observe.tables import new_table
 
 Model = tuple[str, Path]
 """Name in the tables, folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedOptions:
+    """How speed is measured."""
+
+    batches: Sequence[int]
+    """Batch sizes."""
+    cases: int
+    """Number of cases, the first of the questions."""
+    threads: int | None = None
+    """CPU threads; None: as many as torch takes by itself."""
 
 
 def read_models(given: Sequence[str]) -> list[Model]:
@@ -51,8 +65,7 @@ def run_rerank_report(
     models: Sequence[Model],
     asked: QuestionOptions,
     thresholds: Sequence[float],
-    batches: Sequence[int],
-    speed_cases: int,
+    speed: SpeedOptions,
     decoding: DecodingOptions,
     out: Path,
     console: Console,
@@ -61,8 +74,6 @@ def run_rerank_report(
 
     Args:
         thresholds: of dynamic decoding. The tables of quality show students at the largest one that is below 1.
-        batches: batch sizes at which speed is measured.
-        speed_cases: number of cases for that.
 
     Raises:
         OpdlmError: a folder is no checkpoint, the questions are no re-ranking cases, or a file cannot be written.
@@ -72,8 +83,8 @@ def run_rerank_report(
     for file in (out, out.with_suffix(".png")):
         check_output(file, "--out")
     check_questions(asked)
-    if (most := max(batches)) > speed_cases:
-        raise OpdlmError(f"--batches: found {most} with --speed-cases {speed_cases}; a batch has no more than these")
+    if (most := max(speed.batches)) > speed.cases:
+        raise OpdlmError(f"--batches: found {most} with --speed-cases {speed.cases}; a batch has no more than these")
     if decoding.actors:
         raise OpdlmError(f"--actors: found {decoding.actors}; speeds are measured in this process, so give 0")
     for _, folder in models:
@@ -86,13 +97,14 @@ def run_rerank_report(
             if not questions.cases:
                 raise OpdlmError("rerank-report: the questions are no re-ranking cases; give --task rerank or --data")
             for threshold in thresholds if decoder.is_student else [None]:
-                rows.append(_measured(name, decoder, questions, threshold, batches, speed_cases, decoding, meter))
+                rows.append(_measured(name, decoder, questions, threshold, speed, decoding, meter))
     shown = max((t for t in thresholds if t < 1), default=max(thresholds))
     quality = [(row["name"], row["rerank"]) for row in rows if row["threshold"] in (None, shown)]
     compared = rerank_comparisons(questions.cases, quality)
     for table in (*rerank_tables(questions.cases, quality, compared), *_speed_tables(rows)):
         console.print(table)
-    content = {"questions": questions.title, "quality_threshold": shown, "speed_cases": speed_cases}
+    content = {"questions": questions.title, "quality_threshold": shown, "speed_cases": speed.cases}
+    content["speed_threads"] = speed.threads or torch.get_num_threads()
     content |= {"rows": rows, "compared": compared}
     draw(rows, questions.title, out.with_suffix(".png"))
     console.print(f"written: {out.with_suffix('.png')}", highlight=False, soft_wrap=True)
@@ -105,8 +117,7 @@ def _measured(
     decoder: CheckpointDecoder,
     questions: Questions,
     threshold: float | None,
-    batches: Sequence[int],
-    speed_cases: int,
+    speed: SpeedOptions,
     decoding: DecodingOptions,
     meter: Meter,
 ) -> dict[str, Any]:
@@ -122,17 +133,29 @@ def _measured(
     answers = decoder.answer(requests, settings, decoding.batch_size)
     row: dict[str, Any] = {"name": name, "threshold": threshold, "tokens_per_step": answers.tokens_per_step}
     row["rerank"] = rerank_figures(questions.cases, questions.mark(answers.responses).reranked)
+    few: list[RolloutRequest] = list(requests[: speed.cases])
     row["speed"] = {}
-    few: list[RolloutRequest] = list(requests[:speed_cases])
-    for batch in batches:
-        meter.begin(f"{title}, batch {batch}", len(few))
-        decoder.answer(few[:batch], settings, batch)  # warms up
-        timed = decoder.answer(few, settings, batch)
-        row["speed"][str(batch)] = {
-            "tokens_per_second": timed.tokens / timed.seconds,
-            "milliseconds_per_request": 1e3 * timed.seconds / len(few),
-        }
+    with _threads(speed.threads):
+        for batch in speed.batches:
+            meter.begin(f"{title}, batch {batch}", len(few))
+            decoder.answer(few[:batch], settings, batch)  # warms up
+            timed = decoder.answer(few, settings, batch)
+            row["speed"][str(batch)] = {
+                "tokens_per_second": timed.tokens / timed.seconds,
+                "milliseconds_per_request": 1e3 * timed.seconds / len(few),
+            }
     return row
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Torch computes with this number of threads meanwhile; None changes nothing."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(count or usual)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def _speed_tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from opdlm.common.data.tasks import get_task
 from opdlm.common.model.convert import convert_checkpoint
@@ -25,8 +26,11 @@ def models(tmp_path_factory) -> tuple[Path, Path]:
 def test_every_model_has_its_quality_and_its_speed(models, tmp_path) -> None:
     teacher, student = models
     sizes = "--threshold", "0.9,0.5", "--batches", "1,4", "--speed-cases", 4, "--problems", 12, "--max-new-tokens", 16
-    out = tmp_path / "report.json"
-    text = opdlm("rerank-report", f"AR={teacher}", f"new={student}", "--task", "rerank", *sizes, "--out", out)
+    out, threads = tmp_path / "report.json", torch.get_num_threads()
+    of = f"AR={teacher}", f"new={student}"
+    text = opdlm("rerank-report", *of, "--task", "rerank", *sizes, "--speed-threads", threads + 1, "--out", out)
+    assert json.loads(out.read_text())["speed_threads"] == threads + 1
+    assert torch.get_num_threads() == threads, "as many as before"
     assert "retriever" in text
     assert "…" not in text, "no figure is cut off"
     for title in ("its answers", "speed, batch 1", "speed, batch 4"):
