@@ -77,10 +77,10 @@ rerank-more: rerank  ## What each stage is for: rl without opd, opd without cft,
 
 models/rerank-teacher: | $(VENV)/.installed
 	$(SAY) "training the re-ranker that is the teacher, once"
-	@$(BIN)/opdlm pretrain $@ --task rerank --hidden-size 128 --layers 4 --steps 1500
+	@$(BIN)/opdlm pretrain $@ --task rerank --hidden-size 128 --layers 4 --steps 900 --lr 2e-3
 
 models/rerank-converted: | models/rerank-teacher
-	@$(BIN)/opdlm convert models/rerank-teacher $@ --block-size 4 --block-grid response
+	@$(BIN)/opdlm convert models/rerank-teacher $@ --block-size 8 --block-grid response
 
 # The same with real users and films: MovieLens-100k, of which a package on PyPI holds a copy.
 ML100K := recbole/dataset_example/ml-100k

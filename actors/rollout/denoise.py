@@ -169,11 +169,14 @@ class Denoiser:
     ) -> list[int]:
         """Moves slots whose block is done to their next block; returns the slots whose sequence is finished."""
         n, block = window.shape
-        done = ~still_masked.any(dim=1)
-        ended = slots.block_start + block >= slots.end
+        needed, ended = still_masked, slots.block_start + block >= slots.end
         if not self.settings.ignore_eos:
             in_response = window >= slots.prompt_length[:, None]
-            ended = ended | (torch.isin(tokens, self._eos_ids) & in_response).any(dim=1)
+            is_end = torch.isin(tokens, self._eos_ids) & in_response
+            ended = ended | is_end.any(dim=1)
+            if not self.settings.finish_blocks:
+                needed = still_masked & (is_end.cumsum(dim=1) == 0)
+        done = ~needed.any(dim=1)
         commit = done & ~ended
         slots.block_start.add_(block * commit)
         slots.block_step.masked_fill_(done, 0)

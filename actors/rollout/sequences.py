@@ -72,12 +72,14 @@ def trajectory_of(
         noted: of each token `[T]` its log-probability, or `[T, D]` the hidden state that predicted it (`Trajectory`).
     """
     start, end = request.prompt_ids.size, int(reveal.nonzero()[0][-1]) + 1
+    ends = np.flatnonzero(np.isin(tokens[start : min(end, start + request.max_new_tokens)], list(eos_ids)))
+    length = int(ends[0]) + 1 if len(ends) else min(end - start, request.max_new_tokens)
+    if not reveal[start:end].all():  # it ended before its last block was finished, so what is behind it has holes
+        end = start + length
     response, reveal = tokens[start:end].astype(np.int32), reveal[start:end].astype(np.int32)
     steps_before, numbers = zip(*history, strict=True)
     # A token of step k has the last version that began before step k.
     versions = np.array(numbers, dtype=np.int32)[np.searchsorted(steps_before, reveal) - 1]
-    ends = np.flatnonzero(np.isin(response[: request.max_new_tokens], list(eos_ids)))
-    length = int(ends[0]) + 1 if len(ends) else min(len(response), request.max_new_tokens)
     reason: FinishReason = "eos" if len(ends) else "length" if length == request.max_new_tokens else "stop"
     return Trajectory(
         index=request.index,

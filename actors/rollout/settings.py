@@ -17,6 +17,10 @@ class DecodeSettings:
     The fields have the names and meanings of `rollout:` in the YAML (common/config/schema.py). `ignore_eos` exists only
     here: it decodes every response to its length limit, whatever end-of-sequence tokens it holds. So does
     `keep_logprobs`: trajectories have `reveal_logprob`. `keep_targets`: those of `verified` have `clean_hidden`.
+
+    `finish_blocks` decodes what is behind an end-of-sequence token in its block, which the states that training
+    rebuilds show (METHOD.md section 2). Without it a sequence ends as soon as its response is known: the same response,
+    in fewer steps.
     """
 
     block_size: int = 4
@@ -32,6 +36,7 @@ class DecodeSettings:
     keep_logprobs: bool = False
     keep_targets: bool = False
     ignore_eos: bool = False
+    finish_blocks: bool = True
 
     def __post_init__(self) -> None:
         """Raises `OpdlmError` for a number that no distribution has; the command line and YAML are checked before."""
@@ -60,7 +65,14 @@ class DecodeSettings:
         return cls(**shared, keep_logprobs=kind == "rl", keep_targets=keep_targets)
 
     def greedy(self, strategy: Strategy) -> DecodeSettings:
-        """These settings with greedy sampling and the given strategy, as evaluation decodes."""
+        """These settings with greedy sampling and the given strategy, as evaluation decodes: responses only."""
         return replace(
-            self, strategy=strategy, temperature=0.0, top_k=0, top_p=1.0, keep_logprobs=False, keep_targets=False
+            self,
+            strategy=strategy,
+            temperature=0.0,
+            top_k=0,
+            top_p=1.0,
+            keep_logprobs=False,
+            keep_targets=False,
+            finish_blocks=False,
         )

@@ -119,6 +119,8 @@ class Evaluation:
         for strategy in strategies if decoder.is_student else strategies[:1]:
             way = strategy if decoder.is_student else AUTOREGRESSIVE
             settings = replace(decoder.base.greedy(strategy), threshold=self._options.threshold)
+            if theirs is not None:  # their distance is measured in the states of whole blocks
+                settings = replace(settings, finish_blocks=True)
             self._begin(decoding_name(way, self._options.threshold), len(requests))
             decoder.on_progress = self._done
             answers = decoder.answer(requests, settings, self._decoding.batch_size)

@@ -78,7 +78,7 @@ class Decoder(ABC):
         if self.facts.end_tokens_note:
             log.warning(self.facts.end_tokens_note)
         grid = self.facts.grid(block_size)
-        self.base = DecodeSettings(block_size=grid.block_size, block_grid=grid.kind)
+        self.base = DecodeSettings(block_size=grid.block_size, block_grid=grid.kind, finish_blocks=False)
 
     @property
     def is_student(self) -> bool:
@@ -149,7 +149,9 @@ class CheckpointDecoder(Decoder):
         if self.is_student:
             trajectories, stats = self.decode(requests, settings, batch_size)
             responses = [t.response for t in trajectories]
-            return Answers(responses, stats.denoising_steps, stats.seconds, trajectories)
+            # The steps until the response was known, also where its last block was decoded to the end.
+            steps = sum(int(t.reveal_step[: t.response_length].max()) for t in trajectories)
+            return Answers(responses, steps, stats.seconds, trajectories)
         started = time.perf_counter()
         responses = self.continue_prompts(requests, settings.temperature, batch_size)
         return Answers(responses, sum(len(ids) for ids in responses), time.perf_counter() - started)

@@ -42,6 +42,7 @@ class EngineReplica:
             threshold=options.threshold,
             temperature=options.temperature,
             top_p=options.top_p,
+            finish_blocks=False,
         )
         device = device_for(options.gpus_per_replica, "--gpus-per-replica")
         self._engine = ServingEngine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -224,3 +225,27 @@ def test_several_end_tokens() -> None:
     first = np.flatnonzero(np.isin(plain.response, [EOS, stop]))[0]
     assert ours.response_length == first + 1
     assert ours.finish_reason == "eos"
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("block_size", [4, 8])
+def test_a_response_that_is_known_ends_the_sequence(strategy, block_size) -> None:
+    """Without what is behind the end token in its block: the same response in the same steps, in fewer forwards."""
+    ends = [EOS, 5, 6, 7]
+    requests = [request(1 + i % 7, i, 24, seed=3) for i in range(40)]
+    whole = DecodeSettings(block_size, strategy=strategy, threshold=0.4, entropy_budget=1.0, temperature=1.0)
+    expected, slow = BlockDecoder(MODELS[0], whole, MASK, ends, 8).decode(requests)
+    early, fast = BlockDecoder(MODELS[0], replace(whole, finish_blocks=False), MASK, ends, 8).decode(requests)
+    for one, other in zip(expected, early, strict=True):
+        length = one.response_length
+        assert other.response.tolist() == one.response.tolist()
+        assert other.reveal_step.tolist()[:length] == one.reveal_step.tolist()[:length]
+        if one.finish_reason == "eos":
+            assert other.denoising_steps == max(one.reveal_step[:length])
+        assert other.finish_reason == one.finish_reason
+        assert 0 not in other.reveal_step
+    assert sum(t.finish_reason == "eos" for t in early) > 20
+    pairs = zip(early, expected, strict=True)
+    assert any(len(cut.response_ids) == cut.response_length < len(kept.response_ids) for cut, kept in pairs)
+    assert fast.denoising_steps < slow.denoising_steps
+    assert fast.response_tokens == slow.response_tokens
