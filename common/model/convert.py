@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import atomic_folder, check_new_folder
 from opdlm.common.form import Context
+from opdlm.common.model.adapters import copy_noisy_adapters
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
-from opdlm.common.model.facts import read_facts, refuse_noisy_adapters
+from opdlm.common.model.facts import read_facts
 from opdlm.common.model.folder import own_layout, write_all_but_weights
 from opdlm.common.model.mask_token import check_mask_row, choose_mask
 from opdlm.common.model.shards import Shards, check_finite, copy_shards, read_shards
@@ -58,8 +59,12 @@ def convert_checkpoint(
     check_tensors(config, shards)
     know_dtype(config, shards)
     facts = read_facts(source)
-    refuse_noisy_adapters(facts, "convert")
     form, eos_ids = facts.form.replaced(logit_shift, context), facts.eos_ids
+    if facts.has_noisy_adapters and form != facts.form:
+        raise OpdlmError(
+            f"convert: {source} is a lossless student, whose adapters draft for {facts.form}; found {form}; leave "
+            "--logit-shift and --context out"
+        )
     if form.causal and block_grid != "response":
         raise OpdlmError(f"causal context needs the block grid `response` (--block-grid); found `{block_grid}`")
     mask_id = choose_mask(Path(source), config, tokenizer, eos_ids, mask_token)
@@ -71,6 +76,8 @@ def convert_checkpoint(
     with atomic_folder(destination) as folder:
         copy_shards(shards, folder, rows, tied_copies(config, shards) if rows else frozenset())
         write_all_but_weights(folder, config, tokenizer, eos_ids, own_layout(config))
+        if facts.has_noisy_adapters:
+            copy_noisy_adapters(Path(source), folder)
     return mask_id
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.common.errors import OpdlmError
 from opdlm.common.form import Context, StudentForm
 from opdlm.common.grid import BlockGrid, GridKind
-from opdlm.common.model.adapters import NOISY_FILE, NOISY_LORA
+from opdlm.common.model.adapters import NOISY_LORA
 from opdlm.common.model.config import OUTPUT, read_config
 from opdlm.common.model.end_tokens import disagreement, read_end_tokens
 from opdlm.common.model.mask_token import mask_problem
@@ -78,15 +78,6 @@ def read_facts(folder: str | Path) -> ModelFacts:
         has_noisy_adapters=getattr(config, NOISY_LORA, None) is not None,
         end_tokens_note=disagreement(ends, folder, tokenizer),
     )
-
-
-def refuse_noisy_adapters(facts: ModelFacts, command: str) -> None:
-    """Raises `OpdlmError` for a student whose adapters act on noisy tokens alone, where they would be lost."""
-    if facts.has_noisy_adapters:
-        raise OpdlmError(
-            f"{command}: {facts.folder} is a lossless student: its base model's weights as they were, and adapters "
-            f"({NOISY_FILE}), which this command would lose; use the folder as it is, or export it"
-        )
 
 
 def check_vocabularies(teacher: ModelFacts, student: ModelFacts) -> None:

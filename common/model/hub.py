@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opdlm.common.errors import OpdlmError
-from opdlm.common.files import home_path
+from opdlm.common.files import home_path, read_json
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """A model's id on the hub, ORG/NAME."""
@@ -90,17 +90,22 @@ def _download(model: str, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
+    from opdlm.common.model.adapters import NOISY_FILE, NOISY_LORA
+
     print(f"opdlm: {model} is no folder here; asking the Hugging Face hub and its cache", file=sys.stderr)
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                model,
-                revision=revision,
-                allow_patterns=_WANTED,
-                ignore_patterns=_NOT_WANTED,
-                tqdm_class=_progress_class(),
-            )
+
+    def download(wanted: list[str], not_wanted: list[str] | None) -> Path:
+        bar = _progress_class()
+        found = huggingface_hub.snapshot_download(
+            model, revision=revision, allow_patterns=wanted, ignore_patterns=not_wanted, tqdm_class=bar
         )
+        return Path(found)
+
+    try:
+        folder = download(_WANTED, _NOT_WANTED)
+        if (folder / "config.json").is_file() and NOISY_LORA in read_json(folder / "config.json"):
+            download([NOISY_FILE], None)
+        return folder
     except errors.GatedRepoError:
         reason = "needs its owner's permission: ask for it on its page on the hub, then log in (`hf auth login`)"
     except errors.RevisionNotFoundError:

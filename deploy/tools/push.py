@@ -15,9 +15,10 @@ from rich.console import Console
 from opdlm.common.errors import OpdlmError
 from opdlm.common.export.card import Card, write_card
 from opdlm.common.export.names import LAYOUTS, LayoutName
+from opdlm.common.model.adapters import NOISY_FILE
 from opdlm.common.model.config import read_config
 from opdlm.common.model.convert import check_tensors
-from opdlm.common.model.facts import read_facts, refuse_noisy_adapters, require_mask
+from opdlm.common.model.facts import read_facts, require_mask
 from opdlm.common.model.hub import BESIDE_WEIGHTS, REPOSITORY
 from opdlm.common.model.shards import Shards, check_finite, read_shards
 from opdlm.common.model.tokenizer import load_tokenizer
@@ -75,7 +76,6 @@ def collect(folder: Path, base_model: str | None, temporary: Path) -> Upload:
         OpdlmError: the folder holds no student, or not all of one, or weights that are NaN or infinite.
     """
     config, facts, shards = read_config(folder), read_facts(folder), read_shards(folder)
-    refuse_noisy_adapters(facts, "push")
     if not facts.is_student:
         raise OpdlmError(
             f"push: {folder} is an autoregressive model; this command sends students: a run's `student`, a folder of "
@@ -92,6 +92,9 @@ def collect(folder: Path, base_model: str | None, temporary: Path) -> Upload:
     here = sorted(path for path in folder.iterdir())
     sent = [p for p in here if p.is_file() and (p.name in wanted or any(fnmatch.fnmatch(p.name, s) for s in _SENT))]
     files = {path.name: path for path in sent}
+    if facts.has_noisy_adapters:
+        sent.append(folder / Path(NOISY_FILE).parts[0])
+        files[NOISY_FILE] = folder / NOISY_FILE
     if _CARD in files and base_model is not None:
         raise OpdlmError(f"--base-model: found {base_model}, but {folder} has a card already: change it in {_CARD}")
     if _CARD not in files:

@@ -9,8 +9,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +24,11 @@ from opdlm.common.model.adapters import NOISY_FILE, NoisyAdapters, is_adapter
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.folder import save_student
+from opdlm.common.model.hub import model_folder
 from opdlm.common.model.load import hidden_states, load_model
+from opdlm.common.types import RolloutRequest
+from opdlm.deploy.evaluate.decoders import CheckpointDecoder
+from opdlm.deploy.tools.push import collect
 from tests.isolated import run_isolated
 from tests.tiny import OTHER_FAMILIES, save_teacher
 
@@ -153,3 +160,38 @@ def test_an_export_is_a_lossless_student_here_and_names_itself_as_one(root, tmp_
     with pytest.raises(OpdlmError, match=r"adapter_model.safetensors is missing, which config.json names"):
         export(tmp_path / "damaged", tmp_path / "new", "a2d-llama")
     assert not (tmp_path / "new").exists()
+
+
+def test_another_block_size_keeps_adapters_and_output(root, tmp_path) -> None:
+    """Drafts get longer, what is written stays the teacher's."""
+    source = root / "llama-run"
+    convert_checkpoint(source, tmp_path / "longer", SIZE + 2, "response")
+    facts = read_facts(tmp_path / "longer")
+    assert (facts.has_noisy_adapters, facts.block_size) == (True, SIZE + 2)
+    assert (tmp_path / "longer" / NOISY_FILE).read_bytes() == (source / NOISY_FILE).read_bytes()
+    with pytest.raises(OpdlmError, match="is a lossless student, whose adapters draft for"):
+        convert_checkpoint(source, tmp_path / "plain", SIZE, "response", logit_shift=False, context="block_causal")
+    prompts = [np.array(prompt, dtype=np.int32) for prompt in PROMPTS]
+    requests = [RolloutRequest(i, str(i), ids, MOST, seed=i) for i, ids in enumerate(prompts)]
+    longer, teacher = CheckpointDecoder(tmp_path / "longer"), CheckpointDecoder(root / "llama-teacher")
+    drafted = longer.answer(requests, longer.base.greedy("verified"), 2)
+    expected = teacher.answer(requests, teacher.base, 2)
+    assert [ids.tolist() for ids in drafted.responses] == [ids.tolist() for ids in expected.responses]
+
+
+def test_what_is_sent_to_the_hub_is_all_that_is_read_from_it(root, tmp_path, monkeypatch) -> None:
+    upload = collect(root / "llama-run", None, tmp_path)
+    assert NOISY_FILE in upload.files
+    assert not [name for name in upload.left_out if name.endswith((".json", ".safetensors"))]
+    assert "This is a lossless student" in upload.files["README.md"].read_text()
+    repository, cache = [*upload.files, "onnx/model.safetensors"], tmp_path / "cache"
+
+    def snapshot_download(name, *, allow_patterns, ignore_patterns, **_):
+        wanted = filter_repo_objects(repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        for file in wanted:
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(upload.files[file], cache / file)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    load_model(model_folder("me/lossless@v1"))
