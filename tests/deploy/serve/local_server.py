@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import uvicorn
+from ray.exceptions import ActorDiedError
 from starlette.requests import Request
 
 from opdlm.deploy.serve.api import Api
@@ -40,24 +41,38 @@ class _Method:
 
 
 class _Handle:
-    """Serve's handle of one engine."""
+    """Serve's handle of one engine.
 
-    def __init__(self, replica: EngineReplica) -> None:
-        self.generate = _Method(replica.generate)
+    Args:
+        deaths: after how many parts the engine dies in each of the first calls; in further ones it lives.
+    """
+
+    def __init__(self, replica: EngineReplica, deaths: Sequence[int]) -> None:
+        self._replica, self._deaths = replica, list(deaths)
+        self.generate = _Method(self._generate)
+
+    async def _generate(self, *arguments: Any) -> AsyncGenerator[Any]:
+        last = self._deaths.pop(0) if self._deaths else None
+        async with aclosing(self._replica.generate(*arguments)) as parts:
+            async for part in parts:
+                if last == 0:
+                    raise ActorDiedError
+                last = None if last is None else last - 1
+                yield part
 
     def options(self, **_: Any) -> _Handle:
         return self
 
 
 @contextmanager
-def local_server(options: ServeOptions) -> Iterator[str]:
-    """Runs a server; gives its address."""
+def local_server(options: ServeOptions, deaths: Sequence[int] = ()) -> Iterator[str]:
+    """Runs a server; gives its address. `deaths`: see `_Handle`."""
     engine = EngineReplica(options)
     api: Api | None = None
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         nonlocal api
-        api = api or Api(options, _Handle(engine))
+        api = api or Api(options, _Handle(engine, deaths))
         response = await api(Request(scope, receive))
         await response(scope, receive, send)
 

@@ -71,3 +71,18 @@ def test_a_chat_has_steps_too_and_without_a_stream_they_are_refused(server, clie
     refused = httpx.post(f"{server}/v1/chat/completions", json=asked | {"steps": True})
     assert refused.status_code == 400
     assert "steps: found true without stream" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("deaths", [[0], [1], [9, 4], [5, 23, 0, 90]])
+def test_steps_and_text_go_on_behind_what_was_sent_before_an_engine_died(client, folders, deaths, monkeypatch) -> None:
+    monkeypatch.setattr("opdlm.deploy.serve.generation._PAUSE_SECONDS", 0.01)
+    how: dict[str, Any] = {"model": "tiny", "prompt": "12+3=", "max_tokens": 60, "extra_body": {"steps": True}}
+    expected = list(client.completions.create(stream=True, **how))
+    options = ServeOptions(checkpoint=str(folders[0]), name="tiny", slots=2)
+    with local_server(options, deaths) as address:
+        own = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+        found = list(own.completions.create(stream=True, **how))
+    assert choices(found, 0) == choices(expected, 0), "each part once, in the same order"
+    numbers, texts = told(choices(found, 0))
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert plain(texts, folders[0], 60) == "".join(choice["text"] for choice in choices(found, 0))
