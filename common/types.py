@@ -40,6 +40,8 @@ class RolloutRequest:
     """The sequence ends with the block in which its text first holds one of these, where the decoder has `stops`."""
     sampling: tuple[float, float] | None = None
     """Temperature and top-p of this sequence. None: those of the decoder's settings, which `verified` always takes."""
+    watched: bool = False
+    """Whether somebody watches its denoising steps (`StepWatch` in `actors/rollout/observation.py`)."""
 
 
 @dataclass(frozen=True, slots=True)

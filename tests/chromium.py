@@ -1,4 +1,4 @@
-"""A headless Chromium, controlled through its DevTools pipe: opens a file, presses keys, evaluates JavaScript."""
+"""A headless Chromium, controlled through its DevTools pipe: opens a page, presses keys, evaluates JavaScript."""
 
 from __future__ import annotations
 
@@ -75,10 +75,12 @@ class Chromium:
                 return answer["result"]
             self.events.append(answer)
 
-    def open(self, file: Path, fragment: str = "") -> None:
-        """Loads a file and waits until its scripts have run."""
+    def open(self, page: Path | str, fragment: str = "") -> None:
+        """Loads a file or an address and waits until its scripts have run."""
         self.events.clear()
-        self.call("Page.navigate", url=file.resolve().as_uri() + fragment)  # answers when loading has started
+        self.call(
+            "Page.navigate", url=(page.resolve().as_uri() if isinstance(page, Path) else page) + fragment
+        )  # answers when loading has started
         self.ask("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
 
     def ask(self, expression: str) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from opdlm.actors.rollout.forward import StepForward
-from opdlm.actors.rollout.observation import StepObservation
+from opdlm.actors.rollout.observation import StepObservation, StepWatch
 from opdlm.actors.rollout.remasking import STRATEGIES, DenoisingStep, entropy_of
 from opdlm.actors.rollout.sampling import draw_candidates, hashed_uniform
 from opdlm.actors.rollout.settings import DecodeSettings
@@ -23,7 +23,7 @@ from opdlm.common.tensors import to_device
 
 _TOKEN_STREAM, _ORDER_STREAM = 0, 1  # two independent sequences of uniform numbers
 
-Observer = Callable[[StepObservation], None]
+Observer = Callable[[StepObservation], None] | StepWatch
 
 
 class Denoiser:
@@ -99,7 +99,9 @@ class Denoiser:
         if logprob is not None:
             kept = slots.noted.gather(1, window)
             slots.noted.scatter_(1, window, torch.where(revealed, in_blocks(logprob), kept))
-        if observer is not None:
+        if isinstance(observer, StepWatch):
+            observer(slots.requests, slots.step, window, masked, revealed, candidates, confidence)
+        elif observer is not None:
             model_says = candidates, confidence, in_blocks(logits), in_blocks(mask_logit)
             tensors = (tensor.cpu() for tensor in (window, old_tokens, masked, revealed, *model_says))
             observer(StepObservation([request.index for request in slots.requests], slots.step.tolist(), *tensors))

@@ -31,6 +31,7 @@ from opdlm.actors.rollout.attention import Part, SlotLayout
 from opdlm.actors.rollout.denoise import Observer, refuse_logits
 from opdlm.actors.rollout.forward import StepForward
 from opdlm.actors.rollout.kv_cache import SPARE
+from opdlm.actors.rollout.observation import StepWatch
 from opdlm.actors.rollout.sampling import distribution, draw, draw_candidates, hashed_uniform
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.slots import Slots
@@ -89,7 +90,7 @@ class Verifier:
 
         Returns: the slots whose sequence is finished by it, and the tokens that went through the model.
         """
-        if observer is not None:
+        if observer is not None and not isinstance(observer, StepWatch):
             raise OpdlmError("strategy verified: its steps cannot be traced; trace another strategy")
         size, start = self._size, slots.block_start.clone()  # [n]
         places = torch.arange(size, device=slots.device)
@@ -114,6 +115,8 @@ class Verifier:
             noted.scatter_(1, at, torch.where(known[..., None], hidden[:, :size], noted.gather(1, at)))
         slots.block_start.copy_(last)
         new = slots.tokens.gather(1, window)
+        if isinstance(observer, StepWatch):
+            observer(slots.requests, slots.step, window, window < slots.end[:, None], known, new, None)
         ended = (last + 1 >= slots.end) | (torch.isin(new, self._eos_ids) & known).any(dim=1)
         state = torch.stack([ended.long(), last, is_finite & are_finite], dim=1)
         finished, slots.host_starts[: slots.occupied], finite = state.cpu().numpy().T  # the synchronisation of the step

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from opdlm.actors.rollout.decoder import BlockDecoder
+from opdlm.actors.rollout.observation import Step
 from opdlm.common.tensors import tensor_to_array
 
 
@@ -21,6 +22,8 @@ class Tokens:
     end: str | None = None
     """Why the response ended; None: it goes on."""
     weight_version: int = 0
+    step: Step | None = None
+    """One denoising step of a watched request, in a part of its own: then there are no ids, and it goes on."""
 
 
 class ServedDecoder(BlockDecoder):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 from opdlm.actors.engine_guard import guarded
 from opdlm.actors.rollout.engine_thread import EngineThread
+from opdlm.actors.rollout.observation import Step, StepWatch
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.student import Student
 from opdlm.actors.serving.decoder import ServedDecoder, Tokens
@@ -22,7 +23,8 @@ from opdlm.common.model.load import load_model
 from opdlm.common.types import RolloutRequest, Trajectory
 
 Deliver = Callable[[Tokens | BaseException], None]
-"""Gets the tokens of one request, block by block, the last with `end`; or what ended the request. It must not raise."""
+"""Gets the tokens of one request, block by block, the last with `end`; or what ended the request. It must not raise.
+Of a watched request it gets each denoising step, too."""
 
 
 @dataclass(slots=True)
@@ -31,6 +33,7 @@ class _Live:
 
     deliver: Deliver
     sent: int = 0
+    steps: int = 0
 
 
 class ServingEngine(Student):
@@ -69,6 +72,7 @@ class ServingEngine(Student):
             self._facts.form,
             self._cache,
         )
+        self._watch = StepWatch(self._deliver_step)
         self._inbox: deque[RolloutRequest] = deque()
         self._live: dict[int, _Live] = {}
         self._cancelled: set[int] = set()
@@ -171,7 +175,7 @@ class ServingEngine(Student):
                     begin = [self._inbox.popleft() for _ in range(min(room, len(self._inbox)))]
                 if begin:
                     self._serving.add(begin)
-                self._deliver(self._serving.step())
+                self._deliver(self._serving.step(self._watch))
         except BaseException as error:  # each request gets it
             with self._changed:
                 live, self._live = self._live, {}
@@ -192,6 +196,14 @@ class ServingEngine(Student):
         for index, tokens in self._serving.finished_blocks({i: one.sent for i, one in live.items()}).items():
             live[index].sent += len(tokens.ids)
             live[index].deliver(tokens)
+
+    def _deliver_step(self, index: int, step: Step) -> None:
+        """A sequence that is put back and decoded anew tells no step again that it has told."""
+        with self._changed:
+            one = self._live.get(index)
+        if one is not None and step.number > one.steps:
+            one.steps = step.number
+            one.deliver(Tokens((), None, step.number, weight_version=self._version, step=step))
 
 
 def _last(trajectory: Trajectory, sent: int) -> Tokens:

@@ -99,12 +99,16 @@ class TeacherActor:
         temperature: float = 0.0,
         seed: int = 0,
         watch: Watch | None = None,
+        stops: Sequence[Sequence[str]] = (),
     ) -> tuple[list[np.ndarray], float]:
-        """Responses `[R] int32` to each prompt (greedy at temperature 0), and the seconds that they took."""
+        """Responses `[R] int32` to each prompt (greedy at temperature 0), and the seconds that they took.
+
+        `stops`: see `TeacherBackend`.
+        """
         started = time.perf_counter()
         with guarded("teacher", self._backend.probe):
             told = BatchCount(watch, range(len(prompts)), ())
-            responses = self._backend.generate(prompts, max_new_tokens, batch_size, temperature, seed, told)
+            responses = self._backend.generate(prompts, max_new_tokens, batch_size, temperature, seed, told, stops)
         return responses, time.perf_counter() - started
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from opdlm.actors.engine_guard import one_token_forward
 from opdlm.actors.progress import OnBatch, unheard
-from opdlm.actors.teacher.generation import generate
+from opdlm.actors.rollout.stopping import StopStrings
+from opdlm.actors.teacher.generation import ends_at, generate
 from opdlm.actors.teacher.scoring import score
 from opdlm.common.config.schema import TeacherConfig
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.device import device_for
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import input_device, load_model
+from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.common.types import TeacherTargets, Trajectory
 
 
@@ -34,8 +36,13 @@ class TeacherBackend(Protocol):
         temperature: float,
         seed: int,
         on_batch: OnBatch = unheard,
+        stops: Sequence[Sequence[str]] = (),
     ) -> list[np.ndarray]:
-        """Responses to prompts `[P] int32`, `[R] int32` each, in order; greedy at temperature 0."""
+        """Responses to prompts `[P] int32`, `[R] int32` each, in order; greedy at temperature 0.
+
+        Args:
+            stops: of each prompt the stop strings that end its response, or nothing for none at all.
+        """
         ...
 
     def probe(self) -> None:
@@ -73,7 +80,7 @@ class TransformersTeacher:
             self._model = load_model(folder, config.dtype).to(device)
         facts = read_facts(folder)
         self._eos_ids, self._tokens = facts.eos_ids, facts.tokens
-        self._config = config
+        self._config, self._folder = config, folder
 
     def score(self, trajectories: list[Trajectory], on_batch: OnBatch = unheard) -> list[TeacherTargets]:
         """See `actors/teacher/scoring.py`."""
@@ -90,10 +97,20 @@ class TransformersTeacher:
         temperature: float,
         seed: int,
         on_batch: OnBatch = unheard,
+        stops: Sequence[Sequence[str]] = (),
     ) -> list[np.ndarray]:
         """See `actors/teacher/generation.py`."""
         return generate(
-            self._model, prompts, max_new_tokens, self._eos_ids, batch_size, temperature, seed, self._tokens, on_batch
+            self._model,
+            prompts,
+            max_new_tokens,
+            self._eos_ids,
+            batch_size,
+            temperature,
+            seed,
+            self._tokens,
+            on_batch,
+            ends_at(stops, StopStrings(load_tokenizer(self._folder))) if any(stops) else None,
         )
 
     def probe(self) -> None:

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from opdlm.actors.progress import OnBatch, unheard
+from opdlm.actors.rollout.stopping import StopStrings
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.load import input_device
 from opdlm.common.seeds import wrapped
 from opdlm.common.tensors import is_finite
 from opdlm.common.token_ids import TokenIds
+
+IsOver = Callable[[int, np.ndarray], bool]
+"""Whether the response `[R] int32` to the prompt at this place ends with its last token, as at a stop string. It is
+asked after each token."""
+
+
+def ends_at(stops: Sequence[Sequence[str]], texts: StopStrings) -> IsOver | None:
+    """Ends the response to each prompt with the token with which its text first holds one of the prompt's stop strings.
+
+    Args:
+        stops: the stop strings of each prompt.
+    """
+    if not any(stops):
+        return None
+    return lambda place, response: bool(stops[place]) and texts.reached(stops[place], response, 1)
 
 
 @torch.inference_mode()
@@ -28,10 +44,12 @@ def generate(
     seed: int = 0,
     tokens: TokenIds | None = None,
     on_batch: OnBatch = unheard,
+    is_over: IsOver | None = None,
 ) -> list[np.ndarray]:
     """Generates a response `[R] int32` to each prompt `[P] int32`, in the order of the prompts.
 
-    A response ends with the first end-of-sequence token, which it includes, or at `max_new_tokens`.
+    A response ends with the first end-of-sequence token, which it includes, where `is_over` says so, or at
+    `max_new_tokens`.
 
     Args:
         temperature: 0 decodes greedily; else the tokens are sampled from the whole vocabulary at this temperature.
@@ -50,7 +68,9 @@ def generate(
     # distribution, so the model gets ours for the time of the call.
     own, model.generation_config = model.generation_config, generation
     try:
-        return _generate(model, prompts, max_new_tokens, eos_ids, batch_size, _TokensOnly(model, tokens), on_batch)
+        return _generate(
+            model, prompts, max_new_tokens, eos_ids, batch_size, _TokensOnly(model, tokens), on_batch, is_over
+        )
     finally:
         model.generation_config = own
 
@@ -73,6 +93,30 @@ class _TokensOnly(LogitsProcessor):
         return scores.index_fill(1, self._others.to(scores.device), float("-inf")) if len(self._others) else scores
 
 
+class _Ends(StoppingCriteria):
+    """Ends the rows of one batch where `is_over` says so.
+
+    transformers' own `stop_strings` are the same for all rows of a call.
+
+    Args:
+        places: of the prompt of each row.
+        prompt: length of the rows' prompts, padding included.
+    """
+
+    def __init__(self, is_over: IsOver, places: Sequence[int], prompt: int) -> None:
+        self._is_over, self._places, self._prompt = is_over, places, prompt
+        self.lengths: list[int | None] = [None] * len(places)
+        """Response tokens of each row that has ended so."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """`input_ids`: `[B, T]`; returns `[B]` bool, which rows end."""
+        new = input_ids[:, self._prompt :].cpu().numpy().astype(np.int32)
+        for row, (place, length) in enumerate(zip(self._places, self.lengths, strict=True)):
+            if length is None and self._is_over(place, new[row]):
+                self.lengths[row] = new.shape[1]
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
+
+
 def _generate(
     model: Any,
     prompts: Sequence[np.ndarray],
@@ -81,6 +125,7 @@ def _generate(
     batch_size: int,
     tokens_only: _TokensOnly,
     on_batch: OnBatch,
+    is_over: IsOver | None,
 ) -> list[np.ndarray]:
     device = input_device(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -93,14 +138,16 @@ def _generate(
         for row, i in enumerate(batch):  # the padding is on the left, because generation continues on the right
             ids[row, longest - len(prompts[i]) :] = prompts[i]
             attended[row, longest - len(prompts[i]) :] = 1
+        ends = _Ends(is_over or (lambda place, response: False), batch, longest)
         output = model.generate(
             input_ids=torch.from_numpy(ids).to(device),
             attention_mask=torch.from_numpy(attended).to(device),
             max_new_tokens=max_new_tokens,
             logits_processor=LogitsProcessorList([tokens_only]),
+            stopping_criteria=StoppingCriteriaList([ends] if is_over else []),
         )
         for row, i in enumerate(batch):
-            new = output[row, longest:].cpu().numpy().astype(np.int32)
+            new = output[row, longest:][: ends.lengths[row]].cpu().numpy().astype(np.int32)
             stops = np.flatnonzero(np.isin(new, eos_ids))
             responses[i] = new[: stops[0] + 1] if stops.size else new
         on_batch(batch)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,12 +102,18 @@ class VllmTeacher:
         temperature: float,
         seed: int,
         on_batch: OnBatch = unheard,
+        stops: Sequence[Sequence[str]] = (),
     ) -> list[np.ndarray]:
         """Responses `[R] int32`, up to and with the first end-of-sequence token, in the order of the prompts.
 
         Every prompt has its own random generator, seeded with `seed` plus the prompt's index. `batch_size` is ignored:
         vLLM batches by the memory that it has. `on_batch` is not called: vLLM answers all prompts in one call.
+
+        Raises:
+            OpdlmError: there are stop strings; the engine has no tokenizer that would find them.
         """
+        if any(stops):
+            raise OpdlmError("teacher.backend: found vllm; stop strings need the backend transformers")
         sampling = [
             self._sampling_params(
                 max_tokens=max_new_tokens,

@@ -113,7 +113,7 @@ class ActorDecoder(Decoder):
         self, part: list[RolloutRequest], settings: DecodeSettings, batch_size: int
     ) -> tuple[list[np.ndarray], int]:
         prompts, limit = [r.prompt_ids for r in part], max(r.max_new_tokens for r in part)
-        arguments = (prompts, limit, batch_size, settings.temperature, part[0].seed)
+        arguments = (prompts, limit, batch_size, settings.temperature, part[0].seed, None, [r.stop for r in part])
         _, (responses, _) = await self._pool.call("generate", *arguments)
         responses = cut_to_limits(responses, part)
         return responses, sum(len(response) for response in responses)

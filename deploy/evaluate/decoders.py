@@ -20,7 +20,7 @@ from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.observation import StepObservation
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.stopping import StopStrings
-from opdlm.actors.teacher.generation import generate
+from opdlm.actors.teacher.generation import ends_at, generate
 from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
 from opdlm.common.grid import BlockGrid
@@ -179,7 +179,10 @@ class CheckpointDecoder(Decoder):
     def continue_prompts(
         self, requests: Sequence[RolloutRequest], temperature: float, batch_size: int
     ) -> list[np.ndarray]:
-        """Autoregressive responses, `[R] int32` each; greedy at temperature 0, else with the first request's seed."""
+        """Autoregressive responses, `[R] int32` each; greedy at temperature 0, else with the first request's seed.
+
+        A response ends with the token with which its text first holds a stop string of its request.
+        """
         limit = max(request.max_new_tokens for request in requests)
         prompts = [request.prompt_ids for request in requests]
         seed = requests[0].seed
@@ -189,8 +192,18 @@ class CheckpointDecoder(Decoder):
             done.extend(places)
             self.on_progress(len(done))
 
+        facts = self.facts
         responses = generate(
-            self.model, prompts, limit, self.facts.eos_ids, batch_size, temperature, seed, self.facts.tokens, on_batch
+            self.model,
+            prompts,
+            limit,
+            facts.eos_ids,
+            batch_size,
+            temperature,
+            seed,
+            facts.tokens,
+            on_batch,
+            ends_at([request.stop for request in requests], StopStrings(self.tokenizer)),
         )
         return cut_to_limits(responses, requests)
 

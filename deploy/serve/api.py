@@ -24,12 +24,13 @@ from opdlm.deploy.serve.generation import Engines, generate
 from opdlm.deploy.serve.keys import check_key, read_keys
 from opdlm.deploy.serve.metrics import Metrics
 from opdlm.deploy.serve.options import ServeOptions
+from opdlm.deploy.serve.page import described, show_page
 from opdlm.deploy.serve.prompts import Prompts
 from opdlm.deploy.serve.replica import Weights
 from opdlm.deploy.serve.replies import Piece, Replies, Usage
 from opdlm.deploy.serve.schema import ChatRequest, CompletionRequest, read_request
 
-_OPEN = ("/health",)
+_OPEN = ("/", "/health")
 """Paths that need no key."""
 _JSON = "application/json"
 
@@ -47,11 +48,14 @@ class Api:
         self._weights, self._created = Weights(options.checkpoint, 0), int(time.time())
         self._metrics, self._admission = Metrics(), Admission(options.max_requests)
         self._tokenizer = load_tokenizer(options.checkpoint)
-        self._prompts = Prompts(options, read_facts(options.checkpoint), self._tokenizer)
+        facts = read_facts(options.checkpoint)
+        self._prompts = Prompts(options, facts, self._tokenizer)
+        self._about = described(options, facts, self._tokenizer)
         self._handle = engines
         self._engines = Engines(engines.options(stream=True), self._tokenizer, self._metrics)
         self._reloading = asyncio.Lock()
         self._routes: dict[tuple[str, str], Callable[[Request], Awaitable[Response]]] = {
+            ("GET", "/"): show_page,
             ("GET", "/health"): self._health,
             ("GET", "/metrics"): self._show_metrics,
             ("GET", "/v1/models"): self._models,
@@ -111,7 +115,7 @@ class Api:
         return JSONResponse(self._described())
 
     def _described(self) -> dict[str, Any]:
-        return {"id": self._name, "object": "model", "created": self._created, "owned_by": "opdlm"}
+        return {"id": self._name, "object": "model", "created": self._created, "owned_by": "opdlm"} | self._about
 
     async def _completions(self, request: Request) -> Response:
         return await self._answer(read_request(CompletionRequest, await self._body(request)))

@@ -82,6 +82,9 @@ async def _response(
             usage.completion_tokens += len(part.ids)
             usage.denoising_steps += part.denoising_steps - steps
             steps = part.denoising_steps
+            if part.step is not None:
+                yield Piece(choice, step=part.step)
+                continue
             new = text.add(part.ids, last=part.end is not None)
             finish = "stop" if text.stopped or part.end == "eos" else part.end
             yield Piece(choice, new, list(part.ids), None if part.logprobs is None else list(part.logprobs), finish)
@@ -91,7 +94,7 @@ async def _response(
 
 async def _tokens(engines: Engines, request: RolloutRequest, weights: Weights) -> AsyncGenerator[Tokens]:
     """The tokens of one response. The same request gives the same tokens, so a new engine goes on where one died."""
-    seen = 0
+    seen = told = 0
     for attempt in range(1, _ATTEMPTS + 1):
         stream, place = engines.handle.generate.remote(request, weights), 0
         try:
@@ -100,7 +103,11 @@ async def _tokens(engines: Engines, request: RolloutRequest, weights: Weights) -
                     raise ApiError(400, part.reason, "context_length_exceeded")
                 skipped = min(max(seen - place, 0), len(part.ids))
                 place += len(part.ids)
-                if skipped < len(part.ids) or part.end is not None:
+                if part.step is not None:
+                    if part.step.number > told:
+                        told = part.step.number
+                        yield part
+                elif skipped < len(part.ids) or part.end is not None:
                     seen = max(seen, place)
                     kept = None if part.logprobs is None else part.logprobs[skipped:]
                     yield Tokens(part.ids[skipped:], kept, part.denoising_steps, part.end, part.weight_version)

@@ -51,6 +51,7 @@ class Prompts:
                 seed=first + choice,
                 threshold=given.threshold,
                 sampling=self._sampling(given),
+                watched=given.steps,
             )
             for ids, choice in product(prompts, range(given.n))
         ]

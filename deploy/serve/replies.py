@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from opdlm.actors.rollout.observation import Step
+
 
 @dataclass(slots=True)
 class Piece:
@@ -21,6 +23,8 @@ class Piece:
     logprobs: list[float] | None = None
     finish: str | None = None
     """`stop` or `length`; None: the response goes on."""
+    step: Step | None = None
+    """A denoising step, in a piece without text."""
 
 
 @dataclass(slots=True)
@@ -79,7 +83,22 @@ class Replies:
 
     def _choice(self, piece: Piece, of_chat: Mapping[str, Any]) -> dict[str, Any]:
         content: Mapping[str, Any] = of_chat if self._chat else {"text": piece.text}
-        return {"index": piece.choice, **content, "finish_reason": piece.finish, "logprobs": self._of_tokens(piece)}
+        body = {"index": piece.choice, **content, "finish_reason": piece.finish, "logprobs": self._of_tokens(piece)}
+        return body if piece.step is None else body | {"step": self._step(piece.step)}
+
+    def _step(self, step: Step) -> dict[str, Any]:
+        """A denoising step: its number, and what it did at each position that had no token before it."""
+        texts = (str(self._tokenizer.decode([token])) for token in step.ids)
+        sure: list[float | None] = [None] * len(step.ids)
+        if step.confidences is not None:
+            sure = [round(confidence, 4) for confidence in step.confidences]
+        return {
+            "number": step.number,
+            "tokens": [
+                {"position": position, "text": text, "confidence": confidence, "revealed": revealed}
+                for position, text, confidence, revealed in zip(step.positions, texts, sure, step.revealed, strict=True)
+            ],
+        }
 
     def _of_tokens(self, piece: Piece) -> dict[str, Any] | None:
         if not self._logprobs or piece.logprobs is None:

@@ -41,6 +41,8 @@ class GenerationRequest(BaseModel):
     """Confidence from which `low_confidence_dynamic` reveals a token. None: the server's."""
     strategy: str | None = None
     """The remasking strategy; only the server's own is possible."""
+    steps: bool = False
+    """Send each denoising step as it is made, in events of its own between those that have text. With `stream` only."""
 
     @property
     def stops(self) -> list[str]:
@@ -58,6 +60,8 @@ class GenerationRequest(BaseModel):
             raise ValueError(f"stop: found {self.stops}; expected up to 4 texts that are not empty")
         if unknown := set(self.stream_options or {}) - {"include_usage"}:
             raise ValueError(f"stream_options: found {sorted(unknown)}; expected include_usage")
+        if self.steps and not self.stream:
+            raise ValueError("steps: found true without stream; only a stream has denoising steps")
         return self
 
 

@@ -132,6 +132,8 @@ def test_the_wheel_has_every_module_and_every_data_file(tmp_path) -> None:
         "opdlm/deploy/cluster_files/slurm.sh",
         "opdlm/deploy/grafana/opdlm.json",
         "opdlm/deploy/tools/trace/templates/trace.html",
+        "opdlm/deploy/pages/templates/look.css",
+        "opdlm/deploy/serve/templates/live.html",
         "opdlm/deploy/tools/trace/templates/trace.js",
         "opdlm/common/export/templates/block_causal.py",
     }

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import html
 import json
-import re
-from importlib.resources import files
 from typing import Any
+
+from opdlm.deploy.pages.build import build_page
 
 _ESCAPES: dict[str, str | int | None] = {
     "<": "\\u003c",
@@ -24,15 +24,7 @@ _ESCAPES: dict[str, str | int | None] = {
 
 def render_page(record: dict[str, Any], title: str) -> str:
     """The page's HTML. `record`: data for JSON, from `run_trace`."""
-    templates = files("opdlm.deploy.tools.trace") / "templates"
-    parts = {
-        "title": html.escape(title),
-        "style": (templates / "trace.css").read_text(encoding="utf-8"),
-        "script": (templates / "trace.js").read_text(encoding="utf-8"),
-        "data": embed_json(record),
-    }
-    page = (templates / "trace.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page)
+    return build_page("opdlm.deploy.tools.trace", "trace", title=html.escape(title), data=embed_json(record))
 
 
 def embed_json(record: dict[str, Any]) -> str:

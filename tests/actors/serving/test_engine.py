@@ -92,6 +92,35 @@ def test_responses_are_those_of_a_decoder_of_each_request_alone(students) -> Non
             np.testing.assert_allclose(logprobs, expected.reveal_logprob[:end], atol=1e-5)
 
 
+def steps_of(folder: Path, watched: bool, **more: int) -> tuple[list[Tokens], list[Tokens], int]:
+    """What two requests side by side get, of which the second one may be watched; and how often one was put back."""
+    engine = ServingEngine(str(folder), replace(SETTINGS, ignore_eos=True), 2, "float32", 1, **more)
+    asked = [
+        replace(request, max_new_tokens=40, watched=watched and n == 1) for n, request in enumerate(requests()[:2])
+    ]
+    first, second = (parts(stream) for stream in [collect(engine, request) for request in asked])
+    return first, second, engine._serving.put_back
+
+
+@pytest.mark.parametrize("more", [{}, {"cache_tokens": 64}])
+def test_a_watched_request_gets_each_step_once_and_changes_nothing(students, more) -> None:
+    """Also where the cache is full, so that it is put back and decoded again."""
+    plain = steps_of(students[0], False, **more)
+    other, watched, put_back = steps_of(students[0], True, **more)
+    assert put_back == plain[2] == (1 if more else 0)
+    assert other == plain[0], "nobody watches it"
+    assert [part for part in watched if part.step is None] == plain[1]
+    steps = [part.step for part in watched if part.step is not None]
+    assert [step.number for step in steps] == list(range(1, plain[1][-1].denoising_steps + 1))
+    told = {p: t for step in steps for p, t, now in zip(step.positions, step.ids, step.revealed, strict=True) if now}
+    ids = [token for part in watched for token in part.ids]
+    assert [told[position] for position in range(len(ids))] == ids
+    at = {id(part): place for place, part in enumerate(watched)}
+    block = next(part for part in watched if part.step is None)
+    before = [part.step.number for part in watched[: at[id(block)]] if part.step is not None]
+    assert before[-1] == block.denoising_steps, "a block comes right after its last step"
+
+
 def test_a_cancelled_request_frees_its_slot_and_gets_nothing_more(students) -> None:
     engine = ServingEngine(str(students[0]), replace(SETTINGS, ignore_eos=True), 1, "float32", 1)
     first: queue.Queue[Tokens | BaseException] = queue.Queue()

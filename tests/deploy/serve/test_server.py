@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,8 @@ from rich.text import Text
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.deploy.chat.answering import How, There
 from opdlm.deploy.serve.options import ServeOptions
-from tests.patience import wait_until
+from tests.deploy.serve.steps import choices, plain, told
+from tests.patience import PATIENCE, wait_until
 from tests.system.victims import raylets_of
 from tests.tiny import save_teacher
 
@@ -181,6 +183,33 @@ def test_requests_beyond_the_queue_get_429_and_the_others_are_answered(server, c
     assert set(found) <= {"stop", "length", "429"}
     assert "429" in found
     assert found.count("429") < 16
+
+
+def test_steps_go_on_where_an_engine_dies(cluster, server, client, folders) -> None:
+    asked, begun = 8, threading.Semaphore(0)
+    how: dict[str, Any] = {"model": "tiny", "prompt": "12+3=", "max_tokens": 480}  # it has no end token
+    expected = client.completions.create(**how).choices[0].text
+    retries = figure(server, "opdlm_retries_total")
+
+    def watch(_: int) -> list[Any]:
+        parts = []
+        for part in client.completions.create(stream=True, extra_body={"steps": True}, **how):
+            parts.append(part)
+            if len(parts) == 3:
+                begun.release()
+        return parts
+
+    with ThreadPoolExecutor(asked) as pool:
+        streams = [pool.submit(watch, n) for n in range(asked)]
+        for _ in range(asked):
+            assert begun.acquire(timeout=PATIENCE)
+        os.kill(engine_processes(cluster)[0], signal.SIGKILL)
+        found = [choices(stream.result(), 0) for stream in streams]
+    assert figure(server, "opdlm_retries_total") > retries, "the engine died while it had some of them"
+    for events in found:
+        numbers, texts = told(events)
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert "".join(event["text"] for event in events) == expected == plain(texts, folders[0], 480)
 
 
 def test_new_weights_lose_no_request_and_an_engine_that_dies_loses_none(cluster, server, client, folders) -> None:

@@ -1,29 +1,15 @@
-"use strict";
 // The state is two numbers: the shown trajectory and its step (0 to n - 1, or n when all tokens are revealed). The
 // page's address has them too (#trajectory=1&step=1, counted from 1). All texts are inserted as text nodes.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const $ = (id) => document.getElementById(id);
 let chosen = 0, cursor = 0, playing = null; // the trajectory, its step, the timer
 let steps = []; // all steps of the trajectory: {block, step}
 let revealed = []; // by response position: the entry of `at` with which it was revealed, and its step
 let maxKl = 0; // largest KL of the trajectory
 
-function make(tag, className, text, title) {
-  const element = document.createElement(tag);
-  if (className) element.className = className;
-  if (text !== undefined) element.textContent = text;
-  if (title) element.title = title;
-  return element;
-}
 const raw = (token) => data.tokens[token] ?? "";
 const shown = (token) => raw(token).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣") || "∅";
-const inText = (token) => raw(token).replace(/\n/g, "⏎\n") || "∅";
-const percent = (share) => {
-  if (share === 0) return "<0.01 %"; // the data has four digits
-  if (share >= 0.9995) return share === 1 ? "100 %" : "99.9 %";
-  return (100 * share).toFixed(share < 0.1 ? 2 : 1) + " %";
-};
+const inText = (token) => visible(raw(token));
 const nats = (kl) => (kl === null ? "–" : kl >= 1 ? kl.toFixed(2) : kl >= 0.0001 ? kl.toFixed(4) : kl.toExponential(0));
 const part = (value, largest) => (largest > 0 ? Math.min(value / largest, 1) : 0);
 const current = () => data.trajectories[chosen];
@@ -119,9 +105,7 @@ function chip(trajectory, position, state, now) {
   if (state !== "done" && step > now.step) return make("i", "chip masked", "░");
   const afterEnd = position >= trajectory.response_length ? " after-end" : "";
   const recent = state !== "done" && step === now.step ? " now" : "";
-  const element = make("i", "chip sure" + afterEnd + recent, inText(place[1]), `step ${step}, confidence ${percent(place[2])}`);
-  element.style.setProperty("--sure", place[2]);
-  return element;
+  return sure("chip sure" + afterEnd + recent, inText(place[1]), place[2], `step ${step}, confidence ${percent(place[2])}`);
 }
 
 function paintCards(trajectory, b, now) {
