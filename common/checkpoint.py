@@ -19,19 +19,24 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import follow_umask, sync
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger("opdlm.checkpoint")
 
 _MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+"""The file of the trained parameters."""
 _STAGING, _OLD = ".new-", ".old-"
 """How the names begin of folders that are not checkpoints yet, or no longer."""
 
@@ -121,6 +126,35 @@ def read_checkpoint(root: Path, rounds: int) -> Checkpoint:
     """The checkpoint of so many rounds, which another process has just found whole."""
     folder = root / _name(rounds)
     return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+
+
+def weights_mark(folder: Path) -> str | None:
+    """What tells a checkpoint's weights from others: the checksum that its manifest names. Reads no tensor.
+
+    Returns: None where the folder is gone, or its manifest cannot be read.
+    """
+    try:
+        return f"{json.loads((folder / _MANIFEST).read_text())[WEIGHTS]['crc32']:08x}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, float32 weight) of each trained parameter, one in memory at a time. Another process may still train.
+
+    Raises:
+        OpdlmError: the file of the weights is gone, or its checksum is not the one that the manifest names.
+    """
+    file = folder / WEIGHTS
+    try:
+        expected, found = json.loads((folder / _MANIFEST).read_text())[WEIGHTS], _fingerprint(file)
+        if found != expected:
+            raise OpdlmError(f"{file}: found {found}; expected {expected}, as {_MANIFEST} says; the file is damaged")
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                yield name, tensors.get_tensor(name)
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise OpdlmError(f"checkpoint {folder} cannot be read: {type(error).__name__}: {error}") from None
 
 
 def _name(rounds: int) -> str:

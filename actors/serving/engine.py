@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+
+import torch
 
 from opdlm.actors.engine_guard import guarded
 from opdlm.actors.rollout.engine_thread import EngineThread
@@ -18,10 +20,12 @@ from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.student import Student
 from opdlm.actors.serving.decoder import ServedDecoder, Tokens
 from opdlm.common.errors import OpdlmError
-from opdlm.common.model.facts import read_facts
+from opdlm.common.model.facts import ModelFacts, read_facts
 from opdlm.common.model.load import load_model
 from opdlm.common.types import RolloutRequest, Trajectory
 
+_MAY_DIFFER = ("folder", "end_tokens_note")
+"""Facts in which folders of the same model may differ."""
 Deliver = Callable[[Tokens | BaseException], None]
 """Gets the tokens of one request, block by block, the last with `end`; or what ended the request. It must not raise.
 Of a watched request it gets each denoising step, too."""
@@ -44,6 +48,7 @@ class ServingEngine(Student):
         settings: how it decodes; the temperature, top-p and threshold are those of requests that bring none.
         slots: sequences that it decodes at a time.
         dtype, threads, cuda_graphs, cache_tokens, device: see `Student`.
+        version: weight version of the folder.
     """
 
     def __init__(
@@ -56,9 +61,10 @@ class ServingEngine(Student):
         cuda_graphs: bool = False,
         cache_tokens: int | None = None,
         device: str = "cpu",
+        version: int = 0,
     ) -> None:
         super().__init__(student, dtype, threads, cuda_graphs, cache_tokens, device)
-        self._dtype, self._version = dtype, 0
+        self._dtype, self._version = dtype, version
         self._reload_lock = threading.Lock()
         settings = replace(settings, keep_logprobs=settings.strategy != "verified")
         self._serving = ServedDecoder(
@@ -73,6 +79,7 @@ class ServingEngine(Student):
             self._cache,
         )
         self._watch = StepWatch(self._deliver_step)
+        self._serving.use_weights(version)
         self._inbox: deque[RolloutRequest] = deque()
         self._live: dict[int, _Live] = {}
         self._cancelled: set[int] = set()
@@ -81,7 +88,7 @@ class ServingEngine(Student):
 
     @property
     def version(self) -> int:
-        """Weight version in the model; the weights of the folder it started with are version 0."""
+        """Weight version in the model."""
         return self._version
 
     @property
@@ -120,22 +127,34 @@ class ServingEngine(Student):
         Raises:
             OpdlmError: the folder cannot be used, or it is another model; then the old weights stay.
         """
+        if version <= self._version:
+            return self._version
+        facts = read_facts(folder)
+        self.check_facts(facts)
+        weights = load_model(folder, self._dtype).state_dict()
+        self.check_weights(weights, folder)
+        return self.take(weights, version)
+
+    def check_facts(self, facts: ModelFacts) -> None:
+        """Raises `OpdlmError` where weights of a folder with these facts cannot replace those that are served."""
+        for name in [field.name for field in fields(facts) if field.name not in _MAY_DIFFER]:
+            if (found := getattr(facts, name)) != (expected := getattr(self._facts, name)):
+                raise OpdlmError(
+                    f"{facts.folder}: {name}: found {found}; expected {expected}, as in the model that is served; "
+                    "start another server for another model"
+                )
+
+    def check_weights(self, weights: Mapping[str, torch.Tensor], folder: str) -> None:
+        """Raises `OpdlmError` where a state dict is not of the model that is served. `folder`: for the error."""
+        own = self._model.state_dict()
+        if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in own.items()}:
+            raise OpdlmError(f"{folder}: its weights have other names or shapes than those that are served")
+
+    def take(self, weights: Mapping[str, torch.Tensor], version: int) -> int:
+        """Takes a state dict that `check_weights` has passed, as `reload` does; returns the version in the model."""
         with self._reload_lock:
             if version <= self._version:
                 return self._version
-            facts = read_facts(folder)
-            may_differ = {"folder", "end_tokens_note"}
-            names = [field.name for field in fields(facts) if field.name not in may_differ]
-            for name in names:
-                if (found := getattr(facts, name)) != (expected := getattr(self._facts, name)):
-                    raise OpdlmError(
-                        f"{folder}: {name}: found {found}; expected {expected}, as in the model that is served; start "
-                        "another server for another model"
-                    )
-            weights = load_model(folder, self._dtype).state_dict()
-            own = self._model.state_dict()
-            if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in own.items()}:
-                raise OpdlmError(f"{folder}: its weights have other names or shapes than those that are served")
 
             def load() -> int:
                 self._model.load_state_dict(weights)

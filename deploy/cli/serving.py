@@ -10,12 +10,19 @@ import typer
 
 from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
-from opdlm.deploy.cli.app import CheckpointFolder, app, clear_errors, model_folder_of, out
+from opdlm.deploy.cli.app import app, clear_errors, model_folder_of, out
 
 
 @app.command()
 def serve(
-    checkpoint: CheckpointFolder,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="CKPT", help="Checkpoint folder in Hugging Face layout, or a hub id.")
+    ] = None,
+    follow: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Serve the newest student of a run directory instead, as it is trained."),
+    ] = None,
+    follow_seconds: Annotated[float, typer.Option(min=0.1, help="With --follow: time between two looks.")] = 10,
     host: Annotated[
         str, typer.Option(help="Address to listen on. Any but loopback needs --api-key-file.")
     ] = "127.0.0.1",
@@ -48,6 +55,8 @@ def serve(
 
         opdlm serve runs/demo/student
 
+        opdlm serve --follow runs/mine
+
         opdlm serve runs/demo/student --replicas 4 --gpus-per-replica 1 --host 0.0.0.0 --api-key-file keys.txt
     """
     with clear_errors():
@@ -56,9 +65,12 @@ def serve(
         from opdlm.deploy.serve.command import run_server
         from opdlm.deploy.serve.options import ServeOptions
 
+        folder = None if checkpoint is None else model_folder_of(checkpoint, "CKPT")
         options = ServeOptions(
-            checkpoint=str(checkpoint.resolve()),
-            name=name or checkpoint.name,
+            checkpoint="" if folder is None else str(folder.resolve()),
+            follow=None if follow is None else str(follow.resolve()),
+            follow_seconds=follow_seconds,
+            name=name or (folder.name if folder is not None else None),
             replicas=replicas,
             gpus_per_replica=gpus_per_replica,
             cpus_per_replica=cpus_per_replica,

@@ -53,11 +53,11 @@ def prepare_student(config: OpdlmConfig) -> str:
     another way, is made anew, unless the run has checkpoints, which belong to it.
     """
     root = Path(config.run.dir).resolve()
-    models, folder = _models(config), root / "student_init"
+    models, folder = _models(config), start_folder(config, root)
     start, lora = config.model.student or config.model.teacher, config.model.lora
-    gets_adapters = lora is not None and lora.tokens == "noisy" and not read_facts(start).has_noisy_adapters
+    gets_adapters = _gets_adapters(config)
     if config.model.student and not gets_adapters:
-        folder = Path(config.model.student).resolve()
+        pass  # as it is
     elif not folder.exists() or (_held(root) != models and not list_checkpoints(root / "checkpoints")):
         (root / _FILE).unlink(missing_ok=True)  # first: a folder without it counts as made of something else
         for old in (folder, *root.glob(".student_init.*")):  # also what a process that was killed has left half made
@@ -71,6 +71,19 @@ def prepare_student(config: OpdlmConfig) -> str:
             write_noisy_adapters(student, folder)
     write_json(root / _FILE, models)
     return str(folder)
+
+
+def start_folder(config: OpdlmConfig, run_dir: Path) -> Path:
+    """Where the student's first weights are, or will be: a folder of the run directory, or the given student's own."""
+    if config.model.student and not _gets_adapters(config):
+        return Path(config.model.student).resolve()
+    return run_dir / "student_init"
+
+
+def _gets_adapters(config: OpdlmConfig) -> bool:
+    """Whether the run gives its student adapters on noisy tokens, because it has none yet."""
+    start, lora = config.model.student or config.model.teacher, config.model.lora
+    return lora is not None and lora.tokens == "noisy" and not read_facts(start).has_noisy_adapters
 
 
 def _models(config: OpdlmConfig) -> dict[str, Any]:

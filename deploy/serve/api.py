@@ -11,13 +11,13 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayTaskError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from opdlm.common.errors import OpdlmError, last_line
+from opdlm.common.errors import OpdlmError
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.tokenizer import load_tokenizer
+from opdlm.deploy.run.saved_student import open_saved_run
 from opdlm.deploy.serve.admission import Admission
 from opdlm.deploy.serve.errors import ApiError
 from opdlm.deploy.serve.generation import Engines, generate
@@ -26,9 +26,10 @@ from opdlm.deploy.serve.metrics import Metrics
 from opdlm.deploy.serve.options import ServeOptions
 from opdlm.deploy.serve.page import described, show_page
 from opdlm.deploy.serve.prompts import Prompts
-from opdlm.deploy.serve.replica import Weights
+from opdlm.deploy.serve.reloading import Follower, Reloading
 from opdlm.deploy.serve.replies import Piece, Replies, Usage
 from opdlm.deploy.serve.schema import ChatRequest, CompletionRequest, read_request
+from opdlm.deploy.serve.weights import Weights
 
 _OPEN = ("/", "/health")
 """Paths that need no key."""
@@ -45,15 +46,16 @@ class Api:
     def __init__(self, options: ServeOptions, engines: Any) -> None:
         self._options, self._name = options, options.name or Path(options.checkpoint).name
         self._keys = read_keys(options.api_key_file)
-        self._weights, self._created = Weights(options.checkpoint, 0), int(time.time())
+        self._created = int(time.time())
         self._metrics, self._admission = Metrics(), Admission(options.max_requests)
         self._tokenizer = load_tokenizer(options.checkpoint)
         facts = read_facts(options.checkpoint)
         self._prompts = Prompts(options, facts, self._tokenizer)
         self._about = described(options, facts, self._tokenizer)
-        self._handle = engines
+        self._reloading = Reloading(engines, Weights(options.checkpoint, 0), self._metrics)
+        self._starting, self._started = asyncio.Lock(), False
+        self._following: asyncio.Task[None] | None = None
         self._engines = Engines(engines.options(stream=True), self._tokenizer, self._metrics)
-        self._reloading = asyncio.Lock()
         self._routes: dict[tuple[str, str], Callable[[Request], Awaitable[Response]]] = {
             ("GET", "/"): show_page,
             ("GET", "/health"): self._health,
@@ -64,6 +66,25 @@ class Api:
             ("POST", "/v1/chat/completions"): self._chat,
             ("POST", "/admin/reload"): self._reload,
         }
+
+    async def check_health(self) -> None:
+        """Ray Serve asks before the first request, and then regularly. The first time, it finds the newest weights.
+
+        Raises:
+            OpdlmError: nothing looks after the run any more that the server is to follow.
+        """
+        if self._following is not None and self._following.done():
+            raise OpdlmError(f"following {self._options.follow} has ended: {self._following.exception()!r}")
+        async with self._starting:
+            if self._started:
+                return
+            await self._reloading.find()
+            if self._options.follow is not None:
+                run = open_saved_run(Path(self._options.follow))
+                follower = Follower(run, self._options.follow_seconds, self._reloading)
+                await follower.look()
+                self._following = asyncio.create_task(follower.run())
+            self._started = True
 
     async def drain(self) -> int:
         """Takes no more requests from now on; returns the number of responses that are still made."""
@@ -105,7 +126,7 @@ class Api:
 
     async def _show_metrics(self, request: Request) -> Response:
         self._metrics.active.set(self._admission.active)
-        self._metrics.version.set(self._weights.version)
+        self._metrics.version.set(self._reloading.current.version)
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _models(self, request: Request) -> Response:
@@ -115,7 +136,9 @@ class Api:
         return JSONResponse(self._described())
 
     def _described(self) -> dict[str, Any]:
-        return {"id": self._name, "object": "model", "created": self._created, "owned_by": "opdlm"} | self._about
+        now = self._reloading.current
+        served = {"checkpoint": now.folder, "weight_version": now.version}
+        return {"id": self._name, "object": "model", "created": self._created, "owned_by": "opdlm", **served} | self._about
 
     async def _completions(self, request: Request) -> Response:
         return await self._answer(read_request(CompletionRequest, await self._body(request)))
@@ -134,7 +157,7 @@ class Api:
 
         async def pieces() -> AsyncGenerator[Piece]:
             """The pieces of all responses, within the time limit."""
-            made = generate(self._engines, requests, self._weights, given.stops, usage)
+            made = generate(self._engines, requests, self._reloading.current, given.stops, usage)
             with self._admission.admit(len(requests)):
                 try:
                     while True:
@@ -198,20 +221,16 @@ class Api:
         body = await self._body(request)
         try:
             given = json.loads(body or b"{}")
-            folder = given.get("checkpoint", self._weights.folder)
+            folder = given.get("checkpoint", self._reloading.current.folder)
             if not isinstance(folder, str) or given.keys() - {"checkpoint"}:
                 raise ValueError
         except (ValueError, AttributeError):
             raise ApiError(400, 'expected {"checkpoint": "FOLDER"} or no body', "invalid_request") from None
-        async with self._reloading:
-            weights = Weights(folder, self._weights.version + 1)
-            try:
-                await self._handle.load.remote(weights)
-            except (OpdlmError, RayTaskError) as error:
-                reason = last_line(getattr(error, "cause", None) or error)
-                raise ApiError(400, f"the old weights stay: {reason}", "reload_failed") from None
-            self._weights = weights
-        return JSONResponse({"checkpoint": folder, "weight_version": weights.version})
+        if self._options.follow is not None:
+            raise ApiError(400, f"this server follows {self._options.follow} and takes no other weights", "follows")
+        engines = await self._reloading.to(folder)
+        now = self._reloading.current
+        return JSONResponse({"checkpoint": now.folder, "weight_version": now.version, "engines": engines})
 
 
 def _event(body: dict[str, Any]) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ray import serve
+from ray.serve.config import DeploymentActorConfig
 
 from opdlm.deploy.serve.api import Api
 from opdlm.deploy.serve.options import ServeOptions
 from opdlm.deploy.serve.replica import EngineReplica
+from opdlm.deploy.serve.weights import KEEPER, WeightsKeeperActor
 
 _TAKEN_AHEAD = 2
 """Requests that an engine takes per slot, so that a slot that ends finds the next one there."""
@@ -16,7 +18,7 @@ _DRAIN_SECONDS = 600.0
 
 
 def application(options: ServeOptions) -> Any:
-    """The application of these options, for `serve.run`."""
+    """The application of options that are `resolved`, for `serve.run`."""
     many: dict[str, Any] = {"num_replicas": options.replicas}
     if options.autoscale_to is not None:
         many = {
@@ -31,6 +33,9 @@ def application(options: ServeOptions) -> Any:
         max_ongoing_requests=_TAKEN_AHEAD * options.slots,
         ray_actor_options={"num_cpus": options.cpus_per_replica, "num_gpus": options.gpus_per_replica},
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
+        deployment_actors=[
+            DeploymentActorConfig(name=KEEPER, actor_class=WeightsKeeperActor, actor_options={"num_cpus": 0})
+        ],
         **many,
     )
     api = serve.deployment(Api).options(
@@ -44,5 +49,9 @@ def application(options: ServeOptions) -> Any:
 
 
 def build(args: dict[str, Any]) -> Any:
-    """The application of a Serve config file. `args`: the fields of `ServeOptions`."""
-    return application(ServeOptions.model_validate(args))
+    """The application of a Serve config file. `args`: the fields of `ServeOptions`.
+
+    Raises:
+        OpdlmError: see `ServeOptions.resolved`.
+    """
+    return application(ServeOptions.model_validate(args).resolved())

@@ -30,9 +30,10 @@ def run_server(options: ServeOptions, host: str, port: int, drain_seconds: float
         drain_seconds: longest wait for them; a second signal ends it.
 
     Raises:
-        OpdlmError: no student in the folder; other machines could use the server without a key; the keys cannot be
-            read; or the cluster cannot be joined or started.
+        OpdlmError: no student in the folder, or no run; other machines could use the server without a key; the keys
+            cannot be read; or the cluster cannot be joined or started.
     """
+    options = options.resolved()
     require_mask(read_facts(options.checkpoint))
     if not read_keys(options.api_key_file) and not is_loopback(host):
         raise OpdlmError(
@@ -48,7 +49,8 @@ def run_server(options: ServeOptions, host: str, port: int, drain_seconds: float
         # Only now: Ray replaces the handler of SIGTERM when it starts.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        line = f"serving {options.checkpoint} at http://{host}:{port}/v1 (Ctrl-C drains and ends)"
+        served = f"the newest student of {options.follow}" if options.follow else options.checkpoint
+        line = f"serving {served} at http://{host}:{port}/v1 (Ctrl-C drains and ends)"
         console.print(line, highlight=False, soft_wrap=True)
         while not stop.wait(_POLL_SECONDS):
             pass

@@ -16,9 +16,10 @@ from opdlm.common.errors import last_line
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.serve.errors import ApiError
 from opdlm.deploy.serve.metrics import Metrics
-from opdlm.deploy.serve.replica import Refused, Weights
+from opdlm.deploy.serve.replica import Refused
 from opdlm.deploy.serve.replies import Piece, Usage
 from opdlm.deploy.serve.text import TextStream
+from opdlm.deploy.serve.weights import Weights
 
 _ATTEMPTS = 5
 """How often a response is begun, if engines die."""
@@ -93,14 +94,21 @@ async def _response(
 
 
 async def _tokens(engines: Engines, request: RolloutRequest, weights: Weights) -> AsyncGenerator[Tokens]:
-    """The tokens of one response. The same request gives the same tokens, so a new engine goes on where one died."""
-    seen = told = 0
+    """The tokens of one response.
+
+    The same request gives the same tokens with the same weights, so a new engine goes on where one died. If it has
+    other weights and some tokens were sent, the response ends with an error: its parts would not belong together.
+    """
+    seen, told, version = 0, 0, weights.version
     for attempt in range(1, _ATTEMPTS + 1):
         stream, place = engines.handle.generate.remote(request, weights), 0
         try:
             async for part in stream:
                 if isinstance(part, Refused):
                     raise ApiError(400, part.reason, "context_length_exceeded")
+                if seen and part.weight_version != version:
+                    raise ApiError(503, "the engine died, and other weights are served by now; ask again", "reloaded")
+                version = part.weight_version
                 skipped = min(max(seen - place, 0), len(part.ids))
                 place += len(part.ids)
                 if part.step is not None:

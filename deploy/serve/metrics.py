@@ -22,6 +22,12 @@ class Metrics:
         self.cancelled = Counter("opdlm_cancelled_requests", "Requests whose client went away", registry=self._registry)
         self.active = Gauge("opdlm_active_responses", "Responses that are made or wait", registry=self._registry)
         self.version = Gauge("opdlm_weight_version", "Weight version that new requests get", registry=self._registry)
+        self.reloads = Counter(
+            "opdlm_reloads",
+            "Reloads by result: done, refused (the old weights stay), incomplete (not all engines have the new ones)",
+            ["result"],
+            registry=self._registry,
+        )
         self.seconds = Histogram(
             "opdlm_request_seconds",
             "Duration of requests that were answered",

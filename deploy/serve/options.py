@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict, Field
 
+from opdlm.common.config.base import Grid
 from opdlm.common.config.schema import Strategy
+from opdlm.common.errors import OpdlmError
+from opdlm.deploy.run.saved_student import open_saved_run
 
 
 class ServeOptions(BaseModel):
@@ -12,8 +17,12 @@ class ServeOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    checkpoint: str
-    """Folder of the student, or a hub id; every node of the cluster must be able to read it."""
+    checkpoint: str = ""
+    """Folder of the student, or a hub id; every node of the cluster must be able to read it. Empty with `follow`."""
+    follow: str | None = None
+    """Run directory whose newest student is served, in place of `checkpoint`; every node must be able to read it."""
+    follow_seconds: float = Field(default=10, gt=0)
+    """Time between two looks for newer weights of the run."""
     name: str | None = None
     """Name of the model in the API. None: the name of the folder."""
     replicas: int = Field(default=1, ge=1)
@@ -38,6 +47,8 @@ class ServeOptions(BaseModel):
     """Number format of the weights: float32, bfloat16; `auto` keeps the stored one."""
     block_size: int | None = Field(default=None, ge=1)
     """Block size. None: the model's own."""
+    block_grid: Grid | None = None
+    """Block grid. None: the model's own."""
     strategy: Strategy = "low_confidence_dynamic"
     """Remasking strategy of all requests; `verified` for lossless checkpoints."""
     threshold: float = Field(default=0.9, ge=0, le=1)
@@ -50,3 +61,26 @@ class ServeOptions(BaseModel):
     """Positions of an engine's cache. None: it grows as needed."""
     api_key_file: str | None = None
     """File with one key a line, of which requests must bring one (`Authorization: Bearer KEY`). None: no key."""
+
+    def resolved(self) -> ServeOptions:
+        """The options with what `follow` stands for: the run's start student, its name, number format and blocks.
+
+        Raises:
+            OpdlmError: neither or both of `checkpoint` and `follow` are given, or the directory holds no run.
+        """
+        if bool(self.checkpoint) == (self.follow is not None):
+            raise OpdlmError("serve: give either a checkpoint or --follow RUN (`follow` in a Serve config file)")
+        if self.follow is None:
+            return self
+        run = open_saved_run(Path(self.follow))
+        rollout = run.config.rollout
+        return self.model_copy(
+            update={
+                "checkpoint": str(run.start),
+                "follow": str(run.folder),
+                "name": self.name or run.folder.name,
+                "dtype": run.config.model.dtype if self.dtype == "auto" else self.dtype,
+                "block_size": self.block_size or rollout.block_size,
+                "block_grid": self.block_grid or rollout.block_grid,
+            }
+        )

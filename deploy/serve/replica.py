@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
 
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.serving.decoder import Tokens
 from opdlm.actors.serving.engine import ServingEngine
+from opdlm.common.errors import OpdlmError
 from opdlm.common.model.device import device_for
 from opdlm.common.model.facts import read_facts
+from opdlm.common.model.load import load_model
 from opdlm.common.types import RolloutRequest
+from opdlm.deploy.run.saved_student import is_checkpoint, open_saved_run, saved_student
 from opdlm.deploy.serve.options import ServeOptions
+from opdlm.deploy.serve.weights import KEEPER, EngineState, Weights
 
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """The weights that a request is decoded with, or newer ones. A restarted engine thus gets them by itself."""
-
-    folder: str
-    version: int
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +37,21 @@ class Refused:
 
 
 class EngineReplica:
-    """A `ServingEngine` whose requests are cancelled when Serve cancels their calls."""
+    """A `ServingEngine` whose requests are cancelled when Serve cancels their calls.
+
+    It starts with the newest weights of the server, which the keeper knows, and not with those of the first day.
+    """
 
     def __init__(self, options: ServeOptions) -> None:
-        grid = read_facts(options.checkpoint).grid(options.block_size)
+        self._options, self._name = options, serve.get_replica_context().replica_id.unique_id
+        newest = first = Weights(options.checkpoint, 0)
+        with suppress(RayError, ValueError):  # the keeper is being replaced: the first request brings the newest
+            newest = ray.get(serve.get_deployment_actor(KEEPER).newest.remote()) or first
+        start = first if is_checkpoint(Path(newest.folder)) or not Path(newest.folder).is_dir() else newest
+        grid = read_facts(start.folder).grid(options.block_size)
         settings = DecodeSettings(
             block_size=grid.block_size,
-            block_grid=grid.kind,
+            block_grid=options.block_grid or grid.kind,
             strategy=options.strategy,
             threshold=options.threshold,
             temperature=options.temperature,
@@ -46,24 +60,83 @@ class EngineReplica:
         )
         device = device_for(options.gpus_per_replica, "--gpus-per-replica")
         self._engine = ServingEngine(
-            options.checkpoint,
+            start.folder,
             settings,
             options.slots,
             options.dtype,
             int(options.cpus_per_replica),
             cache_tokens=options.cache_tokens,
             device=device,
+            version=start.version,
         )
+        self._weights = start
+        self._prepared: tuple[Weights, dict[str, torch.Tensor]] | None = None
+        self._loading = asyncio.Lock()
+        if newest.version > start.version:
+            self._engine.take(self._read(newest), newest.version)
+            self._weights = newest
 
-    async def load(self, weights: Weights) -> int:
-        """Takes these weights, unless it has newer ones; returns the version that it has. See `ServingEngine.reload`.
+    def _read(self, weights: Weights) -> dict[str, torch.Tensor]:
+        """The state dict of weights that this engine can take.
 
         Raises:
             OpdlmError: the folder cannot be used, or it is another model.
         """
+        folder = Path(weights.folder)
+        if self._options.follow is not None and not folder.is_dir():  # the run has removed it meanwhile
+            folder = open_saved_run(Path(self._options.follow)).newest().folder
+        if is_checkpoint(folder):
+            start, state = saved_student(folder)
+            self._engine.check_facts(read_facts(start))
+        else:
+            self._engine.check_facts(read_facts(folder))
+            state = load_model(folder, self._options.dtype).state_dict()
+        self._engine.check_weights(state, weights.folder)
+        return state
+
+    async def prepare(self, weights: Weights) -> EngineState:
+        """Reads weights into the host's memory and checks them, so that `load` cannot fail for what is in the folder.
+
+        The answer says what is wrong with them.
+        """
+        async with self._loading:
+            try:
+                self._prepared = weights, await asyncio.to_thread(self._read, weights)
+            except OpdlmError as error:
+                return EngineState(self._name, self._engine.version, str(error))
+        return EngineState(self._name, self._engine.version)
+
+    async def forget(self, weights: Weights) -> None:
+        """Frees the memory of weights that were prepared and are not wanted."""
+        if self._prepared is not None and self._prepared[0] == weights:
+            self._prepared = None
+
+    async def load(self, weights: Weights) -> EngineState:
+        """Takes these weights, unless it has newer ones, once what is being decoded has ended.
+
+        Raises:
+            OpdlmError: they were not prepared, and the folder cannot be used, or it is another model.
+        """
         if weights.version > self._engine.version:
-            await asyncio.to_thread(self._engine.reload, weights.folder, weights.version)
-        return self._engine.version
+            async with self._loading:
+                if weights.version > self._engine.version:
+                    await self._take(weights)
+        return EngineState(self._name, self._engine.version)
+
+    async def _take(self, weights: Weights) -> None:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] == weights:
+            state = prepared[1]
+        else:
+            state = await asyncio.to_thread(self._read, weights)
+        await _keep(weights)
+        await asyncio.to_thread(self._engine.take, state, weights.version)
+        self._weights = weights
+
+    async def newest(self) -> Weights:
+        """The newest weights of the server that this engine or the keeper knows of."""
+        kept = await _kept()
+        return self._weights if kept is None or kept.version < self._weights.version else kept
 
     async def generate(self, request: RolloutRequest, weights: Weights) -> AsyncIterator[Tokens | Refused]:
         """Decodes a request; yields its tokens block by block, or why it cannot be decoded."""
@@ -92,3 +165,16 @@ class EngineReplica:
     async def unfinished(self) -> int:
         """Number of requests that it decodes, or that wait for a slot of it."""
         return self._engine.unfinished
+
+
+async def _keep(weights: Weights) -> None:
+    """Has the keeper remember weights. While it is being replaced, those who have them remember them alone."""
+    with suppress(RayError, ValueError):  # ValueError: there is none at the moment
+        await serve.get_deployment_actor(KEEPER).keep.remote(weights)
+
+
+async def _kept() -> Weights | None:
+    found: Weights | None = None
+    with suppress(RayError, ValueError):
+        found = await serve.get_deployment_actor(KEEPER).newest.remote()
+    return found

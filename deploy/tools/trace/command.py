@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.settings import DecodeSettings
@@ -24,10 +22,8 @@ from opdlm.common.data.tasks import get_task
 from opdlm.common.data.unknown import UnknownCharacters
 from opdlm.common.errors import ConfigError, OpdlmError
 from opdlm.common.files import write_text
-from opdlm.common.model.adapters import add_adapters, has_noisy_adapters
 from opdlm.common.model.facts import check_vocabularies, read_facts, require_mask, shared_tokens
 from opdlm.common.model.load import load_model
-from opdlm.common.model.shards import require_finite
 from opdlm.common.seeds import sample_seed
 from opdlm.common.text import text_fault
 from opdlm.common.token_ids import TokenIds
@@ -35,6 +31,7 @@ from opdlm.common.types import HiddenTargets, RolloutRequest, Trajectory
 from opdlm.deploy.evaluate.commands import check_output
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder
 from opdlm.deploy.evaluate.held_out import HeldOutProblems
+from opdlm.deploy.run.saved_student import put_checkpoint
 from opdlm.deploy.tools.trace.page import render_page
 from opdlm.deploy.tools.trace.record import Recorder, block_records, mean_kl
 
@@ -180,14 +177,7 @@ def _student(run: Path, config: OpdlmConfig, given: Path | None) -> tuple[Checkp
     checkpoint = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         return student, str(start)
-    if config.model.lora is not None and not has_noisy_adapters(student.model):
-        add_adapters(student.model, config.model.lora, config.run.seed)
-    weights = load_file(checkpoint.folder / "weights.safetensors")
-    with torch.no_grad():
-        for name, parameter in student.model.named_parameters():
-            if parameter.requires_grad:  # a checkpoint holds the trained parameters
-                require_finite(weights[name], name, checkpoint.folder)
-                parameter.copy_(weights[name])
+    put_checkpoint(student.model, config, checkpoint.folder)
     return student, str(checkpoint.folder)
 
 

@@ -1,0 +1,93 @@
+"""Reloads, time-outs and deaths of a server with two engines. `pytest tests/deploy/serve/test_operations.py`"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from opdlm.deploy.evaluate.generation import Model
+from opdlm.deploy.serve.options import ServeOptions
+from tests.deploy.serve.served import (
+    ask,
+    asked_of_engines,
+    endless_student,
+    model,
+    serving,
+    text,
+)
+from tests.patience import PATIENCE, wait_until
+
+pytestmark = pytest.mark.ray
+CONTEXT = 1 << 17
+SHORT = 24
+SLOW: dict[str, Any] = {"threshold": 1.0}
+"""A token a step."""
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory) -> list[Path]:
+    """Two students with different weights, and the texts that they give."""
+    folder = tmp_path_factory.mktemp("operated")
+    return [endless_student(folder, seed, CONTEXT) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def server(ray_cluster, students) -> Iterator[str]:
+    """A server of two engines with one slot each, where a request has 30 seconds."""
+    options = ServeOptions(checkpoint=str(students[0]), name="tiny", replicas=2, slots=1, request_seconds=30)
+    with serving(ray_cluster, options) as url:
+        yield url
+
+
+def expected(student: Path, prompt: str, tokens: int) -> str:
+    """What a decoder of this request alone says."""
+    return Model(student).generate([prompt], max_new_tokens=tokens)[0].text
+
+
+def reload(server: str, **body: str) -> httpx.Response:
+    return httpx.post(f"{server}/admin/reload", json=body, timeout=PATIENCE)
+
+
+def test_a_stream_ends_with_the_weights_it_began_with_and_a_reload_returns_when_all_have_the_new_ones(
+    server, students
+) -> None:
+    begun = text(ask(server, "1+2=", 400, **SLOW))
+    asked = {"model": "tiny", "prompt": "1+2=", "max_tokens": 400, "stream": True, **SLOW}
+    with ThreadPoolExecutor(1) as pool, httpx.stream("POST", f"{server}/v1/completions", json=asked) as stream:
+        lines = (line.removeprefix("data: ") for line in stream.iter_lines() if line)
+        parts = [json.loads(next(lines))]
+        reloading = pool.submit(reload, server, checkpoint=str(students[1]))
+        parts += [json.loads(line) for line in lines if line != "[DONE]"]
+        answer = reloading.result()
+    assert "".join(part["choices"][0]["text"] for part in parts) == begun
+    assert (answer.status_code, answer.json()["weight_version"], answer.json()["engines"]) == (200, 1, 2), answer.text
+    assert [weights.folder for weights in asked_of_engines("newest")] == [str(students[1])] * 2
+    assert {state.version for state in asked_of_engines("load", asked_of_engines("newest")[0])} == {1}
+    assert model(server)["checkpoint"] == str(students[1])
+    after = expected(students[1], "1+2=", SHORT)
+    assert after != expected(students[0], "1+2=", SHORT)
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(ask, server, "1+2=", SHORT) for _ in range(4)]
+        assert {text(answer.result()) for answer in found} == {after}
+
+
+def test_a_request_that_takes_too_long_gets_503_and_frees_its_slot(server) -> None:
+    long = {"model": "tiny", "prompt": "1+2=", "max_tokens": CONTEXT - 100, **SLOW}
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(ask, server, "1+2=", CONTEXT - 100, **SLOW)
+        with httpx.stream("POST", f"{server}/v1/completions", json=long | {"stream": True}, timeout=PATIENCE) as stream:
+            lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+    assert whole.result().status_code == 503
+    limit = {"message": "the request took longer than 30 s", "type": "server_error", "param": None, "code": "timeout"}
+    assert whole.result().json()["error"] == limit
+    assert (json.loads(lines[-2])["error"], lines[-1]) == (limit, "[DONE]")
+    assert json.loads(lines[0])["choices"][0]["text"]
+    wait_until(lambda: asked_of_engines("unfinished") == [0, 0], "the slots of what took too long")
+    with ThreadPoolExecutor(4) as pool:  # more than there are slots
+        assert {a.status_code for a in pool.map(lambda n: ask(server, f"{n}+2=", SHORT), range(4))} == {200}
