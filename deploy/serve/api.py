@@ -20,7 +20,7 @@ from opdlm.common.model.facts import read_facts
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.deploy.serve.admission import Admission
 from opdlm.deploy.serve.errors import ApiError
-from opdlm.deploy.serve.generation import Engines, generate
+from opdlm.deploy.serve.generation import Engines, generate, generate_whole
 from opdlm.deploy.serve.keys import check_key, read_keys
 from opdlm.deploy.serve.metrics import Metrics
 from opdlm.deploy.serve.options import ServeOptions
@@ -49,7 +49,7 @@ class Api:
         self._tokenizer = load_tokenizer(options.checkpoint)
         self._prompts = Prompts(options, read_facts(options.checkpoint), self._tokenizer)
         self._handle = engines
-        self._engines = Engines(engines.options(stream=True), self._tokenizer, self._metrics)
+        self._engines = Engines(engines.options(stream=True), engines, self._tokenizer, self._metrics)
         self._reloading = asyncio.Lock()
         self._routes: dict[tuple[str, str], Callable[[Request], Awaitable[Response]]] = {
             ("GET", "/health"): self._health,
@@ -130,7 +130,8 @@ class Api:
 
         async def pieces() -> AsyncGenerator[Piece]:
             """The pieces of all responses, within the time limit."""
-            made = generate(self._engines, requests, self._weights, given.stops, usage)
+            make = generate if given.stream or given.stops else generate_whole
+            made = make(self._engines, requests, self._weights, given.stops, usage)
             with self._admission.admit(len(requests)):
                 try:
                     while True:

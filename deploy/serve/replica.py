@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from opdlm.actors.rollout.settings import DecodeSettings
@@ -12,7 +12,7 @@ from opdlm.actors.serving.engine import ServingEngine
 from opdlm.common.model.device import device_for
 from opdlm.common.model.facts import read_facts
 from opdlm.common.types import RolloutRequest
-from opdlm.deploy.serve.options import ServeOptions
+from opdlm.deploy.serve.options import ServeOptions, check_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,9 @@ class EngineReplica:
     """A `ServingEngine` whose requests are cancelled when Serve cancels their calls."""
 
     def __init__(self, options: ServeOptions) -> None:
-        grid = read_facts(options.checkpoint).grid(options.block_size)
+        facts = read_facts(options.checkpoint)
+        check_model(facts, options)
+        grid = facts.grid(options.block_size)
         settings = DecodeSettings(
             block_size=grid.block_size,
             block_grid=grid.kind,
@@ -75,7 +77,7 @@ class EngineReplica:
         try:
             index = self._engine.submit(request, deliver)
         except ValueError as error:
-            yield Refused(str(error).removeprefix(f"prompt {request.prompt_id}: "))
+            yield _refused(request, error)
             return
         try:
             while True:
@@ -88,6 +90,45 @@ class EngineReplica:
         finally:
             self._engine.cancel(index)
 
+    async def decode(self, requests: Sequence[RolloutRequest], weights: Weights) -> list[Tokens | Refused]:
+        """Decodes requests to their ends; returns all tokens of each, or why it cannot be decoded.
+
+        One call and one answer: a stream costs a message between processes for each block of each response.
+        """
+        await self.load(weights)
+        loop, indices, made = asyncio.get_running_loop(), list[int](), list[asyncio.Future[Tokens | Refused]]()
+
+        def settling(one: asyncio.Future[Tokens | Refused]) -> Callable[[Tokens | BaseException], None]:
+            def settle(part: Tokens | BaseException) -> None:
+                loop.call_soon_threadsafe(_settle, one, part)
+
+            return settle
+
+        try:
+            for request in requests:
+                made.append(loop.create_future())
+                try:
+                    indices.append(self._engine.submit(request, settling(made[-1]), whole=True))
+                except ValueError as error:
+                    made[-1].set_result(_refused(request, error))
+            return list(await asyncio.gather(*made))
+        finally:
+            for index in indices:
+                self._engine.cancel(index)
+
     async def unfinished(self) -> int:
         """Number of requests that it decodes, or that wait for a slot of it."""
         return self._engine.unfinished
+
+
+def _refused(request: RolloutRequest, error: ValueError) -> Refused:
+    return Refused(str(error).removeprefix(f"prompt {request.prompt_id}: "))
+
+
+def _settle(one: asyncio.Future[Tokens | Refused], part: Tokens | BaseException) -> None:
+    if one.done():  # the call was cancelled
+        return
+    if isinstance(part, BaseException):
+        one.set_exception(part)
+    else:
+        one.set_result(part)
