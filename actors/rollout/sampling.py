@@ -14,7 +14,9 @@ from opdlm.common.seeds import as_int64
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the increment of splitmix64
 _MULTIPLY_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MULTIPLY_2 = -7723592293110705685  # 0x94D049BB133111EB
-_LOW_TEMPERATURE, _LOWEST_TEMPERATURE = 1e-3, 1e-30
+_LOW_TEMPERATURE = 1e-3
+LOWEST_TEMPERATURE = 1e-30
+"""Temperatures below it count as it; it is not 0, so that one can divide by it."""
 
 
 def hashed_uniform(seed: torch.Tensor, *counters: torch.Tensor | int) -> torch.Tensor:
@@ -80,7 +82,7 @@ def distribution(logits: torch.Tensor, temperature: float, top_k: int = 0, top_p
         temperature: above 0.
     """
     if temperature < _LOW_TEMPERATURE:  # dividing by so small a number could overflow, or be a division by 0
-        logits, temperature = logits - logits.amax(dim=-1, keepdim=True), max(temperature, _LOWEST_TEMPERATURE)
+        logits, temperature = logits - logits.amax(dim=-1, keepdim=True), max(temperature, LOWEST_TEMPERATURE)
     return filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1)
 
 

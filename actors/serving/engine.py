@@ -1,4 +1,4 @@
-"""The engine of a server's replica: a student, its decoder, and a thread that alone uses both.
+"""The engine of a server's replica: a model, its decoder, and a thread that alone uses both.
 
 submit ──► inbox ──a slot is free──► decoder ──a block is finished──► deliver(Tokens)
 cancel ──► dropped before the next step            reload ──► waits until what is being decoded has ended
@@ -13,14 +13,16 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from opdlm.actors.engine_guard import guarded
+from opdlm.actors.engine_guard import guarded, one_token_forward
+from opdlm.actors.rollout.cuda_graphs import CudaGraphs
 from opdlm.actors.rollout.engine_thread import EngineThread
+from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.actors.rollout.observation import Step, StepWatch
 from opdlm.actors.rollout.settings import DecodeSettings
-from opdlm.actors.rollout.student import Student
+from opdlm.actors.serving.autoregressive import BatchDecoder
 from opdlm.actors.serving.decoder import ServedDecoder, Tokens
 from opdlm.common.errors import OpdlmError
-from opdlm.common.model.facts import ModelFacts, read_facts
+from opdlm.common.model.facts import ModelFacts, read_facts, require_mask
 from opdlm.common.model.load import load_model
 from opdlm.common.types import RolloutRequest, Trajectory
 
@@ -36,24 +38,28 @@ class _Live:
     """One request that has not ended."""
 
     deliver: Deliver
+    whole: bool
+    """Whether it gets all its tokens at its end."""
     sent: int = 0
     steps: int = 0
 
 
-class ServingEngine(Student):
+class ServingEngine:
     """Decodes requests that come one by one. Its methods can be called from any thread.
 
     Args:
-        student: its folder.
+        checkpoint: folder of a student, or of an autoregressive model, which is generated in static batches.
         settings: how it decodes; the temperature, top-p and threshold are those of requests that bring none.
         slots: sequences that it decodes at a time.
-        dtype, threads, cuda_graphs, cache_tokens, device: see `Student`.
+        threads: that torch uses.
+        cuda_graphs, cache_tokens: of a student, see `Student`.
+        device: `cpu` or `cuda`.
         version: weight version of the folder.
     """
 
     def __init__(
         self,
-        student: str,
+        checkpoint: str,
         settings: DecodeSettings,
         slots: int,
         dtype: str,
@@ -63,21 +69,27 @@ class ServingEngine(Student):
         device: str = "cpu",
         version: int = 0,
     ) -> None:
-        super().__init__(student, dtype, threads, cuda_graphs, cache_tokens, device)
+        torch.set_num_threads(max(threads, 1))
+        self._facts = facts = read_facts(checkpoint)
+        self._model = load_model(checkpoint, dtype).to(device)
         self._dtype, self._version = dtype, version
-        self._reload_lock = threading.Lock()
+        self._changed, self._reload_lock = threading.Condition(), threading.Lock()
         settings = replace(settings, keep_logprobs=settings.strategy != "verified")
-        self._serving = ServedDecoder(
-            self._model,
-            settings,
-            self._mask_id,
-            self._facts.eos_ids,
-            slots,
-            self._make_recorder,
-            self._facts.tokens,
-            self._facts.form,
-            self._cache,
-        )
+        self._serving: ServedDecoder | BatchDecoder
+        if facts.is_student:
+            self._serving = ServedDecoder(
+                self._model,
+                settings,
+                require_mask(facts),
+                facts.eos_ids,
+                slots,
+                CudaGraphs if cuda_graphs else None,
+                facts.tokens,
+                facts.form,
+                SlotCache(self._model, cache_tokens),
+            )
+        else:
+            self._serving = BatchDecoder(self._model, settings, facts.eos_ids, slots, facts.tokens, self._between)
         self._watch = StepWatch(self._deliver_step)
         self._serving.use_weights(version)
         self._inbox: deque[RolloutRequest] = deque()
@@ -96,8 +108,11 @@ class ServingEngine(Student):
         """Number of requests that have not ended."""
         return len(self._live)
 
-    def submit(self, request: RolloutRequest, deliver: Deliver) -> int:
+    def submit(self, request: RolloutRequest, deliver: Deliver, whole: bool = False) -> int:
         """Takes a request; returns the index by which it can be cancelled. The request's own index does not count.
+
+        Args:
+            whole: deliver all tokens at the end of the response, in one part.
 
         Raises:
             ValueError: it cannot be decoded.
@@ -105,7 +120,7 @@ class ServingEngine(Student):
         self._serving.check([request])
         with self._changed:
             index, self._next = self._next, self._next + 1
-            self._live[index] = _Live(deliver)
+            self._live[index] = _Live(deliver, whole)
             self._inbox.append(replace(request, index=index))
             self._changed.notify_all()
         return index
@@ -184,11 +199,8 @@ class ServingEngine(Student):
 
     def _step(self) -> None:
         try:
-            with guarded("student", self._probe):
-                with self._changed:
-                    cancelled, self._cancelled = self._cancelled, set()
-                    self._inbox = deque(request for request in self._inbox if request.index not in cancelled)
-                self._serving.drop(cancelled)
+            with guarded("served model", lambda: one_token_forward(self._model)):
+                self._drop_cancelled()
                 with self._changed:
                     room = 0 if self._reloads else max(self._serving.room, 0)
                     begin = [self._inbox.popleft() for _ in range(min(room, len(self._inbox)))]
@@ -204,6 +216,17 @@ class ServingEngine(Student):
             for one in live.values():
                 one.deliver(error)
 
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, set()
+            self._inbox = deque(request for request in self._inbox if request.index not in cancelled)
+        self._serving.drop(cancelled)
+
+    def _between(self, ended: list[Trajectory]) -> None:
+        """What an autoregressive batch does after each of its tokens."""
+        self._drop_cancelled()
+        self._deliver(ended)
+
     def _deliver(self, ended: list[Trajectory]) -> None:
         with self._changed:
             live = dict(self._live)
@@ -212,7 +235,8 @@ class ServingEngine(Student):
                 with self._changed:
                     self._live.pop(trajectory.index, None)
                 one.deliver(_last(trajectory, one.sent))
-        for index, tokens in self._serving.finished_blocks({i: one.sent for i, one in live.items()}).items():
+        sent = {index: one.sent for index, one in live.items() if not one.whole}
+        for index, tokens in self._serving.finished_blocks(sent).items():
             live[index].sent += len(tokens.ids)
             live[index].deliver(tokens)
 

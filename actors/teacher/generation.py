@@ -69,13 +69,13 @@ def generate(
     own, model.generation_config = model.generation_config, generation
     try:
         return _generate(
-            model, prompts, max_new_tokens, eos_ids, batch_size, _TokensOnly(model, tokens), on_batch, is_over
+            model, prompts, max_new_tokens, eos_ids, batch_size, TokensOnly(model, tokens), on_batch, is_over
         )
     finally:
         model.generation_config = own
 
 
-class _TokensOnly(LogitsProcessor):
+class TokensOnly(LogitsProcessor):
     """Keeps rows that no token has from being drawn, and refuses logits that are not finite."""
 
     def __init__(self, model: Any, tokens: TokenIds | None) -> None:
@@ -123,7 +123,7 @@ def _generate(
     max_new_tokens: int,
     eos_ids: Sequence[int],
     batch_size: int,
-    tokens_only: _TokensOnly,
+    tokens_only: TokensOnly,
     on_batch: OnBatch,
     is_over: IsOver | None,
 ) -> list[np.ndarray]:
@@ -132,13 +132,8 @@ def _generate(
     responses: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompts)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        longest = max(len(prompts[i]) for i in batch)
-        ids = np.zeros((len(batch), longest), dtype=np.int64)
-        attended = np.zeros_like(ids)
-        for row, i in enumerate(batch):  # the padding is on the left, because generation continues on the right
-            ids[row, longest - len(prompts[i]) :] = prompts[i]
-            attended[row, longest - len(prompts[i]) :] = 1
-        ends = _Ends(is_over or (lambda place, response: False), batch, longest)
+        ids, attended = left_padded([prompts[i] for i in batch])
+        ends = _Ends(is_over or (lambda place, response: False), batch, ids.shape[1])
         output = model.generate(
             input_ids=torch.from_numpy(ids).to(device),
             attention_mask=torch.from_numpy(attended).to(device),
@@ -147,8 +142,19 @@ def _generate(
             stopping_criteria=StoppingCriteriaList([ends] if is_over else []),
         )
         for row, i in enumerate(batch):
-            new = output[row, longest:][: ends.lengths[row]].cpu().numpy().astype(np.int32)
+            new = output[row, ids.shape[1] :][: ends.lengths[row]].cpu().numpy().astype(np.int32)
             stops = np.flatnonzero(np.isin(new, eos_ids))
             responses[i] = new[: stops[0] + 1] if stops.size else new
         on_batch(batch)
     return responses
+
+
+def left_padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and attention mask `[B, P]` int64 of prompts, padded on the left: generation goes on at the right."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = np.zeros((len(prompts), longest), dtype=np.int64)
+    attended = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        attended[row, longest - len(prompt) :] = 1
+    return ids, attended

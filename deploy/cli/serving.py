@@ -51,11 +51,15 @@ def serve(
 ) -> None:
     """Serve a student behind an OpenAI-compatible HTTP API, on Ray Serve (pip install 'opdlm-ray[serve]').
 
+    An autoregressive model is served by transformers' `generate` in static batches of --slots.
+
     Examples:
 
         opdlm serve runs/demo/student
 
         opdlm serve --follow runs/mine
+
+        opdlm serve models/chain-teacher
 
         opdlm serve runs/demo/student --replicas 4 --gpus-per-replica 1 --host 0.0.0.0 --api-key-file keys.txt
     """

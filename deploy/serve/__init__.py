@@ -1,5 +1,5 @@
-"""`opdlm serve`: a student behind an OpenAI-compatible HTTP API, on Ray Serve.
+"""`opdlm serve`: a model behind an OpenAI-compatible HTTP API, on Ray Serve.
 
 client ──HTTP──► Ray's proxy ──► Api: checks, prompts to tokens, tokens to text ──► EngineReplica ... (a pool)
-                                 (one)                          ◄──blocks──         (the continuous decoder)
+                                 (one)                          ◄──blocks──         (their decoders)
 """

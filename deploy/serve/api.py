@@ -20,7 +20,7 @@ from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.deploy.run.saved_student import open_saved_run
 from opdlm.deploy.serve.admission import Admission
 from opdlm.deploy.serve.errors import ApiError
-from opdlm.deploy.serve.generation import Engines, generate
+from opdlm.deploy.serve.generation import Engines, generate, generate_whole
 from opdlm.deploy.serve.keys import check_key, read_keys
 from opdlm.deploy.serve.metrics import Metrics
 from opdlm.deploy.serve.options import ServeOptions
@@ -55,7 +55,7 @@ class Api:
         self._reloading = Reloading(engines, Weights(options.checkpoint, 0), self._metrics)
         self._starting, self._started = asyncio.Lock(), False
         self._following: asyncio.Task[None] | None = None
-        self._engines = Engines(engines.options(stream=True), self._tokenizer, self._metrics)
+        self._engines = Engines(engines.options(stream=True), engines, self._tokenizer, self._metrics)
         self._routes: dict[tuple[str, str], Callable[[Request], Awaitable[Response]]] = {
             ("GET", "/"): show_page,
             ("GET", "/health"): self._health,
@@ -138,7 +138,13 @@ class Api:
     def _described(self) -> dict[str, Any]:
         now = self._reloading.current
         served = {"checkpoint": now.folder, "weight_version": now.version}
-        return {"id": self._name, "object": "model", "created": self._created, "owned_by": "opdlm", **served} | self._about
+        return {
+            "id": self._name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "opdlm",
+            **served,
+        } | self._about
 
     async def _completions(self, request: Request) -> Response:
         return await self._answer(read_request(CompletionRequest, await self._body(request)))
@@ -157,7 +163,8 @@ class Api:
 
         async def pieces() -> AsyncGenerator[Piece]:
             """The pieces of all responses, within the time limit."""
-            made = generate(self._engines, requests, self._reloading.current, given.stops, usage)
+            make = generate if given.stream or given.stops else generate_whole
+            made = make(self._engines, requests, self._reloading.current, given.stops, usage)
             with self._admission.admit(len(requests)):
                 try:
                     while True:

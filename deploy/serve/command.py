@@ -13,11 +13,11 @@ from rich.console import Console
 from opdlm.common.config.checks import is_loopback
 from opdlm.common.config.schema import ResourcesConfig
 from opdlm.common.errors import OpdlmError
-from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.facts import read_facts
 from opdlm.deploy.cluster.connection import join_or_start
 from opdlm.deploy.serve.application import application
 from opdlm.deploy.serve.keys import read_keys
-from opdlm.deploy.serve.options import ServeOptions
+from opdlm.deploy.serve.options import ServeOptions, check_model
 
 _NAME = "opdlm"
 _POLL_SECONDS = 0.2
@@ -30,11 +30,11 @@ def run_server(options: ServeOptions, host: str, port: int, drain_seconds: float
         drain_seconds: longest wait for them; a second signal ends it.
 
     Raises:
-        OpdlmError: no student in the folder, or no run; other machines could use the server without a key; the keys
-            cannot be read; or the cluster cannot be joined or started.
+        OpdlmError: no model in the folder that can be served so, or no run; other machines could use the server without
+            a key; the keys cannot be read; or the cluster cannot be joined or started.
     """
     options = options.resolved()
-    require_mask(read_facts(options.checkpoint))
+    check_model(read_facts(options.checkpoint), options)
     if not read_keys(options.api_key_file) and not is_loopback(host):
         raise OpdlmError(
             f"--host: found {host}, which other machines can reach, and no --api-key-file; give one, or use 127.0.0.1"

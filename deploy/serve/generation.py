@@ -24,6 +24,8 @@ from opdlm.deploy.serve.weights import Weights
 _ATTEMPTS = 5
 """How often a response is begun, if engines die."""
 _PAUSE_SECONDS = 0.5
+_TOGETHER = 8
+"""Most responses of a request that one engine gets in a call. More are shared among the engines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,9 @@ class Engines:
     """The engines, and what a response needs beside them."""
 
     handle: Any
+    """For streams."""
+    whole: Any
+    """For calls that have one answer."""
     tokenizer: PreTrainedTokenizerBase
     metrics: Metrics
 
@@ -121,12 +126,64 @@ async def _tokens(engines: Engines, request: RolloutRequest, weights: Weights) -
                     yield Tokens(part.ids[skipped:], kept, part.denoising_steps, part.end, part.weight_version)
             return
         except RayActorError as error:
-            if attempt == _ATTEMPTS:
-                raise ApiError(503, f"the engines died {_ATTEMPTS} times: {last_line(error)}", "no_engine") from None
-            engines.metrics.retries.inc()
-            await asyncio.sleep(_PAUSE_SECONDS * attempt)
+            await _died(engines, attempt, error)
         except RayTaskError as error:
-            raise ApiError(500, f"the engine failed: {last_line(error.cause or error)}", "engine_failed") from None
+            raise _failed(error) from None
         finally:
             with suppress(Exception):  # it may have ended, or its engine died
                 stream.cancel()
+
+
+async def generate_whole(
+    engines: Engines, requests: Sequence[RolloutRequest], weights: Weights, stops: Sequence[str], usage: Usage
+) -> AsyncGenerator[Piece]:
+    """Does what `generate` does with fewer messages between processes; each response is one piece.
+
+    Stop strings cut responses when these are whole: where there are some, `generate` ends them earlier.
+    """
+    groups = [requests[first : first + _TOGETHER] for first in range(0, len(requests), _TOGETHER)]
+    tasks = [asyncio.create_task(_decode(engines, group, weights)) for group in groups]
+    try:
+        found = [part for parts in await asyncio.gather(*tasks) for part in parts]
+    finally:
+        for task in tasks:
+            task.cancel()
+    for choice, (request, part) in enumerate(zip(requests, found, strict=True)):
+        if isinstance(part, Refused):
+            raise ApiError(400, part.reason, "context_length_exceeded")
+        text = TextStream(engines.tokenizer, stops)
+        usage.prompt_tokens += request.prompt_ids.size
+        usage.completion_tokens += len(part.ids)
+        usage.denoising_steps += part.denoising_steps
+        new = text.add(part.ids, last=True)
+        finish = "stop" if text.stopped or part.end == "eos" else part.end
+        yield Piece(choice, new, list(part.ids), None if part.logprobs is None else list(part.logprobs), finish)
+
+
+async def _decode(engines: Engines, requests: Sequence[RolloutRequest], weights: Weights) -> list[Tokens | Refused]:
+    """The whole responses to some requests, from one engine, or from the next one where it dies."""
+    attempt = 0
+    while True:
+        attempt += 1
+        call = engines.whole.decode.remote(requests, weights)
+        try:
+            return list(await call)
+        except RayActorError as error:
+            await _died(engines, attempt, error)
+        except RayTaskError as error:
+            raise _failed(error) from None
+        finally:
+            with suppress(Exception):  # it may have ended, or its engine died
+                call.cancel()
+
+
+async def _died(engines: Engines, attempt: int, error: RayActorError) -> None:
+    """Waits before the next attempt; after the last one, raises `ApiError` 503."""
+    if attempt == _ATTEMPTS:
+        raise ApiError(503, f"the engines died {_ATTEMPTS} times: {last_line(error)}", "no_engine") from None
+    engines.metrics.retries.inc()
+    await asyncio.sleep(_PAUSE_SECONDS * attempt)
+
+
+def _failed(error: RayTaskError) -> ApiError:
+    return ApiError(500, f"the engine failed: {last_line(error.cause or error)}", "engine_failed")

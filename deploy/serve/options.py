@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from opdlm.common.config.base import Grid
 from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
+from opdlm.common.model.facts import ModelFacts, require_mask
 from opdlm.deploy.run.saved_student import open_saved_run
 
 
@@ -18,7 +19,8 @@ class ServeOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     checkpoint: str = ""
-    """Folder of the student, or a hub id; every node of the cluster must be able to read it. Empty with `follow`."""
+    """Folder of the student or of an autoregressive model, or a hub id; every node of the cluster must be able to read
+    it. Empty with `follow`."""
     follow: str | None = None
     """Run directory whose newest student is served, in place of `checkpoint`; every node must be able to read it."""
     follow_seconds: float = Field(default=10, gt=0)
@@ -34,7 +36,7 @@ class ServeOptions(BaseModel):
     cpus_per_replica: float = Field(default=1, gt=0)
     """CPUs of each engine, and the threads that it decodes with."""
     slots: int = Field(default=32, ge=1)
-    """Sequences that an engine decodes at a time."""
+    """Sequences that an engine decodes at a time; the batch size of an autoregressive model."""
     max_requests: int = Field(default=1024, ge=1)
     """Responses that are made or wait at a time, over all engines; beyond it, requests are refused with 429."""
     max_body_bytes: int = Field(default=4 * 2**20, ge=1)
@@ -46,7 +48,7 @@ class ServeOptions(BaseModel):
     dtype: str = "auto"
     """Number format of the weights: float32, bfloat16; `auto` keeps the stored one."""
     block_size: int | None = Field(default=None, ge=1)
-    """Block size. None: the model's own."""
+    """Block size. None: the model's own. Tokens of an autoregressive model are sent so many at a time (None: 4)."""
     block_grid: Grid | None = None
     """Block grid. None: the model's own."""
     strategy: Strategy = "low_confidence_dynamic"
@@ -58,7 +60,7 @@ class ServeOptions(BaseModel):
     top_p: float = Field(default=1.0, ge=0, le=1)
     """Top-p of requests that name none; of all requests with `verified`."""
     cache_tokens: int | None = Field(default=None, ge=1)
-    """Positions of an engine's cache. None: it grows as needed."""
+    """Positions of an engine's cache. None: it grows as needed. An autoregressive model has none of ours."""
     api_key_file: str | None = None
     """File with one key a line, of which requests must bring one (`Authorization: Bearer KEY`). None: no key."""
 
@@ -84,3 +86,19 @@ class ServeOptions(BaseModel):
                 "block_grid": self.block_grid or rollout.block_grid,
             }
         )
+
+
+def check_model(facts: ModelFacts, options: ServeOptions) -> None:
+    """Checks that the model can be served with these options.
+
+    Raises:
+        OpdlmError: it is no usable student, or an autoregressive model and an option belongs to students alone.
+    """
+    if facts.is_student:
+        require_mask(facts)
+        return
+    kind = f"{facts.folder} is an autoregressive model, which transformers' `generate` decodes token by token"
+    if options.strategy == "verified":
+        raise OpdlmError(f"--strategy: found 'verified'; {kind}")
+    if options.cache_tokens is not None:
+        raise OpdlmError(f"--cache-tokens: found {options.cache_tokens}; {kind}, with a cache of its own")

@@ -59,6 +59,13 @@ class Prompts:
 
     def _check(self, given: CompletionRequest | ChatRequest) -> None:
         options = self._options
+        if not self._facts.is_student:
+            for name in ("strategy", "threshold"):
+                if (found := getattr(given, name)) is not None:
+                    raise ApiError(400, f"{name}: found {found!r}; the model is autoregressive", "no_blocks", name)
+            if given.steps:
+                raise ApiError(400, "steps: the model is autoregressive and has none", "no_blocks", "steps")
+            return
         if given.strategy not in (None, options.strategy):
             raise ApiError(
                 400,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import load_model
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.run.saved_student import is_checkpoint, open_saved_run, saved_student
-from opdlm.deploy.serve.options import ServeOptions
+from opdlm.deploy.serve.options import ServeOptions, check_model
 from opdlm.deploy.serve.weights import KEEPER, EngineState, Weights
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ class EngineReplica:
         with suppress(RayError, ValueError):  # the keeper is being replaced: the first request brings the newest
             newest = ray.get(serve.get_deployment_actor(KEEPER).newest.remote()) or first
         start = first if is_checkpoint(Path(newest.folder)) or not Path(newest.folder).is_dir() else newest
-        grid = read_facts(start.folder).grid(options.block_size)
+        facts = read_facts(start.folder)
+        check_model(facts, options)
+        grid = facts.grid(options.block_size)
         settings = DecodeSettings(
             block_size=grid.block_size,
             block_grid=options.block_grid or grid.kind,
@@ -149,7 +151,7 @@ class EngineReplica:
         try:
             index = self._engine.submit(request, deliver)
         except ValueError as error:
-            yield Refused(str(error).removeprefix(f"prompt {request.prompt_id}: "))
+            yield _refused(request, error)
             return
         try:
             while True:
@@ -161,6 +163,32 @@ class EngineReplica:
                     return
         finally:
             self._engine.cancel(index)
+
+    async def decode(self, requests: Sequence[RolloutRequest], weights: Weights) -> list[Tokens | Refused]:
+        """Decodes requests to their ends; returns all tokens of each, or why it cannot be decoded.
+
+        One call and one answer: a stream costs a message between processes for each block of each response.
+        """
+        await self.load(weights)
+        loop, indices, made = asyncio.get_running_loop(), list[int](), list[asyncio.Future[Tokens | Refused]]()
+
+        def settling(one: asyncio.Future[Tokens | Refused]) -> Callable[[Tokens | BaseException], None]:
+            def settle(part: Tokens | BaseException) -> None:
+                loop.call_soon_threadsafe(_settle, one, part)
+
+            return settle
+
+        try:
+            for request in requests:
+                made.append(loop.create_future())
+                try:
+                    indices.append(self._engine.submit(request, settling(made[-1]), whole=True))
+                except ValueError as error:
+                    made[-1].set_result(_refused(request, error))
+            return list(await asyncio.gather(*made))
+        finally:
+            for index in indices:
+                self._engine.cancel(index)
 
     async def unfinished(self) -> int:
         """Number of requests that it decodes, or that wait for a slot of it."""
@@ -178,3 +206,16 @@ async def _kept() -> Weights | None:
     with suppress(RayError, ValueError):
         found = await serve.get_deployment_actor(KEEPER).newest.remote()
     return found
+
+
+def _refused(request: RolloutRequest, error: ValueError) -> Refused:
+    return Refused(str(error).removeprefix(f"prompt {request.prompt_id}: "))
+
+
+def _settle(one: asyncio.Future[Tokens | Refused], part: Tokens | BaseException) -> None:
+    if one.done():  # the call was cancelled
+        return
+    if isinstance(part, BaseException):
+        one.set_exception(part)
+    else:
+        one.set_result(part)

@@ -1,0 +1,155 @@
+"""Streams and whole answers of one engine in this process, without Ray. `pytest tests/deploy/serve`"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError
+
+from opdlm.common.model.convert import convert_checkpoint
+from opdlm.common.model.tokenizer import load_tokenizer
+from opdlm.common.types import RolloutRequest
+from opdlm.deploy.serve import generation
+from opdlm.deploy.serve.errors import ApiError
+from opdlm.deploy.serve.generation import Engines, generate, generate_whole
+from opdlm.deploy.serve.metrics import Metrics
+from opdlm.deploy.serve.options import ServeOptions
+from opdlm.deploy.serve.replica import EngineReplica, Weights
+from opdlm.deploy.serve.replies import Piece, Usage
+from tests.tiny import save_teacher
+
+
+class Call:
+    """What Serve's handle returns for a call: an awaitable or a stream that can be cancelled."""
+
+    def __init__(self, made: Any) -> None:
+        self._made = made
+        self._task: asyncio.Task[Any] | None = None
+
+    def __await__(self) -> Any:
+        self._task = asyncio.ensure_future(self._made)
+        return self._task.__await__()
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._made
+
+    def cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+
+class Handle:
+    """Calls an engine in this process; the first `deaths` calls find it dead."""
+
+    def __init__(self, replica: EngineReplica, deaths: int = 0) -> None:
+        self.replica, self.deaths, self.calls = replica, deaths, 0
+        self.generate, self.decode = Method(self, replica.generate), Method(self, self._decode)
+
+    async def _decode(self, *args: Any) -> Any:
+        self.deaths -= 1
+        if self.deaths >= 0:
+            raise ActorDiedError()
+        return await self.replica.decode(*args)
+
+
+class Method:
+    """A method of the handle."""
+
+    def __init__(self, handle: Handle, function: Callable[..., Awaitable[Any] | AsyncIterator[Any]]) -> None:
+        self._handle, self._function = handle, function
+
+    def remote(self, *args: Any) -> Call:
+        self._handle.calls += 1
+        return Call(self._function(*args))
+
+
+@pytest.fixture(scope="module", params=["student", "autoregressive"])
+def folder(request, tmp_path_factory) -> Path:
+    """A tiny student, or an autoregressive model."""
+    root = tmp_path_factory.mktemp("served")
+    teacher = save_teacher(root / "teacher", context=256)
+    if request.param == "autoregressive":
+        return teacher
+    convert_checkpoint(teacher, root / "student", block_size=4, block_grid="absolute")
+    return root / "student"
+
+
+@pytest.fixture(scope="module")
+def replica(folder) -> EngineReplica:
+    return EngineReplica(ServeOptions(checkpoint=str(folder), slots=4))
+
+
+def engines_of(replica: EngineReplica, folder: Path, deaths: int = 0) -> Engines:
+    handle = Handle(replica, deaths)
+    return Engines(handle, handle, load_tokenizer(folder), Metrics())
+
+
+def requests(count: int, limit: int = 12) -> list[RolloutRequest]:
+    """Requests that sample, of mixed lengths."""
+    prompts = [np.arange(3, 6 + n % 5, dtype=np.int32) for n in range(count)]
+    return [RolloutRequest(0, "test", ids, limit + n, n, sampling=(1.0, 0.9)) for n, ids in enumerate(prompts)]
+
+
+def collect(make: Any, engines: Engines, folder: Path, asked: list[RolloutRequest]) -> tuple[list[Piece], Usage]:
+    """Each response in one piece, and the usage."""
+    usage, whole = Usage(), [Piece(n) for n in range(len(asked))]
+
+    async def run() -> None:
+        async for piece in make(engines, asked, Weights(str(folder), 0), (), usage):
+            one = whole[piece.choice]
+            one.text, one.ids, one.finish = one.text + piece.text, one.ids + piece.ids, piece.finish
+            one.logprobs = (one.logprobs or []) + (piece.logprobs or [])
+
+    asyncio.run(asyncio.wait_for(run(), 300))
+    return whole, usage
+
+
+def test_whole_answers_are_those_of_streams_in_fewer_calls(replica, folder) -> None:
+    engines, asked = engines_of(replica, folder), requests(10)
+    streamed = collect(generate, engines, folder, asked)
+    assert engines.handle.calls == 10
+    assert collect(generate_whole, engines, folder, asked) == streamed
+    assert engines.handle.calls == 10 + 2
+    assert len({piece.text for piece in streamed[0]}) > 1
+
+
+def test_an_engine_that_dies_is_asked_again(replica, folder, monkeypatch) -> None:
+    monkeypatch.setattr(generation, "_PAUSE_SECONDS", 0.0)
+    calm = collect(generate_whole, engines_of(replica, folder), folder, requests(3))
+    assert collect(generate_whole, engines_of(replica, folder, deaths=4), folder, requests(3)) == calm
+    with pytest.raises(ApiError, match="the engines died 5 times") as failed:
+        collect(generate_whole, engines_of(replica, folder, deaths=5), folder, requests(3))
+    assert failed.value.status == 503
+
+
+def test_a_request_that_does_not_fit_is_refused_and_frees_the_others(replica, folder) -> None:
+    asked = [*requests(3, limit=100), *requests(1, limit=1000)]
+    for make in (generate, generate_whole):
+        with pytest.raises(ApiError, match="the model's context is 256") as refused:
+            collect(make, engines_of(replica, folder), folder, asked)
+        assert refused.value.status == 400
+    collect(generate_whole, engines_of(replica, folder), folder, requests(1))
+    assert asyncio.run(replica.unfinished()) == 0
+
+
+def test_who_leaves_cancels_all_responses(replica, folder) -> None:
+    async def leave() -> int:
+        made = generate_whole(
+            engines_of(replica, folder), requests(12, limit=180), Weights(str(folder), 0), (), Usage()
+        )
+        first = asyncio.ensure_future(anext(made))
+        while await replica.unfinished() == 0:
+            await asyncio.sleep(0.001)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        for _ in range(10):  # the cancellation goes through two tasks
+            await asyncio.sleep(0)
+        return await replica.unfinished()
+
+    assert asyncio.run(leave()) == 0
