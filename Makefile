@@ -16,7 +16,7 @@ ASIDE = @if [ -e $(1) ]; then n=1; while [ -e $(1).$$n ]; do n=$$((n + 1)); done
 	printf '%s  %s\n' "$$(date +%H:%M:%S)" "$(1) of an earlier time is now $(1).$$n"; fi
 COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(BIN))/python -m compileall -q -j 0 -x '/(testing|tests|models)/' .
 
-.PHONY: demo lossless real rerank rerank-more rerank-ml100k test test-slow test-all test-vllm test-compat test-gpu bench-gpu chaos soak lint bench docs format clean
+.PHONY: demo lossless real rerank rerank-more rerank-ml100k test test-slow test-all test-nightly test-vllm test-compat compat test-gpu bench-gpu chaos soak lint bench docs format clean
 
 demo: $(VENV)/.installed models/chain-teacher  ## Train a teacher, turn it into a diffusion model, report.
 	$(call ASIDE,runs/demo)
@@ -112,20 +112,30 @@ models/ml100k-teacher: | data/ml100k
 models/ml100k-converted: | models/ml100k-teacher
 	@$(BIN)/opdlm convert models/ml100k-teacher $@ --block-size 4 --block-grid response
 
-# One process has the tests with Ray, the other ones the rest (tests/conftest.py); models are too small for two threads.
+# Two processes, each with a Ray cluster of its own, share the files (tests/conftest.py); models are too small for two
+# threads. Where transformers 4 is installed (`make compat`), the tests of tests/compat read with it too.
+READ_BY_4 = OPDLM_TRANSFORMERS_4=$(abspath $(COMPAT))
+PYTEST = OMP_NUM_THREADS=1 $(if $(wildcard $(COMPAT)/.installed),$(READ_BY_4)) $(BIN)/python -m pytest -n 2 \
+	--dist loadgroup --no-loadscope-reorder
+
 test: $(VENV)/.installed-dev  ## The tests before every commit: every part, and the main properties of whole runs.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(PYTEST) -m "not slow and not nightly"
 
 test-slow: $(VENV)/.installed-dev  ## The rest: several nodes, full disks, every role killed, a job on a cluster.
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m "slow and not nightly"
 
 test-all: test test-slow  ## Both, as CI runs them.
+
+test-nightly: $(VENV)/.installed-dev  ## Runs that take long and show what faster tests show in another way.
+	$(PYTEST) -m nightly
 
 test-vllm: $(VLLM_VENV)/.installed  ## The vLLM teacher against the transformers one, in an environment of its own (3.3 GB).
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 test-compat: $(VENV)/.installed-dev $(COMPAT)/.installed  ## What we write, read by transformers 4 and 5 (a folder of 75 MB).
-	OPDLM_TRANSFORMERS_4=$(abspath $(COMPAT)) $(BIN)/python -m pytest tests/compat
+	$(READ_BY_4) $(BIN)/python -m pytest tests/compat
+
+compat: $(COMPAT)/.installed  ## Installs transformers 4 for the tests of tests/compat.
 
 test-gpu: $(VENV)/.installed-dev  ## What only a GPU can show, in 10 minutes on one GPU; results in runs/gpu.
 	$(BIN)/python -m tests.gpu.session --only tests --out runs/gpu

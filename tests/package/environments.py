@@ -38,6 +38,8 @@ class Installation:
     """The folder `opdlm` that it must import."""
     commands: tuple[tuple[str, ...], ...] = (("-m", "opdlm"), ("-P", "-m", "opdlm"))
     """The arguments of Python that start the command line, in every way that there is."""
+    wheel: Path | None = None
+    """The wheel that it was installed from."""
 
     def run(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         """Runs Python in a folder, to its end."""
@@ -72,10 +74,10 @@ def editable_install(folder: Path) -> Installation:
 
 def wheel_install(folder: Path) -> Installation:
     """A wheel of the working tree in an environment of its own."""
-    build_wheel(folder)
+    wheel = build_wheel(folder)
     python = environment_without_opdlm(folder / "venv")
     package = _unpack(folder, python) / "opdlm"
-    return Installation(python, _environment(), package, _installed_commands())
+    return Installation(python, _environment(), package, _installed_commands(), wheel)
 
 
 def build_wheel(folder: Path) -> Path:

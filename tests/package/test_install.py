@@ -19,7 +19,6 @@ from opdlm.common.config import dump_config
 from opdlm.deploy.observe.records import read_records
 from tests.package.environments import (
     Installation,
-    build_wheel,
     checkout,
     copy_tree,
     editable_install,
@@ -117,9 +116,8 @@ def test_the_hostile_packages_are_in_the_way(install, hostile) -> None:
     assert "RuntimeError: common of the working directory" in done.stderr
 
 
-def test_the_wheel_has_every_module_and_every_data_file(tmp_path) -> None:
-    require_build_backend()
-    wheel = build_wheel(tmp_path)
+def test_the_wheel_has_every_module_and_every_data_file(install, tmp_path) -> None:
+    wheel = install(wheel_install).wheel
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {name for name in names if not name.startswith("opdlm_ray-")}
     tree = copy_tree(tmp_path / "expected")

@@ -7,15 +7,20 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from opdlm.common.config import OpdlmConfig, config_from_dict, dump_config
 from opdlm.deploy.observe.ledger import read_ledger
 from opdlm.deploy.observe.records import read_records
+from opdlm.deploy.run.train import train
 from tests import REPOSITORY
 from tests.patience import PATIENCE, wait_until
 
@@ -73,6 +78,25 @@ def running(config: OpdlmConfig) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
+def train_here(config: OpdlmConfig, resume: bool = False, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Runs a job in this process to a good end. A process of its own would import everything again.
+
+    Args:
+        meanwhile: what happens beside it, in a thread, such as deaths of actors; its exceptions are raised here.
+    """
+    happened: Future[object] = Future()
+
+    def happen() -> None:
+        try:
+            happened.set_result(meanwhile())
+        except BaseException as problem:
+            happened.set_exception(problem)
+
+    threading.Thread(target=happen, daemon=True).start()
+    assert train(config, resume=resume, console=Console(quiet=True)) == 0
+    happened.result(timeout=60)  # a run that ends before it has happened shows nothing
+
+
 def run_until(config: OpdlmConfig, resume: bool, rounds: int, send: signal.Signals) -> int:
     """Starts a run, sends it a signal when `wait_for_rounds` returns, and returns its exit code."""
     process = start(config, resume)
@@ -85,11 +109,14 @@ def run_until(config: OpdlmConfig, resume: bool, rounds: int, send: signal.Signa
         process.wait()
 
 
-def wait_for_rounds(run_dir: Path, rounds: int, process: subprocess.Popen) -> None:
-    """Waits until `rounds` rounds are trained and a checkpoint of at least `rounds - 1` rounds is saved."""
+def wait_for_rounds(run_dir: Path, rounds: int, process: subprocess.Popen | None = None) -> None:
+    """Waits until `rounds` rounds are trained and a checkpoint of at least `rounds - 1` rounds is saved.
+
+    `process`: of the run, where it has one.
+    """
 
     def there() -> bool:
-        assert process.poll() is None, f"the run ended with {process.returncode} before round {rounds}"
+        assert process is None or process.poll() is None, f"the run ended with {process.returncode} before {rounds}"
         records = read_records(run_dir)
         return any(r["kind"] == "checkpoint" and r["round"] >= rounds - 1 for r in records) and any(
             r["kind"] == "round" and r["round"] >= rounds for r in records

@@ -19,6 +19,7 @@ from opdlm.common.errors import OpdlmError
 from opdlm.deploy.cluster.scaling import request_scale
 from opdlm.deploy.observe.ledger import read_ledger
 from opdlm.deploy.observe.records import read_records
+from tests.conftest import start_node
 from tests.patience import PATIENCE, wait_until
 from tests.system.runs import (
     PROMPTS_PER_ROUND,
@@ -27,9 +28,11 @@ from tests.system.runs import (
     records_of,
     run_config,
     running,
+    train_here,
     wait_for_rounds,
     wait_until_still,
 )
+from tests.system.victims import Victims
 
 pytestmark = pytest.mark.ray
 
@@ -41,45 +44,47 @@ def kill_during_a_call(actor: psutil.Process, run_dir: Path) -> None:
     actor.kill()
 
 
-@pytest.mark.slow
-def test_a_rollout_actor_and_a_teacher_actor_die(chain_teacher, whole, victims, tmp_path) -> None:
-    """In the middle of a call. Ray restarts the actors, the calls are repeated, and the losses are the same."""
-    run_dir = tmp_path / "run"
-    with running(run_config(chain_teacher, run_dir)) as process:
-        for role in ("rollout", "teacher"):
-            rounds = len(records_of(run_dir, "round")) + 1  # training one more needs the actor that died before
-            victim = victims.find(role)
-            wait_for_rounds(run_dir, rounds, process)
-            kill_during_a_call(victim, run_dir)
-        assert process.wait(timeout=PATIENCE) == 0
-    assert_sound(run_dir)
-    assert losses(run_dir) == losses(whole)
-    assert [r["role"] for r in records_of(run_dir, "actor_death")] == ["rollout", "teacher"]
+def kill_one_after_another(roles: tuple[str, str, str], victims: Victims, run_dir: Path) -> None:
+    """Kills an actor of the first and of the second role in the middle of a call, and then a process of the third.
+
+    Between two deaths a round is trained, which needs the actor that died before. The third dies when there is a
+    checkpoint to go back to.
+    """
+    *in_a_call, last = roles
+    for role in in_a_call:
+        rounds = len(records_of(run_dir, "round")) + 1
+        victim = victims.find(role)
+        wait_until(lambda rounds=rounds: len(records_of(run_dir, "round")) >= rounds, f"round {rounds}")
+        kill_during_a_call(victim, run_dir)
+    wait_for_rounds(run_dir, max(3, len(records_of(run_dir, "round")) + 1))
+    victims.kill(last)
 
 
 @pytest.mark.slow
-def test_a_learner_rank_dies(chain_teacher, whole, victims, tmp_path) -> None:
-    """Ray Train restarts the ranks from the last checkpoint, and the queue gives them the same rounds again."""
-    run_dir = tmp_path / "run"
-    with running(run_config(chain_teacher, run_dir, checkpoint={"every_rounds": 2})) as process:
-        wait_for_rounds(run_dir, 3, process)
-        victims.kill("learner")
-        assert process.wait(timeout=PATIENCE) == 0
+def test_a_rollout_actor_a_teacher_actor_and_a_learner_rank_die(chain_teacher, whole, victims, tmp_path) -> None:
+    """Ray restarts the actors, in the middle of a call, and the calls are repeated. Ray Train restarts the ranks from
+    the last checkpoint, and the queue gives them the same rounds again. The losses are the same."""
+    run_dir, roles = tmp_path / "run", ("rollout", "teacher", "learner")
+    config = run_config(chain_teacher, run_dir, checkpoint={"every_rounds": 2})
+    train_here(config, meanwhile=lambda: kill_one_after_another(roles, victims, run_dir))
     assert assert_sound(run_dir)["learner_restart"] == 1
     assert losses(run_dir) == losses(whole)
+    assert [r["role"] for r in records_of(run_dir, "actor_death")] == ["rollout", "teacher"]
 
 
 @pytest.mark.slow
 def test_the_queue_dies(chain_teacher, whole, victims, tmp_path) -> None:
     """The run goes back to its last checkpoint with a new queue and new ranks; the other actors stay."""
     run_dir = tmp_path / "run"
-    with running(run_config(chain_teacher, run_dir, checkpoint={"every_rounds": 2})) as process:
-        wait_for_rounds(run_dir, 1, process)
+
+    def kill() -> None:
+        wait_for_rounds(run_dir, 1)
         actors = {(role, p.pid) for role, p in victims.all() if role in ("rollout", "teacher")}
         victims.kill("queue")
-        wait_for_rounds(run_dir, 3, process)
+        wait_for_rounds(run_dir, 3)
         assert actors <= {(role, p.pid) for role, p in victims.all()}
-        assert process.wait(timeout=PATIENCE) == 0
+
+    train_here(run_config(chain_teacher, run_dir, checkpoint={"every_rounds": 2}), meanwhile=kill)
     assert assert_sound(run_dir)["queue_death"] == 1
     assert losses(run_dir) == losses(whole)
 
@@ -87,13 +92,15 @@ def test_the_queue_dies(chain_teacher, whole, victims, tmp_path) -> None:
 @pytest.mark.slow
 def test_a_node_dies(cluster, chain_teacher, tmp_path) -> None:
     """With the actors, perhaps ranks, and the samples on it. The rest of the cluster finishes the run."""
-    node = cluster.add_node(num_cpus=8)
+    node = start_node(cluster, num_cpus=8)
     run_dir = tmp_path / "run"
-    more = {"rollout": {"actors": 3}, "teacher": {"actors": 3}}
-    with running(run_config(chain_teacher, run_dir, **more, evaluation={"final_problems": 0})) as process:
-        wait_for_rounds(run_dir, 1, process)
+    more = {"rollout": {"actors": 3}, "teacher": {"actors": 3}, "learner": {"workers": 1}}
+
+    def die() -> None:
+        wait_for_rounds(run_dir, 1)
         cluster.remove_node(node, allow_graceful=False)
-        assert process.wait(timeout=PATIENCE) == 0
+
+    train_here(run_config(chain_teacher, run_dir, **more, evaluation={"final_problems": 0}), meanwhile=die)
     kinds = assert_sound(run_dir)
     assert kinds["actor_death"] + kinds["learner_restart"] >= 1, "no process of the run was on the node"
 

@@ -10,9 +10,17 @@ import pytest
 
 from opdlm.common.config import OpdlmConfig
 from opdlm.deploy.observe.report import BEFORE, DYNAMIC, PERIODIC, STATIC
-from tests.patience import PATIENCE
-from tests.system.runs import ROUNDS, assert_sound, losses, records_of, run_config, run_until, running, wait_for_rounds
-from tests.system.test_deaths import kill_during_a_call
+from tests.system.runs import (
+    ROUNDS,
+    assert_sound,
+    losses,
+    records_of,
+    run_config,
+    run_until,
+    train_here,
+    wait_for_rounds,
+)
+from tests.system.test_deaths import kill_one_after_another
 
 pytestmark = pytest.mark.ray
 
@@ -32,8 +40,7 @@ def policy_config(teacher: Path, run_dir: Path, /, **sections) -> OpdlmConfig:
 @pytest.fixture(scope="module")
 def unbroken(ray_cluster, chain_teacher, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("policy") / "unbroken"
-    with running(policy_config(chain_teacher, run_dir)) as process:
-        assert process.wait(timeout=PATIENCE) == 0
+    train_here(policy_config(chain_teacher, run_dir))
     return run_dir
 
 
@@ -52,40 +59,38 @@ def test_what_a_run_says(unbroken) -> None:
 
 
 @pytest.mark.slow
-def test_actors_die_in_a_call(unbroken, chain_teacher, victims, tmp_path) -> None:
-    run_dir = tmp_path / "run"
-    with running(policy_config(chain_teacher, run_dir)) as process:
-        for role in ("rollout", "reward"):
-            rounds = len(records_of(run_dir, "round")) + 1  # training one more needs the actor that died before
-            victim = victims.find(role)
-            wait_for_rounds(run_dir, rounds, process)
-            kill_during_a_call(victim, run_dir)
-        assert process.wait(timeout=PATIENCE) == 0
-    assert_sound(run_dir)
+def test_actors_die_in_a_call_and_then_the_queue(unbroken, chain_teacher, victims, tmp_path) -> None:
+    """The run goes back to its last checkpoint, with rewards of the rounds that are made again."""
+    run_dir, roles = tmp_path / "run", ("rollout", "reward", "queue")
+    config = policy_config(chain_teacher, run_dir, checkpoint={"every_rounds": 2})
+    train_here(config, meanwhile=lambda: kill_one_after_another(roles, victims, run_dir))
+    assert assert_sound(run_dir)["queue_death"] == 1
     first, second = (record["role"] for record in records_of(run_dir, "actor_death"))
     assert first in ("rollout", "reference"), "both are of one class, and so are their processes"
     assert second == "reward"
     assert losses(run_dir) == losses(unbroken)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("role", ["queue", "learner"])
-def test_the_run_goes_back(unbroken, chain_teacher, victims, tmp_path, role) -> None:
-    """With rewards of the rounds that are made again."""
+@pytest.mark.nightly
+def test_a_learner_rank_dies(unbroken, chain_teacher, victims, tmp_path) -> None:
+    """Nightly: `test_deaths.py` has a rank die, and what the queue gives again does not depend on the objective."""
     run_dir = tmp_path / "run"
-    with running(policy_config(chain_teacher, run_dir, checkpoint={"every_rounds": 2})) as process:
-        wait_for_rounds(run_dir, 3, process)
-        victims.kill(role)
-        assert process.wait(timeout=PATIENCE) == 0
+
+    def kill() -> None:
+        wait_for_rounds(run_dir, 3)
+        victims.kill("learner")
+
+    train_here(policy_config(chain_teacher, run_dir, checkpoint={"every_rounds": 2}), meanwhile=kill)
     assert_sound(run_dir)
     assert losses(run_dir) == losses(unbroken)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_driver_dies_and_the_run_is_resumed(unbroken, chain_teacher, tmp_path) -> None:
+    """Nightly: `test_run.py` has a driver die, and the queue death above has rewards made again."""
     config = policy_config(chain_teacher, tmp_path / "run")
     assert run_until(config, False, 2, signal.SIGKILL) == -signal.SIGKILL
-    assert run_until(config, True, ROUNDS, signal.SIGTERM) in (0, 128 + signal.SIGTERM)
+    train_here(config, resume=True)
     assert_sound(tmp_path / "run")
     assert losses(tmp_path / "run") == losses(unbroken)
 
@@ -99,10 +104,8 @@ def test_rounds_ahead_train_on_what_older_weights_drew(chain_teacher, ray_cluste
     )
     ahead = {"queue": {"max_staleness": 1}, "objective": {"kind": "rl", "selection": "one_sampled_state"}}
     asked = {"evaluation": {"data": str(questions), "every_rounds": 3}}
-    with running(
-        policy_config(chain_teacher, run_dir, **ahead, **asked, learner={"optimizer": {"lr": 1e-2}})
-    ) as process:
-        assert process.wait(timeout=PATIENCE) == 0
+    learner = {"workers": 1, "optimizer": {"lr": 1e-2}}
+    train_here(policy_config(chain_teacher, run_dir, **ahead, **asked, learner=learner))
     assert_sound(run_dir)
     evaluations = records_of(run_dir, "evaluation")
     assert {record["row"] for record in evaluations} == {BEFORE, PERIODIC, STATIC, DYNAMIC}

@@ -15,8 +15,7 @@ from opdlm.deploy.evaluate.decoders import CheckpointDecoder
 from opdlm.deploy.evaluate.options import QuestionOptions
 from opdlm.deploy.evaluate.questions import open_questions
 from opdlm.deploy.observe.report import VERIFIED
-from tests.patience import PATIENCE
-from tests.system.runs import ROUNDS, assert_sound, losses, records_of, run_config, run_until, running
+from tests.system.runs import ROUNDS, assert_sound, losses, records_of, run_config, run_until, train_here
 
 pytestmark = pytest.mark.ray
 
@@ -38,8 +37,7 @@ def lossless_config(teacher: Path, run_dir: Path, /, **sections) -> OpdlmConfig:
 @pytest.fixture(scope="module")
 def unbroken(ray_cluster, chain_teacher, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("lossless") / "unbroken"
-    with running(lossless_config(chain_teacher, run_dir)) as process:
-        assert process.wait(timeout=PATIENCE) == 0
+    train_here(lossless_config(chain_teacher, run_dir))
     return run_dir
 
 
@@ -63,20 +61,24 @@ def test_a_run_trains_adapters_and_changes_no_answer(unbroken, chain_teacher) ->
     assert read_facts(unbroken / "student").has_noisy_adapters
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_driver_dies_and_the_run_is_resumed(unbroken, chain_teacher, tmp_path) -> None:
+    """Nightly: `test_run.py` has a driver die, and `tests/learner/test_zero.py` has adapters resume to the bit."""
     config = lossless_config(chain_teacher, tmp_path / "run")
     assert run_until(config, False, 2, signal.SIGKILL) == -signal.SIGKILL
-    assert run_until(config, True, ROUNDS, signal.SIGTERM) in (0, 128 + signal.SIGTERM)
+    train_here(config, resume=True)
     assert_sound(tmp_path / "run")
     assert losses(tmp_path / "run") == losses(unbroken)
 
 
-@pytest.mark.slow
 def test_a_second_run_goes_on_with_the_first_ones_student(unbroken, chain_teacher, tmp_path) -> None:
-    given = {"model": {"student": str(unbroken / "student"), "lora": {"rank": 4, "tokens": "noisy"}}}
-    with running(lossless_config(chain_teacher, tmp_path / "run", **given)) as process:
-        assert process.wait(timeout=PATIENCE) == 0
-    assert_sound(tmp_path / "run")
+    """One round of it shows where it begins."""
+    given = {
+        "run": {"rounds": 1},
+        "model": {"student": str(unbroken / "student"), "lora": {"rank": 4, "tokens": "noisy"}},
+        "learner": {"workers": 1, "optimizer": {"lr": 1e-2}},
+        "evaluation": {"final_problems": 0},
+    }
+    train_here(lossless_config(chain_teacher, tmp_path / "run", **given))
     first, second = (records_of(folder, "step") for folder in (unbroken, tmp_path / "run"))
     assert second[0]["loss"] < first[0]["loss"]

@@ -101,9 +101,12 @@ def test_kill_and_resume_give_the_losses_of_an_unbroken_run(chain_teacher, whole
     finish_like(whole, broken, chain_teacher)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stop_and_resume_give_the_losses_of_an_unbroken_run(chain_teacher, whole, tmp_path) -> None:
-    """SIGTERM to the driver ends with a checkpoint; --resume goes on from there, equal to the bit."""
+    """SIGTERM to the driver ends with a checkpoint; --resume goes on from there, equal to the bit.
+
+    Nightly: `test_sources.py` has a run stopped by SIGTERM and resumed, and a resume is exact after SIGKILL too.
+    """
     broken = tmp_path / "broken"
     code = run_until(run_config(chain_teacher, broken), resume=False, rounds=1, send=signal.SIGTERM)
     assert code == 128 + signal.SIGTERM

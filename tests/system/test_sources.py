@@ -33,7 +33,8 @@ def test_a_resumed_run_trains_each_sample_of_every_source_once(ray_cluster, chai
 
     def config(weight: float):
         data = {"task": None, "prompts": None, "sources": [sums | {"weight": weight}, rest]}
-        return run_config(chain_teacher, tmp_path / "run", data=data, evaluation={"final_problems": 0})
+        more = {"learner": {"workers": 1}, "evaluation": {"final_problems": 0}}
+        return run_config(chain_teacher, tmp_path / "run", data=data, **more)
 
     assert run_until(config(2), resume=False, rounds=3, send=signal.SIGTERM) == 128 + signal.SIGTERM
     with pytest.raises(ConfigError, match=r"run\.dir: .* holds a run of another config: data\.sources"):
