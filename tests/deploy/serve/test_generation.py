@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +19,29 @@ from opdlm.deploy.serve.errors import ApiError
 from opdlm.deploy.serve.generation import Engines, generate, generate_whole
 from opdlm.deploy.serve.metrics import Metrics
 from opdlm.deploy.serve.options import ServeOptions
-from opdlm.deploy.serve.replica import EngineReplica, Weights
+from opdlm.deploy.serve.replica import EngineReplica
 from opdlm.deploy.serve.replies import Piece, Usage
+from opdlm.deploy.serve.weights import Weights
+from tests.deploy.serve.local_server import Method, outside_serve
 from tests.tiny import save_teacher
-
-
-class Call:
-    """What Serve's handle returns for a call: an awaitable or a stream that can be cancelled."""
-
-    def __init__(self, made: Any) -> None:
-        self._made = made
-        self._task: asyncio.Task[Any] | None = None
-
-    def __await__(self) -> Any:
-        self._task = asyncio.ensure_future(self._made)
-        return self._task.__await__()
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self._made
-
-    def cancel(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
 
 
 class Handle:
     """Calls an engine in this process; the first `deaths` calls find it dead."""
 
     def __init__(self, replica: EngineReplica, deaths: int = 0) -> None:
-        self.replica, self.deaths, self.calls = replica, deaths, 0
-        self.generate, self.decode = Method(self, replica.generate), Method(self, self._decode)
+        self.replica, self.deaths = replica, deaths
+        self.generate, self.decode = Method(replica.generate), Method(self._decode)
+
+    @property
+    def calls(self) -> int:
+        return self.generate.calls + self.decode.calls
 
     async def _decode(self, *args: Any) -> Any:
         self.deaths -= 1
         if self.deaths >= 0:
             raise ActorDiedError()
         return await self.replica.decode(*args)
-
-
-class Method:
-    """A method of the handle."""
-
-    def __init__(self, handle: Handle, function: Callable[..., Awaitable[Any] | AsyncIterator[Any]]) -> None:
-        self._handle, self._function = handle, function
-
-    def remote(self, *args: Any) -> Call:
-        self._handle.calls += 1
-        return Call(self._function(*args))
 
 
 @pytest.fixture(scope="module", params=["student", "autoregressive"])
@@ -80,8 +56,9 @@ def folder(request, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def replica(folder) -> EngineReplica:
-    return EngineReplica(ServeOptions(checkpoint=str(folder), slots=4))
+def replica(folder) -> Iterator[EngineReplica]:
+    with outside_serve():
+        yield EngineReplica(ServeOptions(checkpoint=str(folder), slots=4))
 
 
 def engines_of(replica: EngineReplica, folder: Path, deaths: int = 0) -> Engines:
