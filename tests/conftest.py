@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+ATTEMPTS = 5
+"""How often a Ray that does not come up is started."""
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -21,17 +26,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("ray" if needs_ray else str(item.path)))
 
 
+def ray_head(cpus: int) -> Any:
+    """A cluster of one node without GPU. Ray gives a node 30 s to start, which a busy machine may need and more."""
+    import psutil
+    from ray.cluster_utils import Cluster
+
+    before = psutil.Process().children(recursive=True)
+    for attempt in count(1):
+        try:
+            return Cluster(
+                initialize_head=True, head_node_args={"num_cpus": cpus, "num_gpus": 0, "include_dashboard": False}
+            )
+        except Exception as error:  # Ray raises no class of its own
+            if "timed out during startup" not in str(error) or attempt == ATTEMPTS:
+                raise
+        for process in set(psutil.Process().children(recursive=True)) - set(before):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
     """A Ray cluster on this machine with eight logical CPUs and no GPU. RAY_ADDRESS has its address."""
-    from ray.cluster_utils import Cluster
-
     from opdlm.deploy.cluster.local_ray import WORKER_ENVIRONMENT, defaults_in_environment
 
     with defaults_in_environment(WORKER_ENVIRONMENT):
-        cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 0, "include_dashboard": False}
-        )
+        cluster = ray_head(8)
     os.environ["RAY_ADDRESS"] = cluster.address
     yield cluster
     import ray
@@ -48,15 +68,12 @@ def two_nodes(monkeypatch) -> Iterator[Any]:
     The attribute `second` is that node. This process is connected to the cluster.
     """
     import ray
-    from ray.cluster_utils import Cluster
 
     from opdlm.deploy.cluster.local_ray import WORKER_ENVIRONMENT, defaults_in_environment
 
     ray.shutdown()
     with defaults_in_environment(WORKER_ENVIRONMENT):
-        cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 0, "include_dashboard": False}
-        )
+        cluster = ray_head(4)
         cluster.second = cluster.add_node(num_cpus=4, resources={"second": 4})
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     ray.init(address=cluster.address, log_to_driver=False)
