@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
 
+from opdlm.actors.rollout.observation import Step
+from opdlm.actors.serving.decoder import Tokens
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.common.types import RolloutRequest
@@ -102,6 +105,31 @@ def test_an_engine_that_dies_is_asked_again(replica, folder, monkeypatch) -> Non
     with pytest.raises(ApiError, match="the engines died 5 times") as failed:
         collect(generate_whole, engines_of(replica, folder, deaths=5), folder, requests(3))
     assert failed.value.status == 503
+
+
+@pytest.mark.parametrize(
+    "sent", [Tokens((3, 4), None, 2), Tokens((), None, 1, step=Step(1, (0,), (3,), (True,), None))]
+)
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_stream_goes_on_with_the_weights_it_began_with_or_ends(folder, sent, version, monkeypatch) -> None:
+    monkeypatch.setattr(generation, "_PAUSE_SECONDS", 0.0)
+    calls = []
+
+    async def parts(request: RolloutRequest, weights: Weights) -> AsyncIterator[Tokens]:
+        calls.append(request)
+        if len(calls) == 1:
+            yield sent
+            raise ActorDiedError
+        yield Tokens((3, 4, 5, 6), None, 4, "length", version)
+
+    engine = SimpleNamespace(generate=Method(parts))
+    engines = Engines(engine, engine, load_tokenizer(folder), Metrics())
+    if version == 0:
+        assert collect(generate, engines, folder, requests(1))[0][0].ids == [3, 4, 5, 6]
+        return
+    with pytest.raises(ApiError, match="other weights are served by now") as ended:
+        collect(generate, engines, folder, requests(1))
+    assert (ended.value.status, ended.value.code) == (503, "reloaded")
 
 
 def test_a_request_that_does_not_fit_is_refused_and_frees_the_others(replica, folder) -> None:
