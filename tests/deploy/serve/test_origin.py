@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 
 from opdlm.deploy.serve.options import ServeOptions
+from tests.chromium import Chromium
 from tests.deploy.serve import test_server
 from tests.deploy.serve.local_server import local_server
+from tests.deploy.serve.test_page import decode, needs_browser, text, wait
 from tests.deploy.serve.test_server import KEY
 
 folders = test_server.folders
@@ -64,3 +69,29 @@ def test_a_key_says_enough(folders, tmp_path) -> None:
         with_key = foreign | {"Authorization": f"Bearer {KEY}"}
         assert httpx.get(f"{address}/v1/models", headers=with_key).status_code == 200
         assert httpx.get(f"{address}/v1/models", headers=foreign).status_code == 401
+
+
+@needs_browser
+def test_in_a_browser_its_page_is_answered_and_that_of_another_server_is_not(server, tmp_path) -> None:
+    (tmp_path / "site").mkdir()
+    site = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path / "site"))
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    before = version(server)
+    try:
+        with Chromium(tmp_path / "profile") as browser:
+            browser.open(f"http://127.0.0.1:{site.server_port}/")
+            for policy in ("no-referrer", "unsafe-url"):
+                how = f"{{method: 'POST', mode: 'no-cors', body: '{{}}', referrerPolicy: '{policy}'}}"
+                sent = browser.ask(f"fetch('{server}/admin/reload', {how}).then(answer => answer.type)")
+                assert sent == "opaque", "it was sent, and the page cannot read the answer"
+            assert version(server) == before
+            browser.open(f"{server}/")
+            wait(browser, "model")
+            decode(browser, "12+3=", limit=10)
+            wait(browser, "!running && counts.length")
+            assert text(browser, "#tokens") == "10"
+            assert browser.ask("fetch('/admin/reload', {method: 'POST'}).then(answer => answer.status)") == 200
+    finally:
+        site.shutdown()
+        site.server_close()
+    assert version(server) == before + 1
