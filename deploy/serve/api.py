@@ -21,7 +21,7 @@ from opdlm.deploy.run.saved_student import open_saved_run
 from opdlm.deploy.serve.admission import Admission
 from opdlm.deploy.serve.errors import ApiError
 from opdlm.deploy.serve.generation import Engines, generate, generate_whole
-from opdlm.deploy.serve.keys import check_key, read_keys
+from opdlm.deploy.serve.keys import check_key, check_origin, read_keys
 from opdlm.deploy.serve.metrics import Metrics
 from opdlm.deploy.serve.options import ServeOptions
 from opdlm.deploy.serve.page import described, show_page
@@ -98,6 +98,7 @@ class Api:
         try:
             if path not in _OPEN:
                 check_key(self._keys, request.headers.get("authorization", ""), request.client and request.client.host)
+                check_origin(self._keys, request.headers.get("origin"), request.headers.get("host", ""))
             if route is None:
                 raise ApiError(404, f"there is no {request.method} {path} here", "not_found")
             response = await route(request)

@@ -102,7 +102,8 @@ async def _tokens(engines: Engines, request: RolloutRequest, weights: Weights) -
     """The tokens of one response.
 
     The same request gives the same tokens with the same weights, so a new engine goes on where one died. If it has
-    other weights and some tokens were sent, the response ends with an error: its parts would not belong together.
+    other weights and some tokens or steps were sent, the response ends with an error, since its parts would not belong
+    together.
     """
     seen, told, version = 0, 0, weights.version
     for attempt in range(1, _ATTEMPTS + 1):
@@ -111,7 +112,7 @@ async def _tokens(engines: Engines, request: RolloutRequest, weights: Weights) -
             async for part in stream:
                 if isinstance(part, Refused):
                     raise ApiError(400, part.reason, "context_length_exceeded")
-                if seen and part.weight_version != version:
+                if (seen or told) and part.weight_version != version:
                     raise ApiError(503, "the engine died, and other weights are served by now; ask again", "reloaded")
                 version = part.weight_version
                 skipped = min(max(seen - place, 0), len(part.ids))

@@ -3,20 +3,96 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
+from opdlm.common.checkpoint import WEIGHTS
 from opdlm.common.errors import OpdlmError
+from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.load import load_model
 from opdlm.deploy.cli import app
+from opdlm.deploy.evaluate.generation import Model
 from opdlm.deploy.run.saved_student import open_saved_run
 from opdlm.deploy.serve.errors import ApiError
 from opdlm.deploy.serve.options import ServeOptions
 from opdlm.deploy.serve.reloading import Follower
 from opdlm.deploy.serve.weights import Weights
 from tests.deploy.run.test_saved_student import begin_run, save
+from tests.deploy.serve.served import ask, kill, model, serving, text
+from tests.patience import wait_until
+from tests.tiny import save_teacher
+
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def later(tmp_path_factory, chain_teacher) -> list[Path]:
+    """Students that a run could train, as model folders."""
+    folder, made = tmp_path_factory.mktemp("later"), []
+    for seed in (1, 2, 3):
+        teacher = save_teacher(folder / f"teacher{seed}", seed)
+        convert_checkpoint(teacher, folder / f"student{seed}", block_size=4, block_grid="absolute")
+        made.append(folder / f"student{seed}")
+    return made
+
+
+@pytest.fixture
+def server(ray_cluster, chain_teacher, tmp_path) -> Iterator[str]:
+    """A server that follows a run that has just begun, `tmp_path / "tiny"`."""
+    begin_run(chain_teacher, tmp_path / "tiny", rollout={"block_grid": "absolute"})
+    options = ServeOptions(follow=str(tmp_path / "tiny"), follow_seconds=0.2, slots=2).resolved()
+    with serving(ray_cluster, options) as url:
+        yield url
+
+
+@pytest.mark.ray
+def test_a_server_follows_a_run_and_loses_no_request(server, cluster, later, tmp_path) -> None:
+    run, prompt = tmp_path / "tiny", "1+2="
+    weights = [dict(load_model(folder).named_parameters()) for folder in later]
+    texts = [
+        Model(folder).generate([prompt], max_new_tokens=TOKENS)[0].text for folder in (run / "student_init", *later)
+    ]
+    assert len(set(texts)) == 4
+    assert (model(server)["checkpoint"], text(ask(server, prompt, TOKENS))) == (str(run / "student_init"), texts[0])
+
+    asked, stop = list[httpx.Response](), threading.Event()
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            asked.append(ask(server, prompt, TOKENS))
+
+    client = threading.Thread(target=keep_asking)
+    client.start()
+    try:
+        first = save(run, 1, weights[0], keep=1)
+        wait_until(lambda: model(server)["checkpoint"] == str(first), "the first checkpoint")
+        assert text(ask(server, prompt, TOKENS)) == texts[1]
+        damaged = save(run, 2, weights[1])
+        content = (damaged / WEIGHTS).read_bytes()
+        (damaged / WEIGHTS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        wait_until(lambda: 'opdlm_reloads_total{result="refused"}' in httpx.get(f"{server}/metrics").text, "a refusal")
+        assert (model(server)["checkpoint"], text(ask(server, prompt, TOKENS))) == (str(first), texts[1])
+        second = save(run, 2, weights[1], keep=1)  # the run went back; `first` is gone
+        wait_until(lambda: model(server)["checkpoint"] == str(second), "the second checkpoint")
+        assert text(ask(server, prompt, TOKENS)) == texts[2]
+    finally:
+        stop.set()
+        client.join()
+    assert {answer.status_code for answer in asked} == {200}
+    assert {text(answer) for answer in asked} <= set(texts)
+    kill(cluster, "engine")
+    assert text(ask(server, prompt, TOKENS)) == texts[2]
+    third = save(run, 2, weights[2])  # the same folder, other weights
+    wait_until(lambda: text(ask(server, prompt, TOKENS)) == texts[3], "the weights that came in its place")
+    assert model(server)["checkpoint"] == str(third)
+    refused = httpx.post(f"{server}/admin/reload", json={"checkpoint": str(later[0])})
+    assert refused.status_code == 400
+    assert "this server follows" in refused.json()["error"]["message"]
 
 
 def test_a_run_gives_name_number_format_and_blocks(chain_teacher, tmp_path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
 
+from opdlm.actors.rollout.observation import Step
+from opdlm.actors.serving.decoder import Tokens
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.common.types import RolloutRequest
@@ -19,53 +22,29 @@ from opdlm.deploy.serve.errors import ApiError
 from opdlm.deploy.serve.generation import Engines, generate, generate_whole
 from opdlm.deploy.serve.metrics import Metrics
 from opdlm.deploy.serve.options import ServeOptions
-from opdlm.deploy.serve.replica import EngineReplica, Weights
+from opdlm.deploy.serve.replica import EngineReplica
 from opdlm.deploy.serve.replies import Piece, Usage
+from opdlm.deploy.serve.weights import Weights
+from tests.deploy.serve.local_server import Method, outside_serve
 from tests.tiny import save_teacher
-
-
-class Call:
-    """What Serve's handle returns for a call: an awaitable or a stream that can be cancelled."""
-
-    def __init__(self, made: Any) -> None:
-        self._made = made
-        self._task: asyncio.Task[Any] | None = None
-
-    def __await__(self) -> Any:
-        self._task = asyncio.ensure_future(self._made)
-        return self._task.__await__()
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self._made
-
-    def cancel(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
 
 
 class Handle:
     """Calls an engine in this process; the first `deaths` calls find it dead."""
 
     def __init__(self, replica: EngineReplica, deaths: int = 0) -> None:
-        self.replica, self.deaths, self.calls = replica, deaths, 0
-        self.generate, self.decode = Method(self, replica.generate), Method(self, self._decode)
+        self.replica, self.deaths = replica, deaths
+        self.generate, self.decode = Method(replica.generate), Method(self._decode)
+
+    @property
+    def calls(self) -> int:
+        return self.generate.calls + self.decode.calls
 
     async def _decode(self, *args: Any) -> Any:
         self.deaths -= 1
         if self.deaths >= 0:
             raise ActorDiedError()
         return await self.replica.decode(*args)
-
-
-class Method:
-    """A method of the handle."""
-
-    def __init__(self, handle: Handle, function: Callable[..., Awaitable[Any] | AsyncIterator[Any]]) -> None:
-        self._handle, self._function = handle, function
-
-    def remote(self, *args: Any) -> Call:
-        self._handle.calls += 1
-        return Call(self._function(*args))
 
 
 @pytest.fixture(scope="module", params=["student", "autoregressive"])
@@ -80,8 +59,9 @@ def folder(request, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def replica(folder) -> EngineReplica:
-    return EngineReplica(ServeOptions(checkpoint=str(folder), slots=4))
+def replica(folder) -> Iterator[EngineReplica]:
+    with outside_serve():
+        yield EngineReplica(ServeOptions(checkpoint=str(folder), slots=4))
 
 
 def engines_of(replica: EngineReplica, folder: Path, deaths: int = 0) -> Engines:
@@ -125,6 +105,31 @@ def test_an_engine_that_dies_is_asked_again(replica, folder, monkeypatch) -> Non
     with pytest.raises(ApiError, match="the engines died 5 times") as failed:
         collect(generate_whole, engines_of(replica, folder, deaths=5), folder, requests(3))
     assert failed.value.status == 503
+
+
+@pytest.mark.parametrize(
+    "sent", [Tokens((3, 4), None, 2), Tokens((), None, 1, step=Step(1, (0,), (3,), (True,), None))]
+)
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_stream_goes_on_with_the_weights_it_began_with_or_ends(folder, sent, version, monkeypatch) -> None:
+    monkeypatch.setattr(generation, "_PAUSE_SECONDS", 0.0)
+    calls = []
+
+    async def parts(request: RolloutRequest, weights: Weights) -> AsyncIterator[Tokens]:
+        calls.append(request)
+        if len(calls) == 1:
+            yield sent
+            raise ActorDiedError
+        yield Tokens((3, 4, 5, 6), None, 4, "length", version)
+
+    engine = SimpleNamespace(generate=Method(parts))
+    engines = Engines(engine, engine, load_tokenizer(folder), Metrics())
+    if version == 0:
+        assert collect(generate, engines, folder, requests(1))[0][0].ids == [3, 4, 5, 6]
+        return
+    with pytest.raises(ApiError, match="other weights are served by now") as ended:
+        collect(generate, engines, folder, requests(1))
+    assert (ended.value.status, ended.value.code) == (503, "reloaded")
 
 
 def test_a_request_that_does_not_fit_is_refused_and_frees_the_others(replica, folder) -> None:

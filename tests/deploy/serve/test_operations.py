@@ -14,10 +14,13 @@ import pytest
 from opdlm.deploy.evaluate.generation import Model
 from opdlm.deploy.serve.options import ServeOptions
 from tests.deploy.serve.served import (
+    answers,
     ask,
     asked_of_engines,
     endless_student,
+    kill,
     model,
+    running_engines,
     serving,
     text,
 )
@@ -77,6 +80,17 @@ def test_a_stream_ends_with_the_weights_it_began_with_and_a_reload_returns_when_
         assert {text(answer.result()) for answer in found} == {after}
 
 
+def test_a_folder_that_one_engine_cannot_use_changes_nothing(server, students, tmp_path) -> None:
+    before = model(server)
+    for folder, said in ((tmp_path, "config.json"), (students[0].with_name("teacher0"), "vocab_size: found")):
+        answer = reload(server, checkpoint=str(folder))
+        assert answer.status_code == 400
+        message = answer.json()["error"]["message"]
+        assert message.startswith("the old weights stay: engine ")
+        assert said in message
+    assert model(server) == before
+
+
 def test_a_request_that_takes_too_long_gets_503_and_frees_its_slot(server) -> None:
     long = {"model": "tiny", "prompt": "1+2=", "max_tokens": CONTEXT - 100, **SLOW}
     with ThreadPoolExecutor(1) as pool:
@@ -91,3 +105,19 @@ def test_a_request_that_takes_too_long_gets_503_and_frees_its_slot(server) -> No
     wait_until(lambda: asked_of_engines("unfinished") == [0, 0], "the slots of what took too long")
     with ThreadPoolExecutor(4) as pool:  # more than there are slots
         assert {a.status_code for a in pool.map(lambda n: ask(server, f"{n}+2=", SHORT), range(4))} == {200}
+
+
+def test_whoever_dies_comes_back_with_the_newest_weights(server, cluster, students) -> None:
+    weights, after = model(server), expected(students[1], "1+2=", SHORT)
+    assert weights["weight_version"] > 0
+    kill(cluster, "api")
+    wait_until(lambda: answers(server), "the front")
+    told = ("checkpoint", "weight_version")
+    assert [model(server)[name] for name in told] == [weights[name] for name in told]
+    assert text(ask(server, "1+2=", SHORT)) == after
+    kill(cluster, "engine")
+    wait_until(lambda: running_engines() == 2, "both engines")
+    assert text(ask(server, "1+2=", SHORT)) == after
+    assert [found.version for found in asked_of_engines("newest")] == [weights["weight_version"]] * 2
+    again = reload(server)
+    assert (again.status_code, again.json()["weight_version"]) == (200, weights["weight_version"] + 1), again.text
