@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-from rich.console import Console
 
-from opdlm.common.errors import OpdlmError
-from opdlm.deploy.run.train import train
-from tests.conftest import start_node
-from tests.system.runs import run_config
+from opdlm.common.config import dump_config
+from tests.system.runs import run_config, run_to_end
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def node_with_gpus(cluster) -> Iterator[None]:
-    """A node with two GPUs that do not exist."""
-    node = start_node(cluster, num_cpus=4, num_gpus=2)
-    yield
-    cluster.remove_node(node)
+def address() -> Iterator[str]:
+    """Of a cluster with two GPUs that do not exist."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 2, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -33,12 +33,13 @@ def node_with_gpus(cluster) -> Iterator[None]:
     ],
 )
 def test_the_run_ends_with_a_line_that_names_the_process_and_the_setting(
-    node_with_gpus, chain_teacher, tmp_path, role, setting
+    address, chain_teacher, tmp_path, role, setting
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    config = run_config(chain_teacher, tmp_path / "run", **{role: {setting: 1}})
-    with pytest.raises(OpdlmError) as caught:
-        train(config, resume=False, console=Console(quiet=True))
-    assert f"{role}.{setting}: found 1, but torch" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_config(run_config(chain_teacher, tmp_path / "run")))
+    done = run_to_end(file, "--set", f"{role}.{setting}=1", environment=os.environ | {"RAY_ADDRESS": address})
+    assert done.returncode == 2, done.stderr
+    assert f"{role}.{setting}: found 1, but torch" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

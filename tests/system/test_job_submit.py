@@ -22,7 +22,7 @@ from tests.system.submitted_cluster import SubmittedCluster, wait_for
 
 MODULE = ["python", "-m", "opdlm"]
 SCRIPT = ["opdlm"] if Path(sys.executable).with_name("opdlm").exists() else MODULE
-ROUNDS = 40
+ROUNDS = 60
 
 
 @pytest.fixture(scope="module")

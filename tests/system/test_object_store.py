@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import ray
+from rich.console import Console
 
-from opdlm.common.config import OpdlmConfig
+from opdlm.common.config import OpdlmConfig, dump_config
 from opdlm.deploy.observe.records import read_records
-from tests.conftest import cluster_of
-from tests.system.runs import losses, run_config, train_here
+from opdlm.deploy.run.train import train
+from tests.system.runs import losses, run_config, run_to_end
 from tests.tiny import save_teacher
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -26,43 +28,53 @@ def wide_teacher(tmp_path_factory) -> Path:
     return save_teacher(tmp_path_factory.mktemp("wide") / "teacher", alphabet="0123456789+-=;" + others)
 
 
-def wide_config(teacher: Path, run_dir: Path) -> OpdlmConfig:
-    """A run whose samples hold logits, more than a megabyte each, and that has one checkpoint, its last."""
-    return run_config(
-        teacher,
-        run_dir,
-        run={"rounds": 4},
-        data={"prompts": 200},
-        rollout={"prompts_per_round": 32, "batch_size": 16},
-        learner={"workers": 1, "batch_size": 16},
-        teacher={"targets": "logits"},
-        evaluation={"final_problems": 0},
-        checkpoint={"every_rounds": 10},
-    )
+def wide_config(teacher: Path, run_dir: Path, **sections) -> OpdlmConfig:
+    """A run whose samples hold logits, more than a megabyte each."""
+    base = {
+        "run": {"rounds": 4},
+        "data": {"prompts": 200},
+        "rollout": {"prompts_per_round": 32, "batch_size": 16},
+        "learner": {"workers": 1, "batch_size": 16},
+        "teacher": {"targets": "logits"},
+        "evaluation": {"final_problems": 0},
+    }
+    merged = {name: base.get(name, {}) | sections.get(name, {}) for name in base | sections}
+    return run_config(teacher, run_dir, **merged)
 
 
-@pytest.fixture
-def small_store() -> Iterator[None]:
-    """Another cluster, with a small object store; this process leaves the one that it is connected to."""
-    ray.shutdown()
-    with cluster_of({"num_cpus": 8, "object_store_memory": STORE_MEGABYTES << 20}):
-        yield
+@contextmanager
+def small_store() -> Iterator[dict[str, str]]:
+    """Starts a cluster with a small object store; yields the environment variables of a driver that joins it."""
+    from ray.cluster_utils import Cluster
+
+    arguments = {"num_cpus": 8, "num_gpus": 0, "include_dashboard": False, "object_store_memory": STORE_MEGABYTES << 20}
+    cluster = Cluster(head_node_args=arguments, initialize_head=True)
+    try:
+        yield os.environ | {"RAY_ADDRESS": cluster.address}
+    finally:
+        cluster.shutdown()
 
 
-@pytest.fixture
-def roomy(ray_cluster, wide_teacher, tmp_path) -> Path:
-    """Directory of the same run in a cluster whose store has room for its samples."""
-    train_here(wide_config(wide_teacher, tmp_path / "roomy"))
-    return tmp_path / "roomy"
+def run_with(config: OpdlmConfig, environment: dict[str, str]) -> str:
+    """Runs `opdlm train` in a process of its own to its end; returns its output."""
+    file = Path(config.run.dir).with_suffix(".yaml")
+    file.write_text(dump_config(config))
+    done = run_to_end(file, environment=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
 
 
-def test_more_samples_than_the_store_holds(roomy, small_store, wide_teacher, tmp_path) -> None:
+def test_more_samples_than_the_store_holds(ray_cluster, wide_teacher, tmp_path) -> None:
     """The queue keeps all four rounds, because the first checkpoint comes at the end. Ray spills them to disk."""
-    train_here(wide_config(wide_teacher, tmp_path / "tight"))
+    checkpoint = {"every_rounds": 10}
+    roomy, tight = (wide_config(wide_teacher, tmp_path / name, checkpoint=checkpoint) for name in ("roomy", "tight"))
+    assert train(roomy, resume=False, console=Console(quiet=True)) == 0
+    with small_store() as environment:
+        run_with(tight, environment)
     rounds = [r for r in read_records(tmp_path / "tight") if r["kind"] == "round"]
     kept = sum(r["target_bytes_per_token"] * r["round_tokens"] for r in rounds)
     assert kept > 1.5 * (STORE_MEGABYTES << 20)
     assert (rounds[-1]["refused_duplicate"], rounds[-1]["refused_stale"]) == (0, 0)
     steps = [r for r in read_records(tmp_path / "tight") if r["kind"] == "step"]
     assert sum(r["rows"] + r["rows_without_loss"] for r in steps) == 4 * 32
-    assert losses(tmp_path / "tight") == losses(roomy)
+    assert losses(tmp_path / "tight") == losses(tmp_path / "roomy")
