@@ -94,13 +94,11 @@ def test_a_node_dies(cluster, chain_teacher, tmp_path) -> None:
     """With the actors, perhaps ranks, and the samples on it. The rest of the cluster finishes the run."""
     node = start_node(cluster, num_cpus=8)
     run_dir = tmp_path / "run"
-    more = {"rollout": {"actors": 3}, "teacher": {"actors": 3}, "learner": {"workers": 1}}
-
-    def die() -> None:
-        wait_for_rounds(run_dir, 1)
+    more = {"rollout": {"actors": 3}, "teacher": {"actors": 3}}
+    with running(run_config(chain_teacher, run_dir, **more, evaluation={"final_problems": 0})) as process:
+        wait_for_rounds(run_dir, 1, process)
         cluster.remove_node(node, allow_graceful=False)
-
-    train_here(run_config(chain_teacher, run_dir, **more, evaluation={"final_problems": 0}), meanwhile=die)
+        assert process.wait(timeout=PATIENCE) == 0
     kinds = assert_sound(run_dir)
     assert kinds["actor_death"] + kinds["learner_restart"] >= 1, "no process of the run was on the node"
 
