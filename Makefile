@@ -110,7 +110,7 @@ models/ml100k-teacher: | data/ml100k
 	@$(BIN)/opdlm pretrain $@ --data data/ml100k/train.jsonl --steps 1200 --lr 2e-3
 
 models/ml100k-converted: | models/ml100k-teacher
-	@$(BIN)/opdlm convert models/ml100k-teacher $@ --block-size 4 --block-grid response
+	@$(BIN)/opdlm convert models/ml100k-teacher $@ --block-size 8 --block-grid response
 
 # Two processes, each with a Ray cluster of its own, share the files (tests/conftest.py); models are too small for two
 # threads. Where transformers 4 is installed (`make compat`), the tests of tests/compat read with it too.

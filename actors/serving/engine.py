@@ -1,7 +1,7 @@
 """The engine of a server's replica: a model, its decoder, and a thread that alone uses both.
 
 submit ──► inbox ──a slot is free──► decoder ──a block is finished──► deliver(Tokens)
-cancel ──► dropped before the next step            reload ──► waits until what is being decoded has ended
+cancel ──► dropped before the next step            take ──► waits until what is being decoded has ended
 """
 
 from __future__ import annotations
@@ -132,23 +132,16 @@ class ServingEngine:
                 self._cancelled.add(index)
                 self._changed.notify_all()
 
-    def reload(self, folder: str, version: int) -> int:
-        """Takes the weights of another folder of the same model, once what is being decoded has ended.
-
-        Requests that wait are decoded with the new weights. An older version changes nothing.
-
-        Returns: the version in the model.
+    def weights_of(self, folder: str) -> Mapping[str, torch.Tensor]:
+        """The state dict of another folder of the same model, which `take` can be given.
 
         Raises:
-            OpdlmError: the folder cannot be used, or it is another model; then the old weights stay.
+            OpdlmError: the folder cannot be used, or it is another model.
         """
-        if version <= self._version:
-            return self._version
-        facts = read_facts(folder)
-        self.check_facts(facts)
-        weights = load_model(folder, self._dtype).state_dict()
+        self.check_facts(read_facts(folder))
+        weights: Mapping[str, torch.Tensor] = load_model(folder, self._dtype).state_dict()
         self.check_weights(weights, folder)
-        return self.take(weights, version)
+        return weights
 
     def check_facts(self, facts: ModelFacts) -> None:
         """Raises `OpdlmError` where weights of a folder with these facts cannot replace those that are served."""
@@ -166,7 +159,12 @@ class ServingEngine:
             raise OpdlmError(f"{folder}: its weights have other names or shapes than those that are served")
 
     def take(self, weights: Mapping[str, torch.Tensor], version: int) -> int:
-        """Takes a state dict that `check_weights` has passed, as `reload` does; returns the version in the model."""
+        """Takes a state dict that `check_weights` has passed, once what is being decoded has ended.
+
+        Requests that wait are decoded with the new weights. An older version changes nothing.
+
+        Returns: the version in the model.
+        """
         with self._reload_lock:
             if version <= self._version:
                 return self._version

@@ -55,17 +55,15 @@ def prepare_student(config: OpdlmConfig) -> str:
     root = Path(config.run.dir).resolve()
     models, folder = _models(config), start_folder(config, root)
     start, lora = config.model.student or config.model.teacher, config.model.lora
-    gets_adapters = _gets_adapters(config)
-    if config.model.student and not gets_adapters:
-        pass  # as it is
-    elif not folder.exists() or (_held(root) != models and not list_checkpoints(root / "checkpoints")):
+    is_stale = not folder.exists() or (_held(root) != models and not list_checkpoints(root / "checkpoints"))
+    if _is_made(config) and is_stale:
         (root / _FILE).unlink(missing_ok=True)  # first: a folder without it counts as made of something else
         for old in (folder, *root.glob(".student_init.*")):  # also what a process that was killed has left half made
             shutil.rmtree(old, ignore_errors=True)
         grid = config.rollout.block_size, config.rollout.block_grid
         form = read_facts(start).form if config.model.student else config.model.converted_form
         convert_checkpoint(start, folder, *grid, config.model.mask_token, form.logit_shift, form.context)
-        if gets_adapters and lora is not None:
+        if lora is not None and _gets_adapters(config):
             student = load_model(folder, config.model.dtype)
             NoisyAdapters(student, lora, require_mask(read_facts(folder)), config.run.seed)
             write_noisy_adapters(student, folder)
@@ -75,9 +73,12 @@ def prepare_student(config: OpdlmConfig) -> str:
 
 def start_folder(config: OpdlmConfig, run_dir: Path) -> Path:
     """Where the student's first weights are, or will be: a folder of the run directory, or the given student's own."""
-    if config.model.student and not _gets_adapters(config):
-        return Path(config.model.student).resolve()
-    return run_dir / "student_init"
+    return run_dir / "student_init" if _is_made(config) else Path(str(config.model.student)).resolve()
+
+
+def _is_made(config: OpdlmConfig) -> bool:
+    """Whether the run makes its start student, and does not take a given one as it is."""
+    return not config.model.student or _gets_adapters(config)
 
 
 def _gets_adapters(config: OpdlmConfig) -> bool:

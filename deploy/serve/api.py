@@ -138,14 +138,8 @@ class Api:
 
     def _described(self) -> dict[str, Any]:
         now = self._reloading.current
-        served = {"checkpoint": now.folder, "weight_version": now.version}
-        return {
-            "id": self._name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "opdlm",
-            **served,
-        } | self._about
+        model = {"id": self._name, "object": "model", "created": self._created, "owned_by": "opdlm"}
+        return model | {"checkpoint": now.folder, "weight_version": now.version} | self._about
 
     async def _completions(self, request: Request) -> Response:
         return await self._answer(read_request(CompletionRequest, await self._body(request)))

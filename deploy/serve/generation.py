@@ -91,11 +91,16 @@ async def _response(
             if part.step is not None:
                 yield Piece(choice, step=part.step)
                 continue
-            new = text.add(part.ids, last=part.end is not None)
-            finish = "stop" if text.stopped or part.end == "eos" else part.end
-            yield Piece(choice, new, list(part.ids), None if part.logprobs is None else list(part.logprobs), finish)
-            if finish is not None:
+            piece = _piece(choice, text, part)
+            yield piece
+            if piece.finish is not None:
                 return
+
+
+def _piece(choice: int, text: TextStream, part: Tokens) -> Piece:
+    new = text.add(part.ids, last=part.end is not None)
+    finish = "stop" if text.stopped or part.end == "eos" else part.end
+    return Piece(choice, new, list(part.ids), None if part.logprobs is None else list(part.logprobs), finish)
 
 
 async def _tokens(engines: Engines, request: RolloutRequest, weights: Weights) -> AsyncGenerator[Tokens]:
@@ -156,9 +161,7 @@ async def generate_whole(
         usage.prompt_tokens += request.prompt_ids.size
         usage.completion_tokens += len(part.ids)
         usage.denoising_steps += part.denoising_steps
-        new = text.add(part.ids, last=True)
-        finish = "stop" if text.stopped or part.end == "eos" else part.end
-        yield Piece(choice, new, list(part.ids), None if part.logprobs is None else list(part.logprobs), finish)
+        yield _piece(choice, text, part)
 
 
 async def _decode(engines: Engines, requests: Sequence[RolloutRequest], weights: Weights) -> list[Tokens | Refused]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from opdlm.actors.serving.engine import ServingEngine
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.device import device_for
 from opdlm.common.model.facts import read_facts
-from opdlm.common.model.load import load_model
 from opdlm.common.types import RolloutRequest
 from opdlm.deploy.run.saved_student import is_checkpoint, open_saved_run, saved_student
 from opdlm.deploy.serve.options import ServeOptions, check_model
@@ -72,13 +71,13 @@ class EngineReplica:
             version=start.version,
         )
         self._weights = start
-        self._prepared: tuple[Weights, dict[str, torch.Tensor]] | None = None
+        self._prepared: tuple[Weights, Mapping[str, torch.Tensor]] | None = None
         self._loading = asyncio.Lock()
         if newest.version > start.version:
             self._engine.take(self._read(newest), newest.version)
             self._weights = newest
 
-    def _read(self, weights: Weights) -> dict[str, torch.Tensor]:
+    def _read(self, weights: Weights) -> Mapping[str, torch.Tensor]:
         """The state dict of weights that this engine can take.
 
         Raises:
@@ -87,12 +86,10 @@ class EngineReplica:
         folder = Path(weights.folder)
         if self._options.follow is not None and not folder.is_dir():  # the run has removed it meanwhile
             folder = open_saved_run(Path(self._options.follow)).newest().folder
-        if is_checkpoint(folder):
-            start, state = saved_student(folder)
-            self._engine.check_facts(read_facts(start))
-        else:
-            self._engine.check_facts(read_facts(folder))
-            state = load_model(folder, self._options.dtype).state_dict()
+        if not is_checkpoint(folder):
+            return self._engine.weights_of(str(folder))
+        start, state = saved_student(folder)
+        self._engine.check_facts(read_facts(start))
         self._engine.check_weights(state, weights.folder)
         return state
 

@@ -107,7 +107,7 @@ def test_cancelled_requests_end_their_batch_and_get_nothing_more(models) -> None
 
 def test_new_weights_come_between_batches(models) -> None:
     engine = engine_of(models[0])
-    assert engine.reload(str(models[1]), 3) == 3
+    assert engine.take(engine.weights_of(str(models[1])), 3) == 3
     found, expected = answers(engine, requests()), answers(engine_of(models[1]), requests())
     assert list(map(ids_of, found)) == list(map(ids_of, expected))
     assert {part.weight_version for parts_ in found for part in parts_} == {3}

@@ -138,8 +138,8 @@ def test_a_cancelled_request_frees_its_slot_and_gets_nothing_more(students) -> N
 def test_new_weights_come_between_requests_and_another_model_is_refused(students, tmp_path) -> None:
     engine = ServingEngine(str(students[0]), SETTINGS, 2, "float32", 1)
     before = [collect(engine, request) for request in requests()[:2]]
-    assert engine.reload(str(students[1]), 3) == 3
-    assert engine.reload(str(students[0]), 2) == 3, "an older version changes nothing"
+    assert engine.take(engine.weights_of(str(students[1])), 3) == 3
+    assert engine.take(engine.weights_of(str(students[0])), 2) == 3, "an older version changes nothing"
     for stream in before:
         assert len({part.weight_version for part in parts(stream)}) == 1
     found = parts(collect(engine, requests()[0]))
@@ -148,7 +148,7 @@ def test_new_weights_come_between_requests_and_another_model_is_refused(students
     assert found[-1].denoising_steps == expected.denoising_steps
     convert_checkpoint(save_teacher(tmp_path / "t"), tmp_path / "other", block_size=8, block_grid="absolute")
     with pytest.raises(OpdlmError, match="block_size: found 8; expected 4"):
-        engine.reload(str(tmp_path / "other"), 4)
+        engine.take(engine.weights_of(str(tmp_path / "other")), 4)
     assert parts(collect(engine, requests()[0]))[-1].weight_version == 3
 
 

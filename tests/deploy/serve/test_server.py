@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +14,12 @@ import httpx
 import openai
 import psutil
 import pytest
-import ray
 from rich.text import Text
 
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.deploy.chat.answering import How, There
 from opdlm.deploy.serve.options import ServeOptions
+from tests.deploy.serve.served import serving
 from tests.deploy.serve.steps import choices, plain, told
 from tests.patience import PATIENCE, wait_until
 from tests.system.victims import raylets_of
@@ -45,18 +44,8 @@ def folders(tmp_path_factory) -> list[Path]:
 @pytest.fixture(scope="module")
 def server(ray_cluster, folders, tmp_path_factory) -> Iterator[str]:
     """The address of a server with two engines."""
-    from ray import serve
-
-    from opdlm.deploy.serve.application import application
-
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"other\n{KEY}\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    if not ray.is_initialized():
-        ray.init(address=ray_cluster, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
     options = ServeOptions(
         checkpoint=str(folders[0]),
         name="tiny",
@@ -67,9 +56,8 @@ def server(ray_cluster, folders, tmp_path_factory) -> Iterator[str]:
         max_body_bytes=20_000,
         cpus_per_replica=1,
     )
-    serve.run(application(options), name="opdlm", route_prefix="/")
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    with serving(ray_cluster, options) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
