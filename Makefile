@@ -116,7 +116,7 @@ models/ml100k-converted: | models/ml100k-teacher
 # threads. Where transformers 4 is installed (`make compat`), the tests of tests/compat read with it too.
 READ_BY_4 = OPDLM_TRANSFORMERS_4=$(abspath $(COMPAT))
 PYTEST = OMP_NUM_THREADS=1 $(if $(wildcard $(COMPAT)/.installed),$(READ_BY_4)) $(BIN)/python -m pytest -n 2 \
-	--dist loadgroup --no-loadscope-reorder
+	--dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-dev  ## The tests before every commit: every part, and the main properties of whole runs.
 	$(PYTEST) -m "not slow and not nightly"

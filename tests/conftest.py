@@ -1,6 +1,6 @@
 """Fixtures: a small Ray cluster for the tests that need one, and what runs in it.
 
-For several processes (`pytest -n 2 --dist loadgroup --no-loadscope-reorder`, as make calls it): each process has a
+For several processes (`pytest -n 2 --dist loadfile --no-loadscope-reorder`, as make calls it): each process has a
 cluster of its own, which its first test with Ray starts. They share the models and runs that are made once
 (`made_once`).
 """
@@ -43,7 +43,7 @@ wait for it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For several processes: the tests of a file stay together, because they share what the file's fixtures make."""
+    """For several processes, which get whole files (`--dist loadfile`): the longest first."""
 
     def needs_ray(item: pytest.Item) -> bool:
         return bool(item.get_closest_marker("ray") or "cluster" in getattr(item, "fixturenames", ()))
@@ -51,8 +51,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     with_ray = {item.path for item in items if needs_ray(item)}
     first = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: first.get(item.path.name, len(first) + (item.path not in with_ray)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

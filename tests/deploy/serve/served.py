@@ -18,17 +18,22 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from safetensors.torch import load_file, save_file
 
 from opdlm.common.model.convert import convert_checkpoint
+from opdlm.common.model.facts import read_facts
 from opdlm.deploy.serve.options import ServeOptions
 from tests.patience import PATIENCE, wait_until
 from tests.system.victims import raylets_of
-from tests.tiny import EOS, save_teacher
+from tests.tiny import save_teacher
 
 
 def endless_student(folder: Path, seed: int, context: int = 512) -> Path:
-    """A student whose greedy responses end by their limit alone: the logit of its end token is 0, others are larger."""
+    """A student whose greedy responses end by their limit alone.
+
+    The logit of its end token is the mean of those of two other tokens, so it is never the largest.
+    """
     teacher = save_teacher(folder / f"teacher{seed}", seed, context=context)
     weights = load_file(teacher / "model.safetensors")
-    weights["lm_head.weight"][EOS] = 0
+    head, (end,) = weights["lm_head.weight"], read_facts(teacher).eos_ids
+    head[end] = head[end + 1 : end + 3].mean(0)
     save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
     convert_checkpoint(teacher, folder / f"student{seed}", block_size=4, block_grid="absolute")
     return folder / f"student{seed}"
