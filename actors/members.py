@@ -143,7 +143,7 @@ class Members:
             except BaseException as error:
                 if not is_death(error):
                     raise
-                self._mark_dead(name, life, error)
+                self.mark_dead(name, life, error)
                 raise ActorGone(name) from error
         return kept, answer
 
@@ -190,11 +190,14 @@ class Members:
             "(resources.call_timeout_seconds); does the cluster still have room for an actor?"
         )
 
-    def _mark_dead(self, name: str, life: int, error: BaseException) -> None:
+    def mark_dead(self, name: str, life: int, error: BaseException) -> None:
         """Notes that an actor died, and begins to wait for Ray's restart of it.
 
-        `life`: how often the actor had died before the call. All calls that were open die with it, one after another,
-        some perhaps when the actor is back already.
+        A caller finds out by itself where an actor died between two calls and Ray has restarted it: nothing fails then.
+
+        Args:
+            life: how often the actor had died before the call. All calls that were open die with it, one after another,
+                some perhaps when the actor is back already.
         """
         if life != self.life(name):
             return  # this death was told by another call

@@ -15,6 +15,10 @@ class WeightsLost(OpdlmError):
     """The weights of a published version can no longer be loaded, because the rank or node that held them has died."""
 
 
+class StreamLost(OpdlmError):
+    """A rollout actor has no stream to add to: it died with it, and Ray has restarted it before anybody called it."""
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's text, or the name of its class where the text is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

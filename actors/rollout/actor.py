@@ -28,7 +28,7 @@ from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.stream import SequenceStream
 from opdlm.actors.rollout.student import Student
 from opdlm.common.config.schema import OnNewWeights
-from opdlm.common.errors import OpdlmError, WeightsLost, last_line
+from opdlm.common.errors import OpdlmError, StreamLost, WeightsLost, last_line
 from opdlm.common.model.device import device_for
 from opdlm.common.types import (
     DecodeStats,
@@ -120,17 +120,23 @@ class RolloutActor(Student):
         """Takes requests into the stream, to be decoded with the given version, or with a newer one.
 
         Raises:
+            StreamLost: `open_stream` was not called since the actor started.
             ValueError: one of them cannot be decoded; then none is taken.
             WeightsLost: the published data is gone.
         """
-        assert self._stream is not None, "`open_stream` comes before `add`"
+        stream = self._open_stream
         self._receive(handle)
-        self._stream.add(requests)
+        stream.add(requests)
 
     def harvest(self, eager: bool) -> tuple[list[Trajectory | ScoredTrajectory], StreamReport]:
-        """See `SequenceStream.harvest`."""
-        assert self._stream is not None, "`open_stream` comes before `harvest`"
-        return self._stream.harvest(eager)
+        """See `SequenceStream.harvest`; raises `StreamLost` as `add` does."""
+        return self._open_stream.harvest(eager)
+
+    @property
+    def _open_stream(self) -> SequenceStream:
+        if self._stream is None:
+            raise StreamLost("the actor was restarted, and what it was decoding is lost")
+        return self._stream
 
     def decode(
         self,

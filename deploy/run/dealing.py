@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from opdlm.actors.members import ActorGone
 from opdlm.actors.pool import ActorPool
 from opdlm.actors.rollout.settings import DecodeSettings
-from opdlm.common.errors import OpdlmError
+from opdlm.common.errors import OpdlmError, StreamLost
 from opdlm.common.types import RolloutRequest, StreamReport, WeightHandle
 from opdlm.deploy.observe.records import RunRecords
 
@@ -229,6 +229,9 @@ class Dealer:
                     harvest = None
                     self._reported(session, group, report)
             return False
+        except StreamLost as error:  # it died while nobody called it, and is back
+            self._actors.mark_dead(name, life, error)
+            raise ActorGone(name) from error
         except RayError as error:
             _fail(session.items, error)
             session.sent.clear()
@@ -247,6 +250,8 @@ class Dealer:
         newest = max((item.weights for item in items), key=lambda weights: weights.version)
         try:
             await self._actors.call_on(session.name, "add", [item.request for item in items], newest)
+        except StreamLost:
+            raise
         except RayError as error:
             for item in items:
                 del session.sent[item.request.index]

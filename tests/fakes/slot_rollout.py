@@ -10,6 +10,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 
+from opdlm.common.errors import StreamLost
 from opdlm.common.types import DecodeStats, EndedSequence, RolloutRequest, StreamReport, WeightHandle
 
 
@@ -43,11 +44,12 @@ class SlotRollout:
         self.alive = True
         self.began: dict[int, float] = {}
         self.changed = asyncio.Event()
-        self.streams = 0
+        self.streams = self.lives = 0
         self._begin_life()
         self._engine = asyncio.ensure_future(self._run())
 
     def _begin_life(self) -> None:
+        self.opened = False
         self.version = self.arrived = -1
         self.ahead = self.added = 0
         self.inbox: deque[RolloutRequest] = deque()
@@ -58,6 +60,12 @@ class SlotRollout:
     def die(self) -> None:
         """Drops everything; every open call fails."""
         self.alive = False
+        self._tell()
+
+    def die_and_come_back(self) -> None:
+        """Drops everything; Ray has restarted it before anybody calls it, so that only open calls fail."""
+        self.lives += 1
+        self._begin_life()
         self._tell()
 
     async def ready(self) -> None:
@@ -86,17 +94,19 @@ class SlotRollout:
         self.inbox.clear()
         self.live, self.outbox, self.ahead, self.added = {}, [], ahead, 0
         self.streams += 1
+        self.opened = True
         self._tell()
         return self.slots + ahead
 
     async def add(self, requests: list[RolloutRequest], handle: WeightHandle) -> None:
-        self._check()
+        self._check_opened()
         self.arrived = max(self.arrived, handle.version)
         self.inbox.extend(requests)
         self.added += len(requests)
         self._tell()
 
     async def harvest(self, eager: bool) -> tuple[list[int], StreamReport]:
+        self._check_opened()
         stream = self.streams
         await self._until(lambda: bool(self.outbox) or self.streams != stream)
         if self.streams != stream:
@@ -160,9 +170,14 @@ class SlotRollout:
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         self._check()
-        life = self.restarts
+        life = self.restarts, self.lives
         while not condition():
             await self.changed.wait()
-            if self.restarts != life:
+            if (self.restarts, self.lives) != life:
                 raise RayActorError
             self._check()
+
+    def _check_opened(self) -> None:
+        self._check()
+        if not self.opened:
+            raise StreamLost("the actor was restarted")

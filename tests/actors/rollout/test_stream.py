@@ -10,7 +10,7 @@ import torch
 
 from opdlm.actors.rollout.actor import RolloutActor
 from opdlm.actors.rollout.settings import DecodeSettings
-from opdlm.common.errors import OpdlmError
+from opdlm.common.errors import OpdlmError, StreamLost
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import load_model
@@ -213,6 +213,14 @@ def test_weights_that_cannot_be_loaded_are_told_to_whoever_asks_next(start, stud
     actor.add(requests_of(student, [8]), weights(student, 1)[1])
     assert tried.wait(timeout=PATIENCE)
     with pytest.raises(OpdlmError, match="the checksum differs"):
+        actor.harvest(eager=True)
+
+
+def test_an_actor_that_was_restarted_says_that_it_has_no_stream(start, student) -> None:
+    actor = start()
+    with pytest.raises(StreamLost, match="restarted"):
+        actor.add(requests_of(student, [4]), weights(student, 0)[1])
+    with pytest.raises(StreamLost, match="restarted"):
         actor.harvest(eager=True)
 
 

@@ -44,7 +44,8 @@ def run_of(folder: str, shape: Shape, actors: dict[str, SlotRollout], stages: St
 
 
 EVENTS = st.lists(
-    st.tuples(st.floats(0.1, 60), st.sampled_from(["death", "death", "add", "retire"]), st.integers(0, 5)), max_size=6
+    st.tuples(st.floats(0.1, 60), st.sampled_from(["death", "quick death", "add", "retire"]), st.integers(0, 5)),
+    max_size=6,
 )
 
 
@@ -85,6 +86,8 @@ def test_each_sample_is_trained_once_and_none_is_too_stale_whatever_dies_comes_a
                     run.rollouts.add(name, Remote(everyone[name], asyncio.get_running_loop()))
                 elif what == "death" and names:
                     everyone[names[which % len(names)]].die()
+                elif what == "quick death" and names:
+                    everyone[names[which % len(names)]].die_and_come_back()
                 elif what == "retire" and len(names) > 1:
                     retiring.append(asyncio.ensure_future(run.rollouts.retire(names[which % len(names)])))
 
@@ -198,6 +201,22 @@ def test_an_actor_that_dies_while_it_has_nothing_to_do_has_no_room() -> None:
         for awaited in (dealer.room(), dealer.decode(request(3, 1), weights)):
             with pytest.raises(OpdlmError, match="rollout-0: none was ready within 100 s"):
                 await awaited
+
+    virtual_time.run(scenario())
+
+
+def test_an_actor_that_died_and_came_back_while_nobody_called_it_gets_a_new_stream() -> None:
+    """As after a node's death, while the run waits for its learner."""
+
+    async def scenario() -> None:
+        actor, weights = SlotRollout(4, lambda i: 3, restarts=1), WeightHandle(0, [], 0)
+        dealer, deaths = dealer_of(actor), []
+        dealer._actors.on_death = lambda name, reason: deaths.append((name, reason))
+        await dealer.decode(request(3, 0), weights)
+        actor.die_and_come_back()
+        both = await asyncio.gather(*(dealer.decode(request(3, i), weights) for i in (1, 2)))
+        assert [one.index for one in both] == [1, 2]
+        assert deaths == [("rollout-0", "the actor was restarted")]
 
     virtual_time.run(scenario())
 
