@@ -44,7 +44,7 @@ class SubmittedCluster:
         token.write_text("0123456789abcdef" * 4)
         self.token = token.read_text()
         self.python = environment_without_opdlm(folder / "venv")
-        gcs, self.dashboard, client = _free_ports(3)
+        gcs, self.dashboard, client = free_ports(3)
         self.environment = {n: v for n, v in os.environ.items() if not n.startswith(("RAY_", "PYTHONPATH"))}
         self.environment |= {
             "PATH": os.pathsep.join([str(self.python.parent), str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -136,7 +136,8 @@ class SubmittedCluster:
         return {node["node_id"] for node in self.state("nodes") if node["state"] == "ALIVE"}
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens at."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
