@@ -12,8 +12,6 @@ from opdlm.deploy.serve.options import ServeOptions
 from opdlm.deploy.serve.replica import EngineReplica
 from opdlm.deploy.serve.weights import KEEPER, WeightsKeeperActor
 
-_TAKEN_AHEAD = 2
-"""Requests that an engine takes per slot, so that a slot that ends finds the next one there."""
 _DRAIN_SECONDS = 600.0
 
 
@@ -28,9 +26,12 @@ def application(options: ServeOptions) -> Any:
                 "target_ongoing_requests": options.slots,
             }
         }
+    # More than the front lets in, so that it refuses by itself, with an error in OpenAI's shape, and requests wait in
+    # the engines: while those are full, Serve's router looks only every 0.5 s, for two requests, whether one has room.
+    ongoing = 10 * options.max_requests
     engines = serve.deployment(EngineReplica).options(
         name="engine",
-        max_ongoing_requests=_TAKEN_AHEAD * options.slots,
+        max_ongoing_requests=ongoing,
         ray_actor_options={"num_cpus": options.cpus_per_replica, "num_gpus": options.gpus_per_replica},
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         deployment_actors=[
@@ -41,7 +42,7 @@ def application(options: ServeOptions) -> Any:
     api = serve.deployment(Api).options(
         name="api",
         num_replicas=1,
-        max_ongoing_requests=10 * options.max_requests,  # so that it refuses by itself, with an error in OpenAI's shape
+        max_ongoing_requests=ongoing,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
     )
