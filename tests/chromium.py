@@ -111,6 +111,14 @@ class Chromium:
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole_page)["data"]
         file.write_bytes(base64.b64decode(data))
 
+    def problems(self, *origins: str) -> list[dict[str, Any]]:
+        """Exceptions, messages but those of refused requests, and requests for anything but `origins`."""
+        bad = [e for e in self.events if e["method"] == "Runtime.exceptionThrown"]
+        entries = [e["params"]["entry"] for e in self.events if e["method"] == "Log.entryAdded"]
+        bad += [entry for entry in entries if entry["source"] != "network"]
+        requests = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
+        return bad + [{"url": url} for url in requests if not url.startswith(origins)]
+
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
             piece = os.read(self._answers, 1 << 16)

@@ -12,6 +12,7 @@ from opdlm.actors.rollout.sampling import draw_candidates, hashed_uniform
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.form import PAPER_FORM, StudentForm
 from opdlm.common.grid import BlockGrid
+from opdlm.common.model.adapters import mark_noisy
 from opdlm.common.types import RolloutRequest
 
 
@@ -87,3 +88,17 @@ def full_forward(
     mask = torch.tensor([[sees(q, k) for k in places] for q in places])[None, None]
     logits = model(input_ids=torch.tensor([tokens]), attention_mask=mask, use_cache=False).logits[0].float()
     return torch.cat([logits[:1], logits[:-1]]) if form.logit_shift else logits
+
+
+@torch.no_grad()
+def draft_logits(model: Any, clean: list[int], masks: int, mask_id: int) -> torch.Tensor:
+    """Of a lossless student, `[T, V]`: clean tokens, causal, and behind them masks that see them and each other.
+
+    No cache and no batch; the mask token's logit is the model's own.
+    """
+    length = len(clean) + masks
+    seen = torch.ones(length, length).tril().bool()
+    seen[len(clean) :] = True
+    mark_noisy(model, (torch.arange(length) >= len(clean))[None])
+    ids = torch.tensor([clean + [mask_id] * masks])
+    return model(input_ids=ids, attention_mask=seen[None, None], use_cache=False).logits[0].float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -11,10 +11,25 @@ from opdlm.common.types import RolloutRequest
 
 
 @dataclass(frozen=True, slots=True)
+class Drafts:
+    """What a step of `verified` drafted for the next one: k = S - 1 tokens behind the last known one. On the CPU."""
+
+    positions: torch.Tensor  # [n, k] int64
+    tokens: torch.Tensor  # [n, k] int64
+    logits: torch.Tensor  # [n, k, V] float32, minus infinity for the mask token
+    mask_logit: torch.Tensor  # [n, k] float32, the model's own logit of the mask token
+
+
+@dataclass(frozen=True, slots=True)
 class StepObservation:
     """One denoising step, for an observer (`generate --trace`, `trace`, the parity tests). One row per occupied slot.
 
     All tensors are on the CPU. `candidates` and the fields after it hold values at masked positions and 0 elsewhere.
+
+    With `verified` the positions are the S behind the last token that is known. `tokens` are the drafts that the step
+    verified, `revealed` what it knows now: the drafts that were right and the clean path's own token behind them.
+    `candidates` at other positions are drafts of the next step. `confidence` and `logits` are the clean path's, behind
+    the tokens before the step.
     """
 
     index: list[int]  # [n] request index
@@ -27,6 +42,7 @@ class StepObservation:
     confidence: torch.Tensor  # [n, S] float32
     logits: torch.Tensor  # [n, S, V] float32, minus infinity for the mask token
     mask_logit: torch.Tensor  # [n, S] float32, the model's own logit of the mask token
+    drafts: Drafts | None = field(default=None, kw_only=True)  # of the next step; None: the strategy is not `verified`
 
 
 @dataclass(frozen=True, slots=True)

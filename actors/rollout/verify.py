@@ -31,7 +31,7 @@ from opdlm.actors.rollout.attention import Part, SlotLayout
 from opdlm.actors.rollout.denoise import Observer, refuse_logits
 from opdlm.actors.rollout.forward import StepForward
 from opdlm.actors.rollout.kv_cache import SPARE
-from opdlm.actors.rollout.observation import StepWatch
+from opdlm.actors.rollout.observation import Drafts, StepObservation, StepWatch
 from opdlm.actors.rollout.sampling import distribution, draw, draw_candidates, hashed_uniform
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.slots import Slots
@@ -90,8 +90,6 @@ class Verifier:
 
         Returns: the slots whose sequence is finished by it, and the tokens that went through the model.
         """
-        if observer is not None and not isinstance(observer, StepWatch):
-            raise OpdlmError("strategy verified: its steps cannot be traced; trace another strategy")
         size, start = self._size, slots.block_start.clone()  # [n]
         places = torch.arange(size, device=slots.device)
         clean = slots.tokens.gather(1, start[:, None] + places)  # [n, S]: d_0, and the drafts
@@ -100,7 +98,8 @@ class Verifier:
         right, own = self._verify(slots, clean, start, logits)
         last = start + 1 + right  # [n], the position of the token of its own that follows
         group = size + right[:, None] * size + places[:-1]  # [n, S - 1] queries that predict the next drafts
-        ahead, are_finite = self._logits(hidden.gather(1, group[..., None].expand(-1, -1, hidden.shape[-1])))
+        behind = hidden.gather(1, group[..., None].expand(-1, -1, hidden.shape[-1]))
+        ahead, are_finite = self._logits(behind)
         drafts = self._draft(slots, last, ahead)
         slots.step.add_(1)
         slots.tokens.scatter_(1, last[:, None], own[:, None])
@@ -117,6 +116,14 @@ class Verifier:
         new = slots.tokens.gather(1, window)
         if isinstance(observer, StepWatch):
             observer(slots.requests, slots.step, window, window < slots.end[:, None], known, new, None)
+        elif observer is not None:
+            verified = torch.cat([clean[:, 1:], torch.full_like(own, self._mask_id)[:, None]], dim=1)
+            chance = logits.softmax(-1).gather(2, new[..., None])[..., 0]
+            parts = [window, verified, window < slots.end[:, None], known, new, chance, logits]
+            parts.append(self._mask_logit(hidden[:, :size]))
+            drafted = last[:, None] + 1 + places[:-1], drafts, ahead, self._mask_logit(behind)
+            indices, cpu = [request.index for request in slots.requests], torch.Tensor.cpu
+            observer(StepObservation(indices, slots.step.tolist(), *map(cpu, parts), drafts=Drafts(*map(cpu, drafted))))
         ended = (last + 1 >= slots.end) | (torch.isin(new, self._eos_ids) & known).any(dim=1)
         state = torch.stack([ended.long(), last, is_finite & are_finite], dim=1)
         finished, slots.host_starts[: slots.occupied], finite = state.cpu().numpy().T  # the synchronisation of the step
@@ -163,6 +170,10 @@ class Verifier:
         logits = self._model.lm_head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]).float()
         logits.index_fill_(2, self._never, float("-inf"))
         return logits, logits.amax(dim=2).isfinite().all(dim=1)
+
+    def _mask_logit(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's own logit of the mask token at hidden states `[n, m, D]`: `[n, m]` float32."""
+        return torch.nn.functional.linear(hidden, self._model.lm_head.weight[self._mask_id]).float()
 
     def _verify(
         self, slots: Slots, clean: torch.Tensor, start: torch.Tensor, logits: torch.Tensor

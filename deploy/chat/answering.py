@@ -78,10 +78,10 @@ class Here:
         self._model, self._limit, self._console = Model(folder), max_new_tokens, console
         require_template(self._model.tokenizer)
         self._strategy = self._model.usual_strategies[-1]
-        self.has_trace = self._model.is_student and self._strategy != "verified"
+        self.has_trace = self._model.is_student
 
     def answer(self, messages: Sequence[Message], how: How, show: Show) -> Answer:
-        """See `Answering`. A lossless student's answer, and an autoregressive model's, comes whole."""
+        """See `Answering`. An autoregressive model's answer comes whole."""
         model = self._model
         prompt = model.encode(chat_prompt(model.tokenizer, messages), templated=True)
         # To the end of the last block, whatever the grid.

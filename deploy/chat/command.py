@@ -59,7 +59,7 @@ class Conversation:
             self.how = replace(self.how, temperature=_number(name, value, 0.0, 100.0))
         elif name == "trace":
             if not self._answering.has_trace:
-                raise OpdlmError("/trace: only an ordinary student in this process shows its denoising steps")
+                raise OpdlmError("/trace: only a student in this process shows its denoising steps")
             self.how = replace(self.how, trace=not self.how.trace)
             self._console.print(f"trace {'on' if self.how.trace else 'off'}", style="dim")
         elif name in ("clear", "system"):

@@ -23,7 +23,10 @@ def trace(
         Path | None,
         typer.Option(help="Student folder. Default: RUN/student, else the newest checkpoint, else the start."),
     ] = None,
-    strategy: Annotated[Strategy, typer.Option(help="Remasking strategy.")] = "low_confidence_dynamic",
+    strategy: Annotated[
+        Strategy | None,
+        typer.Option(help="Remasking strategy. Default: low_confidence_dynamic; verified for a lossless student."),
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Threshold of low_confidence_dynamic. Default: the run's.")
     ] = None,

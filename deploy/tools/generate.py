@@ -18,6 +18,8 @@ MASK_SIGN = "░"
 _EMPTY = "(empty response: it ended at once, or holds no text)"
 _NO_BLOCK = (-1, -1)
 """(index, position) before the first block."""
+_HEAD = "step  block; red 0 % to green 100 %: confidence of what the step revealed"
+_HEAD_OF_DRAFTS = "step  red 0 % to green 100 %: what it verified, and the teacher's probability; grey: drafts"
 
 
 def run_generate(
@@ -61,13 +63,11 @@ class Tracer:
     def __call__(self, observed: StepObservation) -> None:
         """Prints one step of the only live sequence."""
         if self._block == _NO_BLOCK:
-            self._console.print(
-                "step  block; red 0 % to green 100 %: confidence of what the step revealed", style="dim"
-            )
+            self._console.print(_HEAD if observed.drafts is None else _HEAD_OF_DRAFTS, style="dim")
         start = int(observed.positions[0, 0])
-        if (observed.index[0], start) != self._block:
-            self._block = (observed.index[0], start)
+        if observed.drafts is None and (observed.index[0], start) != self._block:
             self._console.print(f"      positions {start} to {int(observed.positions[0, -1])}", style="dim")
+        self._block = (observed.index[0], start)
         line = Text(f"{observed.step[0]:4d}  ")
         for column in range(observed.tokens.shape[1]):
             if bool(observed.revealed[0, column]):
@@ -75,7 +75,8 @@ class Tracer:
                 line.append(self._text(int(observed.candidates[0, column])), style=f"bold {_colour(confidence)}")
                 line.append(f" {confidence:.0%} ", style=_colour(confidence))
             elif bool(observed.masked[0, column]):
-                line.append(f"{MASK_SIGN} ", style="dim")
+                is_draft = observed.drafts is not None
+                line.append(f"{self._text(int(observed.candidates[0, column])) if is_draft else MASK_SIGN} ", "dim")
             else:
                 line.append(f"{self._text(int(observed.tokens[0, column]))} ")
         self._console.print(line, soft_wrap=True)

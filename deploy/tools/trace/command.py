@@ -32,6 +32,7 @@ from opdlm.deploy.evaluate.commands import check_output
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder
 from opdlm.deploy.evaluate.held_out import HeldOutProblems
 from opdlm.deploy.run.saved_student import put_checkpoint
+from opdlm.deploy.tools.trace.drafts import DraftRecorder
 from opdlm.deploy.tools.trace.page import render_page
 from opdlm.deploy.tools.trace.record import Recorder, block_records, mean_kl
 
@@ -44,13 +45,14 @@ _SAMPLES = 3
 class TraceOptions:
     """The options of the command line. None: the run's own setting.
 
-    The strategy is not the run's: rollouts of `low_confidence_static` would not show how a finished student decodes.
+    The strategy is not the run's, but the one that is usual for the student: rollouts of `low_confidence_static` would
+    not show how a finished student decodes.
     """
 
     student: Path | None
     prompts: list[str]
     samples: int | None
-    strategy: Strategy
+    strategy: Strategy | None
     threshold: float | None
     temperature: float | None
     max_new_tokens: int | None
@@ -115,7 +117,8 @@ def trace(
     decoder = BlockDecoder(student.model, settings, mask_id, facts.eos_ids, slots, tokens=facts.tokens, form=facts.form)
     trajectories, _ = decoder.decode(requests)
     targets = [t for t in score(teacher, trajectories, "hidden", 0, batch_tokens) if isinstance(t, HiddenTargets)]
-    recorder = Recorder(trajectories, targets, teacher.lm_head, mask_id, tokens, top)
+    kind = DraftRecorder if settings.strategy == "verified" else Recorder
+    recorder = kind(trajectories, targets, teacher.lm_head, mask_id, tokens, top)
     again, _ = decoder.decode(requests, observer=recorder)
     for one, other in zip(trajectories, again, strict=True):
         if not np.array_equal(one.response_ids, other.response_ids):
@@ -154,6 +157,7 @@ def _texts(student: CheckpointDecoder, entries: Sequence[dict[str, Any]]) -> dic
         used.update(entry["prompt_ids"], entry["response_ids"], *(tops[::2] for tops in entry["teacher"]))
         masks = [mask for block in entry["blocks"] for step in block["steps"] for mask in step["at"]]
         used.update(*(mask[5][::2] for mask in masks), (mask[1] for mask in masks))
+        used.update(wrong for mask in masks for wrong in mask[6:] if wrong is not None)
     return {token: student.tokenizer.decode([token]) for token in sorted(used)}
 
 
@@ -183,7 +187,8 @@ def _student(run: Path, config: OpdlmConfig, given: Path | None) -> tuple[Checkp
 
 def _settings(config: OpdlmConfig, student: CheckpointDecoder, options: TraceOptions) -> DecodeSettings:
     require_mask(student.facts)
-    given = {name: getattr(options, name) for name in ("strategy", "threshold", "temperature")}
+    given = {name: getattr(options, name) for name in ("threshold", "temperature")}
+    given["strategy"] = options.strategy or student.usual_strategies[-1]
     return replace(
         DecodeSettings.from_config(config.rollout),
         block_size=student.facts.block_size or config.rollout.block_size,

@@ -51,7 +51,8 @@ class Recorder:
         self._holes = torch.tensor(sorted(tokens.holes), dtype=torch.int64)
         self._top = min(top, len(tokens))
         self.steps: dict[int, list[dict[str, Any]]] = {t.index: [] for t in trajectories}
-        """By index, the denoising steps in order: `step`, `start` (position of the block), `at` (one entry per mask).
+        """By index, the denoising steps in order: `step`, `start` (position of the block), `count` (what the block has
+        to reveal), `at` (one entry per mask).
 
         An entry: [response position, candidate, confidence, 1 if revealed, KL in nats or None, student's top tokens].
         After the end of the response there is no KL, because the teacher scores the response only.
@@ -66,7 +67,7 @@ class Recorder:
             columns = observed.masked[row].nonzero()[:, 0]
             response_positions = observed.positions[row, columns] - len(trajectory.prompt_ids)
             logits = observed.logits[row, columns]
-            student_tops = _tops(logits.log_softmax(-1), self._top)
+            student_tops = likeliest(logits.log_softmax(-1), self._top)
             kl = self._divergences(index, response_positions, logits, observed.mask_logit[row, columns])
             at = [
                 [
@@ -79,7 +80,8 @@ class Recorder:
                 ]
                 for i, (position, column) in enumerate(zip(response_positions.tolist(), columns.tolist(), strict=True))
             ]
-            self.steps[index].append({"step": observed.step[row], "start": int(observed.positions[row, 0]), "at": at})
+            start = int(observed.positions[row, 0])
+            self.steps[index].append({"step": observed.step[row], "start": start, "count": len(at), "at": at})
 
     def _divergences(
         self, index: int, positions: torch.Tensor, logits: torch.Tensor, mask_logit: torch.Tensor
@@ -89,24 +91,28 @@ class Recorder:
         The softmax is over the tokens of teacher and student, as in the loss (learner/targets.py): it includes the mask
         token's own logit if the teacher has that token, but not if conversion added it.
         """
-        hidden = self._hidden[index]
-        inside = int((positions < len(hidden)).sum())
+        inside = int((positions < len(self._hidden[index])).sum())
         if inside == 0:
             return []
-        states = array_to_tensor(hidden[positions[:inside].numpy()]).to(self._head.weight.device)
         student = logits[:inside].clone()
         student[:, self._mask_id] = mask_logit[:inside]
-        teacher, student = (self._over_tokens(raw) for raw in (self._head(states).float().cpu(), student))
-        for position, tops in zip(positions.tolist(), _tops(teacher, self._top), strict=False):
+        teacher = self._teacher(index, positions[:inside])
+        return [round(value, 6) for value in forward_kl(teacher, self._over_tokens(student)).tolist()]
+
+    def _teacher(self, index: int, positions: torch.Tensor) -> torch.Tensor:
+        """The teacher's log-probabilities `[n, V]` at positions of the response, whose likeliest tokens it keeps."""
+        states = array_to_tensor(self._hidden[index][positions.numpy()]).to(self._head.weight.device)
+        teacher = self._over_tokens(self._head(states).float().cpu())
+        for position, tops in zip(positions.tolist(), likeliest(teacher, self._top), strict=True):
             self.teacher_tops[index][position] = tops
-        return [round(value, 6) for value in forward_kl(teacher, student).tolist()]
+        return teacher
 
     def _over_tokens(self, logits: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[n, V]`, where V ends with the last shared token; -1e30 at a row that no token has."""
         return logits[:, : self._tokens.end].index_fill(1, self._holes, -1e30).log_softmax(-1)
 
 
-def _tops(log_probabilities: torch.Tensor, count: int) -> list[list[float]]:
+def likeliest(log_probabilities: torch.Tensor, count: int) -> list[list[float]]:
     """`[n, V]` -> for each position [token, probability, token, ...], the likeliest token first."""
     values, tokens = log_probabilities.topk(count, dim=-1)
     probabilities = np.round(values.exp().numpy().astype(np.float64), 4)
@@ -125,7 +131,7 @@ def block_records(trajectory: Trajectory, steps: Sequence[dict[str, Any]]) -> li
     blocks: list[dict[str, Any]] = []
     for step in steps:
         if not blocks or blocks[-1]["start"] != step["start"]:
-            blocks.append({"start": step["start"], "first": step["at"][0][0], "count": len(step["at"]), "steps": []})
+            blocks.append({"start": step["start"], "first": step["at"][0][0], "count": step["count"], "steps": []})
         blocks[-1]["steps"].append({"step": step["step"], "at": step["at"]})
     for block in blocks:
         inside = min(block["first"] + block["count"], trajectory.response_length) - block["first"]
@@ -136,5 +142,5 @@ def block_records(trajectory: Trajectory, steps: Sequence[dict[str, Any]]) -> li
 
 def mean_kl(steps: Sequence[dict[str, Any]]) -> float | None:
     """Mean KL in nats over the positions of all steps that have one; None where none has."""
-    values = [kl for step in steps for *_, kl, _ in step["at"] if kl is not None]
+    values = [mask[4] for step in steps for mask in step["at"] if mask[4] is not None]
     return round(sum(values) / len(values), 6) if values else None

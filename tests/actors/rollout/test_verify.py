@@ -28,6 +28,7 @@ from opdlm.deploy.observe.round_figures import _draft_figures
 from opdlm.learner.distill import DistillModule
 from opdlm.learner.packing import pack
 from opdlm.learner.rows import build_draft_row
+from tests.oracles import draft_logits
 from tests.tiny import EOS, MASK, OTHER_FAMILIES, request, tiny_model, trajectory
 
 SEEDS = st.integers(0, 10**6)
@@ -57,15 +58,9 @@ MODELS = [
 ]
 
 
-@torch.no_grad()
 def _logits(model: Any, clean: list[int], masks: int) -> torch.Tensor:
-    """`[T, V]`: clean tokens, causal, and behind them masks that see them and each other; no cache, no batch."""
-    length = len(clean) + masks
-    seen = torch.ones(length, length).tril().bool()
-    seen[len(clean) :] = True
-    mark_noisy(model, (torch.arange(length) >= len(clean))[None])
-    ids = torch.tensor([clean + [MASK] * masks])
-    logits = model(input_ids=ids, attention_mask=seen[None, None], use_cache=False).logits[0]
+    """Of tokens that may be drawn, `[T, V]`."""
+    logits = draft_logits(model, clean, masks, MASK)
     logits[:, MASK] = float("-inf")
     return logits
 

@@ -116,7 +116,7 @@ def test_the_conversation_is_kept_and_commands_change_it() -> None:
     [
         ("/threshold 2", "/threshold: found '2'; expected a number of 0 to 1"),
         ("/temperature x", "/temperature: found 'x'"),
-        ("/trace", "/trace: only an ordinary student"),
+        ("/trace", "/trace: only a student in this process"),
         ("/fly", "/fly: unknown; /help lists"),
         ("a\udcff", "the message holds a lone surrogate"),
     ],

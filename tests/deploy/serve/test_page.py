@@ -87,15 +87,6 @@ def decode(browser: Chromium, prompt: str, **fields: object) -> None:
     browser.click("#decode")
 
 
-def problems(browser: Chromium, server: str) -> list[dict]:
-    """Exceptions, messages of the browser but those of refused requests, and requests for anything but the server."""
-    bad = [e for e in browser.events if e["method"] == "Runtime.exceptionThrown"]
-    entries = [e["params"]["entry"] for e in browser.events if e["method"] == "Log.entryAdded"]
-    bad += [entry for entry in entries if entry["source"] != "network"]
-    requests = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
-    return bad + [{"url": url} for url in requests if not url.startswith((server, "data:"))]
-
-
 @needs_browser
 def test_the_page_shows_every_step_of_a_response(server, page) -> None:
     assert text(page, "#facts").startswith("modeltinystrategylow confidence dynamic")
@@ -126,7 +117,7 @@ def test_the_page_shows_every_step_of_a_response(server, page) -> None:
     shown = page.ask("Array.from(document.querySelectorAll('#blocks .chip'), c => c.className)")
     assert shown.count("chip masked") + sum("now" in kind for kind in shown) == 3, "the first block, behind the prompt"
     assert shown.count("chip future") == 28
-    assert problems(page, server) == []
+    assert page.problems(server, "data:") == []
 
 
 @needs_browser
@@ -142,7 +133,7 @@ def test_stop_frees_the_slot_and_what_has_come_stays(server, page) -> None:
     decode(page, "7", limit=8)
     wait(page, "!running && usage")
     assert text(page, "#tokens") == "8"
-    assert problems(page, server) == []
+    assert page.problems(server, "data:") == []
 
 
 @needs_browser
@@ -160,7 +151,7 @@ def test_errors_are_shown_and_go_away(server, page) -> None:
     wait(page, "!running && usage")
     assert page.ask("document.querySelector('#error').hidden")
     assert page.ask("localStorage.length + sessionStorage.length + document.cookie.length") == 0
-    assert problems(page, server) == []
+    assert page.problems(server, "data:") == []
 
 
 @needs_browser
@@ -179,4 +170,4 @@ def test_texts_are_never_markup_and_the_page_fits_a_phone(server, page) -> None:
     page.call("Emulation.setEmulatedMedia", features=scheme)
     assert page.ask("getComputedStyle(document.body).backgroundColor") != light
     assert page.ask("document.title") == "opdlm serve"
-    assert problems(page, server) == []
+    assert page.problems(server, "data:") == []

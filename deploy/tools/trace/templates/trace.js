@@ -12,6 +12,7 @@ const shown = (token) => raw(token).replace(/\n/g, "⏎").replace(/\t/g, "⇥").
 const inText = (token) => visible(raw(token));
 const nats = (kl) => (kl === null ? "–" : kl >= 1 ? kl.toFixed(2) : kl >= 0.0001 ? kl.toFixed(4) : kl.toExponential(0));
 const part = (value, largest) => (largest > 0 ? Math.min(value / largest, 1) : 0);
+const hasDrafts = data.settings.strategy === "verified"; // each step verifies drafts, and is a block of its own
 const current = () => data.trajectories[chosen];
 const blockAt = (at) => (at < steps.length ? steps[at].block : current().blocks.length);
 
@@ -109,10 +110,11 @@ function chip(trajectory, position, state, now) {
 }
 
 function paintCards(trajectory, b, now) {
-  const block = trajectory.blocks[b], prompt = trajectory.prompt_ids, end = prompt.length + block.first + block.count;
+  const block = trajectory.blocks[b], prompt = trajectory.prompt_ids, last = block.steps[0].at.at(-1)[0];
+  const end = prompt.length + Math.max(block.first + block.count, last + 1); // drafts that are thrown away lie behind
   const kl = now ? now.at.filter((place) => place[4] !== null).map((place) => place[4]) : [];
   const mean = kl.length ? `; this step ${nats(kl.reduce((a, c) => a + c) / kl.length)} nats` : "";
-  $("block").replaceChildren(`Block ${b + 1}`, make("small", "", `positions ${block.start} to ${end - 1}, ${blockTotals(block)}${mean}`));
+  $("block").replaceChildren(`Block ${b + 1}`, make("small", "", `positions ${block.start} to ${prompt.length + block.first + block.count - 1}, ${blockTotals(block)}${mean}`));
   const cards = [];
   for (let position = block.start; position < end; position++)
     cards.push(position < prompt.length ? promptCard(position, prompt[position]) : card(trajectory, position, now));
@@ -135,22 +137,27 @@ function card(trajectory, position, now) {
   const response = position - trajectory.prompt_ids.length;
   const live = now && now.at.find((place) => place[0] === response);
   const { place: final, step } = revealed[response];
-  const [, candidate, confidence, isRevealed, kl, tops] = live ?? final;
-  const state = !live ? `revealed by step ${step}` : isRevealed ? "revealed now" : "masked";
+  const [, candidate, confidence, isRevealed, kl, tops, wrong] = live ?? final;
+  const state = hasDrafts ? fate(live ?? final) : !live ? `revealed by step ${step}` : isRevealed ? "revealed now" : "masked";
   const element = make("div", "card" + (live ? (isRevealed ? " now" : "") : " earlier"));
-  const token = make("span", live && !isRevealed ? "token masked" : "token sure", live && !isRevealed ? "░" : shown(candidate));
+  const token = make("span", live && !isRevealed ? "token masked" : "token sure", live && !isRevealed && !hasDrafts ? "░" : shown(candidate));
   token.style.setProperty("--sure", confidence);
-  const said = live && !isRevealed ? `candidate ${shown(candidate)}, confidence ${percent(confidence)}` : `confidence ${percent(confidence)}`;
+  const said = wrong != null ? `draft ${shown(wrong)} was wrong, teacher's confidence ${percent(confidence)}` : live && !isRevealed ? `candidate ${shown(candidate)}, confidence ${percent(confidence)}` : `confidence ${percent(confidence)}`;
   element.append(head(position, state), token, make("span", "said", said));
 
   const meter = make("div", "meter"), track = make("div", "track");
   track.append(make("i"));
   track.firstChild.style.setProperty("--part", Math.sqrt(part(kl ?? 0, maxKl)));
-  meter.append(make("span", "", "KL"), track, make("span", "number", kl === null ? "after the end" : `${nats(kl)} nats`));
+  meter.append(make("span", "", "KL"), track, make("span", "number", kl === null ? (hasDrafts ? "no draft" : "after the end") : `${nats(kl)} nats`));
   const pair = make("div", "tops");
-  pair.append(topTable("student", tops, candidate), topTable("teacher", trajectory.teacher[response] ?? [], candidate));
+  pair.append(topTable("student", tops, wrong ?? candidate), topTable("teacher", trajectory.teacher[response] ?? [], candidate));
   element.append(meter, pair);
   return element;
+}
+
+function fate([, , , isRevealed, kl, , wrong]) {
+  if (!isRevealed) return "draft, thrown away";
+  return wrong != null || kl === null ? "the teacher's own token" : "draft, right";
 }
 
 function topTable(title, tops, candidate) {

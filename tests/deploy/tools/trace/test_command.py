@@ -14,14 +14,13 @@ from typer.testing import CliRunner
 from opdlm.common.checkpoint import save_checkpoint
 from opdlm.common.config import dump_config, load_config
 from opdlm.common.errors import OpdlmError
-from opdlm.common.model.adapters import NoisyAdapters, adapter_parameters, add_adapters, write_noisy_adapters
+from opdlm.common.model.adapters import adapter_parameters, add_adapters
 from opdlm.common.model.convert import convert_checkpoint
-from opdlm.common.model.facts import read_facts, require_mask
 from opdlm.common.model.load import load_model
 from opdlm.deploy.cli import app
 from opdlm.deploy.tools.trace.command import run_trace
 from opdlm.learner.lora import merged_parameters
-from tests.deploy.tools.trace.traced_run import make_run, options, page_data
+from tests.deploy.tools.trace.traced_run import make_lossless_run, make_run, options, page_data
 
 
 def test_dynamic_decoding_is_shown_whatever_the_rollouts_do(tmp_path, chain_teacher) -> None:
@@ -89,15 +88,7 @@ def test_a_checkpoint_of_adapters_is_loaded_into_the_start(tmp_path, chain_teach
 
 def test_an_unfinished_lossless_run_is_shown(tmp_path, chain_teacher) -> None:
     """Its start has adapters on noisy tokens already; a checkpoint holds the trained ones."""
-    run = make_run(tmp_path, chain_teacher, "response")
-    noisy = "{logit_shift: true, context: causal, lora: {rank: 2, tokens: noisy}}"
-    config = load_config(run / "config.yaml", [f"model={noisy}", f"model.teacher={chain_teacher}"])
-    (run / "config.yaml").write_text(dump_config(config))
-    shutil.rmtree(run / "student")
-    convert_checkpoint(chain_teacher, run / "student_init", 4, "response", None, True, "causal")
-    student = load_model(run / "student_init")
-    NoisyAdapters(student, config.model.lora, require_mask(read_facts(run / "student_init")), seed=0)
-    write_noisy_adapters(student, run / "student_init")
+    run, student = make_lossless_run(tmp_path, chain_teacher)
     run_trace(run, options(prompts=["12+3-4="], out=tmp_path / "start.html"), Console(quiet=True))
     trained = {name: p.detach() + 0.3 for name, p in adapter_parameters(student)}
     save_checkpoint(

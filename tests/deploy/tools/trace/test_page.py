@@ -78,7 +78,7 @@ def test_page_in_a_browser(tmp_path, chain_teacher) -> None:
         assert browser.ask("document.querySelector('#prompt').textContent") == "5+6="
         browser.ask("{ const s = document.querySelector('#slider'); s.value = 0; s.dispatchEvent(new Event('input')) }")
         assert where(browser).startswith("step 1 ")
-        assert problems(browser) == []
+        assert browser.problems("file:") == []
 
 
 @needs_browser
@@ -99,7 +99,7 @@ def test_no_text_becomes_markup(tmp_path, chain_teacher) -> None:
         assert browser.ask("document.querySelector('#cards b, #text b, dd b')") is None
         browser.press("End")
         assert where(browser).startswith("done: ")
-        assert problems(browser) == []
+        assert browser.problems("file:") == []
 
 
 @needs_browser
@@ -124,15 +124,8 @@ def test_a_long_response_redraws_only_what_changed(tmp_path) -> None:
             "setTimeout(() => done(n), 0) })"
         )
         assert 0 < drawn <= 2
-        assert problems(browser) == []
+        assert browser.problems("file:") == []
 
 
 def where(browser: Chromium) -> str:
     return browser.ask("document.querySelector('#where').textContent")
-
-
-def problems(browser: Chromium) -> list[dict]:
-    """Exceptions, errors in the log, and requests for anything but files."""
-    requests = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
-    bad = [e for e in browser.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
-    return bad + [{"url": url} for url in requests if not url.startswith("file:")]

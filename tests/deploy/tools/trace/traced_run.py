@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from opdlm.common.config import config_from_dict, dump_config
+from opdlm.common.config import config_from_dict, dump_config, load_config
+from opdlm.common.model.adapters import NoisyAdapters, write_noisy_adapters
 from opdlm.common.model.convert import convert_checkpoint
+from opdlm.common.model.facts import read_facts, require_mask
 from opdlm.common.model.load import load_model
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.deploy.tools.trace.command import TraceOptions
@@ -20,7 +24,7 @@ def options(**changed) -> TraceOptions:
         "student": None,
         "prompts": [],
         "samples": None,
-        "strategy": "low_confidence_dynamic",
+        "strategy": None,
         "threshold": None,
         "temperature": None,
     }
@@ -50,6 +54,20 @@ def make_run(folder: Path, teacher: Path, grid: str, **rollout) -> Path:
     student.save_pretrained(run / "student")
     tokenizer.save_pretrained(run / "student")
     return run
+
+
+def make_lossless_run(folder: Path, teacher: Path) -> tuple[Path, Any]:
+    """The directory of a lossless run that has only begun, and its start student, whose adapters change nothing."""
+    run = make_run(folder, teacher, "response")
+    noisy = "{logit_shift: true, context: causal, lora: {rank: 2, tokens: noisy}}"
+    config = load_config(run / "config.yaml", [f"model={noisy}", f"model.teacher={teacher}"])
+    (run / "config.yaml").write_text(dump_config(config))
+    shutil.rmtree(run / "student")
+    convert_checkpoint(teacher, run / "student_init", 4, "response", None, True, "causal")
+    student = load_model(run / "student_init")
+    NoisyAdapters(student, config.model.lora, require_mask(read_facts(run / "student_init")), seed=0)
+    write_noisy_adapters(student, run / "student_init")
+    return run, student
 
 
 def page_data(page: Path) -> dict:
