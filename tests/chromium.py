@@ -111,11 +111,11 @@ class Chromium:
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole_page)["data"]
         file.write_bytes(base64.b64decode(data))
 
-    def problems(self, *origins: str) -> list[dict[str, Any]]:
-        """Exceptions, messages but those of refused requests, and requests for anything but `origins`."""
+    def problems(self, *origins: str, but: str | None = None) -> list[dict[str, Any]]:
+        """Exceptions, messages but those of the source `but`, and requests for anything but `origins`."""
         bad = [e for e in self.events if e["method"] == "Runtime.exceptionThrown"]
         entries = [e["params"]["entry"] for e in self.events if e["method"] == "Log.entryAdded"]
-        bad += [entry for entry in entries if entry["source"] != "network"]
+        bad += [entry for entry in entries if entry["source"] != but]
         requests = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
         return bad + [{"url": url} for url in requests if not url.startswith(origins)]
 

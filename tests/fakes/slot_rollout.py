@@ -49,6 +49,7 @@ class SlotRollout:
         self._engine = asyncio.ensure_future(self._run())
 
     def _begin_life(self) -> None:
+        self.lives += 1
         self.opened = False
         self.version = self.arrived = -1
         self.ahead = self.added = 0
@@ -64,7 +65,6 @@ class SlotRollout:
 
     def die_and_come_back(self) -> None:
         """Drops everything; Ray has restarted it before anybody calls it, so that only open calls fail."""
-        self.lives += 1
         self._begin_life()
         self._tell()
 
@@ -170,10 +170,10 @@ class SlotRollout:
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         self._check()
-        life = self.restarts, self.lives
+        life = self.lives
         while not condition():
             await self.changed.wait()
-            if (self.restarts, self.lives) != life:
+            if self.lives != life:
                 raise RayActorError
             self._check()
 

@@ -44,7 +44,9 @@ def run_of(folder: str, shape: Shape, actors: dict[str, SlotRollout], stages: St
 
 
 EVENTS = st.lists(
-    st.tuples(st.floats(0.1, 60), st.sampled_from(["death", "quick death", "add", "retire"]), st.integers(0, 5)),
+    st.tuples(
+        st.floats(0.1, 60), st.sampled_from(["death", "death", "quick death", "add", "retire"]), st.integers(0, 5)
+    ),
     max_size=6,
 )
 

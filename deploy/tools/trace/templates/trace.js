@@ -110,8 +110,8 @@ function chip(trajectory, position, state, now) {
 }
 
 function paintCards(trajectory, b, now) {
-  const block = trajectory.blocks[b], prompt = trajectory.prompt_ids, last = block.steps[0].at.at(-1)[0];
-  const end = prompt.length + Math.max(block.first + block.count, last + 1); // drafts that are thrown away lie behind
+  const block = trajectory.blocks[b], prompt = trajectory.prompt_ids;
+  const end = prompt.length + block.steps[0].at.at(-1)[0] + 1; // behind the block's own lie drafts that were thrown away
   const kl = now ? now.at.filter((place) => place[4] !== null).map((place) => place[4]) : [];
   const mean = kl.length ? `; this step ${nats(kl.reduce((a, c) => a + c) / kl.length)} nats` : "";
   $("block").replaceChildren(`Block ${b + 1}`, make("small", "", `positions ${block.start} to ${prompt.length + block.first + block.count - 1}, ${blockTotals(block)}${mean}`));
@@ -142,7 +142,8 @@ function card(trajectory, position, now) {
   const element = make("div", "card" + (live ? (isRevealed ? " now" : "") : " earlier"));
   const token = make("span", live && !isRevealed ? "token masked" : "token sure", live && !isRevealed && !hasDrafts ? "░" : shown(candidate));
   token.style.setProperty("--sure", confidence);
-  const said = wrong != null ? `draft ${shown(wrong)} was wrong, teacher's confidence ${percent(confidence)}` : live && !isRevealed ? `candidate ${shown(candidate)}, confidence ${percent(confidence)}` : `confidence ${percent(confidence)}`;
+  const about = wrong != null ? `draft ${shown(wrong)} was wrong, teacher's ` : live && !isRevealed ? `candidate ${shown(candidate)}, ` : "";
+  const said = `${about}confidence ${percent(confidence)}`;
   element.append(head(position, state), token, make("span", "said", said));
 
   const meter = make("div", "meter"), track = make("div", "track");
