@@ -13,8 +13,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from opdlm.common.config.base import Grid
+from opdlm.common.config.schema import LoraConfig
 from opdlm.common.form import StudentForm
+from opdlm.common.model.adapters import NoisyAdapters, adapter_parameters
 from opdlm.common.model.char_tokenizer import build_char_tokenizer
+from opdlm.common.model.convert import convert_checkpoint
+from opdlm.common.model.facts import read_facts
+from opdlm.common.model.folder import save_student
+from opdlm.common.model.load import load_model
 from opdlm.common.tensors import tensor_to_array
 from opdlm.common.types import (
     HiddenTargets,
@@ -147,6 +153,18 @@ def save_teacher(
     teacher.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_lossless(teacher: Path, root: Path) -> Path:
+    """Saves a student of a teacher in `root/student`; its random adapters act on noisy tokens alone."""
+    convert_checkpoint(teacher, root / "start", 4, "response", logit_shift=True, context="causal")
+    model = load_model(root / "start")
+    NoisyAdapters(model, LoraConfig(rank=2), read_facts(root / "start").mask_id, 0)
+    with torch.no_grad():
+        for _, parameter in adapter_parameters(model):
+            parameter.normal_(std=0.3)
+    save_student(model, root / "start", root / "student", 4, "response")
+    return root / "student"
 
 
 def scored(index: int, kind: str, seed: int, prompt: int = 3, kept: int = 8, length: int = 6) -> ScoredTrajectory:

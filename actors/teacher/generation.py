@@ -45,6 +45,7 @@ def generate(
     tokens: TokenIds | None = None,
     on_batch: OnBatch = unheard,
     is_over: IsOver | None = None,
+    prompt_lookup: int = 0,
 ) -> list[np.ndarray]:
     """Generates a response `[R] int32` to each prompt `[P] int32`, in the order of the prompts.
 
@@ -56,11 +57,15 @@ def generate(
         seed: seed of the sampling. A sampled response also depends on the prompts in the same batch.
         tokens: the rows of the vocabulary that are tokens; no other row is drawn. None: all rows.
         on_batch: called after each batch.
+        prompt_lookup: above 0, as many tokens that followed the last ones earlier in the sequence are drafts, which one
+            forward verifies (transformers' `prompt_lookup_num_tokens`); transformers wants batches of one for it.
 
     Raises:
         OpdlmError: the model's logits are not finite.
     """
     generation = GenerationConfig(eos_token_id=list(eos_ids), pad_token_id=eos_ids[0], do_sample=False)
+    if prompt_lookup:
+        generation.update(prompt_lookup_num_tokens=prompt_lookup)
     if temperature > 0:
         torch.manual_seed(wrapped(seed))  # transformers draws from the global generator
         generation.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)

@@ -10,6 +10,13 @@ import typer
 from opdlm.deploy.cli.app import CheckpointFolder, app, clear_errors, model_folder_of, out, with_option_groups
 from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_thinking, refuse_data_options
 
+Checkpoints = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[NAME=]CKPT...", help="Checkpoint folders or hub ids, each with its name in the results, as AR=FOLDER."
+    ),
+]
+
 
 @app.command("eval")
 @with_option_groups
@@ -39,6 +46,14 @@ def evaluate(
         typer.Option(
             help="Re-ranking: what --output wrote for another checkpoint and the same questions; the table says by how "
             "much this one is better, with intervals."
+        ),
+    ] = None,
+    prompt_lookup: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The autoregressive model, CKPT or --teacher, also answers with transformers' prompt lookup: drafts "
+            "of so many tokens that it has read before. One prompt at a time.",
         ),
     ] = None,
     samples: Annotated[
@@ -77,6 +92,8 @@ def evaluate(
 
         opdlm eval runs/mine/student --data knowledge --teacher models/smollm2 --samples 6
 
+        opdlm eval runs/lossless/student --task chain --teacher models/chain-teacher --batch-size 1 --prompt-lookup 10
+
         opdlm eval runs/rerank/rl/student --task rerank --beside opd.json
 
         opdlm eval runs/math/student --data math500.jsonl --answer math --chat --max-new-tokens 2048
@@ -87,11 +104,19 @@ def evaluate(
         from opdlm.deploy.evaluate.commands import EvalOptions, known_strategies, refuse_misplaced, run_eval
 
         options = EvalOptions(
-            known_strategies(strategy or []), threshold, block_size, output, teacher, samples or 0, beside
+            known_strategies(strategy or []),
+            threshold,
+            block_size,
+            output,
+            teacher,
+            samples or 0,
+            beside,
+            prompt_lookup or 0,
         )
         if lm_eval:
             given = {"--task": questions.task, "--data": questions.data, "--problems": questions.problems}
-            refuse_misplaced("--lm-eval", given | {"--teacher": teacher, "--samples": samples, "--beside": beside})
+            given |= {"--teacher": teacher, "--samples": samples, "--beside": beside, "--prompt-lookup": prompt_lookup}
+            refuse_misplaced("--lm-eval", given)
             refuse_data_options("--lm-eval", questions)
             check_thinking(questions)
             from opdlm.deploy.evaluate.lm_eval import HarnessOptions, known_likelihood, run_harness
@@ -117,7 +142,7 @@ def evaluate(
 @app.command()
 @with_option_groups
 def sweep(
-    checkpoint: CheckpointFolder,
+    checkpoints: Checkpoints,
     questions: QuestionOptions,
     decoding: DecodingOptions,
     threshold: Annotated[str, typer.Option(help="Thresholds of low_confidence_dynamic, with commas between.")] = (
@@ -128,36 +153,43 @@ def sweep(
     ] = None,
     strategy: Annotated[
         list[str] | None,
-        typer.Option(help="Strategies; repeatable. Default: dynamic. One without a threshold gives a point per block."),
+        typer.Option(
+            help="Strategies; repeatable. Default: dynamic; verified for a lossless student. One without a threshold "
+            "gives a point per block."
+        ),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option("--out", help="PNG; the JSON goes beside it. Default: sweep.png beside the folder.")
+        Path | None,
+        typer.Option("--out", help="PNG; the JSON goes beside it. Default: sweep.png beside the first folder."),
     ] = None,
 ) -> None:
     """Accuracy against tokens per denoising step, over thresholds and block sizes: table, PNG and JSON.
+
+    Several checkpoints share table and plot; an autoregressive one is a point in them.
 
     Examples:
 
         opdlm sweep runs/demo/student --task chain
 
         opdlm sweep runs/demo/student --task chain --threshold 0.5,0.9 --block-size 4,8 --out figure3.png
+
+        opdlm sweep AR=models/chain-teacher student=runs/demo/student lossless=runs/demo-lossless/student --task chain
     """
     with clear_errors():
-        from opdlm.deploy.evaluate.commands import known_strategies
-        from opdlm.deploy.evaluate.sweep import numbers, run_sweep
+        from opdlm.deploy.evaluate.commands import known_strategies, read_models
+        from opdlm.deploy.evaluate.sweep import SweepOptions, numbers, run_sweep
 
-        strategies = known_strategies(strategy or ["low_confidence_dynamic"])
+        strategies = known_strategies(strategy or [])
         thresholds = numbers(threshold, float, "--threshold", 0, 1)
         blocks = numbers(block_size, int, "--block-size", 1, 4096) if block_size else None
-        run_sweep(checkpoint, questions, strategies, thresholds, blocks, decoding, picture, out)
+        models = [(name, model_folder_of(folder, name)) for name, folder in read_models(checkpoints)]
+        run_sweep(models, questions, SweepOptions(strategies, thresholds, blocks), decoding, picture, out)
 
 
 @app.command("rerank-report")
 @with_option_groups
 def rerank_report(
-    models: Annotated[
-        list[str], typer.Argument(metavar="NAME=FOLDER...", help="Checkpoints, the autoregressive one first.")
-    ],
+    models: Checkpoints,
     questions: QuestionOptions,
     decoding: DecodingOptions,
     threshold: Annotated[str, typer.Option(help="Thresholds of low_confidence_dynamic, with commas between.")] = (
@@ -177,12 +209,15 @@ def rerank_report(
 ) -> None:
     """Re-rankers side by side: recall, validity, each kind of failure, tokens per second beside an AR model.
 
+    The first autoregressive checkpoint is the one that speeds are compared with.
+
     Example:
 
         opdlm rerank-report AR=models/rerank-teacher RL=runs/rerank/rl/student --task rerank --out report.json
     """
     with clear_errors():
-        from opdlm.deploy.evaluate.rerank_report import SpeedOptions, read_models, run_rerank_report
+        from opdlm.deploy.evaluate.commands import read_models
+        from opdlm.deploy.evaluate.rerank_report import SpeedOptions, run_rerank_report
         from opdlm.deploy.evaluate.sweep import numbers
 
         thresholds = sorted(numbers(threshold, float, "--threshold", 0, 1), reverse=True)

@@ -16,7 +16,7 @@ from opdlm.common.errors import OpdlmError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.facts import check_vocabularies, require_mask
 from opdlm.common.model.tokenizer import check_tokenizers
-from opdlm.common.types import ScoredTrajectory, Trajectory
+from opdlm.common.types import RolloutRequest, ScoredTrajectory, Trajectory
 from opdlm.deploy.evaluate.decoders import Answers, CheckpointDecoder, Decoder
 from opdlm.deploy.evaluate.known_answers import choose_evenly
 from opdlm.deploy.evaluate.options import DecodingOptions
@@ -48,15 +48,19 @@ class EvalOptions:
     """Number of questions whose answers are shown side by side."""
     beside: Path | None = None
     """Results of another checkpoint, as `output` has them, whose re-ranking is compared with this one's."""
+    prompt_lookup: int = 0
+    """Above 0, the autoregressive model also answers with drafts of so many tokens that it has read before."""
 
 
-def check_beside(options: EvalOptions, decoding: DecodingOptions) -> None:
-    """Raises `OpdlmError` for actors beside a teacher: its comparison needs both models in this process."""
-    if options.teacher is not None and decoding.actors:
-        raise OpdlmError(
-            f"--teacher: found with --actors {decoding.actors}; the KL needs both models in this process, so give "
-            "--actors 0"
-        )
+def check_in_process(options: EvalOptions, decoding: DecodingOptions) -> None:
+    """Raises `OpdlmError` for actors beside what needs the models in this process."""
+    if not decoding.actors:
+        return
+    found = f"found with --actors {decoding.actors}"
+    if options.teacher is not None:
+        raise OpdlmError(f"--teacher: {found}; the KL needs both models in this process, so give --actors 0")
+    if options.prompt_lookup:
+        raise OpdlmError(f"--prompt-lookup: {found}; it is measured in this process, so give --actors 0")
 
 
 def open_teacher(folder: Path, decoder: Decoder, decoding: DecodingOptions) -> CheckpointDecoder:
@@ -86,6 +90,11 @@ class Evaluation:
     ) -> None:
         self._decoder, self.questions, self._teacher = decoder, questions, teacher
         self._options, self._decoding = options, decoding
+        if options.prompt_lookup and decoder.is_student and teacher is None:
+            raise OpdlmError(
+                f"--prompt-lookup: {decoder.folder} is a student; prompt lookup is for an autoregressive model, so "
+                "give one as CKPT or --teacher"
+            )
         self._meter: Meter | None = None
         self._texts: dict[str, list[str]] = {}
         """By way of decoding, the text of each response."""
@@ -103,8 +112,6 @@ class Evaluation:
         Raises:
             OpdlmError: a prompt is empty or too long for the context.
         """
-        from opdlm.deploy.evaluate.against_teacher import likeness  # loads the learner's modules
-
         self._meter = meter
         requests, decoder = self.questions.requests(self._decoding.max_new_tokens), self._decoder
         decoder.check_room(requests)
@@ -115,6 +122,8 @@ class Evaluation:
             self._teacher.on_progress = self._done
             theirs = self._teacher.answer(requests, self._teacher.base, self._decoding.batch_size)
             rows.append(self._row(TEACHER, self._teacher, theirs))
+            if self._options.prompt_lookup:
+                rows.append(self._looked_up(self._teacher, requests, theirs))
         strategies = self._options.strategies or decoder.usual_strategies
         for strategy in strategies if decoder.is_student else strategies[:1]:
             way = strategy if decoder.is_student else AUTOREGRESSIVE
@@ -124,14 +133,16 @@ class Evaluation:
             self._begin(decoding_name(way, self._options.threshold), len(requests))
             decoder.on_progress = self._done
             answers = decoder.answer(requests, settings, self._decoding.batch_size)
-            row = self._row(way, decoder, answers)
-            if theirs is not None:
-                row["of_teacher"] = row["right"] / rows[0]["right"] if rows[0]["right"] else None
-                row |= asdict(likeness(answers.responses, theirs.responses))
-                if decoder.is_student:
-                    grid = BlockGrid(settings.block_size, settings.block_grid)
-                    row["held_out_kl"] = self._held_out_kl(way, answers.trajectories, grid)
+            row = self._row(way, decoder, answers, theirs)
+            if theirs is not None and decoder.is_student:
+                grid = BlockGrid(settings.block_size, settings.block_grid)
+                row["held_out_kl"] = self._held_out_kl(way, answers.trajectories, grid)
             rows.append(row)
+        if self._options.prompt_lookup and self._teacher is None:
+            rows.append(self._looked_up(decoder, requests, None))
+        if theirs is not None:
+            for row in rows[1:]:
+                row["of_teacher"] = row["right"] / rows[0]["right"] if rows[0]["right"] else None
         return rows
 
     def samples(self, count: int) -> list[dict[str, Any]]:
@@ -152,7 +163,20 @@ class Evaluation:
         if self._meter is not None:
             self._meter(done)
 
-    def _row(self, way: str, decoder: Decoder, answers: Answers) -> dict[str, Any]:
+    def _looked_up(
+        self, decoder: Decoder, requests: Sequence[RolloutRequest], theirs: Answers | None
+    ) -> dict[str, Any]:
+        assert isinstance(decoder, CheckpointDecoder), "`check_in_process` refuses actors"
+        drafts = self._options.prompt_lookup
+        way = f"prompt lookup {drafts}"
+        self._begin(way, len(requests))
+        decoder.on_progress = self._done
+        return self._row(way, decoder, decoder.look_up(requests, drafts), theirs)
+
+    def _row(self, way: str, decoder: Decoder, answers: Answers, theirs: Answers | None = None) -> dict[str, Any]:
+        """The figures of one way of decoding; `theirs`: the teacher's answers, where they are compared with these."""
+        from opdlm.deploy.evaluate.against_teacher import likeness  # loads the learner's modules
+
         marks = self.questions.mark(answers.responses)
         self._texts[way] = [decoder.text(ids) for ids in answers.responses]
         return {
@@ -165,6 +189,7 @@ class Evaluation:
             "tokens_per_second": answers.tokens / answers.seconds,
             "by_kind": marks.by_kind,
             **({"rerank": rerank_figures(self.questions.cases, marks.reranked)} if marks.reranked else {}),
+            **({} if theirs is None else asdict(likeness(answers.responses, theirs.responses))),
         }
 
     def _held_out_kl(self, way: str, trajectories: Sequence[Trajectory], grid: BlockGrid) -> float | None:
@@ -173,7 +198,7 @@ class Evaluation:
 
         teacher, student = self._teacher, self._decoder
         assert teacher is not None, "the KL is to a teacher"
-        assert isinstance(student, CheckpointDecoder), "`check_beside` refuses actors"
+        assert isinstance(student, CheckpointDecoder), "`check_in_process` refuses actors"
         self._begin(f"KL to the teacher, {decoding_name(way, self._options.threshold)}", len(trajectories))
         total, positions, done = 0.0, 0, 0
         for part in in_groups(trajectories, _SCORED_AT_ONCE):

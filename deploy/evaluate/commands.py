@@ -17,7 +17,7 @@ from opdlm.common.files import check_file, write_json
 from opdlm.deploy.evaluate.asking import (
     EvalOptions,
     Evaluation,
-    check_beside,
+    check_in_process,
     eval_tables,
     open_teacher,
     sample_lines,
@@ -35,6 +35,9 @@ from opdlm.deploy.evaluate.reranked import (
 )
 from opdlm.deploy.observe.meter import Meter
 
+Model = tuple[str, Path]
+"""Name in tables and plots, folder."""
+
 
 def known_strategies(names: Sequence[str]) -> tuple[Strategy, ...]:
     """Names from the command line as strategies, in the schema's order; raises `OpdlmError` for an unknown one."""
@@ -43,6 +46,25 @@ def known_strategies(names: Sequence[str]) -> tuple[Strategy, ...]:
         if name not in known:
             raise OpdlmError(f"--strategy: found {name!r}; known: {', '.join(known)}")
     return tuple(name for name in known if name in names)
+
+
+def read_models(given: Sequence[str]) -> list[Model]:
+    """Reads each `NAME=FOLDER`, or a folder alone, which is its own name.
+
+    Raises:
+        OpdlmError: a name or a folder is empty, or a name comes twice.
+    """
+    models: list[Model] = []
+    for text in given:
+        name, mark, folder = text.partition("=")
+        if not mark:
+            folder = name
+        if not (name.strip() and folder.strip()):
+            raise OpdlmError(f"found {text!r}; expected FOLDER or NAME=FOLDER, such as teacher=models/rerank-teacher")
+        if name in [other for other, _ in models]:
+            raise OpdlmError(f"found the name {name!r} twice; give each model a name of its own")
+        models.append((name, Path(folder)))
+    return models
 
 
 def refuse_misplaced(mode: str, options: Mapping[str, object]) -> None:
@@ -74,7 +96,7 @@ def open_evaluation(
         OpdlmError: the options contradict each other, or a folder or the questions cannot be used.
     """
     check_questions(asked)
-    check_beside(options, decoding)
+    check_in_process(options, decoding)
     with open_decoder(folder, decoding, options.block_size) as decoder:
         questions = open_questions(asked, decoder)
         teacher = None if options.teacher is None else open_teacher(options.teacher, decoder, decoding)

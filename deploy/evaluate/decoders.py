@@ -176,12 +176,37 @@ class CheckpointDecoder(Decoder):
 
         return decoder.decode(requests, observer=observer, update_weights=before_step)
 
+    def look_up(self, requests: Sequence[RolloutRequest], drafts: int) -> Answers:
+        """An autoregressive model's greedy answers, one prompt at a time, with drafts that it has read before.
+
+        Args:
+            drafts: most draft tokens in a forward, which transformers' prompt lookup finds in prompt and response.
+
+        Returns: the answers, with the number of forwards as `denoising_steps`.
+        """
+        forwards = 0
+
+        def count(*_: object) -> None:
+            nonlocal forwards
+            forwards += 1
+
+        started = time.perf_counter()
+        hook = self.model.register_forward_hook(count)
+        try:
+            responses = self.continue_prompts(requests, 0.0, 1, drafts)
+        finally:
+            hook.remove()
+        return Answers(responses, forwards, time.perf_counter() - started)
+
     def continue_prompts(
-        self, requests: Sequence[RolloutRequest], temperature: float, batch_size: int
+        self, requests: Sequence[RolloutRequest], temperature: float, batch_size: int, prompt_lookup: int = 0
     ) -> list[np.ndarray]:
         """Autoregressive responses, `[R] int32` each; greedy at temperature 0, else with the first request's seed.
 
         A response ends with the token with which its text first holds a stop string of its request.
+
+        Args:
+            prompt_lookup: as in `generate`.
         """
         limit = max(request.max_new_tokens for request in requests)
         prompts = [request.prompt_ids for request in requests]
@@ -204,6 +229,7 @@ class CheckpointDecoder(Decoder):
             facts.tokens,
             on_batch,
             ends_at([request.stop for request in requests], StopStrings(self.tokenizer)),
+            prompt_lookup,
         )
         return cut_to_limits(responses, requests)
 

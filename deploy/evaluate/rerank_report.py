@@ -22,16 +22,13 @@ from opdlm.common.data.reranking import BY_RANK
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.facts import read_facts
 from opdlm.common.types import RolloutRequest
-from opdlm.deploy.evaluate.commands import check_output, write_results
+from opdlm.deploy.evaluate.commands import Model, check_output, write_results
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder
 from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_questions
 from opdlm.deploy.evaluate.questions import Questions, open_questions
 from opdlm.deploy.evaluate.reranked import RETRIEVER, rerank_comparisons, rerank_figures, rerank_tables
 from opdlm.deploy.observe.meter import Meter
 from opdlm.deploy.observe.tables import new_table
-
-Model = tuple[str, Path]
-"""Name in the tables, folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +41,6 @@ class SpeedOptions:
     """Number of cases, the first of the questions."""
     threads: int | None = None
     """CPU threads; None: as many as torch takes by itself."""
-
-
-def read_models(given: Sequence[str]) -> list[Model]:
-    """Reads `NAME=FOLDER`; raises `OpdlmError` for anything else, and for a name that comes twice."""
-    models: list[Model] = []
-    for text in given:
-        name, mark, folder = text.partition("=")
-        if not (name.strip() and mark and folder.strip()):
-            raise OpdlmError(f"found {text!r}; expected NAME=FOLDER, such as teacher=models/rerank-teacher")
-        if name in [other for other, _ in models]:
-            raise OpdlmError(f"found the name {name!r} twice; give each model a name of its own")
-        if name == RETRIEVER:
-            raise OpdlmError(f"found the name {name!r}, which the tables have for the retriever's order; give another")
-        models.append((name, Path(folder)))
-    return models
 
 
 def run_rerank_report(
@@ -87,7 +69,9 @@ def run_rerank_report(
         raise OpdlmError(f"--batches: found {most} with --speed-cases {speed.cases}; a batch has no more than these")
     if decoding.actors:
         raise OpdlmError(f"--actors: found {decoding.actors}; speeds are measured in this process, so give 0")
-    for _, folder in models:
+    for name, folder in models:
+        if name == RETRIEVER:
+            raise OpdlmError(f"found the name {name!r}, which the tables have for the retriever's order; give another")
         read_facts(folder)  # what cannot be used is refused before anything is measured
     rows: list[dict[str, Any]] = []
     with Meter(console) as meter:

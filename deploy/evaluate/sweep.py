@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
-from opdlm.deploy.evaluate.commands import check_output, open_decoder, tell_unknown, write_results
+from opdlm.common.model.facts import read_facts
+from opdlm.deploy.evaluate.commands import Model, check_output, open_decoder, tell_unknown, write_results
 from opdlm.deploy.evaluate.decoders import Decoder
 from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_questions
 from opdlm.deploy.evaluate.questions import Questions, open_questions
@@ -23,19 +25,68 @@ _DYNAMIC: Strategy = "low_confidence_dynamic"
 
 
 @dataclass(frozen=True, slots=True)
-class SweepPoint:
-    """One way of decoding and its figures."""
+class Way:
+    """One way of decoding a checkpoint."""
 
-    block_size: int
-    strategy: Strategy
-    threshold: float | None
+    block_size: int | None = None
+    """None for an autoregressive model, as the others."""
+    strategy: Strategy | None = None
+    threshold: float | None = None
     """None where the strategy has none."""
+
+    @property
+    def decoding(self) -> str:
+        """Such as `dynamic 0.9`."""
+        return decoding_name(self.strategy or "autoregressive", self.threshold)
+
+    @property
+    def name(self) -> str:
+        """Such as `block 4, dynamic 0.9`."""
+        return self.decoding if self.block_size is None else f"block {self.block_size}, {self.decoding}"
+
+    def settings(self, base: DecodeSettings) -> DecodeSettings:
+        """The decoder's own settings, changed to this way."""
+        if self.strategy is None or self.block_size is None:
+            return base
+        settings = replace(base.greedy(self.strategy), block_size=self.block_size)
+        return settings if self.threshold is None else replace(settings, threshold=self.threshold)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """One way of decoding a checkpoint and its figures."""
+
+    checkpoint: str
+    """Its name in table and plot."""
+    way: Way
     right: float
     """Share of right answers."""
     unanswered: int
     """Responses in which no answer was found."""
     tokens_per_step: float
     tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class SweepOptions:
+    """The ways of decoding students; an autoregressive model has one way only."""
+
+    strategies: Sequence[Strategy]
+    """Empty: dynamic, and `verified` for a lossless student."""
+    thresholds: Sequence[float]
+    """Of dynamic decoding."""
+    block_sizes: Sequence[int] | None
+    """None: each checkpoint's own."""
+
+    def ways(self, decoder: Decoder) -> Iterator[Way]:
+        """All ways in which a checkpoint is decoded."""
+        if not decoder.is_student:
+            yield Way()
+            return
+        for block in self.block_sizes or [decoder.base.block_size]:
+            for strategy in self.strategies or decoder.usual_strategies[-1:]:
+                for threshold in self.thresholds if strategy == _DYNAMIC else [None]:
+                    yield Way(block, strategy, threshold)
 
 
 def numbers(text: str, kind: type[int] | type[float], flag: str, least: float, most: float) -> list[Any]:
@@ -52,118 +103,118 @@ def numbers(text: str, kind: type[int] | type[float], flag: str, least: float, m
 
 
 def run_sweep(
-    folder: Path,
+    models: Sequence[Model],
     asked: QuestionOptions,
-    strategies: Sequence[Strategy],
-    thresholds: Sequence[float],
-    block_sizes: Sequence[int] | None,
+    options: SweepOptions,
     decoding: DecodingOptions,
     out: Path | None,
     console: Console,
 ) -> list[SweepPoint]:
-    """Decodes the questions in every way, prints the table, writes a plot (`out`, PNG) and a JSON file beside it."""
-    picture = out or folder.resolve().parent / "sweep.png"
+    """Decodes the questions in every way, prints the table, writes a plot (`out`, PNG) and a JSON file beside it.
+
+    Args:
+        out: None: `sweep.png` beside the first model's folder.
+
+    Raises:
+        OpdlmError: no model is a student, or a folder, the questions or a file cannot be used.
+    """
+    picture = out or models[0][1].resolve().parent / "sweep.png"
     if picture.suffix != ".png":
         raise OpdlmError(f"--out: found {picture}; expected a .png (the .json goes beside it)")
     for file in (picture, picture.with_suffix(".json")):
         check_output(file, "--out")
     check_questions(asked)
-    with open_decoder(folder, decoding) as decoder:
-        if not decoder.is_student:
-            raise OpdlmError(f"sweep: {folder} is autoregressive; it has neither blocks nor thresholds (opdlm eval)")
-        blocks = block_sizes or [decoder.base.block_size]
-        ways = [
-            (block, strategy, threshold)
-            for block in blocks
-            for strategy in strategies
-            for threshold in (thresholds if strategy == _DYNAMIC else [None])
-        ]
-        questions = open_questions(asked, decoder)
-        tell_unknown(questions, console)
-        requests = questions.requests(decoding.max_new_tokens)
-        for block in blocks:
-            decoder.check_room(requests, block)
-        points = []
-        with Meter(console) as meter:
-            decoder.on_progress = meter
-            for number, (block, strategy, threshold) in enumerate(ways, start=1):
-                meter.begin(f"[{number}/{len(ways)}] {_name(block, strategy, threshold)}", len(requests))
-                points.append(_point(decoder, questions, requests, decoding, block, strategy, threshold))
-    console.print(_table(f"{folder}: {questions.title}", questions.figure, points))
-    content = {
-        "checkpoint": str(folder),
-        "questions": questions.title,
-        "figure": questions.figure,
-        "block_grid": decoder.base.block_grid,
-        "trained_block_size": decoder.facts.block_size,
-        "max_new_tokens": decoding.max_new_tokens,
-        "points": [asdict(point) for point in points],
-    }
-    draw(points, f"{folder.name}: {questions.title}", questions.figure, picture)
+    are_students = [read_facts(folder).is_student for _, folder in models]
+    if not any(are_students):
+        found = f"{models[0][1]} is autoregressive" if len(models) == 1 else "all models are autoregressive"
+        raise OpdlmError(f"sweep: {found}; it takes a student to have blocks and thresholds (opdlm eval)")
+    points: list[SweepPoint] = []
+    checkpoints: dict[str, dict[str, Any]] = {}
+    for name, folder in models:
+        with open_decoder(folder, decoding) as decoder:
+            questions = open_questions(asked, decoder)
+            tell_unknown(questions, console)
+            points += _points(name, decoder, questions, options, decoding, console)
+            facts, base = decoder.facts, decoder.base
+        checkpoints[name] = {"folder": str(folder)}
+        if facts.is_student:
+            checkpoints[name] |= {"block_grid": base.block_grid, "trained_block_size": facts.block_size}
+    title = questions.title if len(models) > 1 else f"{models[0][1]}: {questions.title}"
+    console.print(_table(title, questions.figure, points))
+    content: dict[str, Any] = {"checkpoints": checkpoints, "questions": questions.title, "figure": questions.figure}
+    content |= {"max_new_tokens": decoding.max_new_tokens, "points": [_as_row(point) for point in points]}
+    draw(points, title if len(models) > 1 else f"{models[0][1].name}: {questions.title}", questions.figure, picture)
     console.print(f"written: {picture}", highlight=False, soft_wrap=True)
     write_results(picture.with_suffix(".json"), content, console)
     return points
 
 
-def _point(
+def _points(
+    name: str,
     decoder: Decoder,
     questions: Questions,
-    requests: list[Any],
+    options: SweepOptions,
     decoding: DecodingOptions,
-    block: int,
-    strategy: Strategy,
-    threshold: float | None,
-) -> SweepPoint:
-    settings = replace(decoder.base.greedy(strategy), block_size=block)
-    if threshold is not None:
-        settings = replace(settings, threshold=threshold)
-    answers = decoder.answer(requests, settings, decoding.batch_size)
-    marks = questions.mark(answers.responses)
-    speed = answers.tokens / answers.seconds
-    return SweepPoint(block, strategy, threshold, marks.right, marks.unanswered, answers.tokens_per_step, speed)
+    console: Console,
+) -> Iterator[SweepPoint]:
+    """The figures of one checkpoint, in every way."""
+    ways = list(options.ways(decoder))
+    requests = questions.requests(decoding.max_new_tokens)
+    for way in ways:
+        decoder.check_room(requests, way.block_size)
+    with Meter(console) as meter:
+        decoder.on_progress = meter
+        for number, way in enumerate(ways, start=1):
+            meter.begin(f"{name} [{number}/{len(ways)}] {way.name}", len(requests))
+            answers = decoder.answer(requests, way.settings(decoder.base), decoding.batch_size)
+            marks, speed = questions.mark(answers.responses), answers.tokens / answers.seconds
+            yield SweepPoint(name, way, marks.right, marks.unanswered, answers.tokens_per_step, speed)
+
+
+def _as_row(point: SweepPoint) -> dict[str, Any]:
+    row = asdict(point)
+    return row | row.pop("way")
 
 
 def draw(points: Sequence[SweepPoint], title: str, figure_name: str, file: Path) -> None:
-    """Draws accuracy over tokens per step: a line per block size through its thresholds, a mark per other strategy."""
+    """Draws accuracy over tokens per step: a line per block size through its thresholds, a mark per other way."""
     from matplotlib import ticker
 
     from opdlm.deploy.observe.figures import new_figure, save_figure
 
     figure, axis = new_figure(figsize=(7, 4.6))
-    others = sorted({point.strategy for point in points} - {_DYNAMIC})
-    for place, block in enumerate(sorted({point.block_size for point in points})):
-        line = sorted((p for p in points if (p.block_size, p.strategy) == (block, _DYNAMIC)), key=_threshold)
-        at = [p.tokens_per_step for p in line], [p.right for p in line]
+    several = len({point.checkpoint for point in points}) > 1
+    others = list(dict.fromkeys(point.way.strategy for point in points if point.way.strategy != _DYNAMIC))
+    series: dict[tuple[str, int | None], list[SweepPoint]] = {}
+    for point in points:
+        series.setdefault((point.checkpoint, point.way.block_size), []).append(point)
+    for place, ((name, block), own) in enumerate(series.items()):
+        of, color = f"{name}, " if several else "", f"C{place}"
+        line = sorted((p for p in own if p.way.strategy == _DYNAMIC), key=lambda p: p.way.threshold or 0.0)
         if line:
-            axis.plot(*at, marker="o", color=f"C{place}", label=f"block {block}, dynamic")
+            at = [p.tokens_per_step for p in line], [p.right for p in line]
+            axis.plot(*at, marker="o", color=color, label=f"{of}block {block}, dynamic")
         for i, point in enumerate(line):
             offset = (0, 7) if i % 2 == 0 else (0, -14)  # neighbours may be closer to each other than a label is wide
-            where, label = (point.tokens_per_step, point.right), f"{point.threshold:g}"
-            how = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": f"C{place}"}
-            axis.annotate(label, where, offset, **how)
-        for sign, strategy in zip("sD^v", others, strict=False):
-            for point in (p for p in points if (p.block_size, p.strategy) == (block, strategy)):
-                name = f"block {block}, {decoding_name(strategy)}"
-                axis.plot(point.tokens_per_step, point.right, sign, color=f"C{place}", mfc="none", label=name)
+            how = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": color}
+            axis.annotate(f"{point.way.threshold:g}", (point.tokens_per_step, point.right), offset, **how)
+        for point in (p for p in own if p.way.strategy != _DYNAMIC):
+            sign = "sD^v*P"[others.index(point.way.strategy)]
+            at_point = point.tokens_per_step, point.right
+            axis.plot(*at_point, sign, color=color, mfc="none", label=f"{of}{point.way.name}")
     axis.margins(y=0.15)
-    axis.set(xlabel="tokens per denoising step", ylabel=figure_name, xlim=(0, None), title=title)
+    axis.set(xlabel="tokens per forward", ylabel=figure_name, xlim=(0, None), title=title)
     axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=None))
     axis.grid(alpha=0.3)
     axis.legend()
     save_figure(figure, file)
 
 
-def _threshold(point: SweepPoint) -> float:
-    return point.threshold or 0.0
-
-
 def _table(title: str, figure: str, points: Sequence[SweepPoint]) -> Table:
+    several = len({point.checkpoint for point in points}) > 1
     table = new_table(title, "decoding", "block size", figure, "tokens per denoising step", "tokens per second")
     for p in points:
         figures = f"{p.right:.1%}", f"{p.tokens_per_step:.2f}", f"{p.tokens_per_second:,.0f}"
-        table.add_row(decoding_name(p.strategy, p.threshold), str(p.block_size), *figures)
+        name = f"{p.checkpoint}, {p.way.decoding}" if several else p.way.decoding
+        table.add_row(name, "-" if p.way.block_size is None else str(p.way.block_size), *figures)
     return table
-
-
-def _name(block: int, strategy: Strategy, threshold: float | None) -> str:
-    return f"block {block}, {decoding_name(strategy, threshold)}"

@@ -149,6 +149,25 @@ def test_a_teacher_beside_itself(folders, questions, tmp_path) -> None:
     assert "held_out_kl" not in same
 
 
+def test_prompt_lookup_writes_what_the_model_writes(folders, questions, tmp_path) -> None:
+    """Beside itself: the drafts change the number of forwards, and no answer."""
+    teacher, student = folders
+    asked = ("--data", questions, "--max-new-tokens", 24, "--prompt-lookup", 4, "--output", tmp_path / "o.json")
+    opdlm("eval", student, *asked, "--teacher", teacher)
+    plain, looked_up, *others = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert (looked_up["decoding"], len(others)) == ("prompt lookup 4", 2)
+    assert looked_up["agreement"] == 1
+    assert looked_up["by_kind"] == plain["by_kind"]
+    assert looked_up["tokens_per_step"] > 1, "a random model repeats itself"
+    opdlm("eval", teacher, *asked)
+    _, alone = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert alone["tokens_per_step"] == looked_up["tokens_per_step"]
+    text = opdlm("eval", student, *asked, code=2)
+    assert f"--prompt-lookup: {student} is a student; prompt lookup is for an autoregressive model" in text
+    text = opdlm("eval", teacher, *asked, "--actors", 1, code=2)
+    assert "--prompt-lookup: found with --actors 1; it is measured in this process" in text
+
+
 def test_a_student_of_another_form(folders, questions, tmp_path) -> None:
     """With shift, causal context and blocks of one token an untrained student is its teacher."""
     convert_checkpoint(folders[0], tmp_path / "same", 1, "response", logit_shift=True, context="causal")

@@ -17,7 +17,8 @@ from opdlm.deploy.evaluate.decoders import CheckpointDecoder
 from opdlm.deploy.evaluate.options import QuestionOptions
 from opdlm.deploy.evaluate.questions import open_questions
 from tests.deploy.cli.test_cli import opdlm
-from tests.tiny import request
+from tests.deploy.observe.test_tables import words
+from tests.tiny import request, save_lossless
 
 PROMPTS = ["1+2=", "30-4+5=", "7+7=", "12-3="]
 
@@ -87,7 +88,10 @@ def test_sweep_gives_the_figures_of_direct_evaluation(student, tmp_path) -> None
     opdlm("sweep", student, "--task", "chain", *options, *strategies, "--out", out)
     assert out.read_bytes().startswith(b"\x89PNG")
     written = json.loads(out.with_suffix(".json").read_text())
-    assert (written["trained_block_size"], written["questions"]) == (4, "12 held-out problems of chain")
+    assert written["questions"] == "12 held-out problems of chain"
+    assert written["checkpoints"] == {
+        str(student): {"folder": str(student), "block_grid": "absolute", "trained_block_size": 4}
+    }
     ways = [(p["block_size"], p["strategy"], p["threshold"]) for p in written["points"]]
     dynamic = [(b, "low_confidence_dynamic", t) for b in (4, 8) for t in (0.2, 0.5, 0.9)]
     static = [(b, "low_confidence_static", None) for b in (4, 8)]
@@ -101,6 +105,31 @@ def test_sweep_gives_the_figures_of_direct_evaluation(student, tmp_path) -> None
         assert point["right"] == questions.mark(answers.responses).right
         assert point["tokens_per_step"] == pytest.approx(answers.tokens_per_step)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_sweep_of_several_checkpoints(student, chain_teacher, tmp_path) -> None:
+    """Each has its own ways: an autoregressive one is a point, a lossless one is decoded by verification."""
+    models = f"AR={chain_teacher}", str(student), f"drafts={save_lossless(chain_teacher, tmp_path)}"
+    asked = ("--task", "chain", "--problems", 5, "--max-new-tokens", 9, "--threshold", "0.9,0.3")
+    text = opdlm("sweep", *models, *asked, "--out", tmp_path / "all.png")
+    assert "AR, autoregressive" in words(text)
+    assert "drafts, verified" in words(text)
+    written = json.loads((tmp_path / "all.json").read_text())
+    assert list(written["checkpoints"]) == ["AR", str(student), "drafts"]
+    assert written["checkpoints"]["AR"] == {"folder": str(chain_teacher)}
+    ways = [(p["checkpoint"], p["block_size"], p["strategy"], p["threshold"]) for p in written["points"]]
+    assert ways == [
+        ("AR", None, None, None),
+        (str(student), 4, "low_confidence_dynamic", 0.3),
+        (str(student), 4, "low_confidence_dynamic", 0.9),
+        ("drafts", 4, "verified", None),
+    ]
+    alone, *_, lossless = written["points"]
+    assert alone["tokens_per_step"] == 1
+    assert alone["right"] == lossless["right"]
+    assert "found the name 'a' twice" in opdlm("sweep", f"a={student}", f"a={student}", *asked, code=2)
+    text = opdlm("sweep", f"a={chain_teacher}", f"b={chain_teacher}", *asked, code=2)
+    assert "sweep: all models are autoregressive; it takes a student" in text
 
 
 def test_sweep_writes_beside_the_checkpoint(student) -> None:
@@ -134,7 +163,7 @@ def test_mistakes_are_named(student, chain_teacher, tmp_path) -> None:
     text = opdlm("eval", student, "--data", unreadable, "--answer", "math", code=2)
     assert "--answer math: odd.jsonl:1: math-verify reads no answer in ''" in text
     text = opdlm("sweep", chain_teacher, "--task", "chain", code=2)
-    assert "is autoregressive; it has neither blocks nor thresholds" in text
+    assert "is autoregressive; it takes a student to have blocks and thresholds" in text
 
 
 def test_requests_are_split_so_that_every_actor_has_work() -> None:

@@ -6,18 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from opdlm.common.config.schema import LoraConfig
 from opdlm.common.errors import OpdlmError
-from opdlm.common.model.adapters import NoisyAdapters, is_adapter
 from opdlm.common.model.convert import convert_checkpoint
-from opdlm.common.model.facts import read_facts
-from opdlm.common.model.folder import save_student
-from opdlm.common.model.load import load_model
 from opdlm.deploy.evaluate.lm_eval_model import OpdlmLM
+from tests.tiny import save_lossless
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +25,7 @@ def student(chain_teacher, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def lossless(chain_teacher, tmp_path_factory) -> Path:
     """A student whose random adapters act on noisy tokens alone."""
-    root = tmp_path_factory.mktemp("lossless")
-    convert_checkpoint(chain_teacher, root / "start", 4, "response", logit_shift=True, context="causal")
-    model = load_model(root / "start")
-    NoisyAdapters(model, LoraConfig(rank=2), read_facts(root / "start").mask_id, 0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if is_adapter(name):
-                parameter.normal_(std=0.3)
-    save_student(model, root / "start", root / "student", 4, "response")
-    return root / "student"
+    return save_lossless(chain_teacher, tmp_path_factory.mktemp("lossless"))
 
 
 def choices(pairs: list[tuple[str, ...]], kind: str = "loglikelihood") -> list[Instance]:

@@ -51,7 +51,7 @@ def test_every_model_has_its_quality_and_its_speed(models, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("teacher",), "found 'teacher'; expected NAME=FOLDER"),
+        (("teacher=",), "found 'teacher='; expected FOLDER or NAME=FOLDER"),
         (("a={0}", "a={1}"), "found the name 'a' twice"),
         (("a={0}", "--task", "chain"), "the questions are no re-ranking cases"),
         (("a={0}", "--task", "rerank", "--out", "report.txt"), "expected a .json"),

@@ -22,7 +22,7 @@ from opdlm.common.types import DecodeStats
 from opdlm.deploy.cli import app
 from opdlm.deploy.evaluate.held_out import EvaluationResult
 from opdlm.deploy.evaluate.lm_eval import result_tables
-from opdlm.deploy.evaluate.sweep import SweepPoint, _table
+from opdlm.deploy.evaluate.sweep import SweepPoint, Way, _table
 from opdlm.deploy.observe import comparison
 from opdlm.deploy.observe.records import RunRecords
 from opdlm.deploy.observe.report import BEFORE, DYNAMIC, STATIC, TEACHER, write_report
@@ -68,7 +68,7 @@ def test_eval_and_sweep(chain_teacher, tmp_path) -> None:
     text = checked(result.output)
     lines = [line.split("  ")[0].rstrip() for line in text.splitlines()]
     assert [n for n in ("static", "dynamic 0.9", "entropy", "sequential", "random") if n not in lines] == []
-    points = [SweepPoint(1024, s, 0.955, 1.0, 0, 123.45, 1234567.0) for s in STRATEGIES]  # type: ignore[arg-type]
+    points = [SweepPoint("runs/a", Way(1024, s, 0.955), 1.0, 0, 123.45, 1234567.0) for s in STRATEGIES]  # type: ignore[arg-type]
     text = shown(_table("runs/a: 1,000 rows", "exact match", points))
     assert text.count("1,234,567") == len(STRATEGIES)
     assert "dynamic 0.955 " in text
