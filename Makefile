@@ -65,7 +65,7 @@ rerank: $(VENV)/.installed models/rerank-converted  ## A re-ranker in three stag
 	$(call STAGE,rerank/cft,rerank-cft)
 	$(call STAGE,rerank/opd,rerank-opd)
 	$(call STAGE,rerank/rl,rerank-rl)
-	@$(BIN)/opdlm rerank-report $(RERANKERS) --task rerank --problems 3000 --speed-threads 1 --out runs/rerank/report.json
+	@$(BIN)/opdlm rerank-report $(RERANKERS) --task rerank --problems 3000 --threads 1 --out runs/rerank/report.json
 
 rerank-more: rerank  ## What each stage is for: rl without opd, opd without cft, a reward for validity alone.
 	$(call STAGE,rerank/rl-without-opd,rerank-rl,--set model.student=runs/rerank/cft/student)
@@ -73,7 +73,7 @@ rerank-more: rerank  ## What each stage is for: rl without opd, opd without cft,
 	$(call STAGE,rerank/rl-validity,rerank-rl,--set reward.validity_alone=true)
 	@$(BIN)/opdlm rerank-report $(RERANKERS) CFT+RL=runs/rerank/rl-without-opd/student \
 		OPD=runs/rerank/opd-without-cft/student validity=runs/rerank/rl-validity/student \
-		--task rerank --problems 3000 --speed-threads 1 --out runs/rerank/report-more.json
+		--task rerank --problems 3000 --threads 1 --out runs/rerank/report-more.json
 
 models/rerank-teacher: | $(VENV)/.installed
 	$(SAY) "training the re-ranker that is the teacher, once"
@@ -94,7 +94,7 @@ rerank-ml100k: $(VENV)/.installed models/ml100k-converted  ## The three stages o
 	$(call STAGE,ml100k/rl,rerank-rl,$(ML100K_CASES) --set model.student=runs/ml100k/opd/student)
 	@$(BIN)/opdlm rerank-report AR=models/ml100k-teacher converted=models/ml100k-converted CFT=runs/ml100k/cft/student \
 		CFT+OPD=runs/ml100k/opd/student RL=runs/ml100k/rl/student --data data/ml100k/test.jsonl \
-		--speed-threads 1 --out runs/ml100k/report.json
+		--threads 1 --out runs/ml100k/report.json
 
 data/ml100k: | $(VENV)/.installed
 	$(SAY) "getting MovieLens-100k, 2 MB, once; its terms forbid passing it on"

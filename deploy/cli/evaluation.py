@@ -199,11 +199,9 @@ def rerank_report(
         "1,8,32"
     ),
     speed_cases: Annotated[int, typer.Option(min=1, help="Cases for the measurement of speed.")] = 64,
-    speed_threads: Annotated[
+    threads: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="CPU threads for the measurement of speed. Small models are faster with 1. Default: torch's."
-        ),
+        typer.Option(min=1, help="CPU threads. Small models are faster with 1. Default: torch's."),
     ] = None,
     output: Annotated[Path, typer.Option("--out", help="JSON file; a plot goes beside it.")] = Path("report.json"),
 ) -> None:
@@ -223,8 +221,8 @@ def rerank_report(
         thresholds = sorted(numbers(threshold, float, "--threshold", 0, 1), reverse=True)
         sizes = numbers(batches, int, "--batches", 1, 4096)
         chosen = [(name, model_folder_of(folder, name)) for name, folder in read_models(models)]
-        asked = SpeedOptions(sizes, speed_cases, speed_threads)
-        run_rerank_report(chosen, questions, thresholds, asked, decoding, output, out)
+        speed = SpeedOptions(sizes, speed_cases)
+        run_rerank_report(chosen, questions, thresholds, speed, decoding, threads, output, out)
 
 
 @app.command(

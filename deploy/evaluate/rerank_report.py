@@ -39,8 +39,6 @@ class SpeedOptions:
     """Batch sizes."""
     cases: int
     """Number of cases, the first of the questions."""
-    threads: int | None = None
-    """CPU threads; None: as many as torch takes by itself."""
 
 
 def run_rerank_report(
@@ -49,6 +47,7 @@ def run_rerank_report(
     thresholds: Sequence[float],
     speed: SpeedOptions,
     decoding: DecodingOptions,
+    threads: int | None,
     out: Path,
     console: Console,
 ) -> dict[str, Any]:
@@ -56,6 +55,7 @@ def run_rerank_report(
 
     Args:
         thresholds: of dynamic decoding. The tables of quality show students at the largest one that is below 1.
+        threads: CPU threads; None: as many as torch takes by itself.
 
     Raises:
         OpdlmError: a folder is no checkpoint, the questions are no re-ranking cases, or a file cannot be written.
@@ -74,7 +74,7 @@ def run_rerank_report(
             raise OpdlmError(f"found the name {name!r}, which the tables have for the retriever's order; give another")
         read_facts(folder)  # what cannot be used is refused before anything is measured
     rows: list[dict[str, Any]] = []
-    with Meter(console) as meter:
+    with _threads(threads), Meter(console) as meter:
         for name, folder in models:
             decoder = CheckpointDecoder(folder, dtype=decoding.dtype)
             questions = open_questions(asked, decoder)
@@ -88,7 +88,7 @@ def run_rerank_report(
     for table in (*rerank_tables(questions.cases, quality, compared), *_speed_tables(rows)):
         console.print(table)
     content = {"questions": questions.title, "quality_threshold": shown, "speed_cases": speed.cases}
-    content["speed_threads"] = speed.threads or torch.get_num_threads()
+    content["threads"] = threads or torch.get_num_threads()
     content |= {"rows": rows, "compared": compared}
     draw(rows, questions.title, out.with_suffix(".png"))
     console.print(f"written: {out.with_suffix('.png')}", highlight=False, soft_wrap=True)
@@ -119,15 +119,14 @@ def _measured(
     row["rerank"] = rerank_figures(questions.cases, questions.mark(answers.responses).reranked)
     few: list[RolloutRequest] = list(requests[: speed.cases])
     row["speed"] = {}
-    with _threads(speed.threads):
-        for batch in speed.batches:
-            meter.begin(f"{title}, batch {batch}", len(few))
-            decoder.answer(few[:batch], settings, batch)  # warms up
-            timed = decoder.answer(few, settings, batch)
-            row["speed"][str(batch)] = {
-                "tokens_per_second": timed.tokens / timed.seconds,
-                "milliseconds_per_request": 1e3 * timed.seconds / len(few),
-            }
+    for batch in speed.batches:
+        meter.begin(f"{title}, batch {batch}", len(few))
+        decoder.answer(few[:batch], settings, batch)  # warms up
+        timed = decoder.answer(few, settings, batch)
+        row["speed"][str(batch)] = {
+            "tokens_per_second": timed.tokens / timed.seconds,
+            "milliseconds_per_request": 1e3 * timed.seconds / len(few),
+        }
     return row
 
 

@@ -28,8 +28,8 @@ def test_every_model_has_its_quality_and_its_speed(models, tmp_path) -> None:
     sizes = "--threshold", "0.9,0.5", "--batches", "1,4", "--speed-cases", 4, "--problems", 12, "--max-new-tokens", 16
     out, threads = tmp_path / "report.json", torch.get_num_threads()
     of = f"AR={teacher}", f"new={student}"
-    text = opdlm("rerank-report", *of, "--task", "rerank", *sizes, "--speed-threads", threads + 1, "--out", out)
-    assert json.loads(out.read_text())["speed_threads"] == threads + 1
+    text = opdlm("rerank-report", *of, "--task", "rerank", *sizes, "--threads", threads + 1, "--out", out)
+    assert json.loads(out.read_text())["threads"] == threads + 1
     assert torch.get_num_threads() == threads, "as many as before"
     assert "retriever" in text
     assert "…" not in text, "no figure is cut off"
