@@ -16,7 +16,7 @@ from opdlm.common.errors import OpdlmError
 from opdlm.common.model.facts import read_facts
 from opdlm.deploy.evaluate.commands import Model, check_output, open_decoder, tell_unknown, write_results
 from opdlm.deploy.evaluate.decoders import Decoder
-from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_questions
+from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, check_actors, check_questions
 from opdlm.deploy.evaluate.questions import Questions, open_questions
 from opdlm.deploy.observe.meter import Meter
 from opdlm.deploy.observe.tables import decoding_name, new_table
@@ -124,6 +124,7 @@ def run_sweep(
     for file in (picture, picture.with_suffix(".json")):
         check_output(file, "--out")
     check_questions(asked)
+    check_actors(decoding)
     are_students = [read_facts(folder).is_student for _, folder in models]
     if not any(are_students):
         found = f"{models[0][1]} is autoregressive" if len(models) == 1 else "all models are autoregressive"
