@@ -65,14 +65,16 @@ rerank: $(VENV)/.installed models/rerank-converted  ## A re-ranker in three stag
 	$(call STAGE,rerank/cft,rerank-cft)
 	$(call STAGE,rerank/opd,rerank-opd)
 	$(call STAGE,rerank/rl,rerank-rl)
-	@$(BIN)/opdlm rerank-report $(RERANKERS) --task rerank --problems 3000 --threads 1 --out runs/rerank/report.json
+	@if [ ! runs/rerank/report.json -nt runs/rerank/rl/student ]; then $(BIN)/opdlm rerank-report $(RERANKERS) \
+		--task rerank --problems 3000 --threads 1 --out runs/rerank/report.json; \
+		else echo "runs/rerank/report.json is newer than the students; delete it for another report"; fi
 
 rerank-more: rerank  ## What each stage is for: rl without opd, opd without cft, a reward for validity alone.
 	$(call STAGE,rerank/rl-without-opd,rerank-rl,--set model.student=runs/rerank/cft/student)
 	$(call STAGE,rerank/opd-without-cft,rerank-opd,--set model.student=models/rerank-converted)
 	$(call STAGE,rerank/rl-validity,rerank-rl,--set reward.validity_alone=true)
-	@$(BIN)/opdlm rerank-report $(RERANKERS) CFT+RL=runs/rerank/rl-without-opd/student \
-		OPD=runs/rerank/opd-without-cft/student validity=runs/rerank/rl-validity/student \
+	@$(BIN)/opdlm rerank-report $(filter-out converted=%,$(RERANKERS)) CFT+RL=runs/rerank/rl-without-opd/student \
+		OPD=runs/rerank/opd-without-cft/student validity=runs/rerank/rl-validity/student --threshold 0.9,0.6 \
 		--task rerank --problems 3000 --threads 1 --out runs/rerank/report-more.json
 
 models/rerank-teacher: | $(VENV)/.installed
