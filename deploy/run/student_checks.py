@@ -66,7 +66,8 @@ def check_grid(config: OpdlmConfig, student: ModelFacts) -> None:
         if theirs is not None and theirs != found:
             raise ConfigError(
                 f"rollout.{field}: found {found!r}, but the student {student.folder} was made for {theirs!r}; "
-                f"set rollout.{field} to that, or convert the teacher again"
+                f"set rollout.{field} to that, or convert the student (opdlm convert {student.folder} DST "
+                f"--block-size {ours.block_size} --block-grid {ours.kind})"
             )
     for field in ("logit_shift", "context"):
         asked, theirs = getattr(config.model, field), getattr(student.form, field)
