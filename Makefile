@@ -58,24 +58,26 @@ STAGE = @if [ ! -e runs/$(1)/student ] || [ ! -e runs/$(1)/report.json ]; then p
 	$(BIN)/opdlm train deploy/$(2).yaml --set run.dir=runs/$(1) $(3) \
 	$$(if [ -e runs/$(1)/config.yaml ]; then echo --resume; fi) && \
 	if [ ! -e runs/$(1)/student ]; then echo "runs/$(1) is not finished; the same command goes on with it"; exit 1; fi; fi
+# Writes the report runs/$(1), or keeps one that is newer than the stage runs/$(2). $(3): models and settings.
+REPORT = @if [ ! runs/$(1) -nt runs/$(2)/student ]; then $(BIN)/opdlm rerank-report $(3) --threads 1 --out runs/$(1); \
+	else echo "runs/$(1) is newer than the students; delete it for another report"; fi
 RERANKERS = AR=models/rerank-teacher converted=models/rerank-converted CFT=runs/rerank/cft/student \
 	CFT+OPD=runs/rerank/opd/student RL=runs/rerank/rl/student
+RERANKERS_MORE = $(filter-out converted=%,$(RERANKERS)) CFT+RL=runs/rerank/rl-without-opd/student \
+	OPD=runs/rerank/opd-without-cft/student validity=runs/rerank/rl-validity/student --threshold 0.9,0.6 \
+	--task rerank --problems 3000
 
 rerank: $(VENV)/.installed models/rerank-converted  ## A re-ranker in three stages: cft, opd, rl; with a report.
 	$(call STAGE,rerank/cft,rerank-cft)
 	$(call STAGE,rerank/opd,rerank-opd)
 	$(call STAGE,rerank/rl,rerank-rl)
-	@if [ ! runs/rerank/report.json -nt runs/rerank/rl/student ]; then $(BIN)/opdlm rerank-report $(RERANKERS) \
-		--task rerank --problems 3000 --threads 1 --out runs/rerank/report.json; \
-		else echo "runs/rerank/report.json is newer than the students; delete it for another report"; fi
+	$(call REPORT,rerank/report.json,rerank/rl,$(RERANKERS) --task rerank --problems 3000)
 
 rerank-more: rerank  ## What each stage is for: rl without opd, opd without cft, a reward for validity alone.
 	$(call STAGE,rerank/rl-without-opd,rerank-rl,--set model.student=runs/rerank/cft/student)
 	$(call STAGE,rerank/opd-without-cft,rerank-opd,--set model.student=models/rerank-converted)
 	$(call STAGE,rerank/rl-validity,rerank-rl,--set reward.validity_alone=true)
-	@$(BIN)/opdlm rerank-report $(filter-out converted=%,$(RERANKERS)) CFT+RL=runs/rerank/rl-without-opd/student \
-		OPD=runs/rerank/opd-without-cft/student validity=runs/rerank/rl-validity/student --threshold 0.9,0.6 \
-		--task rerank --problems 3000 --threads 1 --out runs/rerank/report-more.json
+	$(call REPORT,rerank/report-more.json,rerank/rl-validity,$(RERANKERS_MORE))
 
 models/rerank-teacher: | $(VENV)/.installed
 	$(SAY) "training the re-ranker that is the teacher, once"
@@ -89,14 +91,14 @@ ML100K := recbole/dataset_example/ml-100k
 ML100K_CASES = --set data.task=null --set data.path=data/ml100k/train.jsonl --set data.response_field=response \
 	--set evaluation.data=data/ml100k/valid.jsonl --set evaluation.limit=400 --set model.teacher=models/ml100k-teacher \
 	--set run.max_minutes=110
+RERANKERS_ML100K = AR=models/ml100k-teacher converted=models/ml100k-converted CFT=runs/ml100k/cft/student \
+	CFT+OPD=runs/ml100k/opd/student RL=runs/ml100k/rl/student
 
 rerank-ml100k: $(VENV)/.installed models/ml100k-converted  ## The three stages on MovieLens-100k; run it again to go on.
 	$(call STAGE,ml100k/cft,rerank-cft,$(ML100K_CASES))
 	$(call STAGE,ml100k/opd,rerank-opd,$(ML100K_CASES) --set model.student=runs/ml100k/cft/student)
 	$(call STAGE,ml100k/rl,rerank-rl,$(ML100K_CASES) --set model.student=runs/ml100k/opd/student)
-	@$(BIN)/opdlm rerank-report AR=models/ml100k-teacher converted=models/ml100k-converted CFT=runs/ml100k/cft/student \
-		CFT+OPD=runs/ml100k/opd/student RL=runs/ml100k/rl/student --data data/ml100k/test.jsonl \
-		--threads 1 --out runs/ml100k/report.json
+	$(call REPORT,ml100k/report.json,ml100k/rl,$(RERANKERS_ML100K) --data data/ml100k/test.jsonl)
 
 data/ml100k: | $(VENV)/.installed
 	$(SAY) "getting MovieLens-100k, 2 MB, once; its terms forbid passing it on"
