@@ -61,9 +61,10 @@ STAGE = @if [ ! -e runs/$(1)/student ] || [ ! -e runs/$(1)/report.json ]; then p
 # Writes the report runs/$(1), or keeps one that is newer than the stage runs/$(2). $(3): models and settings.
 REPORT = @if [ ! runs/$(1) -nt runs/$(2)/student ]; then $(BIN)/opdlm rerank-report $(3) --threads 1 --out runs/$(1); \
 	else echo "runs/$(1) is newer than the students; delete it for another report"; fi
-RERANKERS = AR=models/rerank-teacher converted=models/rerank-converted CFT=runs/rerank/cft/student \
-	CFT+OPD=runs/rerank/opd/student RL=runs/rerank/rl/student
-RERANKERS_MORE = $(filter-out converted=%,$(RERANKERS)) CFT+RL=runs/rerank/rl-without-opd/student \
+# The models of a report: the teacher models/$(1)-teacher, it converted, and the students of the stages runs/$(1)/.
+RERANKERS = AR=models/$(1)-teacher converted=models/$(1)-converted CFT=runs/$(1)/cft/student \
+	CFT+OPD=runs/$(1)/opd/student RL=runs/$(1)/rl/student
+RERANKERS_MORE = $(filter-out converted=%,$(call RERANKERS,rerank)) CFT+RL=runs/rerank/rl-without-opd/student \
 	OPD=runs/rerank/opd-without-cft/student validity=runs/rerank/rl-validity/student --threshold 0.9,0.6 \
 	--task rerank --problems 3000
 
@@ -71,7 +72,7 @@ rerank: $(VENV)/.installed models/rerank-converted  ## A re-ranker in three stag
 	$(call STAGE,rerank/cft,rerank-cft)
 	$(call STAGE,rerank/opd,rerank-opd)
 	$(call STAGE,rerank/rl,rerank-rl)
-	$(call REPORT,rerank/report.json,rerank/rl,$(RERANKERS) --task rerank --problems 3000)
+	$(call REPORT,rerank/report.json,rerank/rl,$(call RERANKERS,rerank) --task rerank --problems 3000)
 
 rerank-more: rerank  ## What each stage is for: rl without opd, opd without cft, a reward for validity alone.
 	$(call STAGE,rerank/rl-without-opd,rerank-rl,--set model.student=runs/rerank/cft/student)
@@ -91,14 +92,12 @@ ML100K := recbole/dataset_example/ml-100k
 ML100K_CASES = --set data.task=null --set data.path=data/ml100k/train.jsonl --set data.response_field=response \
 	--set evaluation.data=data/ml100k/valid.jsonl --set evaluation.limit=400 --set model.teacher=models/ml100k-teacher \
 	--set run.max_minutes=110
-RERANKERS_ML100K = AR=models/ml100k-teacher converted=models/ml100k-converted CFT=runs/ml100k/cft/student \
-	CFT+OPD=runs/ml100k/opd/student RL=runs/ml100k/rl/student
 
 rerank-ml100k: $(VENV)/.installed models/ml100k-converted  ## The three stages on MovieLens-100k; run it again to go on.
 	$(call STAGE,ml100k/cft,rerank-cft,$(ML100K_CASES))
 	$(call STAGE,ml100k/opd,rerank-opd,$(ML100K_CASES) --set model.student=runs/ml100k/cft/student)
 	$(call STAGE,ml100k/rl,rerank-rl,$(ML100K_CASES) --set model.student=runs/ml100k/opd/student)
-	$(call REPORT,ml100k/report.json,ml100k/rl,$(RERANKERS_ML100K) --data data/ml100k/test.jsonl)
+	$(call REPORT,ml100k/report.json,ml100k/rl,$(call RERANKERS,ml100k) --data data/ml100k/test.jsonl)
 
 data/ml100k: | $(VENV)/.installed
 	$(SAY) "getting MovieLens-100k, 2 MB, once; its terms forbid passing it on"

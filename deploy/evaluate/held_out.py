@@ -76,6 +76,10 @@ class HeldOutProblems:
             for i, ((task, _), ids) in enumerate(zip(self.problems, self.prompt_ids, strict=True))
         ]
 
+    def solution_ids(self) -> list[np.ndarray]:
+        """Token ids `[R] int64` of each right answer, without the end-of-sequence token."""
+        return [np.array(self.tokenizer(p.solution, add_special_tokens=False)["input_ids"]) for _, p in self.problems]
+
     def exact_match(self, responses: Sequence[np.ndarray]) -> float:
         """Share of right answers; a response without an end-of-sequence token is wrong."""
         return float(self._right(responses).mean())
@@ -89,7 +93,7 @@ class HeldOutProblems:
             seconds: how long decoding took.
         """
         right, lengths = self._right(responses), np.array([len(r) for r in responses])
-        tokens = np.array([_token_match(s, r) for s, r in zip(self._solution_ids(), responses, strict=True)])
+        tokens = np.array([_token_match(s, r) for s, r in zip(self.solution_ids(), responses, strict=True)])
         by_task = {}
         for name in dict.fromkeys(task.name for task, _ in self.problems):
             of = np.array([task.name == name for task, _ in self.problems])
@@ -125,9 +129,6 @@ class HeldOutProblems:
 
     def _has_ended(self, ids: np.ndarray) -> bool:
         return len(ids) > 0 and ids[-1] in self._eos_ids
-
-    def _solution_ids(self) -> list[np.ndarray]:
-        return [np.array(self.tokenizer(p.solution, add_special_tokens=False)["input_ids"]) for _, p in self.problems]
 
     def _right(self, responses: Sequence[np.ndarray]) -> np.ndarray:
         marks = [

@@ -13,14 +13,16 @@ import argparse
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.nn.utils.rnn import pad_sequence
 
 from opdlm.actors.rollout.observation import StepObservation
+from opdlm.common.data.tasks import get_task
 from opdlm.deploy.evaluate.decoders import CheckpointDecoder
-from opdlm.deploy.evaluate.options import QuestionOptions
-from opdlm.deploy.evaluate.questions import open_questions
+from opdlm.deploy.evaluate.held_out import HeldOutProblems
 from tests.benchmarks.measure import write_json
 
 EDGES = [0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0]
@@ -33,12 +35,9 @@ class Calibration:
         prompts, solutions: token ids of each request's prompt and right response, end token included.
     """
 
-    def __init__(self, prompts: list[list[int]], solutions: list[list[int]]) -> None:
-        width = max(map(len, solutions))
-        self._first = torch.tensor([len(ids) for ids in prompts])
-        self._solutions = torch.full((len(solutions), width), -1)
-        for row, ids in enumerate(solutions):
-            self._solutions[row, : len(ids)] = torch.tensor(ids)
+    def __init__(self, prompts: list[np.ndarray], solutions: list[np.ndarray]) -> None:
+        self._first = torch.tensor([ids.size for ids in prompts])
+        self._solutions = pad_sequence([torch.from_numpy(ids) for ids in solutions], batch_first=True, padding_value=-1)
         self._went_wrong = torch.zeros(len(solutions), dtype=torch.bool)
         self.counts = torch.zeros(len(EDGES) - 1, 2, dtype=torch.int64)
         """`[bins, 2]`: all candidates of a bin, and the right ones."""
@@ -61,12 +60,10 @@ class Calibration:
 def measure(folder: Path, task: str, problems: int) -> torch.Tensor:
     """Counts `[bins, 2]` of a student: candidates of each bin of confidence, and the right ones."""
     decoder = CheckpointDecoder(folder)
-    questions = open_questions(QuestionOptions(task=task, problems=problems), decoder)
-    end = decoder.facts.eos_ids[0]
-    encode = decoder.tokenizer
-    solutions = [[*encode(asked[1][0], add_special_tokens=False)["input_ids"], end] for asked in questions.asked]
-    requests = questions.requests(max(map(len, solutions)))
-    calibration = Calibration([request.prompt_ids.tolist() for request in requests], solutions)
+    held_out = HeldOutProblems([get_task(task)], decoder.tokenizer, problems, decoder.facts.eos_ids)
+    solutions = [np.append(ids, decoder.facts.eos_ids[0]) for ids in held_out.solution_ids()]
+    requests = held_out.requests(max(ids.size for ids in solutions))
+    calibration = Calibration(held_out.prompt_ids, solutions)
     decoder.decode(requests, decoder.base.greedy("low_confidence_dynamic"), 128, calibration)
     return calibration.counts
 
