@@ -91,7 +91,7 @@ class NoisyAdapters:
         embedding.register_parameter(MASK_EMBEDDING, nn.Parameter(embedding.weight[mask_id].detach().clone()))
         embedding.register_forward_hook(self._embed)
         for name, module in student.named_modules():
-            if name.endswith(f"lora_B.{ADAPTER}"):
+            if name.endswith(f"lora_A.{ADAPTER}"):  # its output is as narrow as the rank
                 module.register_forward_hook(self._gate)
 
     def mark(self, noisy: torch.Tensor | None) -> None:
@@ -104,7 +104,7 @@ class NoisyAdapters:
         self._noisy = noisy
 
     def _gate(self, module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """What an adapter adds: nothing to clean tokens."""
+        """What an adapter's first layer hands on, `[B, T, rank]`: nothing of clean tokens."""
         if self._noisy is None:
             return torch.zeros_like(output)
         return torch.where(self._noisy[..., None], output, torch.zeros((), dtype=output.dtype, device=output.device))

@@ -119,8 +119,9 @@ class LosslessMixin(nn.Module):
         """The output of a layer `[B, T, D]` with what its adapter adds to noisy tokens."""
         if self._noisy is None:
             return output
-        added = nn.functional.linear(nn.functional.linear(arguments[0], module.noisy_down), module.noisy_up)
-        return output + added.masked_fill(~self._noisy.to(added.device)[..., None], 0.0) * self._scale
+        narrow = nn.functional.linear(arguments[0], module.noisy_down)
+        narrow = narrow.masked_fill(~self._noisy.to(narrow.device)[..., None], 0.0)
+        return output + nn.functional.linear(narrow, module.noisy_up) * self._scale
 
     def _embed(self, module: Any, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """The embeddings `[B, T, D]`, with the mask token's own where it is noisy."""
