@@ -1,4 +1,4 @@
-"""Training rows -> the lines of a forward. Packed rows have no padding, and share a trajectory's clean half.
+"""Training rows -> the lines of a forward. Packed rows share a trajectory's clean half.
 
     one row per line (`collate`)      packed (`pack`)
     [clean A | noisy A1]              [clean A | noisy A1 | noisy A2 | clean B | noisy B1 | ...]
@@ -23,6 +23,11 @@ import torch
 
 from opdlm.common.masks import PADDING
 from opdlm.learner.rows import Row
+
+LINE_MULTIPLE = 64
+"""The tokens of a micro-batch are padded to a multiple of this. A CPU's library for bfloat16 makes and keeps kernels
+for every number of tokens that it meets; where nearly every micro-batch has its own, a process grows by gigabytes
+(`tests/benchmarks/kernel_shapes.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +54,18 @@ def collate(rows: Sequence[Row]) -> MicroBatch:
     return _lay_out(rows, [[[index]] for index in range(len(rows))])
 
 
-def pack(rows: Sequence[Row]) -> MicroBatch:
+def pack(rows: Sequence[Row], multiple: int = 1) -> MicroBatch:
     """All rows in one line: for each trajectory its clean half, then the noisy halves of its rows.
 
     Most pairs of tokens in such a line do not see each other. `row_attention.py` and flex_attention skip them.
+
+    Args:
+        multiple: the line is padded until its number of tokens is a multiple of this.
     """
     by_trajectory: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
         by_trajectory.setdefault(id(row.scored), []).append(index)
-    return _lay_out(rows, [list(by_trajectory.values())])
+    return _lay_out(rows, [list(by_trajectory.values())], multiple)
 
 
 def micro_batches(rows: Sequence[Row], most_tokens: int) -> list[MicroBatch]:
@@ -79,10 +87,10 @@ def micro_batches(rows: Sequence[Row], most_tokens: int) -> list[MicroBatch]:
         else:
             groups.append([row])
             trajectories, clean, noisy = {id(row.scored)}, own_clean, own_noisy
-    return [pack(group) for group in groups]
+    return [pack(group, LINE_MULTIPLE) for group in groups]
 
 
-def _lay_out(rows: Sequence[Row], lines: Sequence[Sequence[Sequence[int]]]) -> MicroBatch:
+def _lay_out(rows: Sequence[Row], lines: Sequence[Sequence[Sequence[int]]], multiple: int = 1) -> MicroBatch:
     """`lines`: for each line its samples, and for each sample the indices of its rows, all of one trajectory."""
     fields: dict[str, list[np.ndarray]] = {
         name: [] for name in ("input_ids", "position_ids", "blocks", "samples", "copies")
@@ -107,6 +115,7 @@ def _lay_out(rows: Sequence[Row], lines: Sequence[Sequence[Sequence[int]]]) -> M
         for name, arrays in parts.items():
             fields[name].append(np.concatenate(arrays))
     longest = max(len(line) for line in fields["input_ids"])
+    longest += -longest % multiple
 
     def padded(name: str, fill: int = 0) -> torch.Tensor:
         return torch.from_numpy(

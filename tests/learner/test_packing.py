@@ -18,7 +18,7 @@ from opdlm.common.masks import PADDING, training_mask
 from opdlm.common.types import ScoredTrajectory
 from opdlm.learner import row_attention
 from opdlm.learner.distill import DistillModule
-from opdlm.learner.packing import collate, micro_batches, pack
+from opdlm.learner.packing import LINE_MULTIPLE, collate, micro_batches, pack
 from opdlm.learner.row_attention import RowParts
 from opdlm.learner.rows import Row, build_rows
 from opdlm.learner.targets import gather_targets
@@ -60,16 +60,17 @@ def _gradients(batch, form: StudentForm, dense: bool = False) -> tuple[torch.Ten
 @pytest.mark.parametrize("states", ["one_state_per_block", "all_states"])
 @pytest.mark.parametrize(("form", "kind"), FORMS_AND_GRIDS)
 @pytest.mark.parametrize(
-    ("packed", "dense", "piece"), [(True, False, 1024), (True, False, 5), (True, True, 1024), (False, False, 1024)]
+    ("multiple", "dense", "piece"),  # multiple: of the packed line's tokens; None: one row per line
+    [(1, False, 1024), (64, False, 1024), (64, False, 5), (1, True, 1024), (64, True, 1024), (None, False, 1024)],
 )
 def test_losses_and_gradients_are_those_of_one_row_per_line_and_a_dense_mask(
-    monkeypatch, states, form, kind, packed, dense, piece
+    monkeypatch, states, form, kind, multiple, dense, piece
 ) -> None:
     monkeypatch.setattr(row_attention, "PIECE", piece)
     rows = _rows(states, [(5, 9), (3, 17), (8, 4), (6, 12), (7, 9)], kind, form)
     apart = collate(rows)
-    batch = pack(rows) if packed else apart
-    assert not packed or batch.input_ids.shape[0] == 1
+    batch = apart if multiple is None else pack(rows, multiple)
+    assert multiple is None or (batch.input_ids.shape[0], batch.input_ids.shape[1] % multiple) == (1, 0)
     expected, ours = _gradients(apart, form, dense=True), _gradients(batch, form, dense)
     torch.testing.assert_close(ours[0], expected[0])
     torch.testing.assert_close(ours[1], expected[1], rtol=1e-4, atol=1e-5)
@@ -118,6 +119,7 @@ def test_micro_batches_hold_each_row_once_and_are_bounded(shapes, states, most) 
     assert sorted(id(row) for batch in batches for row in batch.rows) == sorted(map(id, rows))
     lengths = [len(row.input_ids) for batch in batches for row in batch.rows]
     assert lengths == sorted(lengths, reverse=True)
+    assert all(batch.input_ids.shape[1] % LINE_MULTIPLE == 0 for batch in batches)
 
     def places(batch) -> int:
         parts = RowParts.from_batch(batch, torch.float32)
