@@ -73,6 +73,7 @@ def micro_batches(rows: Sequence[Row], most_tokens: int) -> list[MicroBatch]:
 
     Tokens are counted as attention without flex_attention has them (`row_attention.py`): every clean half is as long as
     the longest of its micro-batch, and so is every noisy half. A row that is longer than `most_tokens` is alone.
+    Each line is then padded to a multiple of `LINE_MULTIPLE`.
     """
     groups: list[list[Row]] = []
     trajectories: set[int] = set()  # of the last group, as the next two

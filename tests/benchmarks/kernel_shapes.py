@@ -45,7 +45,8 @@ def steps(multiple: int, count: int, threads: int) -> dict[str, float]:
         hidden.float().square().sum().backward()
         for layer in layers:
             layer.weight.grad = None
-        first = first if step else process.memory_info().rss
+        if step == 0:
+            first = process.memory_info().rss
     grown = process.memory_info().rss - first
     return {"seconds": time.perf_counter() - started, "shapes": len(shapes), "grown_mib": grown / 2**20}
 

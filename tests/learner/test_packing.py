@@ -61,7 +61,14 @@ def _gradients(batch, form: StudentForm, dense: bool = False) -> tuple[torch.Ten
 @pytest.mark.parametrize(("form", "kind"), FORMS_AND_GRIDS)
 @pytest.mark.parametrize(
     ("multiple", "dense", "piece"),  # multiple: of the packed line's tokens; None: one row per line
-    [(1, False, 1024), (64, False, 1024), (64, False, 5), (1, True, 1024), (64, True, 1024), (None, False, 1024)],
+    [
+        *(
+            (multiple, dense, piece)
+            for multiple in (1, 64)
+            for dense, piece in ((False, 1024), (False, 5), (True, 1024))
+        ),
+        (None, False, 1024),
+    ],
 )
 def test_losses_and_gradients_are_those_of_one_row_per_line_and_a_dense_mask(
     monkeypatch, states, form, kind, multiple, dense, piece
