@@ -48,7 +48,7 @@ def build_rows(
     trajectory = scored.trajectory
     exclude_eos = objective.exclude_eos and objective.kind != "rl"  # where to end is part of a policy
     if objective.resolved_selection == "drafts":
-        return [build_draft_row(scored, grid.block_size, mask_id, exclude_eos)]
+        return [build_draft_row(scored, grid.block_size, mask_id, exclude_eos, objective.unreached_weight)]
     states = BlockStates(trajectory.reveal_step, len(trajectory.prompt_ids), grid)
     selected = SELECTIONS[objective.resolved_selection](states, rng)
     return [build_row(scored, chosen, grid, mask_id, exclude_eos, form) for chosen in selected]
@@ -89,12 +89,16 @@ def build_row(
     )
 
 
-def build_draft_row(scored: ScoredTrajectory, size: int, mask_id: int, exclude_eos: bool) -> Row:
+def build_draft_row(
+    scored: ScoredTrajectory, size: int, mask_id: int, exclude_eos: bool, unreached_weight: float = 1.0
+) -> Row:
     """The row of all drafts of a rollout that was decoded with the strategy `verified` (METHOD.md section 11).
 
     A step ends with a token of the clean path's own, and its draft is `size` masks from there on. The first mask stands
     where that token is, the others predict the tokens behind it, each at the position before. A draft sees the clean
-    tokens before its first mask, and itself. Drafts may overlap, since they do not see each other.
+    tokens before its first mask, and itself. Drafts may overlap, since they do not see each other. The next draft
+    begins at the first wrong token of this one, or behind its last: the places behind that token were not reached, and
+    weigh `unreached_weight`.
     """
     trajectory = scored.trajectory
     prompt_length = len(trajectory.prompt_ids)
@@ -104,8 +108,10 @@ def build_draft_row(scored: ScoredTrajectory, size: int, mask_id: int, exclude_e
     starts = last_of_step[last_of_step < trajectory.response_length]
     ahead = np.arange(size)
     predicted = (starts[:, None] + 1 + ahead)[:, :-1]  # by all masks but the last
-    counts = predicted < len(in_loss)
+    unreached = predicted > np.append(starts, np.iinfo(np.int64).max)[1:, None]
+    counts = (predicted < len(in_loss)) & ~(unreached & (unreached_weight == 0))
     counts[counts] = in_loss[predicted[counts]]
+    weights = np.where(unreached, np.float32(unreached_weight), np.float32(1))
     columns = len(clean) + (size * np.arange(len(starts))[:, None] + ahead)[:, :-1]
     return Row(
         scored=scored,
@@ -115,7 +121,7 @@ def build_draft_row(scored: ScoredTrajectory, size: int, mask_id: int, exclude_e
         blocks=np.concatenate([np.arange(len(clean)), np.repeat(prompt_length + starts, size)]),
         loss_columns=columns[counts],
         loss_positions=predicted[counts],
-        loss_weights=_weights(trajectory.loss_weight, predicted[counts]),
+        loss_weights=_weights(trajectory.loss_weight, predicted[counts]) * weights[counts],
     )
 
 

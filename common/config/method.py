@@ -48,6 +48,10 @@ class ObjectiveConfig(Section):
     `drafts` goes with `rollout.strategy: verified`: one row, with all masks of every draft that decoding asked for.
     Empty: `one_state_per_block` for `opd`, `revealed` for `rl`, and `random_mask` for the other kinds, whose responses
     have no visited states."""
+    unreached_weight: Probability = 1.0
+    """With `selection: drafts`, the weight of the places of a draft behind its first wrong token. Decoding never came
+    to them, since a wrong draft ends what is accepted. 1: all places of a draft count the same; 0: these are left
+    out. A mean over loss positions is then `sum(weight x loss) / sum(weight)`."""
     divergence: Literal["kl", "jsd"] = "kl"
     """The distance that is minimised. `kl`: forward KL(teacher || student), mixed with reverse KL by `reverse_weight`.
     `jsd`: the Jensen-Shannon divergence with `jsd_alpha`. `cft` uses neither."""

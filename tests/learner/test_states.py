@@ -106,3 +106,16 @@ def test_a_second_pass_draws_other_states_of_the_same_trajectory() -> None:
     alone = build_rows(long, BlockGrid(4), objective, MASK, np.random.default_rng([3, long.trajectory.index]))
     assert rows[0] == rows[1] == alone[0].input_ids.tolist()
     assert len({tuple(row) for row in rows}) == 3
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25, 0.0])
+def test_places_behind_a_wrong_draft_weigh_what_the_run_file_says(weight) -> None:
+    """Drafts of four masks at response positions 0, 1 and 4. The first one's first token was wrong, so its places 2 and
+    3 were not reached; the second one's three were all right; the third one ends with the response."""
+    sample = unscored(trajectory([5, 6], [11, 12, 13, 14, 15, 16], [1, 2, 3, 3, 3, 4]))
+    objective = ObjectiveConfig(selection="drafts", unreached_weight=weight, exclude_eos=False)
+    (row,) = build_rows(sample, BlockGrid(4, "response"), objective, MASK, np.random.default_rng(0))
+    found = list(zip(row.loss_positions.tolist(), row.loss_weights.tolist(), strict=True))
+    every = [(1, 1.0), (2, weight), (3, weight), (2, 1.0), (3, 1.0), (4, 1.0), (5, 1.0)]
+    assert found == [place for place in every if place[1] > 0]
+    assert len(row.loss_columns) == len(row.loss_positions)
