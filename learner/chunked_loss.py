@@ -10,11 +10,13 @@ The tests compare this with the same sum through `PositionTargets.losses` and au
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from opdlm.common.config.schema import ObjectiveConfig
+from opdlm.learner.packing import LINE_MULTIPLE
 from opdlm.learner.policy_gradient import PolicyPositions
 from opdlm.learner.targets import PositionTargets
 from opdlm.learner.tied_embedding import GradientHandover
@@ -44,6 +46,18 @@ def chunked_loss(
     return _ChunkedLoss.apply(hidden, matrix, targets, weights, objective, chunk, handover)
 
 
+def parts_of(positions: int, chunk: int) -> Iterator[slice]:
+    """Slices of at most `chunk` that hold all loss positions.
+
+    Fewer than `LINE_MULTIPLE` at the end are a part of their own: a CPU makes kernels for each number of positions, and
+    keeps them.
+    """
+    whole = positions - positions % LINE_MULTIPLE
+    for first, end in ((0, whole), (whole, positions)):
+        for start in range(first, end, chunk):
+            yield slice(start, min(start + chunk, end))
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -63,8 +77,7 @@ class _ChunkedLoss(torch.autograd.Function):
             matrix_gradient.zero_()  # an empty batch needs a gradient too: every ZeRO rank must have one
         positions = min(chunk, len(hidden))
         memory, scratch = hidden.new_empty(positions, len(matrix)), targets.scratch_for(positions)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
+        for part in parts_of(len(hidden), chunk):
             logits = torch.mm(hidden[part], matrix.T, out=memory[: len(hidden[part])])
             losses[part], logits_gradient = targets[part].losses_with_gradient(
                 logits, weights[part], objective, scratch
@@ -74,7 +87,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 torch.mm(logits_gradient, matrix, out=hidden_gradient[part])
             if matrix_gradient is not None:
                 # The first chunk overwrites: filling so large a matrix with zeros would be one more pass over memory.
-                matrix_gradient.addmm_(logits_gradient.T, hidden[part], beta=int(start > 0))
+                matrix_gradient.addmm_(logits_gradient.T, hidden[part], beta=int(part.start > 0))
         ctx.handover = handover
         ctx.gradients = (hidden_gradient, matrix_gradient)
         ctx.mark_non_differentiable(losses)

@@ -12,7 +12,7 @@ from opdlm.actors.teacher.scoring import score
 from opdlm.common.config.schema import ObjectiveConfig
 from opdlm.common.grid import BlockGrid
 from opdlm.common.types import ScoredTrajectory
-from opdlm.learner.chunked_loss import chunked_loss
+from opdlm.learner.chunked_loss import chunked_loss, parts_of
 from opdlm.learner.distill import DistillModule
 from opdlm.learner.losses import divergence, forward_kl, jensen_shannon, restrict_to_top_k, reverse_kl
 from opdlm.learner.packing import collate
@@ -139,6 +139,15 @@ def test_the_teachers_temperature_divides_its_logits(kind, temperature) -> None:
         torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
         soft = (_batch("logits", plain, teacher)[1].values / temperature).softmax(-1)
         torch.testing.assert_close(gradient, logits.softmax(-1) - soft, rtol=1e-3, atol=1e-5)
+
+
+@given(st.integers(0, 700), st.sampled_from([1, 5, 64, 128, 256]))
+def test_parts_hold_each_position_once_and_have_few_sizes(positions, chunk) -> None:
+    parts = list(parts_of(positions, chunk))
+    assert [place for part in parts for place in range(part.start, part.stop)] == list(range(positions))
+    sizes = [part.stop - part.start for part in parts]
+    assert all(0 < size <= chunk for size in sizes)
+    assert all(size < 64 or size % 64 == 0 for size in sizes)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
