@@ -6,6 +6,7 @@ draft is its own teacher. Which tokens of a forward are noisy is told before it 
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -90,9 +91,9 @@ class NoisyAdapters:
         embedding = student.get_input_embeddings()
         embedding.register_parameter(MASK_EMBEDDING, nn.Parameter(embedding.weight[mask_id].detach().clone()))
         embedding.register_forward_hook(self._embed)
-        for name, module in student.named_modules():
-            if name.endswith(f"lora_A.{ADAPTER}"):  # its output is as narrow as the rank
-                module.register_forward_hook(self._gate)
+        for module in student.modules():
+            if ADAPTER in getattr(module, "lora_A", ()):
+                module.forward = functools.partial(self._linear, module)
 
     def mark(self, noisy: torch.Tensor | None) -> None:
         """Says which tokens of the next forwards are noisy, until it is called again (a checkpointed backward repeats
@@ -103,11 +104,17 @@ class NoisyAdapters:
         """
         self._noisy = noisy
 
-    def _gate(self, module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """What an adapter's first layer hands on, `[B, T, rank]`: nothing of clean tokens."""
+    def _linear(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """A layer's output `[B, T, out]` for `[B, T, in]`: the base layer's, and what its adapter adds at noisy tokens.
+
+        In place of peft's, which computes adapters of clean tokens too, and scales them where they are wide.
+        """
+        output = layer.base_layer(hidden)
         if self._noisy is None:
-            return torch.zeros_like(output)
-        return torch.where(self._noisy[..., None], output, torch.zeros((), dtype=output.dtype, device=output.device))
+            return output
+        narrow = layer.lora_A[ADAPTER](hidden) * layer.scaling[ADAPTER]  # as narrow as the rank
+        narrow = torch.where(self._noisy[..., None], narrow, 0.0)
+        return output + layer.lora_B[ADAPTER](narrow)
 
     def _embed(self, module: Any, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """The embeddings `[B, T, D]` of ids `[B, T]`, with the trained one of the mask token where it is noisy."""

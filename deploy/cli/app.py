@@ -124,7 +124,8 @@ def model_folder_of(given: Path, name: str) -> Path:
 def clear_errors() -> Iterator[None]:
     """A user's mistake, a full disk and Ctrl-C are printed as one line, without a traceback; exits with 2, and 130."""
     os.environ.setdefault(_HUB_BARS, "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see `deploy/cluster/local_ray.py`
+    for name, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "20000")):
+        os.environ.setdefault(name, value)  # before torch is loaded; see `deploy/cluster/local_ray.py`
     try:
         yield
     except KeyboardInterrupt as stopped:

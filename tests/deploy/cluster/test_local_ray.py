@@ -28,7 +28,7 @@ print("worker", *ray.get(seen.options(num_cpus=2).remote()), "driver", os.nice(0
 def environment_at_start(monkeypatch) -> list[dict[str, str]]:
     """The environment in which `ray.init` is called; Ray itself is not started."""
     seen: list[dict[str, str]] = []
-    for name in ("RAY_ADDRESS", "RAY_worker_niceness", "OMP_WAIT_POLICY"):
+    for name in ("RAY_ADDRESS", "RAY_worker_niceness", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(connection.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(local_ray.ray, "init", lambda **_: seen.append(dict(os.environ)))
@@ -40,6 +40,7 @@ def test_processes_of_a_local_ray_are_not_nice_and_wait_passively(environment_at
     connection.join_or_start(ResourcesConfig(), {"CPU": [], "GPU": []})
     (seen,) = environment_at_start
     assert (seen["RAY_worker_niceness"], seen["OMP_WAIT_POLICY"]) == ("0", "PASSIVE")
+    assert 0 < int(seen["GOMP_SPINCOUNT"]) < 300_000, "a short wait, not OpenMP's own"
     assert {name: os.environ.get(name) for name in before} == before
     assert "RAY_worker_niceness" not in os.environ, "a variable for Ray's processes stays in this one's environment"
 
