@@ -109,9 +109,9 @@ def build_draft_row(
     ahead = np.arange(size)
     predicted = (starts[:, None] + 1 + ahead)[:, :-1]  # by all masks but the last
     unreached = predicted > np.append(starts, np.iinfo(np.int64).max)[1:, None]
-    counts = (predicted < len(in_loss)) & ~(unreached & (unreached_weight == 0))
-    counts[counts] = in_loss[predicted[counts]]
     weights = np.where(unreached, np.float32(unreached_weight), np.float32(1))
+    counts = (predicted < len(in_loss)) & (weights > 0)
+    counts[counts] = in_loss[predicted[counts]]
     columns = len(clean) + (size * np.arange(len(starts))[:, None] + ahead)[:, :-1]
     return Row(
         scored=scored,

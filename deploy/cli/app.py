@@ -21,6 +21,7 @@ from rich.console import Console
 import opdlm
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import home_path
+from opdlm.deploy.cluster.openmp import OPENMP_WAITS
 from opdlm.deploy.run.recipes import find_run_file
 
 
@@ -124,8 +125,8 @@ def model_folder_of(given: Path, name: str) -> Path:
 def clear_errors() -> Iterator[None]:
     """A user's mistake, a full disk and Ctrl-C are printed as one line, without a traceback; exits with 2, and 130."""
     os.environ.setdefault(_HUB_BARS, "1")
-    for name, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "20000")):
-        os.environ.setdefault(name, value)  # before torch is loaded; see `deploy/cluster/local_ray.py`
+    for name, value in OPENMP_WAITS.items():
+        os.environ.setdefault(name, value)  # before torch is loaded
     try:
         yield
     except KeyboardInterrupt as stopped:

@@ -12,12 +12,12 @@ from typing import Any
 import ray
 
 from opdlm.common.errors import OpdlmError, first_line
+from opdlm.deploy.cluster.openmp import OPENMP_WAITS
 from opdlm.deploy.cluster.reach import ends_process_after
 
 WORKER_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's 15 leaves a worker about 1/30 of a core beside other work
-    "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits for another one sleeps; by default it keeps the core busy
-    "GOMP_SPINCOUNT": "20000",  # it waits a millisecond first: a forward has thousands of short waits
+    **OPENMP_WAITS,
 }
 """Environment variables of the processes of a Ray that we start. The user's own values win."""
 
