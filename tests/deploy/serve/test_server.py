@@ -174,25 +174,29 @@ def test_requests_beyond_the_queue_get_429_and_the_others_are_answered(server, c
 
 
 def test_steps_go_on_where_an_engine_dies(cluster, server, client, folders) -> None:
-    asked, begun = 8, threading.Semaphore(0)
+    asked, begun, killed = 8, threading.Semaphore(0), threading.Event()
     how: dict[str, Any] = {"model": "tiny", "prompt": "12+3=", "max_tokens": 480}  # it has no end token
     expected = client.completions.create(**how).choices[0].text
     retries = figure(server, "opdlm_retries_total")
 
-    def watch(_: int) -> list[Any]:
-        parts = []
-        for part in client.completions.create(stream=True, extra_body={"steps": True}, **how):
-            parts.append(part)
-            if len(parts) == 3:
-                begun.release()
-        return parts
+    def watch(_: int) -> list[list[Any]]:
+        """Asks until the engine is dead, so that both engines have responses whenever that is."""
+        found = []
+        while not killed.is_set():
+            found.append([])
+            for part in client.completions.create(stream=True, extra_body={"steps": True}, **how):
+                found[-1].append(part)
+                if len(found[-1]) == 3:
+                    begun.release()
+        return found
 
     with ThreadPoolExecutor(asked) as pool:
         streams = [pool.submit(watch, n) for n in range(asked)]
-        for _ in range(asked):
+        for _ in range(3):  # early: a client may read more slowly than the engines decode
             assert begun.acquire(timeout=PATIENCE)
         os.kill(engine_processes(cluster)[0], signal.SIGKILL)
-        found = [choices(stream.result(), 0) for stream in streams]
+        killed.set()
+        found = [choices(parts, 0) for stream in streams for parts in stream.result()]
     assert figure(server, "opdlm_retries_total") > retries, "the engine died while it had some of them"
     for events in found:
         numbers, texts = told(events)
