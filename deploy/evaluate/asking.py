@@ -20,6 +20,7 @@ from opdlm.common.types import RolloutRequest, ScoredTrajectory, Trajectory
 from opdlm.deploy.evaluate.decoders import Answers, CheckpointDecoder, Decoder
 from opdlm.deploy.evaluate.known_answers import choose_evenly
 from opdlm.deploy.evaluate.options import DecodingOptions
+from opdlm.deploy.evaluate.partings import partings
 from opdlm.deploy.evaluate.questions import Questions
 from opdlm.deploy.evaluate.reranked import rerank_figures
 from opdlm.deploy.observe.meter import Meter
@@ -107,7 +108,8 @@ class Evaluation:
         Returns: a row per way of decoding, the teacher's first: `decoding`, `right` (share), `unanswered`, `responses`,
             `empty` (how many of them have no text), `tokens_per_step`, `tokens_per_second`, `by_kind`, and where cases
             are re-ranked `rerank`. Beside a teacher also `of_teacher` (share of its score), `agreement`,
-            `token_agreement`, `length_ratio` and, of a student, `held_out_kl` in nats (`against_teacher.py`).
+            `token_agreement`, `length_ratio` and, of a student, `held_out_kl` in nats (`against_teacher.py`); where the
+            teacher verifies drafts `partings` (`partings.py`), None without any.
 
         Raises:
             OpdlmError: a prompt is empty or too long for the context.
@@ -137,6 +139,8 @@ class Evaluation:
             if theirs is not None and decoder.is_student:
                 grid = BlockGrid(settings.block_size, settings.block_grid)
                 row["held_out_kl"] = self._held_out_kl(way, answers.trajectories, grid)
+            if theirs is not None and way == "verified":
+                row["partings"] = self._partings(requests, answers, theirs)
             rows.append(row)
         if self._options.prompt_lookup and self._teacher is None:
             rows.append(self._looked_up(decoder, requests, None))
@@ -171,7 +175,17 @@ class Evaluation:
         way = f"prompt lookup {drafts}"
         self._begin(way, len(requests))
         decoder.on_progress = self._done
-        return self._row(way, decoder, decoder.look_up(requests, drafts), theirs)
+        answers = decoder.look_up(requests, drafts)
+        row = self._row(way, decoder, answers, theirs)
+        return row if theirs is None else row | {"partings": self._partings(requests, answers, theirs)}
+
+    def _partings(self, requests: Sequence[RolloutRequest], ours: Answers, theirs: Answers) -> dict[str, float] | None:
+        """Where answers of drafts that the teacher verified differ from its own."""
+        teacher = self._teacher
+        assert teacher is not None, "the answers are compared with a teacher's"
+        pairs = ours.responses, theirs.responses
+        found = partings(teacher.model, requests, *pairs, _SCORE_TOKENS, teacher.facts.tokens)
+        return None if found is None else asdict(found)
 
     def _row(self, way: str, decoder: Decoder, answers: Answers, theirs: Answers | None = None) -> dict[str, Any]:
         """The figures of one way of decoding; `theirs`: the teacher's answers, where they are compared with these."""
@@ -231,12 +245,21 @@ def eval_tables(title: str, questions: Questions, rows: Sequence[dict[str, Any]]
             kl = row.get("held_out_kl")
             second.add_row(name, *shares, f"{row['length_ratio']:.2f}", "-" if kl is None else f"{kl:.3f}")
         tables.append(second)
+    if parted := [(name, row["partings"]) for name, row in zip(names, rows, strict=True) if row.get("partings")]:
+        columns = ["answers that differ", "median gap there", "largest", "of the two best", "median gap of all tokens"]
+        title = "the teacher's two best logits where answers first differ from its own"
+        third = new_table(title, "decoding", *columns)
+        for name, found in parted:
+            gaps = [f"{found[gap]:.3f}" for gap in ("median_gap", "largest_gap")]
+            shares = [f"{found['among_two_best']:.1%}", f"{found['median_gap_of_all']:.3f}"]
+            third.add_row(name, f"{found['answers']:,}", *gaps, *shares)
+        tables.append(third)
     if kinds := rows[0]["by_kind"]:
-        third = new_table("right answers of each kind", "kind", "questions", *names)
+        last = new_table("right answers of each kind", "kind", "questions", *names)
         for kind, of in kinds.items():
             shares = [f"{row['by_kind'][kind]['right']:.1%}" for row in rows]
-            third.add_row(kind, f"{of['questions']:,}", *shares)
-        tables.append(third)
+            last.add_row(kind, f"{of['questions']:,}", *shares)
+        tables.append(last)
     return tables
 
 
