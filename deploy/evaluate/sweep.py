@@ -196,8 +196,9 @@ def draw(points: Sequence[SweepPoint], title: str, figure_name: str, file: Path)
             at = [p.tokens_per_step for p in line], [p.right for p in line]
             axis.plot(*at, marker="o", color=color, label=f"{of}block {block}, dynamic")
         for i, point in enumerate(line):
-            offset = (0, 7) if i % 2 == 0 else (0, -14)  # neighbours may be closer to each other than a label is wide
-            how = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": color}
+            # Curves fall: on either side of one there is room, and neighbours may be closer than a label is wide.
+            offset, side = ((6, 4), "left") if i % 2 == 0 else ((-6, -10), "right")
+            how = {"textcoords": "offset points", "ha": side, "fontsize": 8, "color": color}
             axis.annotate(f"{point.way.threshold:g}", (point.tokens_per_step, point.right), offset, **how)
         for point in (p for p in own if p.way.strategy != _DYNAMIC):
             sign = "sD^v*P"[others.index(point.way.strategy)]
