@@ -192,10 +192,12 @@ def test_steps_go_on_where_an_engine_dies(cluster, server, client, folders) -> N
 
     with ThreadPoolExecutor(asked) as pool:
         streams = [pool.submit(watch, n) for n in range(asked)]
-        for _ in range(3):  # early: a client may read more slowly than the engines decode
-            assert begun.acquire(timeout=PATIENCE)
-        os.kill(engine_processes(cluster)[0], signal.SIGKILL)
-        killed.set()
+        try:
+            for _ in range(3):  # early: a client may read more slowly than the engines decode
+                assert begun.acquire(timeout=PATIENCE)
+            os.kill(engine_processes(cluster)[0], signal.SIGKILL)
+        finally:
+            killed.set()
         found = [choices(parts, 0) for stream in streams for parts in stream.result()]
     assert figure(server, "opdlm_retries_total") > retries, "the engine died while it had some of them"
     for events in found:
