@@ -246,21 +246,25 @@ def eval_tables(title: str, questions: Questions, rows: Sequence[dict[str, Any]]
             second.add_row(name, *shares, f"{row['length_ratio']:.2f}", "-" if kl is None else f"{kl:.3f}")
         tables.append(second)
     if parted := [(name, row["partings"]) for name, row in zip(names, rows, strict=True) if row.get("partings")]:
-        columns = ["answers that differ", "median gap there", "largest", "of the two best", "median gap of all tokens"]
-        title = "the teacher's two best logits where answers first differ from its own"
-        third = new_table(title, "decoding", *columns)
-        for name, found in parted:
-            gaps = [f"{found[gap]:.3f}" for gap in ("median_gap", "largest_gap")]
-            shares = [f"{found['among_two_best']:.1%}", f"{found['median_gap_of_all']:.3f}"]
-            third.add_row(name, f"{found['answers']:,}", *gaps, *shares)
-        tables.append(third)
+        tables.append(_partings_table(parted))
     if kinds := rows[0]["by_kind"]:
-        last = new_table("right answers of each kind", "kind", "questions", *names)
+        third = new_table("right answers of each kind", "kind", "questions", *names)
         for kind, of in kinds.items():
             shares = [f"{row['by_kind'][kind]['right']:.1%}" for row in rows]
-            last.add_row(kind, f"{of['questions']:,}", *shares)
-        tables.append(last)
+            third.add_row(kind, f"{of['questions']:,}", *shares)
+        tables.append(third)
     return tables
+
+
+def _partings_table(parted: Sequence[tuple[str, dict[str, float]]]) -> Table:
+    """A row per way of decoding with answers that differ, as `Partings` has them."""
+    columns = ["answers that differ", "median gap there", "largest", "of the two best", "median gap of all tokens"]
+    table = new_table("the teacher's two best logits where answers first differ from its own", "decoding", *columns)
+    for name, found in parted:
+        gaps = [f"{found[gap]:.3f}" for gap in ("median_gap", "largest_gap")]
+        shares = [f"{found['among_two_best']:.1%}", f"{found['median_gap_of_all']:.3f}"]
+        table.add_row(name, f"{found['answers']:,}", *gaps, *shares)
+    return table
 
 
 def sample_lines(samples: Sequence[dict[str, Any]], threshold: float) -> Iterator[list[str]]:

@@ -78,5 +78,14 @@ def _first_difference(ours: np.ndarray, theirs: np.ndarray) -> int | None:
 
 def _as_trajectory(request: RolloutRequest, ids: np.ndarray) -> Trajectory:
     """An answer of an autoregressive model as the decoder's record, one token a step."""
-    steps = np.arange(1, len(ids) + 1, dtype=np.int32)
-    return Trajectory(request.index, request.prompt_id, request.prompt_ids, ids, steps, len(ids), 0, "length", len(ids))
+    return Trajectory(
+        index=request.index,
+        prompt_id=request.prompt_id,
+        prompt_ids=request.prompt_ids,
+        response_ids=ids,
+        reveal_step=np.arange(1, len(ids) + 1, dtype=np.int32),
+        response_length=len(ids),
+        weight_version=0,
+        finish_reason="length",
+        denoising_steps=len(ids),
+    )
