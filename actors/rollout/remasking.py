@@ -19,7 +19,7 @@ class DenoisingStep:
     masked: torch.Tensor  # [B, S] bool: positions that are still masked, so can be revealed
     confidence: torch.Tensor  # [B, S] float32: unfiltered, temperature-free probability of the candidate, or of any
     static_count: torch.Tensor  # [B] int64: masks divided over the remaining steps of the block, rounded up
-    threshold: torch.Tensor  # [B] float32: threshold of low_confidence_dynamic
+    threshold: torch.Tensor  # [B] float32: threshold of the dynamic strategies
     entropy_budget: float  # nats
     entropy: Callable[[], torch.Tensor]  # [B, S] float32, entropy of the predictions in nats; computed when called
     noise: Callable[[], torch.Tensor]  # [B, S] float64 uniform numbers in [0, 1); drawn when called
@@ -32,8 +32,7 @@ def low_confidence_static(step: DenoisingStep) -> torch.Tensor:
 
 def low_confidence_dynamic(step: DenoisingStep) -> torch.Tensor:
     """Every position more confident than the threshold, never fewer than the static k."""
-    above = step.masked & (step.confidence > step.threshold[:, None])
-    return above | low_confidence_static(step)
+    return _above(step) | low_confidence_static(step)
 
 
 def entropy_bounded(step: DenoisingStep) -> torch.Tensor:
@@ -57,6 +56,16 @@ def sequential(step: DenoisingStep) -> torch.Tensor:
     return _highest(-positions.expand_as(step.masked).float(), step)
 
 
+def sequential_dynamic(step: DenoisingStep) -> torch.Tensor:
+    """Every position more confident than the threshold, and the k leftmost.
+
+    Not in the paper. Targets are next-token distributions behind a prefix (METHOD.md section 3), so a student learns
+    nothing about a place from the tokens behind it. Where no position is confident, the leftmost is the one whose
+    prefix is known; the most confident may be a later one, whose word then stands before it is known what leads to it.
+    """
+    return _above(step) | sequential(step)
+
+
 def random(step: DenoisingStep) -> torch.Tensor:
     """k masked positions, drawn uniformly."""
     return _highest(step.noise(), step)
@@ -67,8 +76,14 @@ STRATEGIES: dict[str, Callable[[DenoisingStep], torch.Tensor]] = {
     "low_confidence_dynamic": low_confidence_dynamic,
     "entropy_bounded": entropy_bounded,
     "sequential": sequential,
+    "sequential_dynamic": sequential_dynamic,
     "random": random,
 }
+
+
+def _above(step: DenoisingStep) -> torch.Tensor:
+    """The masked positions more confident than the threshold."""
+    return step.masked & (step.confidence > step.threshold[:, None])
 
 
 def _highest(score: torch.Tensor, step: DenoisingStep) -> torch.Tensor:

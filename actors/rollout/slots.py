@@ -112,7 +112,7 @@ class Slots:
 
     @property
     def threshold(self) -> torch.Tensor:
-        """`[n]` float32, threshold of `low_confidence_dynamic`."""
+        """`[n]` float32, threshold of the dynamic strategies."""
         return self._threshold[: self.occupied]
 
     @property

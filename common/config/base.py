@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -12,8 +12,16 @@ from opdlm.common.errors import OpdlmError
 from opdlm.common.files import home_path
 
 Strategy = Literal[
-    "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "sequential", "random", "verified"
+    "low_confidence_static",
+    "low_confidence_dynamic",
+    "entropy_bounded",
+    "sequential",
+    "sequential_dynamic",
+    "random",
+    "verified",
 ]
+WITH_THRESHOLD: Collection[Strategy] = ("low_confidence_dynamic", "sequential_dynamic")
+"""The strategies that reveal by a threshold of confidence."""
 Grid = Literal["absolute", "response"]
 Confidence = Literal["sampled", "max_probability"]
 AnswerKind = Literal["exact", "contains", "math"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator
 
+from opdlm.common.config.base import WITH_THRESHOLD
 from opdlm.common.config.data import check_sources, has_responses
 from opdlm.common.config.policy import check_policy_gradient
 from opdlm.common.config.schema import OpdlmConfig, Schedule
@@ -127,6 +128,8 @@ def _model(config: OpdlmConfig) -> Iterator[str]:
         )
     if verified and config.rollout.block_size < 2:
         yield f"rollout.block_size: found {config.rollout.block_size} with rollout.strategy `verified`; give 2 or more"
+    if verified and config.evaluation.order is not None:
+        yield f"evaluation.order: found {config.evaluation.order!r} with rollout.strategy `verified`; leave it out"
     if verified and config.rollout.cuda_graphs:
         yield "rollout.cuda_graphs: found true with rollout.strategy `verified`, whose forwards are not recorded yet"
     if config.rollouts_bring_targets and config.teacher.targets != "hidden":
@@ -248,10 +251,10 @@ def _curriculum(config: OpdlmConfig) -> Iterator[str]:
                 f"rollout.max_new_tokens {rollout.max_new_tokens}"
             )
     if curriculum.threshold:
-        if rollout.strategy != "low_confidence_dynamic":
+        if rollout.strategy not in WITH_THRESHOLD:
             yield (
                 f"curriculum.threshold: found with rollout.strategy `{rollout.strategy}`, which has no threshold; "
-                "use `low_confidence_dynamic`, or leave the schedule out"
+                f"use `{'` or `'.join(WITH_THRESHOLD)}`, or leave the schedule out"
             )
         ends = [curriculum.threshold.start, curriculum.threshold.end or 0.0]
         if min(ends) < 0 or max(ends) > 1:

@@ -171,8 +171,8 @@ class CurriculumConfig(Section):
     the first rounds save the decoding of text that an untrained student cannot write yet; the paper grows the length
     from 100 to 4,000 tokens in 10 rounds."""
     threshold: Schedule | None = None
-    """Schedule of the confidence threshold of `rollout.strategy: low_confidence_dynamic`, between 0 and 1. Empty:
-    `rollout.threshold` in every round."""
+    """Schedule of the confidence threshold of the dynamic strategies, between 0 and 1. Empty: `rollout.threshold` in
+    every round."""
     max_new_tokens_per_domain: dict[str, PositiveInt] = Field(default_factory=dict)
     """Longest response in tokens for each domain of prompts (`data.domain_field`), for example `{code: 2048}`. A domain
     that is not listed has no limit of its own. Paper: math 4096, code and chat 2048, science 1024."""

@@ -94,9 +94,10 @@ class RolloutConfig(Section):
     """Remasking strategy: which masked positions a denoising step reveals. `low_confidence_static`: the k of highest
     confidence, where k divides the block's masks over its remaining steps. `low_confidence_dynamic`: every position
     above `threshold`, and at least k. `entropy_bounded`: positions of rising entropy within `entropy_budget`.
-    `sequential`: the k leftmost. `random`: k at random."""
+    `sequential`: the k leftmost. `sequential_dynamic`: every position above `threshold`, and the k leftmost. `random`:
+    k at random."""
     threshold: Probability = 0.9
-    """With `low_confidence_dynamic`, the confidence above which a position is revealed, between 0 and 1. Lower values
+    """With the dynamic strategies, the confidence above which a position is revealed, between 0 and 1. Lower values
     reveal more tokens per step. `curriculum.threshold` replaces it where it is set."""
     entropy_budget: Annotated[Number, Field(ge=0)] = 0.1
     """With `entropy_bounded`, the sum of the entropies, in nats, of the positions that one step may reveal. Higher

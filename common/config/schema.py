@@ -206,6 +206,9 @@ class CheckpointConfig(Section):
     on with its defaults. It stays when old checkpoints are removed. Empty: only the last student is kept."""
 
 
+EvaluationOrder = Literal["confidence", "sequential"]
+
+
 class EvaluationConfig(Section):
     """Evaluation before, during and after training: on held-out problems of built-in tasks, and on own questions."""
 
@@ -230,8 +233,12 @@ class EvaluationConfig(Section):
     """Number of questions of `evaluation.data` in an evaluation during training, as many of each kind; always the same
     ones. Empty: all. The evaluations before and after training ask all."""
     every_rounds: PositiveInt | None = None
-    """Number of rounds between two evaluations during training, which decode with `low_confidence_dynamic`. Empty: none
-    during training."""
+    """Number of rounds between two evaluations during training, which decode with `rollout.threshold` in the
+    order of `order`. Empty: none during training."""
+    order: EvaluationOrder | None = None
+    """Which position a step of an evaluation reveals first. `confidence`: the most confident; evaluations decode with
+    `low_confidence_static` and `low_confidence_dynamic`. `sequential`: the leftmost; with `sequential` and
+    `sequential_dynamic`. Empty: that of `rollout.strategy`, `confidence` where it has neither."""
     actors: NonNegativeInt = 0
     """Number of extra rollout actors that do the evaluations during training, so that training goes on meanwhile; each
     reserves as much as a rollout actor. 0: the rollout actors evaluate, and decoding waits."""

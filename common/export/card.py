@@ -36,7 +36,8 @@ with their `attention_mask`, `max_new_tokens`, `do_sample`, `temperature`, `top_
 _GENERATE = """
 `generate` caches keys and values and takes batches that are padded on the left, with their `attention_mask`,
 `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p` and `threshold`: a step decodes every token whose
-probability is above it, and at least one. It refuses what else transformers' `generate` knows (beams, penalties).
+probability is above it, and at least one: the most probable, or the first with `strategy="sequential_dynamic"`. It
+refuses what else transformers' `generate` knows (beams, penalties).
 """
 _PIPELINE = """`pipeline("text-generation", model=folder, trust_remote_code=True)` works.
 """

@@ -148,7 +148,7 @@ def generate(
         Strategy | None,
         typer.Option(help="Remasking strategy. Default: low_confidence_dynamic; verified for a lossless student."),
     ] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of low_confidence_dynamic.")] = 0.9,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of the dynamic strategies.")] = 0.9,
     block_size: Annotated[int | None, typer.Option(min=1, help="Default: what the checkpoint says, else 4.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 is all.")] = 0,

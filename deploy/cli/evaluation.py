@@ -31,7 +31,7 @@ def evaluate(
             "lossless student."
         ),
     ] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of low_confidence_dynamic.")] = 0.9,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of the dynamic strategies.")] = 0.9,
     block_size: Annotated[int | None, typer.Option(min=1, help="Default: what the checkpoint says, else 4.")] = None,
     teacher: Annotated[
         Path | None,
@@ -145,7 +145,7 @@ def sweep(
     checkpoints: Checkpoints,
     questions: QuestionOptions,
     decoding: DecodingOptions,
-    threshold: Annotated[str, typer.Option(help="Thresholds of low_confidence_dynamic, with commas between.")] = (
+    threshold: Annotated[str, typer.Option(help="Thresholds of the dynamic strategies, with commas between.")] = (
         "0.5,0.7,0.9,0.95"
     ),
     block_size: Annotated[
@@ -192,7 +192,7 @@ def rerank_report(
     models: Checkpoints,
     questions: QuestionOptions,
     decoding: DecodingOptions,
-    threshold: Annotated[str, typer.Option(help="Thresholds of low_confidence_dynamic, with commas between.")] = (
+    threshold: Annotated[str, typer.Option(help="Thresholds of the dynamic strategies, with commas between.")] = (
         "1.0,0.9,0.6,0.4"
     ),
     batches: Annotated[str, typer.Option(help="Batch sizes at which speed is measured, with commas between.")] = (

@@ -28,7 +28,7 @@ def trace(
         typer.Option(help="Remasking strategy. Default: low_confidence_dynamic; verified for a lossless student."),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Threshold of low_confidence_dynamic. Default: the run's.")
+        float | None, typer.Option(min=0, max=1, help="Threshold of the dynamic strategies. Default: the run's.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy. Default: the run's.")] = None,
     max_new_tokens: Annotated[

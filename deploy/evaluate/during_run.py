@@ -15,7 +15,7 @@ from typing import Any
 from opdlm.actors.pool import ActorPool
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.batches import in_groups
-from opdlm.common.config.schema import EvaluationConfig, Strategy
+from opdlm.common.config.schema import EvaluationConfig, EvaluationOrder, Strategy
 from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import WeightsLost, last_line
 from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory, WeightHandle
@@ -166,8 +166,8 @@ class RunEvaluations:
 
     async def _ask(self, row: str, problems: Exam, handle: WeightHandle, pool: ActorPool) -> EvaluationResult:
         dynamic = row in (DYNAMIC, PERIODIC)
-        strategy: Strategy = "low_confidence_dynamic" if dynamic else "low_confidence_static"
-        settings = self._settings.greedy("verified" if self._settings.strategy == "verified" else strategy)
+        strategy = examined_with(self._settings.strategy, self._config.evaluation.order, dynamic)
+        settings = self._settings.greedy(strategy)
         task, progress = f"evaluation of round {handle.version}, {row}", self._records.progress
         arguments = pool, problems, handle, settings, self._config.evaluation, task, progress, self._beside
         return await evaluate_student(*arguments)
@@ -176,6 +176,15 @@ class RunEvaluations:
         step = self._checked.schedule.steps_before(version)
         self._records.evaluated(row, version, result, step, best_by)
         self._done.add((row, version))
+
+
+def examined_with(rollouts: Strategy, order: EvaluationOrder | None, dynamic: bool) -> Strategy:
+    """How a run's student is examined: with a threshold, or else a token at a time (`evaluation.order`)."""
+    if rollouts == "verified":
+        return rollouts
+    if order == "sequential" or (order is None and rollouts in ("sequential", "sequential_dynamic")):
+        return "sequential_dynamic" if dynamic else "sequential"
+    return "low_confidence_dynamic" if dynamic else "low_confidence_static"
 
 
 async def _too_late() -> bool:

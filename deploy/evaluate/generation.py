@@ -68,8 +68,8 @@ class Model(CheckpointDecoder):
 
         Args:
             max_new_tokens: longest response, in tokens.
-            strategy: remasking strategy of a student; `threshold` belongs to `low_confidence_dynamic`, the default. A
-                lossless student's is `verified`.
+            strategy: remasking strategy of a student; `threshold` belongs to the dynamic ones. Default:
+                `low_confidence_dynamic`, of a lossless student `verified`.
             temperature: 0 is greedy. An autoregressive model then samples from the whole vocabulary.
             block_size: None takes the checkpoint's own.
             chat: puts each prompt through the chat template, with `thinking` as its `enable_thinking`.

@@ -46,7 +46,7 @@ class OpdlmLM(Likelihoods, LM):
     Args (lm-eval's `model_args`):
         pretrained: checkpoint folder or hub id; or, from Python, a `Decoder`.
         strategy: remasking strategy. None: `low_confidence_dynamic`, for a lossless student `verified`.
-        threshold: confidence threshold of `low_confidence_dynamic`.
+        threshold: confidence threshold of the dynamic strategies.
         block_size: None takes the checkpoint's own, else 4.
         batch_size: sequences decoded side by side; it overrides `--batch_size`, whose default is 1.
         max_new_tokens: longest response where neither the task nor `--gen_kwargs` sets `max_gen_toks`.

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.config.base import WITH_THRESHOLD
 from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.facts import read_facts
@@ -20,8 +21,6 @@ from opdlm.deploy.evaluate.options import DecodingOptions, QuestionOptions, chec
 from opdlm.deploy.evaluate.questions import Questions, open_questions
 from opdlm.deploy.observe.meter import Meter
 from opdlm.deploy.observe.tables import decoding_name, new_table
-
-_DYNAMIC: Strategy = "low_confidence_dynamic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ class SweepOptions:
     strategies: Sequence[Strategy]
     """Empty: dynamic, and `verified` for a lossless student."""
     thresholds: Sequence[float]
-    """Of dynamic decoding."""
+    """Of the dynamic strategies."""
     block_sizes: Sequence[int] | None
     """None: each checkpoint's own."""
 
@@ -85,7 +84,7 @@ class SweepOptions:
             return
         for block in self.block_sizes or [decoder.base.block_size]:
             for strategy in self.strategies or decoder.usual_strategies[-1:]:
-                for threshold in self.thresholds if strategy == _DYNAMIC else [None]:
+                for threshold in self.thresholds if strategy in WITH_THRESHOLD else [None]:
                     yield Way(block, strategy, threshold)
 
 
@@ -178,29 +177,33 @@ def _as_row(point: SweepPoint) -> dict[str, Any]:
 
 
 def draw(points: Sequence[SweepPoint], title: str, figure_name: str, file: Path) -> None:
-    """Draws accuracy over tokens per step: a line per block size through its thresholds, a mark per other way."""
+    """Draws accuracy over tokens per step: a line through thresholds for each block size and dynamic
+    strategy, a mark for each other way.
+    """
     from matplotlib import ticker
 
     from opdlm.deploy.observe.figures import new_figure, save_figure
 
     figure, axis = new_figure(figsize=(7, 4.6))
     several = len({point.checkpoint for point in points}) > 1
-    others = list(dict.fromkeys(point.way.strategy for point in points if point.way.strategy != _DYNAMIC))
+    others = list(dict.fromkeys(point.way.strategy for point in points if point.way.threshold is None))
     series: dict[tuple[str, int | None], list[SweepPoint]] = {}
     for point in points:
         series.setdefault((point.checkpoint, point.way.block_size), []).append(point)
     for place, ((name, block), own) in enumerate(series.items()):
         of, color = f"{name}, " if several else "", f"C{place}"
-        line = sorted((p for p in own if p.way.strategy == _DYNAMIC), key=lambda p: p.way.threshold or 0.0)
-        if line:
-            at = [p.tokens_per_step for p in line], [p.right for p in line]
-            axis.plot(*at, marker="o", color=color, label=f"{of}block {block}, dynamic")
-        for i, point in enumerate(line):
-            # Curves fall: on either side of one there is room, and neighbours may be closer than a label is wide.
-            offset, side = ((6, 4), "left") if i % 2 == 0 else ((-6, -10), "right")
-            how = {"textcoords": "offset points", "ha": side, "fontsize": 8, "color": color}
-            axis.annotate(f"{point.way.threshold:g}", (point.tokens_per_step, point.right), offset, **how)
-        for point in (p for p in own if p.way.strategy != _DYNAMIC):
+        for strategy, style in zip(WITH_THRESHOLD, ("-", "--"), strict=True):
+            line = sorted((p for p in own if p.way.strategy == strategy), key=lambda p: p.way.threshold or 0.0)
+            if line:
+                at = [p.tokens_per_step for p in line], [p.right for p in line]
+                label = f"{of}block {block}, {decoding_name(strategy)}"
+                axis.plot(*at, style, marker="o", color=color, label=label)
+            for i, point in enumerate(line):
+                # Curves fall: on either side of one there is room, and neighbours may be closer than a label is wide.
+                offset, side = ((6, 4), "left") if i % 2 == 0 else ((-6, -10), "right")
+                how = {"textcoords": "offset points", "ha": side, "fontsize": 8, "color": color}
+                axis.annotate(f"{point.way.threshold:g}", (point.tokens_per_step, point.right), offset, **how)
+        for point in (p for p in own if p.way.threshold is None):
             sign = "sD^v*P"[others.index(point.way.strategy)]
             at_point = point.tokens_per_step, point.right
             axis.plot(*at_point, sign, color=color, mfc="none", label=f"{of}{point.way.name}")

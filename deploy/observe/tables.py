@@ -7,6 +7,8 @@ import textwrap
 from rich import box
 from rich.table import Table
 
+from opdlm.common.config.base import WITH_THRESHOLD
+
 COLUMNS = 80
 """Width that every table fits into."""
 _HEADER_COLUMNS = 9
@@ -16,16 +18,17 @@ _SHORT = {
     "low_confidence_static": "static",
     "low_confidence_dynamic": "dynamic",
     "entropy_bounded": "entropy",
+    "sequential_dynamic": "sequential dynamic",
 }
 
 
 def decoding_name(strategy: str, threshold: float | None = None) -> str:
     """The short name of a way of decoding: `static`, `dynamic 0.9`. Other names stay as they are.
 
-    `threshold`: shown where the strategy is the dynamic one.
+    `threshold`: shown where the strategy has one.
     """
     name = _SHORT.get(strategy, strategy)
-    return f"{name} {threshold:g}" if name == "dynamic" and threshold is not None else name
+    return f"{name} {threshold:g}" if strategy in WITH_THRESHOLD and threshold is not None else name
 
 
 def new_table(title: str, first: str, *figures: str) -> Table:

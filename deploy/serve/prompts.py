@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from opdlm.common.config.base import WITH_THRESHOLD
 from opdlm.common.data.chat import chat_prompt
 from opdlm.common.data.conversation import read_conversation
 from opdlm.common.errors import OpdlmError
@@ -74,7 +75,7 @@ class Prompts:
                 "strategy_fixed",
                 "strategy",
             )
-        if given.threshold is not None and options.strategy != "low_confidence_dynamic":
+        if given.threshold is not None and options.strategy not in WITH_THRESHOLD:
             raise ApiError(400, f"threshold: strategy {options.strategy!r} has none", "no_threshold", "threshold")
         if options.strategy != "verified":
             return

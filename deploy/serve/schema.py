@@ -38,7 +38,7 @@ class GenerationRequest(BaseModel):
     user: str | None = None
     """Not used."""
     threshold: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    """Confidence from which `low_confidence_dynamic` reveals a token. None: the server's."""
+    """Confidence from which a dynamic strategy reveals a token. None: the server's."""
     strategy: str | None = None
     """The remasking strategy; only the server's own is possible."""
     steps: bool = False

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .block_decoding import BlockDecoding
+from .block_decoding import STRATEGIES, BlockDecoding
 from .generation import read_request
 
 
@@ -80,16 +80,19 @@ class BlockCausalMixin(nn.Module):
         generation_config: Any = None,
         *,
         threshold: float = 0.9,
+        strategy: str = "low_confidence_dynamic",
         **settings: Any,
     ) -> torch.Tensor:
         """Decodes a batch block by block, with a key-value cache.
 
-        Each step unmasks every position whose probability is above `threshold`, and at least the most probable one.
+        Each step unmasks every position whose probability is above `threshold`, and at least one.
 
         Args:
             inputs: `[B, P]` int64, prompts; or named `input_ids`. Padding is on the left, as `attention_mask` says.
             generation_config: settings of transformers; those that are named in the call come before it.
             threshold: within 0 and 1; a lower one decodes more tokens a step.
+            strategy: which position is unmasked where none is above the threshold. `low_confidence_dynamic`: the most
+                probable one. `sequential_dynamic`: the first one, with the others above the threshold beside it.
             settings: `attention_mask` (`[B, P]`, 0 for padding), `max_new_tokens` (64), `max_length`, `do_sample`
                 (False: greedy), `temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`. Sampling draws from
                 torch's generator.
@@ -102,8 +105,10 @@ class BlockCausalMixin(nn.Module):
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"generate: threshold: found {threshold}; expected a number within 0 and 1")
+        if strategy not in STRATEGIES:
+            raise ValueError(f"generate: strategy: found {strategy!r}; expected {' or '.join(STRATEGIES)}")
         request = read_request(self, {"inputs": inputs, "generation_config": generation_config, **settings})
-        return BlockDecoding(self, request, threshold, self.prefill_tokens).run()
+        return BlockDecoding(self, request, threshold, strategy, self.prefill_tokens).run()
 
     def attention_scores(self, seen: torch.Tensor) -> torch.Tensor:
         """What the model's attention takes for a bool mask `[B, 1, T, K]`, True where the query sees the key."""

@@ -19,19 +19,23 @@ import torch
 
 from .generation import Request, RowCache, forbidden_ids
 
+STRATEGIES = ("low_confidence_dynamic", "sequential_dynamic")
+
 
 class BlockDecoding:
     """Decodes the rows of one request; S is the block size, n the number of rows that have not ended.
 
     Args:
         model: has `attention_scores(seen)`, which turns a bool mask into what its attention takes.
-        threshold: a step reveals every position whose probability is above it, and at least the most probable one.
+        threshold: a step reveals every position whose probability is above it.
+        strategy: and at least the most probable one (`low_confidence_dynamic`), or the first (`sequential_dynamic`).
         prefill_tokens: places of a row that go through the model at once when prompts are read.
     """
 
-    def __init__(self, model: Any, request: Request, threshold: float, prefill_tokens: int) -> None:
+    def __init__(self, model: Any, request: Request, threshold: float, strategy: str, prefill_tokens: int) -> None:
         config, device = model.config, request.input_ids.device
         self._model, self._request, self._threshold = model, request, threshold
+        self._in_order = strategy == "sequential_dynamic"
         self._size, self._mask_id = config.block_size, config.mask_token_id
         self._shift = getattr(config, "logit_shift", False)
         self._causal = getattr(config, "context", "block_causal") == "causal"
@@ -122,7 +126,8 @@ class BlockDecoding:
         confidence = torch.full(masked.shape, -1.0, device=masked.device)
         confidence[masked] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0].exp()
         revealed = masked & (confidence > self._threshold)
-        revealed.scatter_(1, confidence.argmax(1, keepdim=True), True)
+        certain = masked.float() if self._in_order else confidence  # argmax gives the first of equal values
+        revealed.scatter_(1, certain.argmax(1, keepdim=True), True)
         candidates = torch.full_like(masked, self._mask_id, dtype=drawn.dtype).masked_scatter_(masked, drawn)
         tokens = torch.where(revealed, candidates, self._tokens.gather(1, self._window(self._size)))
         return tokens, masked & ~revealed

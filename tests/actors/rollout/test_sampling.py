@@ -84,6 +84,7 @@ def _step(
         ("low_confidence_static", [False, False, True, True]),
         ("low_confidence_dynamic", [True, False, True, True]),
         ("sequential", [True, False, True, False]),
+        ("sequential_dynamic", [True, False, True, True]),
         ("random", [True, False, False, True]),
     ],
 )
@@ -96,6 +97,9 @@ def test_strategies(strategy, expected) -> None:
 def test_dynamic_reveals_at_least_the_static_count() -> None:
     step = _step([0.1, 0.2, 0.3, 0.4], [True] * 4, 1)
     assert STRATEGIES["low_confidence_dynamic"](step)[0].tolist() == [False, False, False, True]
+    assert STRATEGIES["sequential_dynamic"](step)[0].tolist() == [True, False, False, False]
+    later = _step([0.1, 0.2, 0.3, 0.95], [False, True, True, True], 1)
+    assert STRATEGIES["sequential_dynamic"](later)[0].tolist() == [False, True, False, True]
 
 
 def test_entropy_bounded_takes_rising_entropies_within_the_budget() -> None:

@@ -128,6 +128,10 @@ def test_a_policy_gradient_alone_starts_no_teacher() -> None:
             {"curriculum": {"threshold": {"start": 0.9}}, "rollout": {"strategy": "sequential"}},
             "curriculum.threshold: found with rollout.strategy `sequential`",
         ),
+        (
+            {"rollout": {"strategy": "verified"}, "evaluation": {"order": "sequential"}},
+            "evaluation.order: found 'sequential' with rollout.strategy `verified`",
+        ),
     ],
 )
 def test_bad_settings_are_named(sections, message) -> None:

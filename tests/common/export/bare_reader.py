@@ -74,6 +74,7 @@ def decode(model, tensors: dict) -> dict:
     for limit, threshold, read_at_once in ((9, 0.3, 512), (5, 1.0, 8)):
         model.prefill_tokens = read_at_once
         found[f"decode.{limit}"] = model.generate(**batch, max_new_tokens=limit, threshold=threshold)
+    found["in_order"] = model.generate(**batch, max_new_tokens=9, threshold=0.3, strategy="sequential_dynamic")
     for name, seed, how in (
         ("drawn", 3, {"temperature": 2.0}),
         ("again", 3, {"temperature": 2.0}),
@@ -90,14 +91,15 @@ def decode(model, tensors: dict) -> dict:
         {"max_new_tokens": 1000},
         {"threshold": 3.0},
         {"input_ids": None},
+        {"strategy": "static"},
     ):
         try:
             model.generate(**(batch | wrong))
         except ValueError as error:
             errors.append(str(error))
     assert [error.split()[1].strip(":") for error in errors[:2]] == ["num_beams", "attention_mask"], errors
-    assert ["context" in error for error in errors] == [False, False, True, False, False], errors
-    assert len(errors) == 5
+    assert ["context" in error for error in errors] == [False, False, True, False, False, False], errors
+    assert len(errors) == 6
     return found
 
 

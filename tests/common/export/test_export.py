@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.settings import DecodeSettings
+from opdlm.common.config.base import Strategy
 from opdlm.common.export import export
 from opdlm.common.grid import BlockGrid
 from opdlm.common.masks import block_causal
@@ -152,9 +153,14 @@ def test_logits_without_our_packages(exports, inputs, outside, name, implementat
 def test_generate_of_a_padded_batch_decodes_as_our_decoder(exports, inputs, outside, name) -> None:
     prompts = [value[0].tolist() for key, value in inputs.items() if key.startswith("prompt.")]
     width, pad = max(map(len, prompts)), 0
-    for limit, threshold in ((9, 0.3), (5, 1.0)):
-        found = outside[0][f"{name}/decode.{limit}"].tolist()
-        ours = [ids.tolist() for ids in decode(exports / f"{name}-student", inputs, limit, threshold)]
+    usual = "low_confidence_dynamic"
+    for kind, how in (
+        ("decode.9", (9, 0.3, usual)),
+        ("decode.5", (5, 1.0, usual)),
+        ("in_order", (9, 0.3, "sequential_dynamic")),
+    ):
+        found = outside[0][f"{name}/{kind}"].tolist()
+        ours = [ids.tolist() for ids in decode(exports / f"{name}-student", inputs, *how)]
         longest = max(map(len, ours))
         for prompt, response, row in zip(prompts, ours, found, strict=True):
             padding = width - len(prompt)
@@ -227,10 +233,16 @@ def test_config_json_has_the_fields_that_engines_read(exports, outside) -> None:
     assert "rope_parameters" not in raw, "rope_theta is in one place, which transformers 4 and 5 both read"
 
 
-def decode(folder: Path, inputs: dict[str, torch.Tensor], limit: int, threshold: float) -> list[np.ndarray]:
-    """Greedy responses of our decoder to the prompts of `inputs`, with `low_confidence_dynamic`."""
+def decode(
+    folder: Path,
+    inputs: dict[str, torch.Tensor],
+    limit: int,
+    threshold: float,
+    strategy: Strategy = "low_confidence_dynamic",
+) -> list[np.ndarray]:
+    """Greedy responses of our decoder to the prompts of `inputs`."""
     facts = read_facts(folder)
-    settings = DecodeSettings(facts.block_size, facts.block_grid, "low_confidence_dynamic", threshold)
+    settings = DecodeSettings(facts.block_size, facts.block_grid, strategy, threshold)
     prompts = [value[0].numpy().astype(np.int32) for key, value in inputs.items() if key.startswith("prompt.")]
     requests = [RolloutRequest(i, str(i), ids, limit, seed=i) for i, ids in enumerate(prompts)]
     decoder = BlockDecoder(

@@ -84,7 +84,8 @@ def test_math_marks_what_the_responses_say(student, tmp_path) -> None:
 def test_sweep_gives_the_figures_of_direct_evaluation(student, tmp_path) -> None:
     out = tmp_path / "figure.png"
     options = ("--problems", 12, "--max-new-tokens", 12, "--block-size", "8,4", "--threshold", "0.9,0.2,0.5")
-    strategies = ("--strategy", "low_confidence_static", "--strategy", "low_confidence_dynamic")
+    with_threshold = ("low_confidence_dynamic", "sequential_dynamic")
+    strategies = [part for name in ("low_confidence_static", *with_threshold) for part in ("--strategy", name)]
     opdlm("sweep", student, "--task", "chain", *options, *strategies, "--out", out)
     assert out.read_bytes().startswith(b"\x89PNG")
     written = json.loads(out.with_suffix(".json").read_text())
@@ -93,7 +94,7 @@ def test_sweep_gives_the_figures_of_direct_evaluation(student, tmp_path) -> None
         str(student): {"folder": str(student), "block_grid": "absolute", "trained_block_size": 4}
     }
     ways = [(p["block_size"], p["strategy"], p["threshold"]) for p in written["points"]]
-    dynamic = [(b, "low_confidence_dynamic", t) for b in (4, 8) for t in (0.2, 0.5, 0.9)]
+    dynamic = [(b, name, t) for name in with_threshold for b in (4, 8) for t in (0.2, 0.5, 0.9)]
     static = [(b, "low_confidence_static", None) for b in (4, 8)]
     assert sorted(ways, key=str) == sorted([*dynamic, *static], key=str)
     decoder = CheckpointDecoder(student)

@@ -53,7 +53,9 @@ def words(text: str) -> str:
 
 def test_short_names_tell_all_ways_of_decoding_apart() -> None:
     names = [decoding_name(s, t) for s in STRATEGIES for t in (0.5, 0.95)]
-    assert {"static", "dynamic 0.5", "dynamic 0.95", "sequential", "entropy", "random", "verified"} == set(names)
+    of_one = {"static", "sequential", "entropy", "random", "verified"}
+    with_threshold = {f"{name} {t}" for name in ("dynamic", "sequential dynamic") for t in (0.5, 0.95)}
+    assert of_one | with_threshold == set(names)
     assert decoding_name("low_confidence_dynamic") == "dynamic"
 
 
@@ -67,7 +69,11 @@ def test_eval_and_sweep(chain_teacher, tmp_path) -> None:
     assert result.exit_code == 0, result.output
     text = checked(result.output)
     lines = [line.split("  ")[0].rstrip() for line in text.splitlines()]
-    assert [n for n in ("static", "dynamic 0.9", "entropy", "sequential", "random") if n not in lines] == []
+    assert [
+        n
+        for n in ("static", "dynamic 0.9", "entropy", "sequential", "sequential dynamic 0.9", "random")
+        if n not in lines
+    ] == []
     points = [SweepPoint("runs/a", Way(1024, s, 0.955), 1.0, 0, 123.45, 1234567.0) for s in STRATEGIES]  # type: ignore[arg-type]
     text = shown(_table("runs/a: 1,000 rows", "exact match", points))
     assert text.count("1,234,567") == len(STRATEGIES)
