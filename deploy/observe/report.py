@@ -171,8 +171,10 @@ def _draw(records: list[dict[str, Any]], file: Path) -> None:
         for r in records
         if r["kind"] == "evaluation" and r["row"] in (PERIODIC, DYNAMIC, VERIFIED) and r["round"] in tokens_at
     )
-    figure, (top, bottom) = new_figure(2, 1, figsize=(7, 6.5), sharex=True)
     teacher = [r for r in records if r["kind"] == "evaluation" and r["row"] == TEACHER]
+    both = bool(points or teacher)  # a run without evaluations has the lower plot only
+    figure, axes = new_figure(1 + both, 1, figsize=(7, 6.5 if both else 3.6), sharex=True, squeeze=False)
+    top, bottom = axes[0, 0], axes[-1, 0]
     if teacher:
         top.axhline(teacher[-1]["exact_match"], color="0.5", linestyle="--", label="teacher (autoregressive)")
     if points:
@@ -181,11 +183,12 @@ def _draw(records: list[dict[str, Any]], file: Path) -> None:
     measured = [(r["rollout_tokens"], r["tokens_per_step"]) for r in rounds if "tokens_per_step" in r]
     if measured:
         bottom.plot(*zip(*measured, strict=True), color="C1", alpha=0.6, linewidth=1, label="training rollouts")
-    top.set(ylabel="exact match", ylim=(-0.03, 1.03), title="Exact match on held-out problems")
+    if both:
+        top.set(ylabel="exact match", ylim=(-0.03, 1.03), title="Exact match on held-out problems")
     bottom.set(
         ylabel="tokens per denoising step", xlabel="rollout tokens", title="Decoding parallelism", ylim=(0, None)
     )
-    for axis in (top, bottom):
+    for axis in axes[:, 0]:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(loc="lower right")

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from matplotlib.image import imread
 from rich.console import Console
 from rich.table import Table
 from typer.testing import CliRunner
@@ -95,6 +96,8 @@ def test_reports_of_runs_with_and_without_evaluations(tmp_path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert (report["loss_first_round"], report["loss_last_round"]) == (1.5, 0.5)
     assert "held-out" not in text
+    with_score, without = (imread(tmp_path / run / "report.png").shape[0] for run in "ab")
+    assert without < with_score, "no empty plot of a score that was not measured"
     assert "rounds 0" in words(shown(write_report(_run(tmp_path / "c", evaluated=False, rounds=0))))
 
 
