@@ -177,9 +177,7 @@ def _as_row(point: SweepPoint) -> dict[str, Any]:
 
 
 def draw(points: Sequence[SweepPoint], title: str, figure_name: str, file: Path) -> None:
-    """Draws accuracy over tokens per step: a line through thresholds for each block size and dynamic
-    strategy, a mark for each other way.
-    """
+    """Draws accuracy over tokens per step: a line through the thresholds of a dynamic strategy, else a mark."""
     from matplotlib import ticker
 
     from opdlm.deploy.observe.figures import new_figure, save_figure
