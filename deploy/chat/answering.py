@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from opdlm.actors.rollout.observation import StepObservation
+from opdlm.common.config.schema import Strategy
 from opdlm.common.data.chat import chat_prompt, require_template
 from opdlm.common.errors import OpdlmError
 from opdlm.common.types import RolloutRequest
@@ -69,15 +70,16 @@ class Here:
 
     Args:
         console: where a trace is printed.
+        strategy: remasking strategy of a student. None: the usual one of the checkpoint.
 
     Raises:
         OpdlmError: the folder is no checkpoint, or its tokenizer has no chat template.
     """
 
-    def __init__(self, folder: Path, max_new_tokens: int, console: Console) -> None:
+    def __init__(self, folder: Path, max_new_tokens: int, console: Console, strategy: Strategy | None = None) -> None:
         self._model, self._limit, self._console = Model(folder), max_new_tokens, console
         require_template(self._model.tokenizer)
-        self._strategy = self._model.usual_strategies[-1]
+        self._strategy = strategy or self._model.usual_strategies[-1]
         self.has_trace = self._model.is_student
 
     def answer(self, messages: Sequence[Message], how: How, show: Show) -> Answer:

@@ -101,6 +101,13 @@ def chat(
     ] = None,
     url: Annotated[str | None, typer.Option(help="Address of a server instead, such as http://127.0.0.1:8000.")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="With --url: file whose first line is the key.")] = None,
+    strategy: Annotated[
+        Strategy | None,
+        typer.Option(
+            help="Remasking strategy of a student in this process. Default: low_confidence_dynamic; verified for a "
+            "lossless student."
+        ),
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Confidence threshold. Default: 0.9, or the server's.")
     ] = None,
@@ -114,6 +121,8 @@ def chat(
 
         opdlm chat runs/mine/student
 
+        opdlm chat runs/smollm2-135m/student --strategy sequential_dynamic
+
         opdlm chat --url http://127.0.0.1:8000
     """
     with clear_errors():
@@ -121,6 +130,10 @@ def chat(
             raise OpdlmError("chat: give either a checkpoint or --url")
         if url is None and api_key_file is not None:
             raise OpdlmError(f"--api-key-file: found {api_key_file} without --url; only a server needs a key")
+        if url is not None and strategy is not None:
+            raise OpdlmError(
+                f"--strategy: found {strategy!r} with --url; a server decodes with its own (opdlm serve --strategy)"
+            )
         import readline  # noqa: F401  lines can be edited, and earlier ones called back
 
         from opdlm.deploy.chat.answering import Here, How, There
@@ -131,6 +144,6 @@ def chat(
             answering = There(url, max_new_tokens, api_key_file)
         else:
             assert checkpoint is not None
-            answering = Here(model_folder_of(checkpoint, "CKPT"), max_new_tokens, out)
+            answering = Here(model_folder_of(checkpoint, "CKPT"), max_new_tokens, out, strategy)
         how = How(threshold=threshold, temperature=temperature, seed=seed)
         run_chat(Conversation(answering, how, out), input, out)

@@ -79,6 +79,20 @@ def test_an_answer_is_what_generate_gives(folders, name) -> None:
     assert final.startswith(found.text), "a response that is cut at its limit fills its last block"
 
 
+def test_an_answer_is_decoded_with_the_strategy_that_was_asked_for(folders) -> None:
+    asked = [{"role": "user", "content": "12+3-4"}]
+    steps = {}
+    for strategy in ("low_confidence_dynamic", "sequential"):
+        answering = Here(folders["shifted"], 24, console()[0], strategy)
+        found = answering.answer(asked, How(threshold=0.0), lambda text: None)
+        (expected,) = Model(folders["shifted"]).generate(
+            ["12+3-4"], chat=True, max_new_tokens=24, strategy=strategy, threshold=0.0
+        )
+        assert (found.text, found.denoising_steps) == (expected.text, expected.denoising_steps)
+        steps[strategy] = found.denoising_steps
+    assert steps["sequential"] > steps["low_confidence_dynamic"], "a threshold of 0 reveals whole blocks"
+
+
 def test_an_answer_fits_into_the_context_or_the_conversation_is_too_long(folders) -> None:
     answering = Here(folders["paper"], 4096, console()[0])
     assert answering.answer([{"role": "user", "content": "1" * 500}], How(), lambda text: None).tokens <= 11
@@ -207,6 +221,8 @@ def test_what_cannot_be_begun_is_refused(folders, tmp_path) -> None:
     assert "give either a checkpoint or --url" in opdlm("chat", code=2)
     assert "only a server needs a key" in opdlm("chat", folders["paper"], "--api-key-file", "x", code=2)
     assert "nobody answers at http://127.0.0.1:9" in opdlm("chat", "--url", "http://127.0.0.1:9", code=2)
+    with_url = ("chat", "--url", "http://127.0.0.1:9", "--strategy", "sequential")
+    assert "a server decodes with its own (opdlm serve --strategy)" in opdlm(*with_url, code=2)
     assert "expected an address such as" in opdlm("chat", "--url", "localhost:8000", code=2)
     plain = save_teacher(tmp_path / "plain")
     assert "use a tokenizer with a chat template" in opdlm("chat", plain, code=2)
