@@ -74,7 +74,7 @@ def evaluate(
     problems: int | None = None,
     chat: bool = False,
     thinking: bool | None = None,
-    strategies: Sequence[Strategy] = ("low_confidence_dynamic",),
+    strategies: Sequence[Strategy] = (),
     threshold: float = 0.9,
     block_size: int | None = None,
     max_new_tokens: int = 64,
@@ -84,8 +84,10 @@ def evaluate(
     teacher: str | Path | None = None,
     dtype: LoadDtype = "auto",
 ) -> list[dict[str, Any]]:
-    """Answers questions of a built-in task or a file, and marks the answers. The arguments are those of `opdlm eval`,
-    which by default compares two strategies.
+    """Answers questions of a built-in task or a file, and marks the answers, as `opdlm eval` does.
+
+    Args:
+        strategies: empty: static and dynamic; for a lossless student `verified`.
 
     Returns: a row per strategy: `decoding`, `right` (share), `unanswered`, `tokens_per_step`, `tokens_per_second`,
         `by_kind`. With a `teacher` its row comes first, and the others say how close to it they are.

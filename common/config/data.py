@@ -43,8 +43,9 @@ class DataConfig(Section):
     `sources`."""
 
     task: str | None = None
-    """Built-in task that makes the prompts and checks answers: `chain`, `add`, `sub`, `sort`, `copy` or `reverse`.
-    Several names joined by `+` are mixed in equal shares (`add+sort`). Empty: prompts are read from `path`."""
+    """Built-in task that makes the prompts and checks answers: `chain`, `add`, `sub`, `sort`, `copy`, `reverse` or
+    `rerank`. Several names joined by `+` are mixed in equal shares (`add+sort`). Empty: prompts are read from
+    `path`."""
     path: PathText | None = None
     """Data with prompts: a .jsonl or .parquet file, a folder that `datasets` saved, or the id of a data set on the
     Hugging Face hub. Empty: `task` makes the prompts."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from opdlm.api import evaluate
 from opdlm.common.errors import OpdlmError
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.deploy.evaluate.actor_decoder import split
@@ -106,6 +107,21 @@ def test_sweep_gives_the_figures_of_direct_evaluation(student, tmp_path) -> None
         assert point["right"] == questions.mark(answers.responses).right
         assert point["tokens_per_step"] == pytest.approx(answers.tokens_per_step)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_function_decodes_as_the_command_does(student, chain_teacher, tmp_path) -> None:
+    """A checkpoint has its usual ways unless others are asked for."""
+    lossless, asked = save_lossless(chain_teacher, tmp_path), {"task": "chain", "problems": 3, "max_new_tokens": 9}
+    assert [row["decoding"] for row in evaluate(lossless, **asked)] == ["verified"]
+    found = evaluate(student, **asked)
+    opdlm(
+        *("eval", student, "--task", "chain", "--problems", 3, "--max-new-tokens", 9),
+        *("--output", tmp_path / "o.json"),
+    )
+    rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    told = ("decoding", "right", "tokens_per_step")
+    assert [[row[name] for name in told] for row in found] == [[row[name] for name in told] for row in rows]
+    assert [row["decoding"] for row in evaluate(student, strategies=["sequential"], **asked)] == ["sequential"]
 
 
 def test_sweep_of_several_checkpoints(student, chain_teacher, tmp_path) -> None:
