@@ -6,6 +6,7 @@
 Decoding by a threshold relies on it: what is revealed at 0.9 should be right nine times in ten. Greedy dynamic decoding
 with each student's own blocks; every masked position of a step counts, revealed or not, while all tokens that are known
 are right: those of a task's solution, or the teacher's own greedy answer. Place 1 is the first mask of a step.
+Ends are counted once more by themselves: a student that does not see them where the answer ends goes on.
 """
 
 from __future__ import annotations
@@ -38,14 +39,20 @@ class Calibration:
     Args:
         prompts, solutions: token ids of each request's prompt and right response, end token included.
         block_size: S.
+        eos_ids: the end-of-sequence tokens.
     """
 
-    def __init__(self, prompts: Sequence[np.ndarray], solutions: Sequence[np.ndarray], block_size: int) -> None:
+    def __init__(
+        self, prompts: Sequence[np.ndarray], solutions: Sequence[np.ndarray], block_size: int, eos_ids: Sequence[int]
+    ) -> None:
         self._first = torch.tensor([ids.size for ids in prompts])
         self._solutions = pad_sequence([torch.from_numpy(ids) for ids in solutions], batch_first=True, padding_value=-1)
         self._went_wrong = torch.zeros(len(solutions), dtype=torch.bool)
         self.counts = torch.zeros(len(EDGES) - 1, block_size, 2, dtype=torch.int64)
         """`[bins, S, 2]`: all candidates of a bin that are the first, second, ... mask of a step; the right ones."""
+        self.ends = torch.zeros(block_size, 2, dtype=torch.int64)
+        """`[S, 2]`: the end tokens that are the first, second, ... mask of a step; those that the student sees."""
+        self._eos_ids = torch.tensor(eos_ids)
 
     def __call__(self, step: StepObservation) -> None:
         """Counts one step of all occupied slots, `[n, S]` positions."""
@@ -57,13 +64,16 @@ class Calibration:
         right = step.candidates == wanted
         counted = known & step.masked & ~self._went_wrong[index][:, None]
         bins = torch.bucketize(step.confidence[counted], torch.tensor(EDGES[1:-1]))
-        where = bins, step.masked.cumsum(dim=1)[counted] - 1
-        self.counts.index_put_(where, torch.stack([torch.ones_like(bins), right[counted].long()], 1), accumulate=True)
+        place = step.masked.cumsum(dim=1)[counted] - 1
+        each = torch.stack([torch.ones_like(bins), right[counted].long()], 1)
+        self.counts.index_put_((bins, place), each, accumulate=True)
+        is_end = torch.isin(wanted[counted], self._eos_ids)
+        self.ends.index_put_((place[is_end],), each[is_end], accumulate=True)
         self._went_wrong[index] |= (step.revealed & known & ~right).any(dim=1)
 
 
-def measure(folder: Path, asked: QuestionOptions, teacher: Path | None, max_new_tokens: int) -> torch.Tensor:
-    """Counts `[bins, S, 2]` of a student: candidates by confidence and place, and the right ones.
+def measure(folder: Path, asked: QuestionOptions, teacher: Path | None, max_new_tokens: int) -> Calibration:
+    """The counts of a student.
 
     Args:
         teacher: the model whose greedy answers are right; None: the solutions of a task are.
@@ -79,9 +89,11 @@ def measure(folder: Path, asked: QuestionOptions, teacher: Path | None, max_new_
         requests = list(open_questions(asked, decoder).requests(max_new_tokens))
         autoregressive = CheckpointDecoder(teacher)
         solutions = [ids.astype(np.int64) for ids in autoregressive.continue_prompts(requests, 0.0, 64)]
-    calibration = Calibration([r.prompt_ids for r in requests], solutions, decoder.base.block_size)
+    calibration = Calibration(
+        [r.prompt_ids for r in requests], solutions, decoder.base.block_size, decoder.facts.eos_ids
+    )
     decoder.decode(requests, decoder.base.greedy("low_confidence_dynamic"), 128, calibration)
-    return calibration.counts
+    return calibration
 
 
 def show(title: str, heads: Sequence[str], found: dict[str, torch.Tensor]) -> None:
@@ -108,14 +120,18 @@ def main() -> None:
         made.error("--data: questions may have many right answers; give --teacher, whose answers count")
     task = asked.task or (None if asked.data else "chain")
     questions = QuestionOptions(task=task, data=asked.data, problems=asked.problems)
-    found = {str(s): measure(s, questions, asked.teacher, asked.max_new_tokens) for s in asked.students}
+    measured = {str(s): measure(s, questions, asked.teacher, asked.max_new_tokens) for s in asked.students}
+    found = {student: calibration.counts for student, calibration in measured.items()}
+    ends = {student: calibration.ends for student, calibration in measured.items()}
     size = max(counts.shape[1] for counts in found.values())
     places = [str(place) for place in range(1, size + 1)]
     sure = EDGES.index(0.9)
     show("right tokens by confidence", [f"{low:g} to {high:g}" for low, high in pairwise(EDGES)], summed(found, 1))
     show("right tokens by place", places, summed(found, 0))
     show("right tokens by place, confidence above 0.9", places, summed({s: c[sure:] for s, c in found.items()}, 0))
-    write_json("calibration", {"edges": EDGES, "counts": {s: c.tolist() for s, c in found.items()}})
+    show("ends seen by place", places, ends)
+    counted = {"counts": {s: c.tolist() for s, c in found.items()}, "ends": {s: e.tolist() for s, e in ends.items()}}
+    write_json("calibration", {"edges": EDGES} | counted)
 
 
 def summed(found: dict[str, torch.Tensor], over: int) -> dict[str, torch.Tensor]:
