@@ -8,10 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from opdlm.common.config.schema import Strategy
 from opdlm.common.export.names import LayoutName
 from opdlm.deploy.cli.app import LARGEST_SEED, CheckpointFolder, app, clear_errors, out, show_hub_bars
-from opdlm.deploy.evaluate.options import Chat, Thinking
+from opdlm.deploy.evaluate.options import Chat, Thinking, UsualStrategy
 
 
 @app.command()
@@ -144,10 +143,7 @@ def generate(
     checkpoint: CheckpointFolder,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Prompt text; repeatable.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 64,
-    strategy: Annotated[
-        Strategy | None,
-        typer.Option(help="Remasking strategy. Default: low_confidence_dynamic; verified for a lossless student."),
-    ] = None,
+    strategy: UsualStrategy = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of the dynamic strategies.")] = 0.9,
     block_size: Annotated[int | None, typer.Option(min=1, help="Default: what the checkpoint says, else 4.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from opdlm.common.config.schema import Strategy
 from opdlm.deploy.cli.app import app, clear_errors, out
+from opdlm.deploy.evaluate.options import UsualStrategy
 
 
 @app.command()
@@ -23,10 +23,7 @@ def trace(
         Path | None,
         typer.Option(help="Student folder. Default: RUN/student, else the newest checkpoint, else the start."),
     ] = None,
-    strategy: Annotated[
-        Strategy | None,
-        typer.Option(help="Remasking strategy. Default: low_confidence_dynamic; verified for a lossless student."),
-    ] = None,
+    strategy: UsualStrategy = None,
     threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Threshold of the dynamic strategies. Default: the run's.")
     ] = None,

@@ -11,6 +11,7 @@ import typer
 from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
 from opdlm.deploy.cli.app import app, clear_errors, model_folder_of, out
+from opdlm.deploy.evaluate.options import UsualStrategy
 
 
 @app.command()
@@ -101,13 +102,7 @@ def chat(
     ] = None,
     url: Annotated[str | None, typer.Option(help="Address of a server instead, such as http://127.0.0.1:8000.")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="With --url: file whose first line is the key.")] = None,
-    strategy: Annotated[
-        Strategy | None,
-        typer.Option(
-            help="Remasking strategy of a student in this process. Default: low_confidence_dynamic; verified for a "
-            "lossless student."
-        ),
-    ] = None,
+    strategy: UsualStrategy = None,
     threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Confidence threshold. Default: 0.9, or the server's.")
     ] = None,

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from opdlm.common.config.schema import Strategy
 from opdlm.common.data.answers import AnswerKind
 from opdlm.common.errors import OpdlmError
 
@@ -17,6 +18,10 @@ Chat = Annotated[bool, typer.Option("--chat", help="Put prompts through the toke
 Thinking = Annotated[
     bool | None,
     typer.Option("--thinking/--no-thinking", help="With --chat: the template's enable_thinking. Default: its own."),
+]
+UsualStrategy = Annotated[
+    Strategy | None,
+    typer.Option(help="Remasking strategy. Default: low_confidence_dynamic; verified for a lossless student."),
 ]
 
 

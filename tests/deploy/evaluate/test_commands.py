@@ -114,10 +114,8 @@ def test_the_function_decodes_as_the_command_does(student, chain_teacher, tmp_pa
     lossless, asked = save_lossless(chain_teacher, tmp_path), {"task": "chain", "problems": 3, "max_new_tokens": 9}
     assert [row["decoding"] for row in evaluate(lossless, **asked)] == ["verified"]
     found = evaluate(student, **asked)
-    opdlm(
-        *("eval", student, "--task", "chain", "--problems", 3, "--max-new-tokens", 9),
-        *("--output", tmp_path / "o.json"),
-    )
+    fields = ("--task", "chain", "--problems", 3, "--max-new-tokens", 9)
+    opdlm("eval", student, *fields, "--output", tmp_path / "o.json")
     rows = json.loads((tmp_path / "o.json").read_text())["rows"]
     told = ("decoding", "right", "tokens_per_step")
     assert [[row[name] for name in told] for row in found] == [[row[name] for name in told] for row in rows]
