@@ -125,7 +125,7 @@ test: $(VENV)/.installed-dev  ## The tests before every commit: every part, and 
 	$(PYTEST) -m "not slow and not nightly"
 
 test-slow: $(VENV)/.installed-dev  ## The rest: several nodes, full disks, every role killed, a job on a cluster.
-	$(PYTEST) -m "slow and not nightly"
+	$(PYTEST) -m "slow and not nightly" --durations 12
 
 test-all: test test-slow  ## Both, as CI runs them.
 

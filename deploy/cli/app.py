@@ -84,8 +84,6 @@ Overrides = Annotated[
 LARGEST_SEED = 2**64 - 1
 _HUB_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 _BARS_GIVEN = os.environ.get(_HUB_BARS)
-_EXIT_SECONDS = 5.0
-"""Longest time that the process takes to exit after a Ctrl-C that ends it at once."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -132,14 +130,18 @@ def clear_errors() -> Iterator[None]:
     except KeyboardInterrupt as stopped:
         code = getattr(stopped, "code", 128 + signal.SIGINT)
         print(f"opdlm: {str(stopped) or 'Ctrl-C: ended at once'}", file=sys.stderr)
-        if "ray" in sys.modules:  # its end at exit may take long
-            from opdlm.deploy.run.stop import end_quietly
+        if "ray" in sys.modules:
+            from opdlm.deploy.run.stop import end_now
 
-            end_quietly(_EXIT_SECONDS, code)
+            end_now(code)
         raise typer.Exit(code) from None
     except OpdlmError as error:
         for line in str(getattr(error, "cause", error)).splitlines():  # an actor's error has the traceback as its text
             print(f"opdlm: {line}", file=sys.stderr)
+        if "ray" in sys.modules:
+            from opdlm.deploy.run.stop import end_a_hanging_learner
+
+            end_a_hanging_learner(2)
         raise typer.Exit(2) from None
     except OSError as error:
         if error.errno not in _FULL:

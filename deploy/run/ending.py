@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 
 from opdlm.deploy.run.loops import Loops
 from opdlm.deploy.run.recovery import NO_SIGN, LearnerSilent, learner_events
+from opdlm.deploy.run.stop import LEARNER_THREAD
 
 log = logging.getLogger("opdlm.ending")
 
@@ -97,5 +98,5 @@ def in_daemon_thread(function: Callable[[], None]) -> asyncio.Future[None]:
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name=LEARNER_THREAD, daemon=True).start()
     return future

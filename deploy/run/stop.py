@@ -7,6 +7,7 @@ was ignored when the run began (`nohup`). Before the loops begin and after they 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
 
+import psutil
 from rich.console import Console
 
 Result = TypeVar("Result")
@@ -24,6 +26,8 @@ _CLEAN_UP_SECONDS = 5.0
 """Longest time that files and actors are cleaned up for when a command ends at once."""
 _ECHO_SECONDS = 1.0
 """`timeout`, `srun` and others send a signal to the process and to its group: what comes again so soon is the same."""
+LEARNER_THREAD = "learner"
+"""The thread that is in a call of Ray for as long as the learner runs."""
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
 
@@ -46,7 +50,7 @@ def end_within(seconds: float, code: int, line: str = "") -> threading.Timer:
 
     def end() -> None:
         os.write(2, line.encode())
-        os._exit(code)
+        end_now(code)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -54,11 +58,25 @@ def end_within(seconds: float, code: int, line: str = "") -> threading.Timer:
     return timer
 
 
-def end_quietly(seconds: float, code: int) -> None:
-    """`end_within`, and stderr is closed to what Ray's threads write about their end. The user has read why it ends."""
-    sys.stderr.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    end_within(seconds, code)
+def end_now(code: int) -> NoReturn:
+    """Ends the process, and a Ray cluster that it started, without what Python and Ray do at exit.
+
+    While a thread is in a call of Ray, as the learner's is when a run ends at once, Ray's own end may wait for it,
+    write about it and exit with 1.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    for child in psutil.Process().children(recursive=True):  # a cluster elsewhere ends what the driver asked of it
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            child.kill()
+    os._exit(code)
+
+
+def end_a_hanging_learner(code: int) -> None:
+    """`end_now` where the run has ended and its learner has not."""
+    if any(thread.name == LEARNER_THREAD for thread in threading.enumerate()):
+        end_now(code)
 
 
 class EndAtOnce:

@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -19,7 +18,6 @@ from opdlm import __version__
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.deploy.cli import app
-from opdlm.deploy.cli.app import clear_errors
 from tests.tiny import save_teacher
 
 runner = CliRunner()
@@ -254,23 +252,6 @@ def test_convert_refuses_to_overwrite(chain_teacher, tmp_path) -> None:
     assert "is not JSON" in opdlm("convert", broken, tmp_path / "dst", code=2)
     assert not (tmp_path / "dst").exists()
     assert json.loads((chain_teacher / "config.json").read_text())["model_type"] == "qwen3"
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_line(capsys) -> None:
-    with pytest.raises(typer.Exit) as ended, clear_errors():
-        Path("/dev/full").write_text("x")
-    assert ended.value.exit_code == 2
-    assert capsys.readouterr().err == "opdlm: a file cannot be written: No space left on device; make room\n"
-    with pytest.raises(FileNotFoundError), clear_errors():
-        Path("/no/such/folder/file").write_text("x")
-
-
-def test_ctrl_c_is_one_line(capsys, monkeypatch) -> None:
-    monkeypatch.setattr("opdlm.deploy.run.stop.end_quietly", lambda *_: None)  # it would end the tests
-    with pytest.raises(typer.Exit) as ended, clear_errors():
-        raise KeyboardInterrupt
-    assert (ended.value.exit_code, capsys.readouterr().err) == (130, "opdlm: Ctrl-C: ended at once\n")
 
 
 def test_one_tokenizer_with_other_padding_is_one_vocabulary(run_file, tmp_path) -> None:
