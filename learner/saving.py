@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from opdlm.common.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
 from opdlm.common.config.schema import OpdlmConfig
 from opdlm.common.errors import OpdlmError
+from opdlm.common.grid import BlockGrid
 from opdlm.common.model.folder import save_student
 from opdlm.common.model.load import load_model
 from opdlm.common.types import WeightPack
@@ -182,7 +183,8 @@ class Saver:
                 return
             student = load_model(start, config.model.dtype)
             load_weights(student, pack)
-            save_student(student, start, destination, config.rollout.block_size, config.rollout.block_grid)
+            grid = BlockGrid(config.rollout.block_size, config.rollout.block_grid)
+            save_student(student, start, destination, grid, config.decoding_order)
 
         self.require(str(destination), write)
 

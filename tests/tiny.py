@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from opdlm.common.config.base import Grid
 from opdlm.common.config.schema import LoraConfig
 from opdlm.common.form import StudentForm
+from opdlm.common.grid import BlockGrid
 from opdlm.common.model.adapters import NoisyAdapters, adapter_parameters
 from opdlm.common.model.char_tokenizer import build_char_tokenizer
 from opdlm.common.model.convert import convert_checkpoint
@@ -163,7 +164,7 @@ def save_lossless(teacher: Path, root: Path) -> Path:
     with torch.no_grad():
         for _, parameter in adapter_parameters(model):
             parameter.normal_(std=0.3)
-    save_student(model, root / "start", root / "student", 4, "response")
+    save_student(model, root / "start", root / "student", BlockGrid(4, "response"))
     return root / "student"
 
 

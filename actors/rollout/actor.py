@@ -27,8 +27,9 @@ from opdlm.actors.rollout.engine_thread import EngineThread
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.stream import SequenceStream
 from opdlm.actors.rollout.student import Student
-from opdlm.common.config.schema import OnNewWeights
+from opdlm.common.config.schema import DecodingOrder, OnNewWeights
 from opdlm.common.errors import OpdlmError, StreamLost, WeightsLost, last_line
+from opdlm.common.grid import BlockGrid
 from opdlm.common.model.device import device_for
 from opdlm.common.types import (
     DecodeStats,
@@ -199,7 +200,7 @@ class RolloutActor(Student):
 
         return self._on_engine(use)
 
-    def save_student(self, handle: WeightHandle, destination: Path, block_size: int, block_grid: str) -> None:
+    def save_student(self, handle: WeightHandle, destination: Path, grid: BlockGrid, order: DecodingOrder) -> None:
         """Writes the student of exactly this weight version as a model folder, in place of an earlier one there.
 
         Raises:
@@ -213,7 +214,7 @@ class RolloutActor(Student):
             self._load_arrived()
             if self._version != handle.version:
                 raise ValueError(f"saving version {handle.version}: the actor has version {self._version}")
-            self._save(destination, block_size, block_grid)
+            self._save(destination, grid, order)
 
         self._on_engine(save)
 
@@ -257,14 +258,10 @@ class RolloutActor(Student):
         return version
 
     def _fetch(self, handle: WeightHandle) -> WeightPack:
-        return _fetch(handle)
-
-
-def _fetch(handle: WeightHandle) -> WeightPack:
-    try:
-        return ray.get(handle.pack[0])
-    except ObjectLostError as error:
-        raise WeightsLost(f"weights of version {handle.version}: {last_line(error)}") from error
+        try:
+            return ray.get(handle.pack[0])
+        except ObjectLostError as error:
+            raise WeightsLost(f"weights of version {handle.version}: {last_line(error)}") from error
 
 
 def start_rollout_actor(

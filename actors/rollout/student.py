@@ -15,7 +15,9 @@ from opdlm.actors.rollout.decoder import BlockDecoder
 from opdlm.actors.rollout.kv_cache import SlotCache
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.stopping import StopStrings
+from opdlm.common.config.schema import DecodingOrder
 from opdlm.common.errors import OpdlmError, first_line
+from opdlm.common.grid import BlockGrid
 from opdlm.common.model.facts import read_facts, require_mask
 from opdlm.common.model.folder import save_student
 from opdlm.common.model.load import load_model
@@ -110,11 +112,11 @@ class Student:
                 self._arrived = None
         return self._version
 
-    def _save(self, destination: Path, block_size: int, block_grid: str) -> None:
+    def _save(self, destination: Path, grid: BlockGrid, order: DecodingOrder) -> None:
         """Writes a model folder in place of an earlier one; raises `OpdlmError` if the disk does not take it."""
         try:
             shutil.rmtree(destination, ignore_errors=True)
-            save_student(self._model, self._folder, destination, block_size, block_grid)
+            save_student(self._model, self._folder, destination, grid, order)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             raise OpdlmError(f"{destination} could not be written: {reason}; make room") from error

@@ -22,6 +22,13 @@ Strategy = Literal[
 ]
 WITH_THRESHOLD: Collection[Strategy] = ("low_confidence_dynamic", "sequential_dynamic")
 """The strategies that reveal by a threshold of confidence."""
+DecodingOrder = Literal["confidence", "sequential"]
+STRATEGIES_BY_ORDER: Mapping[DecodingOrder, tuple[Strategy, Strategy]] = {
+    "confidence": ("low_confidence_static", "low_confidence_dynamic"),
+    "sequential": ("sequential", "sequential_dynamic"),
+}
+"""By which position a step reveals first, the most confident or the leftmost: the strategies without a threshold and
+with one."""
 Grid = Literal["absolute", "response"]
 Confidence = Literal["sampled", "max_probability"]
 AnswerKind = Literal["exact", "contains", "math"]

@@ -13,8 +13,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from opdlm.common.config.base import (
+    STRATEGIES_BY_ORDER,
     AnswerKind,
     Attention,
+    DecodingOrder,
     Dtype,
     Grid,
     NonNegativeInt,
@@ -48,6 +50,7 @@ __all__ = [
     "CurriculumConfig",
     "DataConfig",
     "DataSource",
+    "DecodingOrder",
     "Dtype",
     "EvaluationConfig",
     "Grid",
@@ -206,9 +209,6 @@ class CheckpointConfig(Section):
     on with its defaults. It stays when old checkpoints are removed. Empty: only the last student is kept."""
 
 
-EvaluationOrder = Literal["confidence", "sequential"]
-
-
 class EvaluationConfig(Section):
     """Evaluation before, during and after training: on held-out problems of built-in tasks, and on own questions."""
 
@@ -235,10 +235,11 @@ class EvaluationConfig(Section):
     every_rounds: PositiveInt | None = None
     """Number of rounds between two evaluations during training, which decode with `rollout.threshold` in the
     order of `order`. Empty: none during training."""
-    order: EvaluationOrder | None = None
+    order: DecodingOrder | None = None
     """Which position a step of an evaluation reveals first. `confidence`: the most confident; evaluations decode with
     `low_confidence_static` and `low_confidence_dynamic`. `sequential`: the leftmost; with `sequential` and
-    `sequential_dynamic`. Empty: that of `rollout.strategy`, `confidence` where it has neither."""
+    `sequential_dynamic`. Empty: that of `rollout.strategy`, `confidence` where it has neither. config.json of the
+    run's students names it (`decoding_order`), and what decodes them later follows it unless told otherwise."""
     actors: NonNegativeInt = 0
     """Number of extra rollout actors that do the evaluations during training, so that training goes on meanwhile; each
     reserves as much as a rollout actor. 0: the rollout actors evaluate, and decoding waits."""
@@ -280,6 +281,12 @@ class OpdlmConfig(Section):
     def rollouts_bring_targets(self) -> bool:
         """Whether rollouts come with the teacher's distributions, because the clean path that verifies drafts is it."""
         return self.rollout.strategy == "verified"
+
+    @property
+    def decoding_order(self) -> DecodingOrder:
+        """The order in which the run's students are examined, and which their config.json names."""
+        in_order = self.rollout.strategy in STRATEGIES_BY_ORDER["sequential"]
+        return self.evaluation.order or ("sequential" if in_order else "confidence")
 
     @property
     def reference_actors(self) -> int:

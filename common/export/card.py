@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlm.common.files import read_json, read_yaml
 from opdlm.common.model.adapters import NOISY_LORA
 from opdlm.common.model.end_tokens import as_ids, token_names
+from opdlm.common.model.facts import DECODING_ORDER
 from opdlm.common.model.hub import hub_id
 from opdlm.common.model.prompt_encoder import PromptEncoder
 
@@ -36,8 +37,9 @@ with their `attention_mask`, `max_new_tokens`, `do_sample`, `temperature`, `top_
 _GENERATE = """
 `generate` caches keys and values and takes batches that are padded on the left, with their `attention_mask`,
 `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p` and `threshold`: a step decodes every token whose
-probability is above it, and at least one: the most probable, or the first with `strategy="sequential_dynamic"`. It
-refuses what else transformers' `generate` knows (beams, penalties).
+probability is above it, and at least one: the most probable, or with `strategy="sequential_dynamic"` the first, as it
+does by default where the decoding order is `sequential`. It refuses what else transformers' `generate` knows (beams,
+penalties).
 """
 _PIPELINE = """`pipeline("text-generation", model=folder, trust_remote_code=True)` works.
 """
@@ -61,7 +63,7 @@ while start < length + 32 and not torch.isin(tokens[0, length:], ends).any():
     tokens = torch.nn.functional.pad(tokens, (0, start + size - tokens.shape[1]), value=mask)
     block = (torch.arange(start + size) + offset) // size
     seen = (block[None, :] <= block[:, None])[None, None]  # block-causal
-    for _ in range(size - max(length - start, 0)):  # one token per step, the most confident first
+    for _ in range(size - max(length - start, 0)):  # one token per step, {first} first
         with torch.no_grad():
             logits = model(input_ids=tokens, attention_mask=seen, use_cache=False).logits[0]
         logits[:, mask] = float("-inf")
@@ -69,7 +71,8 @@ while start < length + 32 and not torch.isin(tokens[0, length:], ends).any():
             logits[:, spare[0] : spare[1]] = float("-inf")
         confidence, token = logits.softmax(-1).max(-1)
         confidence[(tokens[0] != mask) | (torch.arange(start + size) < length)] = -1.0
-        tokens[0, confidence.argmax()] = token[confidence.argmax()]
+        place = {place}
+        tokens[0, place] = token[place]
     start += size
 print(tokenizer.decode(tokens[0]))
 """
@@ -132,6 +135,7 @@ def _description(card: Card, base: str | None) -> str:
         "network": config.model_type,
         "block size": f"{config.block_size} tokens",
         "block grid": config.block_grid,
+        "decoding order": getattr(config, DECODING_ORDER, "confidence"),
         "mask token id": config.mask_token_id,
         "end tokens": token_names(as_ids(config.eos_token_id), tokenizer),
         "vocabulary": config.vocab_size,
@@ -157,7 +161,13 @@ def _usage(card: Card, base: str | None, warnings: list[str]) -> str:
     prompt = f"{text}]{others}" if auto else f"{text}{others}"
     is_lossless = getattr(card.config, NOISY_LORA, None) is not None
     threshold = "" if is_lossless else ", threshold=0.9"
-    snippet = (_WITH_CODE if auto else _PLAIN).format(auto=auto, prompt=prompt, threshold=threshold)
+    in_order = getattr(card.config, DECODING_ORDER, "confidence") == "sequential"
+    values = {"auto": auto, "prompt": prompt, "threshold": threshold}
+    values |= {
+        "first": "the leftmost" if in_order else "the most confident",
+        "place": "(confidence >= 0).nonzero()[0, 0]" if in_order else "confidence.argmax()",
+    }
+    snippet = (_WITH_CODE if auto else _PLAIN).format(**values)
     text = "## How to decode\n\nWith opdlm-ray, which caches keys and values and decodes batches:\n\n"
     text += f"```\nopdlm generate THIS_FOLDER --prompt {_PROMPT!r} --trace\n```\n\n"
     text += _PLAIN_WARNING if auto is None else ""

@@ -21,7 +21,7 @@ from opdlm.common.form import PAPER_FORM
 from opdlm.common.model.adapters import copy_noisy_adapters
 from opdlm.common.model.config import read_config
 from opdlm.common.model.convert import check_tensors, know_dtype, tied_copies
-from opdlm.common.model.facts import read_facts, require_mask
+from opdlm.common.model.facts import DECODING_ORDER, read_facts, require_mask
 from opdlm.common.model.families import A2D_PREFIX
 from opdlm.common.model.folder import write_all_but_weights
 from opdlm.common.model.shards import check_finite, copy_shards, read_shards
@@ -69,6 +69,7 @@ def export(source: str | Path, destination: str | Path, layout: LayoutName, base
         )
     config.update(
         {"mask_token_id": mask_id, "block_size": facts.block_size, "block_grid": facts.block_grid or "absolute"}
+        | {DECODING_ORDER: facts.order}
         | asdict(facts.form)
     )
     tokenizer, shards = load_tokenizer(source), read_shards(source)

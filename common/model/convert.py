@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from opdlm.common.config.base import DecodingOrder
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import atomic_folder, check_new_folder
 from opdlm.common.form import Context
 from opdlm.common.model.adapters import copy_noisy_adapters
 from opdlm.common.model.config import EMBEDDING, OUTPUT, read_config
-from opdlm.common.model.facts import read_facts
+from opdlm.common.model.facts import DECODING_ORDER, read_facts
 from opdlm.common.model.folder import own_layout, write_all_but_weights
 from opdlm.common.model.mask_token import check_mask_row, choose_mask
 from opdlm.common.model.shards import Shards, check_finite, copy_shards, read_shards
@@ -36,6 +37,7 @@ def convert_checkpoint(
     mask_token: str | None = None,
     logit_shift: bool | None = None,
     context: Context | None = None,
+    order: DecodingOrder | None = None,
 ) -> int:
     """Writes a student checkpoint and returns its mask token id. The destination appears whole or not at all.
 
@@ -47,6 +49,7 @@ def convert_checkpoint(
         mask_token: text of the mask token. None: the one that the tokenizer has, else `<|MASK|>`.
         logit_shift, context: the student's form (`common/form.py`). None: the source's if it is a student, else the
             paper's.
+        order: by which position its steps reveal first. None: the source's if it is a student, else by confidence.
 
     Raises:
         OpdlmError: the source or the mask token cannot be used, the context has another grid, or the destination
@@ -72,7 +75,8 @@ def convert_checkpoint(
     check_finite(shards)
     rows = mask_rows(shards, mask_id)
     config.vocab_size += bool(rows)
-    config.update({"mask_token_id": mask_id, "block_size": block_size, "block_grid": block_grid, **asdict(form)})
+    decoding = {"block_size": block_size, "block_grid": block_grid, DECODING_ORDER: order or facts.order}
+    config.update({"mask_token_id": mask_id, **decoding, **asdict(form)})
     with atomic_folder(destination) as folder:
         copy_shards(shards, folder, rows, tied_copies(config, shards) if rows else frozenset())
         write_all_but_weights(folder, config, tokenizer, eos_ids, own_layout(config))

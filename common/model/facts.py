@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from opdlm.common.config.base import STRATEGIES_BY_ORDER, DecodingOrder, Strategy
 from opdlm.common.errors import OpdlmError
 from opdlm.common.form import Context, StudentForm
 from opdlm.common.grid import BlockGrid, GridKind
@@ -19,6 +20,9 @@ from opdlm.common.model.mask_token import mask_problem
 from opdlm.common.model.shards import read_shards
 from opdlm.common.model.tokenizer import has_tokenizer, load_tokenizer
 from opdlm.common.token_ids import TokenIds
+
+DECODING_ORDER = "decoding_order"
+"""Key of a student's config.json: `ModelFacts.order`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +47,20 @@ class ModelFacts:
     """Block grid of a student. None where config.json does not give it."""
     form: StudentForm
     """Form of a student; the paper's where config.json does not say otherwise."""
+    order: DecodingOrder
+    """By which position a student's steps reveal first; by confidence, as in the paper, where config.json does not say
+    otherwise."""
     is_student: bool
     """Whether config.json marks the model as a block-diffusion student."""
     has_noisy_adapters: bool = False
     """Whether a student has adapters that act on noisy tokens alone, so that its clean path is its base model's."""
     end_tokens_note: str | None = None
     """One line that says which file names which end-of-sequence tokens. None: they agree."""
+
+    @property
+    def usual_strategies(self) -> tuple[Strategy, ...]:
+        """How a student is decoded unless something else is asked for; the last is for a single answer."""
+        return ("verified",) if self.has_noisy_adapters else STRATEGIES_BY_ORDER[self.order]
 
     def grid(self, block_size: int | None = None) -> BlockGrid:
         """The grid that it is decoded on. `block_size`: None takes the checkpoint's own, else 4."""
@@ -74,6 +86,7 @@ def read_facts(folder: str | Path) -> ModelFacts:
         block_size=getattr(config, "block_size", None),
         block_grid=getattr(config, "block_grid", None),
         form=_form(config, folder),
+        order=_order(config, folder),
         is_student=config.is_diffusion_student,
         has_noisy_adapters=getattr(config, NOISY_LORA, None) is not None,
         end_tokens_note=disagreement(ends, folder, tokenizer),
@@ -150,6 +163,14 @@ def _form(config: Any, folder: Path) -> StudentForm:
     if context == "causal" and getattr(config, "block_grid", None) != "response":
         raise OpdlmError(f"{folder}/config.json: context is 'causal', which needs block_grid 'response'")
     return StudentForm(shift, context)
+
+
+def _order(config: Any, folder: Path) -> DecodingOrder:
+    order: Any = getattr(config, DECODING_ORDER, "confidence")
+    if order not in get_args(DecodingOrder):
+        expected = ", ".join(get_args(DecodingOrder))
+        raise OpdlmError(f"{folder}/config.json: {DECODING_ORDER} is {order!r}; expected one of {expected}")
+    return order
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase | None, rows: int) -> TokenIds:

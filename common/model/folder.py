@@ -18,11 +18,13 @@ from typing import Any, cast
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from opdlm.common.config.base import DecodingOrder
 from opdlm.common.export.names import LAYOUTS, TEMPLATES, LayoutName
 from opdlm.common.files import atomic_folder, read_json
+from opdlm.common.grid import BlockGrid
 from opdlm.common.model.adapters import has_noisy_adapters, write_noisy_adapters
 from opdlm.common.model.end_tokens import as_setting
-from opdlm.common.model.facts import read_facts, tokens_of
+from opdlm.common.model.facts import DECODING_ORDER, read_facts, tokens_of
 from opdlm.common.model.families import A2D_PREFIX
 from opdlm.common.model.tokenizer import load_tokenizer
 
@@ -60,12 +62,19 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, destination: Path
         write_all_but_weights(folder, model.config, tokenizer, eos_ids, own_layout(model.config))
 
 
-def save_student(model: Any, start: str | Path, destination: Path, block_size: int, block_grid: str) -> None:
+def save_student(
+    model: Any,
+    start: str | Path,
+    destination: Path,
+    grid: BlockGrid,
+    order: DecodingOrder = "confidence",
+) -> None:
     """Saves a trained student with the tokenizer of its start weights' folder, and how it decodes.
 
     Args:
         start: folder of the start weights. A given student's config.json may not name the mask token, nor blocks and
             grid, and the code beside the weights decodes by them.
+        order: by which position its steps reveal first.
     """
     if has_noisy_adapters(model):  # the base model's files stay as they are
         with atomic_folder(destination) as folder:
@@ -73,7 +82,7 @@ def save_student(model: Any, start: str | Path, destination: Path, block_size: i
             write_noisy_adapters(model, folder)
         return
     facts = read_facts(start)
-    decoding = {"block_size": block_size, "block_grid": block_grid, **asdict(facts.form)}
+    decoding = {"block_size": grid.block_size, "block_grid": grid.kind, DECODING_ORDER: order, **asdict(facts.form)}
     model.config.update({"mask_token_id": facts.mask_id, **decoding})
     save_model(model, load_tokenizer(start), destination, facts.eos_ids)
 

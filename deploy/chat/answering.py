@@ -79,7 +79,7 @@ class Here:
     def __init__(self, folder: Path, max_new_tokens: int, console: Console, strategy: Strategy | None = None) -> None:
         self._model, self._limit, self._console = Model(folder), max_new_tokens, console
         require_template(self._model.tokenizer)
-        self._strategy = strategy or self._model.usual_strategies[-1]
+        self._strategy = strategy or self._model.facts.usual_strategies[-1]
         self.has_trace = self._model.is_student
 
     def answer(self, messages: Sequence[Message], how: How, show: Show) -> Answer:

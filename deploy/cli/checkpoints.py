@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from opdlm.common.config.base import DecodingOrder
 from opdlm.common.export.names import LayoutName
 from opdlm.deploy.cli.app import LARGEST_SEED, CheckpointFolder, app, clear_errors, out, show_hub_bars
 from opdlm.deploy.evaluate.options import Chat, Thinking, UsualStrategy
@@ -53,6 +54,13 @@ def convert(
             "`causal` needs `--block-grid response`."
         ),
     ] = None,
+    decoding_order: Annotated[
+        DecodingOrder | None,
+        typer.Option(
+            help="What a step reveals first unless a strategy is asked for, written to config.json: the most confident "
+            "position or the leftmost. Default: the source's, else confidence."
+        ),
+    ] = None,
 ) -> None:
     """Make a student of an AR checkpoint: the same weights, and a mask token where there is none.
 
@@ -69,7 +77,7 @@ def convert(
     with clear_errors():
         from opdlm.deploy.tools.convert import StudentSettings, run_convert
 
-        student = StudentSettings(block_size, block_grid, mask_token, logit_shift, context)
+        student = StudentSettings(block_size, block_grid, mask_token, logit_shift, context, decoding_order)
         run_convert(source, destination, teacher, student, dtype, out)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
 from opdlm.deploy.cli.app import app, clear_errors, model_folder_of, out
 from opdlm.deploy.evaluate.options import UsualStrategy
@@ -40,9 +39,7 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="`max_tokens` of requests that name none.")] = 256,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as stored.")] = "auto",
     block_size: Annotated[int | None, typer.Option(min=1, help="Block size. Default: the model's own.")] = None,
-    strategy: Annotated[
-        Strategy, typer.Option(help="Remasking strategy of all requests; `verified` for lossless checkpoints.")
-    ] = "low_confidence_dynamic",
+    strategy: UsualStrategy = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Threshold of requests that name none.")] = 0.9,
     temperature: Annotated[float, typer.Option(min=0, help="Temperature of requests that name none.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Top-p of requests that name none.")] = 1.0,
@@ -71,6 +68,7 @@ def serve(
         from opdlm.deploy.serve.options import ServeOptions
 
         folder = None if checkpoint is None else model_folder_of(checkpoint, "CKPT")
+        own: dict[str, Any] = {} if strategy is None else {"strategy": strategy}
         options = ServeOptions(
             checkpoint="" if folder is None else str(folder.resolve()),
             follow=None if follow is None else str(follow.resolve()),
@@ -85,12 +83,12 @@ def serve(
             max_new_tokens=max_new_tokens,
             dtype=dtype,
             block_size=block_size,
-            strategy=strategy,
             threshold=threshold,
             temperature=temperature,
             top_p=top_p,
             cache_tokens=cache_tokens,
             api_key_file=None if api_key_file is None else str(api_key_file.resolve()),
+            **own,
         )
         run_server(options, host, port, drain_seconds, out)
 
@@ -115,8 +113,6 @@ def chat(
     Examples:
 
         opdlm chat runs/mine/student
-
-        opdlm chat runs/smollm2-135m/student --strategy sequential_dynamic
 
         opdlm chat --url http://127.0.0.1:8000
     """

@@ -126,7 +126,7 @@ class Evaluation:
             rows.append(self._row(TEACHER, self._teacher, theirs))
             if self._options.prompt_lookup:
                 rows.append(self._looked_up(self._teacher, requests, theirs))
-        strategies = self._options.strategies or decoder.usual_strategies
+        strategies = self._options.strategies or decoder.facts.usual_strategies
         for strategy in strategies if decoder.is_student else strategies[:1]:
             way = strategy if decoder.is_student else AUTOREGRESSIVE
             settings = replace(decoder.base.greedy(strategy), threshold=self._options.threshold)

@@ -21,7 +21,6 @@ from opdlm.actors.rollout.observation import StepObservation
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.actors.rollout.stopping import StopStrings
 from opdlm.actors.teacher.generation import ends_at, generate
-from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
 from opdlm.common.grid import BlockGrid
 from opdlm.common.model.facts import read_facts, require_mask
@@ -84,13 +83,6 @@ class Decoder(ABC):
     def is_student(self) -> bool:
         """Whether the folder is a diffusion student."""
         return self.facts.is_student
-
-    @property
-    def usual_strategies(self) -> tuple[Strategy, ...]:
-        """How the checkpoint is decoded unless something else is asked for; the last is for a single answer."""
-        if self.facts.has_noisy_adapters:
-            return ("verified",)
-        return "low_confidence_static", "low_confidence_dynamic"
 
     def encode(self, text: str, templated: bool = False) -> np.ndarray:
         """Token ids `[P] int32` of a prompt.

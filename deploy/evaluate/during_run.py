@@ -15,9 +15,11 @@ from typing import Any
 from opdlm.actors.pool import ActorPool
 from opdlm.actors.rollout.settings import DecodeSettings
 from opdlm.common.batches import in_groups
-from opdlm.common.config.schema import EvaluationConfig, EvaluationOrder, Strategy
+from opdlm.common.config.base import STRATEGIES_BY_ORDER
+from opdlm.common.config.schema import DecodingOrder, EvaluationConfig, Strategy
 from opdlm.common.data.tasks import get_task
 from opdlm.common.errors import WeightsLost, last_line
+from opdlm.common.grid import BlockGrid
 from opdlm.common.types import DecodeStats, RolloutRequest, Trajectory, WeightHandle
 from opdlm.deploy.cluster.roles import Roles
 from opdlm.deploy.evaluate.background import BackgroundEvaluations
@@ -141,8 +143,8 @@ class RunEvaluations:
             return self._record(PERIODIC, handle.version, result)
         figure = figure_of(asdict(result), best.settings.figure)
         if better := best.is_better(figure):  # before the record, which says that the student is kept
-            rollout = self._config.rollout
-            arguments = handle, best.folder(handle.version), rollout.block_size, rollout.block_grid
+            grid = BlockGrid(self._config.rollout.block_size, self._config.rollout.block_grid)
+            arguments = handle, best.folder(handle.version), grid, self._config.decoding_order
             await pool.call("save_student", *arguments)
         self._record(PERIODIC, handle.version, result, best_by=best.label if better else None)
         best.note(handle.version, figure, better)
@@ -165,26 +167,24 @@ class RunEvaluations:
         self._record(row, handle.version, await self._ask(row, problems, handle, self._roles.rollouts))
 
     async def _ask(self, row: str, problems: Exam, handle: WeightHandle, pool: ActorPool) -> EvaluationResult:
-        dynamic = row in (DYNAMIC, PERIODIC)
-        strategy = examined_with(self._settings.strategy, self._config.evaluation.order, dynamic)
-        settings = self._settings.greedy(strategy)
+        settings = self._settings.greedy(self._strategy(row))
         task, progress = f"evaluation of round {handle.version}, {row}", self._records.progress
         arguments = pool, problems, handle, settings, self._config.evaluation, task, progress, self._beside
         return await evaluate_student(*arguments)
 
+    def _strategy(self, row: str) -> Strategy:
+        return examined_with(self._settings.strategy, self._config.decoding_order, row in (DYNAMIC, PERIODIC))
+
     def _record(self, row: str, version: int, result: EvaluationResult, best_by: str | None = None) -> None:
         step = self._checked.schedule.steps_before(version)
-        self._records.evaluated(row, version, result, step, best_by)
+        strategy = None if row == TEACHER else self._strategy(row)
+        self._records.evaluated(row, version, result, step, best_by, strategy)
         self._done.add((row, version))
 
 
-def examined_with(rollouts: Strategy, order: EvaluationOrder | None, dynamic: bool) -> Strategy:
-    """How a run's student is examined: with a threshold, or else a token at a time (`evaluation.order`)."""
-    if rollouts == "verified":
-        return rollouts
-    if order == "sequential" or (order is None and rollouts in ("sequential", "sequential_dynamic")):
-        return "sequential_dynamic" if dynamic else "sequential"
-    return "low_confidence_dynamic" if dynamic else "low_confidence_static"
+def examined_with(rollouts: Strategy, order: DecodingOrder, dynamic: bool) -> Strategy:
+    """How a run's student is examined: with a threshold, or else a token at a time."""
+    return rollouts if rollouts == "verified" else STRATEGIES_BY_ORDER[order][dynamic]
 
 
 async def _too_late() -> bool:

@@ -68,8 +68,8 @@ class Model(CheckpointDecoder):
 
         Args:
             max_new_tokens: longest response, in tokens.
-            strategy: remasking strategy of a student; `threshold` belongs to the dynamic ones. Default:
-                `low_confidence_dynamic`, of a lossless student `verified`.
+            strategy: remasking strategy of a student; `threshold` belongs to the dynamic ones. Default: the student's
+                (`ModelFacts.usual_strategies`).
             temperature: 0 is greedy. An autoregressive model then samples from the whole vocabulary.
             block_size: None takes the checkpoint's own.
             chat: puts each prompt through the chat template, with `thinking` as its `enable_thinking`.
@@ -89,7 +89,7 @@ class Model(CheckpointDecoder):
         settings = replace(
             self.base,
             block_size=block_size or self.base.block_size,
-            strategy=strategy or self.usual_strategies[-1],
+            strategy=strategy or self.facts.usual_strategies[-1],
             threshold=threshold,
             temperature=temperature,
             top_k=top_k,

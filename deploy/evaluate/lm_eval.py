@@ -69,7 +69,7 @@ def run_harness(
 
     written: dict[str, Any] = {}
     with open_decoder(folder, decoding, options.block_size) as decoder:
-        strategies = options.strategies or decoder.usual_strategies[-1:]
+        strategies = options.strategies or decoder.facts.usual_strategies[-1:]
         for strategy in strategies if decoder.is_student else strategies[:1]:
             model = OpdlmLM(
                 decoder,

@@ -45,7 +45,7 @@ class OpdlmLM(Likelihoods, LM):
 
     Args (lm-eval's `model_args`):
         pretrained: checkpoint folder or hub id; or, from Python, a `Decoder`.
-        strategy: remasking strategy. None: `low_confidence_dynamic`, for a lossless student `verified`.
+        strategy: remasking strategy. None: the student's own (`ModelFacts.usual_strategies`).
         threshold: confidence threshold of the dynamic strategies.
         block_size: None takes the checkpoint's own, else 4.
         batch_size: sequences decoded side by side; it overrides `--batch_size`, whose default is 1.
@@ -98,7 +98,7 @@ class OpdlmLM(Likelihoods, LM):
             if isinstance(pretrained, Decoder)
             else CheckpointDecoder(model_folder(pretrained, "model_args: pretrained"), block_size, device)
         )
-        strategy = strategy or self.decoder.usual_strategies[-1]
+        strategy = strategy or self.decoder.facts.usual_strategies[-1]
         self.settings = replace(self.decoder.base.greedy(strategy), threshold=float(threshold))
         self.seed, self._thinking, self._templated = seed, enable_thinking, False
         self._tokens = self._steps = 0

@@ -21,7 +21,10 @@ Thinking = Annotated[
 ]
 UsualStrategy = Annotated[
     Strategy | None,
-    typer.Option(help="Remasking strategy. Default: low_confidence_dynamic; verified for a lossless student."),
+    typer.Option(
+        help="Remasking strategy. Default: the checkpoint's: low_confidence_dynamic, or sequential_dynamic where its "
+        "config.json says so; verified for a lossless student."
+    ),
 ]
 
 

@@ -83,7 +83,7 @@ class SweepOptions:
             yield Way()
             return
         for block in self.block_sizes or [decoder.base.block_size]:
-            for strategy in self.strategies or decoder.usual_strategies[-1:]:
+            for strategy in self.strategies or decoder.facts.usual_strategies[-1:]:
                 for threshold in self.thresholds if strategy in WITH_THRESHOLD else [None]:
                     yield Way(block, strategy, threshold)
 

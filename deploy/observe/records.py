@@ -222,14 +222,22 @@ class RunRecords:
             self._write(event)
 
     def evaluated(
-        self, row: str, version: int, result: EvaluationResult, step: int | None = None, best_by: str | None = None
+        self,
+        row: str,
+        version: int,
+        result: EvaluationResult,
+        step: int | None = None,
+        best_by: str | None = None,
+        strategy: str | None = None,
     ) -> None:
         """A weight version was evaluated, after `step` optimizer steps (None: those reported so far).
 
-        `best_by`: by which figure its student is the best so far and is kept; None: it is not kept.
+        `best_by`: by which figure its student is the best so far and is kept; None: it is not kept. `strategy`: how it
+        was decoded; None for an autoregressive model.
         """
-        step, best = self._step if step is None else step, {"best_by": best_by} if best_by else {}
-        self._write({"kind": "evaluation", "row": row, "round": version, "step": step, **asdict(result), **best})
+        step, more = self._step if step is None else step, {"best_by": best_by, "strategy": strategy}
+        known = {key: value for key, value in more.items() if value is not None}
+        self._write({"kind": "evaluation", "row": row, "round": version, "step": step, **asdict(result), **known})
 
     def ends_early(self, reason: str) -> None:
         """Training ends before its last round."""

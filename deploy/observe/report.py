@@ -11,7 +11,7 @@ from rich.table import Table
 from opdlm.common.files import write_json
 from opdlm.deploy.observe.ledger import read_ledger
 from opdlm.deploy.observe.records import read_records
-from opdlm.deploy.observe.tables import new_table
+from opdlm.deploy.observe.tables import decoding_name, new_table
 
 TEACHER, BEFORE, STATIC, DYNAMIC = "teacher", "student before", "student static", "student dynamic"
 VERIFIED = "student verified"
@@ -121,16 +121,15 @@ def _evaluated(rows: dict[str, dict[str, Any]]) -> Table:
     has_data = any(r.get("data_right") is not None for r in rows.values())
     figures += ["of the teacher's score", "KL (nats)"] if has_data else []
     table = new_table(f"{problems:,} held-out problems", "model", *figures)
-    titles = {
-        TEACHER: "teacher (autoregressive)",
-        BEFORE: f"student before ({'verified' if VERIFIED in rows else 'static'})",
-        STATIC: "student after, static",
-        DYNAMIC: "student after, dynamic",
-        VERIFIED: "student after, verified",
-    }
-    for row, title in titles.items():
+    unsaid = {BEFORE: "verified" if VERIFIED in rows else "static", STATIC: "static", DYNAMIC: "dynamic"}
+    for row in (TEACHER, BEFORE, STATIC, DYNAMIC, VERIFIED):
         if row in rows:
             r = rows[row]
+            how = (
+                decoding_name(r["strategy"]) if "strategy" in r else unsaid.get(row, "verified")
+            )  # of earlier versions
+            titles = {TEACHER: "teacher (autoregressive)", BEFORE: f"student before ({how})"}
+            title = titles.get(row, f"student after, {how}")
             shown = [f"{r['exact_match']:.1%}", f"{r['tokens_per_step']:.2f}", f"{r['tokens_per_second']:,.0f}"]
             if has_data:
                 share, kl = r.get("of_teacher"), r.get("held_out_kl")

@@ -62,7 +62,8 @@ def prepare_student(config: OpdlmConfig) -> str:
             shutil.rmtree(old, ignore_errors=True)
         grid = config.rollout.block_size, config.rollout.block_grid
         form = read_facts(start).form if config.model.student else config.model.converted_form
-        convert_checkpoint(start, folder, *grid, config.model.mask_token, form.logit_shift, form.context)
+        how = *grid, config.model.mask_token, form.logit_shift, form.context, config.decoding_order
+        convert_checkpoint(start, folder, *how)
         if lora is not None and _gets_adapters(config):
             student = load_model(folder, config.model.dtype)
             NoisyAdapters(student, lora, require_mask(read_facts(folder)), config.run.seed)
@@ -97,6 +98,7 @@ def _models(config: OpdlmConfig) -> dict[str, Any]:
         "block_grid": rollout.block_grid,
         "mask_token": model.mask_token or MASK_TOKEN,
         **({"lora": model.lora.model_dump(mode="json")} if model.lora and model.lora.tokens == "noisy" else {}),
+        "decoding_order": config.decoding_order,
         **asdict(model.converted_form),
     }
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from opdlm.common.config.base import Grid
 from opdlm.common.config.schema import Strategy
 from opdlm.common.errors import OpdlmError
-from opdlm.common.model.facts import ModelFacts, require_mask
+from opdlm.common.model.facts import ModelFacts, read_facts, require_mask
 from opdlm.deploy.run.saved_student import open_saved_run
 
 
@@ -52,7 +52,7 @@ class ServeOptions(BaseModel):
     block_grid: Grid | None = None
     """Block grid. None: the model's own."""
     strategy: Strategy = "low_confidence_dynamic"
-    """Remasking strategy of all requests; `verified` for lossless checkpoints."""
+    """Remasking strategy of all requests. Where none is given, `resolved` takes the checkpoint's (`ModelFacts`)."""
     threshold: float = Field(default=0.9, ge=0, le=1)
     """Threshold of requests that name none."""
     temperature: float = Field(default=0.0, ge=0)
@@ -65,15 +65,23 @@ class ServeOptions(BaseModel):
     """File with one key a line, of which requests must bring one (`Authorization: Bearer KEY`). None: no key."""
 
     def resolved(self) -> ServeOptions:
-        """The options with what `follow` stands for: the run's start student, its name, number format and blocks.
+        """The options with what the model decides: its strategy, and what `follow` stands for.
+
+        That is the run's start student, its name, number format and blocks.
 
         Raises:
-            OpdlmError: neither or both of `checkpoint` and `follow` are given, or the directory holds no run.
+            OpdlmError: neither or both of `checkpoint` and `follow` are given, the directory holds no run, or the
+                folder no model.
         """
         if bool(self.checkpoint) == (self.follow is not None):
             raise OpdlmError("serve: give either a checkpoint or --follow RUN (`follow` in a Serve config file)")
-        if self.follow is None:
-            return self
+        found = self._followed() if self.follow is not None else self
+        if "strategy" in self.model_fields_set:
+            return found
+        return found.model_copy(update={"strategy": read_facts(found.checkpoint).usual_strategies[-1]})
+
+    def _followed(self) -> ServeOptions:
+        assert self.follow is not None, "`resolved` asks only then"
         run = open_saved_run(Path(self.follow))
         rollout = run.config.rollout
         return self.model_copy(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from opdlm.common.config.base import DecodingOrder
 from opdlm.common.errors import OpdlmError
 from opdlm.common.files import check_new_folder, home_path
 from opdlm.common.form import Context
@@ -32,6 +33,7 @@ class StudentSettings:
     mask_token: str | None
     logit_shift: bool | None = None
     context: Context | None = None
+    decoding_order: DecodingOrder | None = None
 
     def check(self) -> None:
         """Raises `OpdlmError` where the context does not go with the grid, before a large file is read."""
@@ -46,6 +48,7 @@ class StudentSettings:
             "--mask-token": self.mask_token,
         }
         named |= {"--logit-shift": self.logit_shift, "--context": self.context}
+        named |= {"--decoding-order": self.decoding_order}
         if given := [option for option, value in named.items() if value is not None]:
             raise OpdlmError(f"convert: {given[0]} is for a student, and no folder for one is given; add it, as DST")
 
@@ -115,13 +118,13 @@ def _from_folder(
 
 def _student(source: Path, destination: Path, student: StudentSettings, console: Console) -> None:
     size, grid = student.block_size or _BLOCK_SIZE, student.block_grid or _BLOCK_GRID
-    mask_id = convert_checkpoint(
-        source, destination, size, grid, student.mask_token, student.logit_shift, student.context
-    )
+    form = student.logit_shift, student.context
+    mask_id = convert_checkpoint(source, destination, size, grid, student.mask_token, *form, student.decoding_order)
     if note := read_facts(source).end_tokens_note:
         print(f"opdlm: {note}", file=sys.stderr)
-    made = f"mask token id {mask_id}, block size {size}, {grid} grid, {read_facts(destination).form}"
-    line = f"{destination}: {made}"
+    facts = read_facts(destination)
+    order = "" if facts.order == "confidence" else f", decoding order {facts.order}"
+    line = f"{destination}: mask token id {mask_id}, block size {size}, {grid} grid, {facts.form}{order}"
     console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -37,6 +37,7 @@ def test_a_given_student_that_names_no_block_size_gets_the_runs(tmp_path, one_ra
         "model": {"teacher": str(teacher), "student": str(start), "dtype": "float32"},
         "data": {"task": "chain", "prompts": 8},
         "rollout": {"block_size": 8, "block_grid": "response"},
+        "evaluation": {"order": "sequential"},
     }
     trained = load_model(start)
     with torch.no_grad():
@@ -49,7 +50,8 @@ def test_a_given_student_that_names_no_block_size_gets_the_runs(tmp_path, one_ra
 
     student = tmp_path / "run" / "student"
     facts, raw = read_facts(student), json.loads((student / "config.json").read_text())
-    assert (facts.block_size, facts.block_grid, facts.mask_id) == (8, "response", plain["mask_token_id"])
+    assert (facts.block_size, facts.block_grid, facts.order) == (8, "response", "sequential")
+    assert facts.mask_id == plain["mask_token_id"]
     assert raw["model_type"] == "a2d-qwen3"
     assert raw["auto_map"]["AutoModelForMaskedLM"] == "modeling_a2d.A2DQwen3LMHeadModel"
     assert {"modeling_a2d.py", "block_causal.py", "tokenizer.json"} <= {file.name for file in student.iterdir()}

@@ -23,9 +23,9 @@ from .generation import read_request
 class BlockCausalMixin(nn.Module):
     """Turns a `...ForCausalLM` class of transformers into a block diffusion model; list it before that class.
 
-    It reads block_size, block_grid, mask_token_id, context and logit_shift from the config. With block_grid `absolute`,
-    blocks are counted from the first token. With `response`, the response starts a new block, so blocks are counted
-    back from the last token, and the input must end with a whole block, as it does in decoding.
+    It reads block_size, block_grid, mask_token_id, context, logit_shift and decoding_order from the config. With
+    block_grid `absolute`, blocks are counted from the first token. With `response`, the response starts a new block, so
+    blocks are counted back from the last token, and the input must end with a whole block, as it does in decoding.
     """
 
     config: Any
@@ -80,7 +80,7 @@ class BlockCausalMixin(nn.Module):
         generation_config: Any = None,
         *,
         threshold: float = 0.9,
-        strategy: str = "low_confidence_dynamic",
+        strategy: str | None = None,
         **settings: Any,
     ) -> torch.Tensor:
         """Decodes a batch block by block, with a key-value cache.
@@ -92,7 +92,8 @@ class BlockCausalMixin(nn.Module):
             generation_config: settings of transformers; those that are named in the call come before it.
             threshold: within 0 and 1; a lower one decodes more tokens a step.
             strategy: which position is unmasked where none is above the threshold. `low_confidence_dynamic`: the most
-                probable one. `sequential_dynamic`: the first one, with the others above the threshold beside it.
+                probable one. `sequential_dynamic`: the first one, with the others above the threshold beside it. None:
+                the second one if config.json has the decoding_order `sequential`, else the first one.
             settings: `attention_mask` (`[B, P]`, 0 for padding), `max_new_tokens` (64), `max_length`, `do_sample`
                 (False: greedy), `temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`. Sampling draws from
                 torch's generator.
@@ -105,6 +106,8 @@ class BlockCausalMixin(nn.Module):
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"generate: threshold: found {threshold}; expected a number within 0 and 1")
+        if strategy is None:
+            strategy = STRATEGIES[getattr(self.config, "decoding_order", "confidence") == "sequential"]
         if strategy not in STRATEGIES:
             raise ValueError(f"generate: strategy: found {strategy!r}; expected {' or '.join(STRATEGIES)}")
         request = read_request(self, {"inputs": inputs, "generation_config": generation_config, **settings})

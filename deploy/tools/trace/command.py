@@ -188,7 +188,7 @@ def _student(run: Path, config: OpdlmConfig, given: Path | None) -> tuple[Checkp
 def _settings(config: OpdlmConfig, student: CheckpointDecoder, options: TraceOptions) -> DecodeSettings:
     require_mask(student.facts)
     given = {name: getattr(options, name) for name in ("threshold", "temperature")}
-    given["strategy"] = options.strategy or student.usual_strategies[-1]
+    given["strategy"] = options.strategy or student.facts.usual_strategies[-1]
     return replace(
         DecodeSettings.from_config(config.rollout),
         block_size=student.facts.block_size or config.rollout.block_size,

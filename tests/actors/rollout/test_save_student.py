@@ -13,6 +13,7 @@ import torch
 from opdlm.actors.rollout import actor as module
 from opdlm.actors.rollout.actor import RolloutActor
 from opdlm.common.errors import OpdlmError
+from opdlm.common.grid import BlockGrid
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import load_model
@@ -44,11 +45,11 @@ def test_the_folder_decodes_as_the_run_does_and_holds_the_versions_weights(saved
     actor.load_weights(handle(0))
     folder = tmp_path / "best" / "round-000001"
     for version in (1, 2):  # the second time in place of an earlier one
-        actor.save_student(handle(version), folder, 8, "response")
+        actor.save_student(handle(version), folder, BlockGrid(8, "response"), "sequential")
         held = load_model(folder).state_dict()
         assert all(held[name].equal(tensor) for name, tensor in models[version].state_dict().items())
     facts = read_facts(folder)
-    assert (facts.block_size, facts.block_grid) == (8, "response")
+    assert (facts.block_size, facts.block_grid, facts.order) == (8, "response", "sequential")
     assert facts.mask_id == read_facts(tmp_path / "start").mask_id
     assert [path.name for path in folder.parent.iterdir()] == ["round-000001"]
 
@@ -57,12 +58,12 @@ def test_other_weights_are_never_written(saved, tmp_path) -> None:
     actor, _ = saved
     actor.load_weights(handle(2))
     with pytest.raises(ValueError, match="saving version 1: the actor has version 2"):
-        actor.save_student(handle(1), tmp_path / "best", 4, "absolute")
+        actor.save_student(handle(1), tmp_path / "best", BlockGrid(4), "confidence")
     assert not (tmp_path / "best").exists()
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(saved, tmp_path) -> None:
     actor, _ = saved
     with no_file_above(1000), pytest.raises(OpdlmError, match=r"best could not be written: .*; make room"):
-        actor.save_student(handle(1), tmp_path / "best", 4, "absolute")
+        actor.save_student(handle(1), tmp_path / "best", BlockGrid(4), "confidence")
     assert [path.name for path in tmp_path.iterdir()] == ["start"]

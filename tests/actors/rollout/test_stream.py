@@ -183,13 +183,13 @@ def test_a_run_that_goes_back_drops_what_is_being_decoded(start, student) -> Non
 def test_a_version_that_is_being_fetched_when_the_run_goes_back_does_not_arrive(start, student, monkeypatch) -> None:
     actor, there, go = start(), threading.Event(), threading.Event()
 
-    def slow(handle: WeightHandle) -> object:
+    def slow(_: RolloutActor, handle: WeightHandle) -> object:
         there.set()
         assert go.wait(timeout=PATIENCE)
         return handle.pack[0]
 
     with monkeypatch.context() as patch:
-        patch.setattr("opdlm.actors.rollout.actor._fetch", slow)
+        patch.setattr(RolloutActor, "_fetch", slow)
         late = threading.Thread(target=actor.load_weights, args=(weights(student, 12)[1],))
         late.start()
         assert there.wait(timeout=PATIENCE)

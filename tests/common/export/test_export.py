@@ -38,12 +38,12 @@ EXPORTS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "a2d-llama": ("a2d-llama", "AutoModelForMaskedLM", {"grid": "response", **OTHER_FAMILIES["llama"]}),
     "a2d-qwen3-shift": ("a2d-qwen3", "AutoModelForMaskedLM", {"grid": "absolute", "logit_shift": True}),
     "a2d-llama-causal": ("a2d-llama", "AutoModelForMaskedLM", {**CAUSAL, **OTHER_FAMILIES["llama"]}),
-    "a2d-qwen3-both": ("a2d-qwen3", "AutoModelForMaskedLM", {**CAUSAL, "logit_shift": True}),
+    "a2d-qwen3-both": ("a2d-qwen3", "AutoModelForMaskedLM", {**CAUSAL, "logit_shift": True, "order": "sequential"}),
     "sdar": ("sdar", "AutoModelForCausalLM", {"grid": "absolute", "max_shard_size": "4KB"}),
     "sdar-spare": ("sdar", "AutoModelForCausalLM", {"grid": "absolute", "spare_rows": 9}),
     "sdar-yarn": ("sdar", "AutoModelForCausalLM", {"grid": "response", **OTHER_FAMILIES["qwen3-yarn"]}),
     "plain-qwen3": ("qwen3", None, {"grid": "absolute", "spare_rows": 9}),
-    "plain-llama": ("llama", None, {"grid": "response", **OTHER_FAMILIES["llama"]}),
+    "plain-llama": ("llama", None, {"grid": "response", "order": "sequential", **OTHER_FAMILIES["llama"]}),
 }
 for family in ("mistral", "phi3", "smollm3", "olmo2"):
     EXPORTS[f"a2d-{family}"] = (f"a2d-{family}", "AutoModelForMaskedLM", {"grid": "absolute", **OTHER_FAMILIES[family]})
@@ -56,7 +56,7 @@ def exports(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("exports")
     for name, (layout, _, model) in EXPORTS.items():
         model = dict(model)
-        grid, form = model.pop("grid"), {key: model.pop(key, None) for key in ("logit_shift", "context")}
+        grid, form = model.pop("grid"), {key: model.pop(key, None) for key in ("logit_shift", "context", "order")}
         save_teacher(root / f"{name}-teacher", seed=7, **model)
         convert_checkpoint(root / f"{name}-teacher", root / f"{name}-student", SIZE, grid, **form)
         export(root / f"{name}-student", root / name, layout)
@@ -153,10 +153,9 @@ def test_logits_without_our_packages(exports, inputs, outside, name, implementat
 def test_generate_of_a_padded_batch_decodes_as_our_decoder(exports, inputs, outside, name) -> None:
     prompts = [value[0].tolist() for key, value in inputs.items() if key.startswith("prompt.")]
     width, pad = max(map(len, prompts)), 0
-    usual = "low_confidence_dynamic"
     for kind, how in (
-        ("decode.9", (9, 0.3, usual)),
-        ("decode.5", (5, 1.0, usual)),
+        ("decode.9", (9, 0.3)),
+        ("decode.5", (5, 1.0)),
         ("in_order", (9, 0.3, "sequential_dynamic")),
     ):
         found = outside[0][f"{name}/{kind}"].tolist()
@@ -185,7 +184,7 @@ def test_an_export_loads_as_a_student_here(exports, inputs, name) -> None:
     """It decodes as the student that was exported, and none of its code runs."""
     before, after = exports / f"{name}-student", exports / name
     facts, original = read_facts(after), read_facts(before)
-    for field in ("vocab_size", "context", "eos_ids", "mask_id", "block_size", "block_grid", "form"):
+    for field in ("vocab_size", "context", "eos_ids", "mask_id", "block_size", "block_grid", "form", "order"):
         assert getattr(facts, field) == getattr(original, field), field
     assert facts.is_student
     assert read_config(after).rope_parameters == read_config(before).rope_parameters
@@ -238,10 +237,11 @@ def decode(
     inputs: dict[str, torch.Tensor],
     limit: int,
     threshold: float,
-    strategy: Strategy = "low_confidence_dynamic",
+    strategy: Strategy | None = None,
 ) -> list[np.ndarray]:
-    """Greedy responses of our decoder to the prompts of `inputs`."""
+    """Greedy responses of our decoder to the prompts of `inputs`. `strategy`: None is the student's own."""
     facts = read_facts(folder)
+    strategy = strategy or facts.usual_strategies[-1]
     settings = DecodeSettings(facts.block_size, facts.block_grid, strategy, threshold)
     prompts = [value[0].numpy().astype(np.int32) for key, value in inputs.items() if key.startswith("prompt.")]
     requests = [RolloutRequest(i, str(i), ids, limit, seed=i) for i, ids in enumerate(prompts)]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from opdlm.common.config.schema import LoraConfig
 from opdlm.common.errors import OpdlmError
 from opdlm.common.export import export
+from opdlm.common.grid import BlockGrid
 from opdlm.common.model.adapters import NOISY_FILE, NoisyAdapters, is_adapter
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
@@ -56,7 +57,7 @@ def root(tmp_path_factory) -> Path:
             for key, parameter in student.named_parameters():
                 if is_adapter(key):
                     parameter.normal_(std=0.3)
-        save_student(student, start, run, SIZE, "response")
+        save_student(student, start, run, BlockGrid(SIZE, "response"))
         export(run, folder / f"{name}-export", f"a2d-{name}")
     return folder
 

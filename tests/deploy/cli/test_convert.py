@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import load_model
+from opdlm.deploy.evaluate.generation import Model
 from tests.deploy.cli.test_cli import opdlm
 from tests.gguf_files import save_gguf
 from tests.tiny import save_teacher
+
+PROMPTS = ["47+8=", "1+2-3=", "9-5+4-1="]
 
 
 def test_a_gguf_file_becomes_a_student_a_teacher_or_both(tmp_path) -> None:
@@ -29,6 +34,29 @@ def test_a_gguf_file_becomes_a_student_a_teacher_or_both(tmp_path) -> None:
     assert load_model(tmp_path / "one", "auto").dtype == torch.bfloat16
     assert load_model(tmp_path / "student", "auto").dtype == AutoModelForCausalLM.from_pretrained(tmp_path / "ar").dtype
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ar", "m.gguf", "one", "student"]
+
+
+def test_a_student_keeps_its_decoding_order_and_is_decoded_by_it(tmp_path) -> None:
+    source, first, second, third = save_teacher(tmp_path / "source"), *(tmp_path / name for name in "abc")
+    printed = opdlm("convert", source, first, "--decoding-order", "sequential")
+    assert printed.endswith("block-causal context, decoding order sequential")
+    opdlm("convert", first, second, "--block-size", 8)
+    assert "decoding order" not in opdlm("convert", second, third, "--decoding-order", "confidence")
+    for folder, own, other in (
+        (second, "sequential_dynamic", "low_confidence_dynamic"),
+        (third, "low_confidence_dynamic", "sequential_dynamic"),
+    ):
+        model = Model(folder)
+        usual, same, different = (
+            [one.ids.tolist() for one in model.generate(PROMPTS, max_new_tokens=16, threshold=0.5, strategy=strategy)]
+            for strategy in (None, own, other)
+        )
+        assert usual == same
+        assert usual != different
+    file = third / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"decoding_order": "random"}))
+    error = opdlm("convert", third, tmp_path / "d", code=2)
+    assert "c/config.json: decoding_order is 'random'; expected one of confidence, sequential" in error
 
 
 def test_the_teacher_of_a_folder_is_an_ordinary_folder(tmp_path) -> None:
@@ -50,6 +78,7 @@ def test_the_teacher_of_a_folder_is_an_ordinary_folder(tmp_path) -> None:
         (["SOURCE", "--teacher", "a", "--block-size", "4"], "--block-size is for a student, and no folder for one"),
         (["SOURCE", "--teacher", "a", "--mask-token", "<|m|>"], "--mask-token is for a student"),
         (["SOURCE", "a", "--teacher", "a"], "convert: DST and --teacher are both a; give each a folder of its own"),
+        (["SOURCE", "--teacher", "a", "--decoding-order", "sequential"], "--decoding-order is for a student"),
         (["SOURCE", "a", "--dtype", "float32"], "--dtype: found float32; it is for GGUF files"),
         (["SOURCE", "a", "--teacher", "SOURCE"], "exists; give a new folder"),
         (["nothing.gguf", "a"], "convert: nothing.gguf does not exist; expected a GGUF file"),

@@ -15,6 +15,7 @@ import numpy as np
 
 from opdlm.actors.pool import ActorPool
 from opdlm.common.config import config_from_dict
+from opdlm.common.grid import BlockGrid
 from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.common.types import DecodeStats, WeightHandle
 from opdlm.deploy.evaluate.during_run import RunEvaluations
@@ -40,8 +41,8 @@ class Student:
         stats = DecodeStats(handle.version, len(made), 9, 9, 9, 9, 1.0)
         return made, stats
 
-    async def save_student(self, handle, destination: Path, block_size: int, block_grid: str) -> None:
-        assert (block_size, block_grid) == (4, "absolute")
+    async def save_student(self, handle, destination: Path, grid: BlockGrid, order: str) -> None:
+        assert (grid, order) == (BlockGrid(4, "absolute"), "confidence")
         destination.mkdir(parents=True)
         (destination / "version").write_text(str(handle.version))
         self.saved.append(handle.version)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -101,6 +102,22 @@ def test_reports_of_runs_with_and_without_evaluations(tmp_path) -> None:
     assert "rounds 0" in words(shown(write_report(_run(tmp_path / "c", evaluated=False, rounds=0))))
 
 
+def test_a_report_names_the_order_that_a_student_was_decoded_in(tmp_path) -> None:
+    in_order = (None, "sequential", "sequential", "sequential_dynamic")
+    by_confidence = (None, "low_confidence_static", "low_confidence_static", "low_confidence_dynamic")
+    for name, strategies, named in (
+        ("a", in_order, ("(sequential)", "after, sequential", "after, sequential dynamic")),
+        ("b", by_confidence, ("(static)", "after, static", "after, dynamic")),
+    ):
+        text = words(shown(write_report(_run(tmp_path / name, evaluated=True, strategies=strategies))))
+        for title in (
+            "teacher (autoregressive)",
+            f"student before {named[0]}",
+            *(f"student {way}" for way in named[1:]),
+        ):
+            assert f"{title} 100.0%" in text
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_the_end_says_how_to_try_the_student(tmp_path, chat) -> None:
     folder = _run(tmp_path / "run", evaluated=False)
@@ -115,7 +132,7 @@ def test_the_end_says_how_to_try_the_student(tmp_path, chat) -> None:
     assert console.export_text().splitlines()[-1].endswith("go on with --resume")
 
 
-def _run(folder: Path, evaluated: bool, rounds: int = 2) -> Path:
+def _run(folder: Path, evaluated: bool, rounds: int = 2, strategies: Sequence[str | None] = (None,) * 4) -> Path:
     folder.mkdir()
     records = RunRecords(folder, Listener())
     for round_ in range(1, rounds + 1):
@@ -123,8 +140,9 @@ def _run(folder: Path, evaluated: bool, rounds: int = 2) -> Path:
         step = STEP | {"round": round_ - 1, "step": round_, "loss": 2.5 - round_}
         records.learned([step], QUEUE)
         records.learned([ROUND | {"round": round_, "step": round_, "rollout_tokens": 600 * round_}], QUEUE)
-    for row in (TEACHER, BEFORE, STATIC, DYNAMIC) if evaluated else ():
-        records.evaluated(row, 2, EvaluationResult(1000, 1.0, 123.45, 1234567.8, {}))
+    rows = (TEACHER, BEFORE, STATIC, DYNAMIC) if evaluated else ()
+    for row, strategy in zip(rows, strategies, strict=False):
+        records.evaluated(row, 2, EvaluationResult(1000, 1.0, 123.45, 1234567.8, {}), strategy=strategy)
     records.close()
     return folder
 

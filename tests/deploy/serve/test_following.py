@@ -96,12 +96,14 @@ def test_a_server_follows_a_run_and_loses_no_request(server, cluster, later, tmp
 
 
 def test_a_run_gives_name_number_format_and_blocks(chain_teacher, tmp_path) -> None:
-    begin_run(chain_teacher, tmp_path / "mine", rollout={"block_grid": "absolute", "block_size": 2})
+    own = {"rollout": {"block_grid": "absolute", "block_size": 2}, "evaluation": {"order": "sequential"}}
+    begin_run(chain_teacher, tmp_path / "mine", **own)
     found = ServeOptions(follow=str(tmp_path / "mine")).resolved()
     assert (found.name, found.dtype, found.block_size, found.block_grid) == ("mine", "float32", 2, "absolute")
-    assert found.checkpoint == str(tmp_path / "mine" / "student_init")
-    given = ServeOptions(follow=str(tmp_path / "mine"), name="other", dtype="bfloat16").resolved()
-    assert (given.name, given.dtype) == ("other", "bfloat16")
+    assert (found.checkpoint, found.strategy) == (str(tmp_path / "mine" / "student_init"), "sequential_dynamic")
+    own = {"name": "other", "dtype": "bfloat16", "strategy": "low_confidence_dynamic"}
+    given = ServeOptions(follow=str(tmp_path / "mine"), **own).resolved()
+    assert (given.name, given.dtype, given.strategy) == ("other", "bfloat16", "low_confidence_dynamic")
     for wrong in ({}, {"checkpoint": "a", "follow": "b"}):
         with pytest.raises(OpdlmError, match="give either a checkpoint or --follow RUN"):
             ServeOptions(**wrong).resolved()

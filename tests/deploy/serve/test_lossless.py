@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from opdlm.common.config.schema import LoraConfig
+from opdlm.common.grid import BlockGrid
 from opdlm.common.model.adapters import NoisyAdapters, adapter_parameters
 from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts, require_mask
@@ -33,13 +34,13 @@ def student(chain_teacher, tmp_path_factory) -> Path:
     with torch.no_grad():
         for _, parameter in adapter_parameters(made):
             parameter.normal_(std=0.3)
-    save_student(made, folder / "start", folder / "student", DRAFTS, "response")
+    save_student(made, folder / "start", folder / "student", BlockGrid(DRAFTS, "response"))
     return folder / "student"
 
 
 @pytest.fixture(scope="module")
 def server(ray_cluster, student) -> Iterator[str]:
-    with serving(ray_cluster, ServeOptions(checkpoint=str(student), name="tiny", slots=2, strategy="verified")) as url:
+    with serving(ray_cluster, ServeOptions(checkpoint=str(student), name="tiny", slots=2).resolved()) as url:
         yield url
 
 
