@@ -35,7 +35,7 @@ def converted_in_memory(source: Path, destination: Path) -> Path:
             for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
                 matrix[mask_id] = matrix[:rows].float().mean(0).to(matrix.dtype)
     decoding = {"block_size": 4, "block_grid": "absolute", "logit_shift": False, "context": "block_causal"}
-    model.config.update({"mask_token_id": mask_id, **decoding})
+    model.config.update({"mask_token_id": mask_id, "decoding_order": "confidence", **decoding})
     save_model(model, tokenizer, destination, read_facts(source).eos_ids)
     return destination
 
