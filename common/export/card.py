@@ -135,12 +135,13 @@ def _description(card: Card, base: str | None) -> str:
         "network": config.model_type,
         "block size": f"{config.block_size} tokens",
         "block grid": config.block_grid,
-        "decoding order": getattr(config, DECODING_ORDER, "confidence"),
         "mask token id": config.mask_token_id,
         "end tokens": token_names(as_ids(config.eos_token_id), tokenizer),
         "vocabulary": config.vocab_size,
         "context": f"{config.max_position_embeddings} tokens",
     }
+    if getattr(config, NOISY_LORA, None) is None:  # drafts have no order
+        facts["decoding order"] = getattr(config, DECODING_ORDER, "confidence")
     sees = "A token sees all tokens of its own block and of earlier blocks"
     if config.context == "causal":
         sees = "A token sees the tokens before it and, in the block that is being decoded, that whole block"

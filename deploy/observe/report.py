@@ -121,13 +121,12 @@ def _evaluated(rows: dict[str, dict[str, Any]]) -> Table:
     has_data = any(r.get("data_right") is not None for r in rows.values())
     figures += ["of the teacher's score", "KL (nats)"] if has_data else []
     table = new_table(f"{problems:,} held-out problems", "model", *figures)
+    # Records of earlier versions do not name it.
     unsaid = {BEFORE: "verified" if VERIFIED in rows else "static", STATIC: "static", DYNAMIC: "dynamic"}
     for row in (TEACHER, BEFORE, STATIC, DYNAMIC, VERIFIED):
         if row in rows:
             r = rows[row]
-            how = (
-                decoding_name(r["strategy"]) if "strategy" in r else unsaid.get(row, "verified")
-            )  # of earlier versions
+            how = decoding_name(r["strategy"]) if "strategy" in r else unsaid.get(row, "verified")
             titles = {TEACHER: "teacher (autoregressive)", BEFORE: f"student before ({how})"}
             title = titles.get(row, f"student after, {how}")
             shown = [f"{r['exact_match']:.1%}", f"{r['tokens_per_step']:.2f}", f"{r['tokens_per_second']:,.0f}"]
