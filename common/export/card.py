@@ -100,6 +100,16 @@ class Card:
     base_model: str | None
     """Hub id of the autoregressive model. None: the name of the run's teacher."""
 
+    @property
+    def is_lossless(self) -> bool:
+        """Whether the student has adapters on noisy tokens, which draft in no order."""
+        return getattr(self.config, NOISY_LORA, None) is not None
+
+    @property
+    def order(self) -> str:
+        """The student's decoding order."""
+        return getattr(self.config, DECODING_ORDER, "confidence")
+
 
 def write_card(card: Card, warnings: list[str], file: Path) -> None:
     """Writes the card. It contains no path of this machine: of each path, only the last name is kept."""
@@ -140,8 +150,8 @@ def _description(card: Card, base: str | None) -> str:
         "vocabulary": config.vocab_size,
         "context": f"{config.max_position_embeddings} tokens",
     }
-    if getattr(config, NOISY_LORA, None) is None:  # drafts have no order
-        facts["decoding order"] = getattr(config, DECODING_ORDER, "confidence")
+    if not card.is_lossless:
+        facts["decoding order"] = card.order
     sees = "A token sees all tokens of its own block and of earlier blocks"
     if config.context == "causal":
         sees = "A token sees the tokens before it and, in the block that is being decoded, that whole block"
@@ -160,22 +170,21 @@ def _usage(card: Card, base: str | None, warnings: list[str]) -> str:
     auto = next((name for name in card.auto_map if name != "AutoConfig"), None)
     text, others = _prompt_code(card.tokenizer)
     prompt = f"{text}]{others}" if auto else f"{text}{others}"
-    is_lossless = getattr(card.config, NOISY_LORA, None) is not None
-    threshold = "" if is_lossless else ", threshold=0.9"
-    in_order = getattr(card.config, DECODING_ORDER, "confidence") == "sequential"
-    values = {"auto": auto, "prompt": prompt, "threshold": threshold}
-    values |= {
-        "first": "the leftmost" if in_order else "the most confident",
-        "place": "(confidence >= 0).nonzero()[0, 0]" if in_order else "confidence.argmax()",
-    }
-    snippet = (_WITH_CODE if auto else _PLAIN).format(**values)
+    in_order = card.order == "sequential"
+    snippet = (_WITH_CODE if auto else _PLAIN).format(
+        auto=auto,
+        prompt=prompt,
+        threshold="" if card.is_lossless else ", threshold=0.9",
+        first="the leftmost" if in_order else "the most confident",
+        place="(confidence >= 0).nonzero()[0, 0]" if in_order else "confidence.argmax()",
+    )
     text = "## How to decode\n\nWith opdlm-ray, which caches keys and values and decodes batches:\n\n"
     text += f"```\nopdlm generate THIS_FOLDER --prompt {_PROMPT!r} --trace\n```\n\n"
     text += _PLAIN_WARNING if auto is None else ""
     text += "With transformers alone, version 4.57 or later:\n\n"
     text += f"```python\n{snippet}```\n"
     if auto:
-        text += _LOSSLESS.format(base=base or "the base model") if is_lossless else _GENERATE
+        text += _LOSSLESS.format(base=base or "the base model") if card.is_lossless else _GENERATE
         text += _PIPELINE if _has_pipeline(card) else _NO_PIPELINE
     if card.layout == "sdar":
         text += "\nSGLang and LMDeploy serve this architecture; this folder has not been tried with them."

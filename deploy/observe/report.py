@@ -122,13 +122,14 @@ def _evaluated(rows: dict[str, dict[str, Any]]) -> Table:
     figures += ["of the teacher's score", "KL (nats)"] if has_data else []
     table = new_table(f"{problems:,} held-out problems", "model", *figures)
     # Records of earlier versions do not name it.
-    unsaid = {BEFORE: "verified" if VERIFIED in rows else "static", STATIC: "static", DYNAMIC: "dynamic"}
+    before = "verified" if VERIFIED in rows else "static"
+    unsaid = {BEFORE: before, STATIC: "static", DYNAMIC: "dynamic", VERIFIED: "verified"}
     for row in (TEACHER, BEFORE, STATIC, DYNAMIC, VERIFIED):
         if row in rows:
             r = rows[row]
-            how = decoding_name(r["strategy"]) if "strategy" in r else unsaid.get(row, "verified")
-            titles = {TEACHER: "teacher (autoregressive)", BEFORE: f"student before ({how})"}
-            title = titles.get(row, f"student after, {how}")
+            how = decoding_name(r["strategy"]) if "strategy" in r else unsaid.get(row)
+            named = {TEACHER: "teacher (autoregressive)", BEFORE: f"student before ({how})"}
+            title = named.get(row, f"student after, {how}")
             shown = [f"{r['exact_match']:.1%}", f"{r['tokens_per_step']:.2f}", f"{r['tokens_per_second']:,.0f}"]
             if has_data:
                 share, kl = r.get("of_teacher"), r.get("held_out_kl")

@@ -50,7 +50,7 @@ def end_within(seconds: float, code: int, line: str = "") -> threading.Timer:
 
     def end() -> None:
         os.write(2, line.encode())
-        end_now(code)
+        _end(code)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -64,9 +64,14 @@ def end_now(code: int) -> NoReturn:
     While a thread is in a call of Ray, as the learner's is when a run ends at once, Ray's own end may wait for it,
     write about it and exit with 1.
     """
+    end_within(_CLEAN_UP_SECONDS, code)  # a pipe that is full and that nobody reads blocks the flush
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
     for child in psutil.Process().children(recursive=True):  # a cluster elsewhere ends what the driver asked of it
         with contextlib.suppress(psutil.Error):  # it has just ended
             child.kill()
