@@ -131,7 +131,7 @@ def clear_errors() -> Iterator[None]:
         code = getattr(stopped, "code", 128 + signal.SIGINT)
         print(f"opdlm: {str(stopped) or 'Ctrl-C: ended at once'}", file=sys.stderr)
         if "ray" in sys.modules:
-            from opdlm.deploy.run.stop import end_now
+            from opdlm.deploy.cluster.process_end import end_now
 
             end_now(code)
         raise typer.Exit(code) from None

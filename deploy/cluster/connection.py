@@ -16,7 +16,8 @@ from opdlm.common.errors import ConfigError, OpdlmError, first_line
 from opdlm.deploy.cluster.import_name import check_import_name
 from opdlm.deploy.cluster.local_ray import start_local_ray
 from opdlm.deploy.cluster.placement import Demands, check_room, demands
-from opdlm.deploy.cluster.reach import check_reachable, ends_process_after
+from opdlm.deploy.cluster.process_end import ends_process_after
+from opdlm.deploy.cluster.reach import check_reachable
 
 log = logging.getLogger("opdlm.connection")
 

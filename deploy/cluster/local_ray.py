@@ -13,7 +13,7 @@ import ray
 
 from opdlm.common.errors import OpdlmError, first_line
 from opdlm.deploy.cluster.openmp import OPENMP_WAITS
-from opdlm.deploy.cluster.reach import ends_process_after
+from opdlm.deploy.cluster.process_end import ends_process_after
 
 WORKER_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's 15 leaves a worker about 1/30 of a core beside other work

@@ -10,9 +10,6 @@ import os
 import platform
 import re
 import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -125,23 +122,3 @@ def _check_versions(metadata: dict[str, Any], address: str, where: str) -> None:
             f"{where}: the cluster at {address} runs Ray {there['ray_version']} on Python {there['python_version']}, "
             f"this process Ray {here['ray_version']} on Python {here['python_version']}; use the same versions"
         )
-
-
-@contextmanager
-def ends_process_after(seconds: float, failure: str) -> Iterator[None]:
-    """Ends this process with exit code 2 and the line `failure` if the block takes longer.
-
-    For Ray's C++ code, which can wait for ever and which no exception and no signal of Python interrupts.
-    """
-
-    def end() -> None:
-        os.write(2, f"opdlm: {failure}\n".encode())
-        os._exit(2)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

@@ -7,18 +7,17 @@ was ignored when the run began (`nohup`). Before the loops begin and after they 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NoReturn, TypeVar
 
-import psutil
 from rich.console import Console
+
+from opdlm.deploy.cluster.process_end import end_now, end_within
 
 Result = TypeVar("Result")
 
@@ -37,45 +36,6 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int, what: str) -> None:
         super().__init__(f"{_NAMES[signal.Signals(number)]}: {what}")
         self.code = 128 + number
-
-
-def end_within(seconds: float, code: int, line: str = "") -> threading.Timer:
-    """Ends the process with this code unless it has ended by then or the timer is cancelled.
-
-    For Ray's C++ code and for threads, which no exception ends.
-
-    Args:
-        line: what the user still has to read then.
-    """
-
-    def end() -> None:
-        os.write(2, line.encode())
-        _end(code)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    return timer
-
-
-def end_now(code: int) -> NoReturn:
-    """Ends the process, and a Ray cluster that it started, without what Python and Ray do at exit.
-
-    While a thread is in a call of Ray, as the learner's is when a run ends at once, Ray's own end may wait for it,
-    write about it and exit with 1.
-    """
-    end_within(_CLEAN_UP_SECONDS, code)  # a pipe that is full and that nobody reads blocks the flush
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more
-            stream.flush()
-    _end(code)
-
-
-def _end(code: int) -> NoReturn:
-    for child in psutil.Process().children(recursive=True):  # a cluster elsewhere ends what the driver asked of it
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            child.kill()
-    os._exit(code)
 
 
 def end_a_hanging_learner(code: int) -> None:

@@ -18,7 +18,8 @@ from opdlm.deploy.run.stop import LEARNER_THREAD
 def ended(monkeypatch) -> list[int]:
     """The exit codes of processes that would have ended at once."""
     codes: list[int] = []
-    monkeypatch.setattr("opdlm.deploy.run.stop.end_now", codes.append)
+    for module in ("cluster.process_end", "run.stop"):
+        monkeypatch.setattr(f"opdlm.deploy.{module}.end_now", codes.append)
     return codes
 
 

@@ -194,18 +194,6 @@ def test_rays_advice_to_turn_authentication_off_is_not_shown(monkeypatch) -> Non
     assert shown == [False]
 
 
-def test_a_wait_that_nothing_interrupts_ends_the_process_with_one_line() -> None:
-    script = (
-        "import time\nfrom opdlm.deploy.cluster.reach import ends_process_after\n"
-        "with ends_process_after(0.2, 'RAY_ADDRESS: too slow'):\n    time.sleep(600)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert (done.returncode, done.stderr) == (2, "opdlm: RAY_ADDRESS: too slow\n")
-
-
 def test_a_dead_address_ends_the_command(chain_teacher, tmp_path: Path) -> None:
     """Before anything is written, and with nothing but our line."""
     file = tmp_path / "run.yaml"

@@ -17,6 +17,7 @@ from opdlm.common.errors import OpdlmError
 from opdlm.deploy.observe.progress import RunProgress
 from opdlm.deploy.run.dealing import Decoded
 from opdlm.deploy.run.judging import Judging
+from tests.patience import PATIENCE
 
 GROUP = 3
 
@@ -63,7 +64,7 @@ def ask(judge: Judging, index: int, reward: float) -> asyncio.Task:
 
 async def sample_of(task: asyncio.Task) -> tuple[float, list[float]]:
     """(own reward, the rewards that it was judged among)."""
-    reference = await asyncio.wait_for(task, 5)
+    reference = await asyncio.wait_for(task, PATIENCE)
     return reference.group[reference.place]
 
 

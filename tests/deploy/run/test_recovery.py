@@ -107,7 +107,8 @@ def test_a_store_that_stays_full_ends_the_run(tmp_path, monkeypatch) -> None:
 
     async def scenario() -> None:
         run = FakeRun(tmp_path, 0, Rollout(), Teacher(fail_at=N, times=10**9, error=store_full()))
-        message = rf"sample {N}: Ray's object store and its disk were full for 0.05 s"
+        # Samples that share a call with this one fail with it, and which of them is out of time first is chance.
+        message = rf"sample [{N}-{2 * N - 1}]: Ray's object store and its disk were full for 0.05 s"
         with pytest.raises(OpdlmError, match=message):
             await run.run()
         assert run.trained == [list(range(N))]
