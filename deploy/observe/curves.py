@@ -1,7 +1,8 @@
 """`opdlm curves`: what runs have learned over response tokens, of `evaluation.data`, as a table, PNG and JSON.
 
-Three panels: the share of the teacher's score, tokens per denoising step, and KL(teacher || student), all of dynamic
-decoding, over the response tokens that were trained on. The last evaluation with static decoding is a mark of its own.
+Three panels: the share of the teacher's score, tokens per denoising step, and KL(teacher || student), all of parallel
+decoding (in the student's order, or verified), over the response tokens that were trained on. The last evaluation that
+decoded one token a step is a mark of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def run_curve(run_dir: Path) -> dict[str, Any]:
     """The evaluations of one run.
 
     Returns: `name`; `dynamic`, a point for each evaluated weight version in their order, the last evaluation in place
-        of the periodic one of the same version; `static`, the last evaluation with static decoding, or None. A point
+        of the periodic one of the same version; `static`, the last one with one token a step, or None. A point
         has `round`, `response_tokens`, `by_kind` and the figures of `EvaluationResult`.
 
     Raises:
@@ -70,7 +71,7 @@ def write_curves(run_dirs: Sequence[Path], picture: Path, marks: dict[str, float
     curves = [run_curve(folder) for folder in run_dirs]
     _draw(curves, picture, marks)
     write_json(picture.with_suffix(".json"), {"runs": curves, "marks": marks})
-    figures = "response tokens", "static, of teacher", "dynamic, of teacher", "tokens per step", "KL (nats)"
+    figures = "response tokens", "one token a step, of teacher", "parallel, of teacher", "tokens per step", "KL (nats)"
     table = new_table("the last evaluation of each run", "run", *figures)
     for curve in curves:
         last, static = curve["dynamic"][-1], curve["static"] or {}
@@ -95,7 +96,7 @@ def _draw(curves: Sequence[dict[str, Any]], file: Path, marks: dict[str, float])
             axis.axhline(marks[name], color="0.5", linestyle=":")
         if name == "of_teacher":
             axis.axhline(1.0, color="0.5", linestyle="--", linewidth=1, label="teacher")
-            axis.plot([], [], "ks", mfc="none", label="static decoding")
+            axis.plot([], [], "ks", mfc="none", label="one token a step")
         axis.set(xlabel="response tokens", ylabel=label, title=title, ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8, loc="lower right")

@@ -121,13 +121,10 @@ def _evaluated(rows: dict[str, dict[str, Any]]) -> Table:
     has_data = any(r.get("data_right") is not None for r in rows.values())
     figures += ["of the teacher's score", "KL (nats)"] if has_data else []
     table = new_table(f"{problems:,} held-out problems", "model", *figures)
-    # Records of earlier versions do not name it.
-    before = "verified" if VERIFIED in rows else "static"
-    unsaid = {BEFORE: before, STATIC: "static", DYNAMIC: "dynamic", VERIFIED: "verified"}
     for row in (TEACHER, BEFORE, STATIC, DYNAMIC, VERIFIED):
         if row in rows:
             r = rows[row]
-            how = decoding_name(r["strategy"]) if "strategy" in r else unsaid.get(row)
+            how = _decoding(r, verified=VERIFIED in rows)
             named = {TEACHER: "teacher (autoregressive)", BEFORE: f"student before ({how})"}
             title = named.get(row, f"student after, {how}")
             shown = [f"{r['exact_match']:.1%}", f"{r['tokens_per_step']:.2f}", f"{r['tokens_per_second']:,.0f}"]
@@ -160,25 +157,35 @@ def _done(report: dict[str, Any]) -> Table:
     return table
 
 
+def _decoding(record: dict[str, Any], verified: bool) -> str:
+    """The short name of an evaluation's way of decoding. `verified`: whether the run ends with verified decoding.
+
+    Records of earlier versions do not name it.
+    """
+    if "strategy" in record:
+        return decoding_name(record["strategy"])
+    return "verified" if verified else "static" if record["row"] in (BEFORE, STATIC) else "dynamic"
+
+
 def _draw(records: list[dict[str, Any]], file: Path) -> None:
     from opdlm.deploy.observe.figures import new_figure, save_figure
 
     rounds = [r for r in records if r["kind"] == "round"]
     tokens_at = {0: 0} | {r["round"]: r["rollout_tokens"] for r in rounds}
-    points = sorted(
-        (tokens_at[r["round"]], r["exact_match"], r["tokens_per_step"])
-        for r in records
-        if r["kind"] == "evaluation" and r["row"] in (PERIODIC, DYNAMIC, VERIFIED) and r["round"] in tokens_at
-    )
-    teacher = [r for r in records if r["kind"] == "evaluation" and r["row"] == TEACHER]
+    evaluations = [r for r in records if r["kind"] == "evaluation"]
+    parallel = [r for r in evaluations if r["row"] in (PERIODIC, DYNAMIC, VERIFIED) and r["round"] in tokens_at]
+    points = sorted((tokens_at[r["round"]], r["exact_match"], r["tokens_per_step"]) for r in parallel)
+    teacher = [r for r in evaluations if r["row"] == TEACHER]
     both = bool(points or teacher)  # a run without evaluations has the lower plot only
     figure, axes = new_figure(1 + both, 1, figsize=(7, 6.5 if both else 3.6), sharex=True, squeeze=False)
     top, bottom = axes[0, 0], axes[-1, 0]
     if teacher:
         top.axhline(teacher[-1]["exact_match"], color="0.5", linestyle="--", label="teacher (autoregressive)")
     if points:
-        top.plot([p[0] for p in points], [p[1] for p in points], marker="o", label="student, dynamic decoding")
-        bottom.plot([p[0] for p in points], [p[2] for p in points], marker="o", label="evaluation, dynamic decoding")
+        how = _decoding(parallel[-1], verified=parallel[-1]["row"] == VERIFIED)
+        places, matches, speeds = zip(*points, strict=True)
+        top.plot(places, matches, marker="o", label=f"student, {how} decoding")
+        bottom.plot(places, speeds, marker="o", label=f"evaluation, {how} decoding")
     measured = [(r["rollout_tokens"], r["tokens_per_step"]) for r in rounds if "tokens_per_step" in r]
     if measured:
         bottom.plot(*zip(*measured, strict=True), color="C1", alpha=0.6, linewidth=1, label="training rollouts")

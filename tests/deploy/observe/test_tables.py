@@ -102,7 +102,13 @@ def test_reports_of_runs_with_and_without_evaluations(tmp_path) -> None:
     assert "rounds 0" in words(shown(write_report(_run(tmp_path / "c", evaluated=False, rounds=0))))
 
 
-def test_a_report_names_the_order_that_a_student_was_decoded_in(tmp_path) -> None:
+def test_a_report_and_its_plot_name_the_order_that_a_student_was_decoded_in(tmp_path, monkeypatch) -> None:
+    drawn: list[list[str]] = []
+
+    def legend_of(figure: Any, file: Path) -> None:
+        drawn.append([text.get_text() for axis in figure.axes for text in axis.get_legend().get_texts()])
+
+    monkeypatch.setattr("opdlm.deploy.observe.figures.save_figure", legend_of)
     in_order = (None, "sequential", "sequential", "sequential_dynamic")
     by_confidence = (None, "low_confidence_static", "low_confidence_static", "low_confidence_dynamic")
     for name, strategies, named in (
@@ -113,6 +119,8 @@ def test_a_report_names_the_order_that_a_student_was_decoded_in(tmp_path) -> Non
         assert "teacher (autoregressive) 100.0%" in text
         for title in named:
             assert f"student {title} 100.0%" in text
+        last = named[-1].removeprefix("after, ")
+        assert {f"student, {last} decoding", f"evaluation, {last} decoding"} < set(drawn.pop())
 
 
 @pytest.mark.parametrize("chat", [True, False])
