@@ -16,6 +16,7 @@ from typing import NoReturn
 import psutil
 
 _FLUSH_SECONDS = 5.0
+_WRITE_SECONDS = 1.0
 
 
 def end_now(code: int) -> NoReturn:
@@ -28,7 +29,8 @@ def end_now(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
-    _end(code)
+    _kill_children()
+    os._exit(code)
 
 
 def end_within(seconds: float, code: int, line: str = "") -> threading.Timer:
@@ -39,8 +41,13 @@ def end_within(seconds: float, code: int, line: str = "") -> threading.Timer:
     """
 
     def end() -> None:
-        os.write(2, line.encode())
-        _end(code)
+        _kill_children()
+        if timer.finished.is_set():  # it was cancelled meanwhile: the process ends by itself, with a line of its own
+            return
+        writer = threading.Thread(target=_write, args=(line,), daemon=True)
+        writer.start()
+        writer.join(_WRITE_SECONDS)  # a pipe that is full and that nobody reads blocks it
+        os._exit(code)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -58,8 +65,12 @@ def ends_process_after(seconds: float, failure: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _end(code: int) -> NoReturn:
+def _write(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal or the reader is gone
+        os.write(2, line.encode())
+
+
+def _kill_children() -> None:
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
             child.kill()
-    os._exit(code)

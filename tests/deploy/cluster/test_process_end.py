@@ -42,6 +42,32 @@ def test_a_wait_that_nothing_interrupts_ends_the_process_and_its_children_with_o
     wait_until(lambda: not runs(int(out)), "the end of the child")
 
 
+_ENDS_WITHIN = """
+import os, time
+from opdlm.deploy.cluster import process_end
+process_end._WRITE_SECONDS = 0.2
+{stderr}
+process_end.end_within(0.1, 3, "too slow")
+time.sleep(600)
+"""
+_FULL_PIPE = """
+os.set_blocking({number}, False)
+try:
+    while True:
+        os.write({number}, b"x" * 4096)
+except BlockingIOError:
+    os.set_blocking({number}, True)
+"""
+_CLOSED_PIPE = "reader, writer = os.pipe(); os.dup2(writer, 2); os.close(reader)"
+
+
+@pytest.mark.parametrize("stderr", [_FULL_PIPE.format(number=2), _CLOSED_PIPE])
+def test_nobody_has_to_read_the_line(stderr) -> None:
+    process = started(_ENDS_WITHIN.format(stderr=stderr))
+    assert process.wait(PATIENCE) == 3
+    process.communicate()
+
+
 def runs(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -50,16 +76,10 @@ def runs(pid: int) -> bool:
 
 
 _PRINTS = """
-import os, sys
+import os
 from opdlm.deploy.cluster import process_end
-if {full}:
-    process_end._FLUSH_SECONDS = 0.2
-    os.set_blocking(1, False)
-    try:
-        while True:
-            os.write(1, b"x" * 4096)
-    except BlockingIOError:
-        os.set_blocking(1, True)
+process_end._FLUSH_SECONDS = {seconds}
+{stdout}
 print("last words")
 process_end.end_now(3)
 """
@@ -67,7 +87,8 @@ process_end.end_now(3)
 
 @pytest.mark.parametrize("full", [False, True])
 def test_what_is_printed_is_still_written_unless_nobody_makes_room(full) -> None:
-    process = started(_PRINTS.format(full=full))
+    pipe = {"seconds": 0.1, "stdout": _FULL_PIPE.format(number=1)} if full else {"seconds": PATIENCE, "stdout": ""}
+    process = started(_PRINTS.format(**pipe))
     assert process.wait(PATIENCE) == 3
     out, _ = process.communicate()
     assert ("last words" in out) is not full
