@@ -73,9 +73,11 @@ if [ "$count" -gt 1 ]; then
   ready "$count"
 fi
 
+train= asked=
+trap 'asked=1; kill -TERM ${train:-} 2>/dev/null || true' TERM INT # from here on, it is the run that ends
 opdlm train "$@" &
 train=$!
-trap 'kill -TERM "$train" 2>/dev/null || true' TERM INT
+[ -z "$asked" ] || kill -TERM "$train" 2>/dev/null || true # the signal came before its process id was known
 code=0
 wait "$train" || code=$?
 # A trapped signal ends `wait` early: wait again until the checkpoint is written.

@@ -215,11 +215,9 @@ def slurm(tmp_path):
               while :; do sleep 0.1; done
             fi""",
         "opdlm": """
+            [ -z "${UNTIL_TERM:-}" ] || trap 'sleep 0.5; echo "opdlm saved" >>"$CALLS"; exit 143' TERM
             echo "opdlm $* at=$RAY_ADDRESS" >>"$CALLS"
-            if [ -n "${UNTIL_TERM:-}" ]; then
-              trap 'sleep 0.5; echo "opdlm saved" >>"$CALLS"; exit 143' TERM
-              while :; do sleep 0.1; done
-            fi
+            while [ -n "${UNTIL_TERM:-}" ]; do sleep 0.1; done
             exit 5""",
     }
     for name, body in programs.items():
