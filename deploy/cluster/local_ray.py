@@ -17,6 +17,7 @@ from opdlm.deploy.cluster.process_end import ends_process_after
 
 WORKER_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's 15 leaves a worker about 1/30 of a core beside other work
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine needs more than Serve's 5 s, three times
     **OPENMP_WAITS,
 }
 """Environment variables of the processes of a Ray that we start. The user's own values win."""

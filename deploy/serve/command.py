@@ -8,11 +8,12 @@ import time
 
 import ray
 from ray import serve
+from ray.exceptions import RayActorError
 from rich.console import Console
 
 from opdlm.common.config.checks import is_loopback
 from opdlm.common.config.schema import ResourcesConfig
-from opdlm.common.errors import OpdlmError
+from opdlm.common.errors import OpdlmError, first_line
 from opdlm.common.model.facts import read_facts
 from opdlm.deploy.cluster.connection import join_or_start
 from opdlm.deploy.serve.application import application
@@ -31,7 +32,7 @@ def run_server(options: ServeOptions, host: str, port: int, drain_seconds: float
 
     Raises:
         OpdlmError: no model in the folder that can be served so, or no run; other machines could use the server without
-            a key; the keys cannot be read; or the cluster cannot be joined or started.
+            a key; the keys cannot be read; the cluster cannot be joined or started; or Ray Serve does not start.
     """
     options = options.resolved()
     check_model(read_facts(options.checkpoint), options)
@@ -44,7 +45,7 @@ def run_server(options: ServeOptions, host: str, port: int, drain_seconds: float
     cpus = [("--cpus-per-replica", options.replicas, options.cpus_per_replica)]
     join_or_start(ResourcesConfig(), {"CPU": cpus, "GPU": gpus})
     try:
-        serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
+        _start_serve(host, port)
         handle = serve.run(application(options), name=_NAME, route_prefix="/")
         # Only now: Ray replaces the handler of SIGTERM when it starts.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -60,6 +61,16 @@ def run_server(options: ServeOptions, host: str, port: int, drain_seconds: float
         if ray.is_initialized():
             serve.shutdown()
             ray.shutdown()
+
+
+def _start_serve(host: str, port: int) -> None:
+    try:
+        serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
+    except RayActorError as error:  # Serve ended its proxy, which did not answer three times in a row
+        raise OpdlmError(
+            f"Ray Serve did not start: {first_line(error)}; where the machine is busy, start the cluster's head with "
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=60"
+        ) from None
 
 
 def _drain(handle: object, stop: threading.Event, until: float, console: Console) -> None:

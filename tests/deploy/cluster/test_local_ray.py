@@ -40,6 +40,7 @@ def test_processes_of_a_local_ray_are_not_nice_and_wait_passively(environment_at
     connection.join_or_start(ResourcesConfig(), {"CPU": [], "GPU": []})
     (seen,) = environment_at_start
     assert (seen["RAY_worker_niceness"], seen["OMP_WAIT_POLICY"]) == ("0", "PASSIVE")
+    assert float(seen["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) > 5, "Serve's own"
     assert 0 < int(seen["GOMP_SPINCOUNT"]) < 300_000, "a short wait, not OpenMP's own"
     assert {name: os.environ.get(name) for name in before} == before
     assert "RAY_worker_niceness" not in os.environ, "a variable for Ray's processes stays in this one's environment"
