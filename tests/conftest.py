@@ -16,7 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+from tests.patience import PATIENCE
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -36,6 +39,9 @@ START_ATTEMPTS = 5
 
 for _name, _value in RAY_SETTINGS.items():
     os.environ.setdefault(_name, _value)
+
+hypothesis.settings.register_profile("opdlm", deadline=None)  # no test depends on how fast the machine is
+hypothesis.settings.load_profile("opdlm")
 
 LONGEST_FIRST = ("test_run_storage.py", "test_groups.py", "test_early_end.py", "test_deaths.py", "test_job_submit.py")
 """The files that come first; then others with Ray, then the rest. A process that ends with a long file has the others
@@ -90,7 +96,7 @@ def start_node(cluster: Any, **arguments: Any) -> Any:
                 with defaults_in_environment(WORKER_ENVIRONMENT):
                     return cluster.add_node(**node)
             except Exception as problem:  # Ray's own class
-                if left == 0 or "timed out during startup" not in str(problem):
+                if left == 0 or "timed out" not in str(problem).lower():  # the node's own word, or `add_node`'s
                     raise
                 for process in set(here.children(recursive=True)) - before:
                     with suppress(psutil.NoSuchProcess):
@@ -106,6 +112,9 @@ def cluster_of(*nodes: dict[str, Any]) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
+    from opdlm.deploy.cluster import connection
+
+    connection._JOIN_SECONDS = PATIENCE  # a join that takes longer would end this process
     cluster = Cluster()
     for node in nodes:
         start_node(cluster, **node)

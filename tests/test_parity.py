@@ -40,7 +40,7 @@ MODELS = [*(tiny_model(seed) for seed in range(10, 13)), *(tiny_model(13, **o) f
     lengths=st.lists(st.tuples(st.integers(1, 13), st.integers(1, 15)), min_size=1, max_size=4),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_training_forward_sees_what_the_decoder_saw(
     model, block_size, form_and_grid, strategy, temperature, lengths, seed
 ) -> None:

@@ -67,7 +67,7 @@ def policy_loss(model, trajectories, advantages, grid, form, temperature, object
     lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12)), min_size=1, max_size=4),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_ratio_is_one_on_policy(
     model, block_size, form_and_grid, strategy, confidence, temperature, lengths, seed
 ) -> None:

@@ -11,6 +11,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError,
 from opdlm.actors.members import DEATHS
 from opdlm.actors.pool import ActorPool
 from opdlm.common.errors import OpdlmError
+from tests.fakes import virtual_time
 from tests.patience import PATIENCE
 
 
@@ -185,12 +186,12 @@ def test_it_is_an_error_if_no_actor_is_ready_in_time() -> None:
     async def scenario() -> None:
         one = FakeActor("one")
         one.away = 10**9
-        pool, _ = pool_of(one, timeout=0.02)
+        pool, _ = pool_of(one, timeout=20)
         one.die()
-        with pytest.raises(OpdlmError, match=r"one: none was ready within 0.02 s .resources.call_timeout_seconds."):
+        with pytest.raises(OpdlmError, match=r"one: none was ready within 20 s .resources.call_timeout_seconds."):
             await pool.call("work", 0)
 
-    asyncio.run(scenario())
+    virtual_time.run(scenario())
 
 
 def test_added_actors_serve_once_ready_and_retired_ones_finish_their_call(killed) -> None:

@@ -47,7 +47,7 @@ def _rows(grid: BlockGrid, prompt: int, response: int, count: int = 1) -> list[R
 
 
 @given(st.integers(1, 6), st.sampled_from(["absolute", "response"]), st.integers(1, 9), st.integers(1, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_training_masks_equal_the_rule_for_each_pair_of_tokens(size, kind, prompt, response) -> None:
     """The dense mask and the flex_attention mask both follow METHOD.md section 4, padding included."""
     grid = BlockGrid(size, kind)

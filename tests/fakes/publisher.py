@@ -10,6 +10,7 @@ import torch
 
 from opdlm.common.weights import WeightPacker
 from opdlm.learner.queue_client import QueueClient
+from tests.patience import PATIENCE
 
 
 @ray.remote(num_cpus=0)
@@ -17,7 +18,7 @@ class Rank:
     """Publishes from a thread, as a rank of Ray Train does."""
 
     def __init__(self, queue: Any) -> None:
-        self.queue, self.done = QueueClient(queue, 0, 60.0), threading.Event()
+        self.queue, self.done = QueueClient(queue, 0, PATIENCE), threading.Event()
         self.weights = torch.arange(1 << 16, dtype=torch.float32)  # more than Ray keeps outside its object store
 
     def start(self) -> None:

@@ -5,8 +5,6 @@ NCCL refuses two ranks on one GPU, so this shows devices, dtypes and streams, no
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -24,15 +22,14 @@ from tests.learner.test_zero import (  # noqa: F401  # pytest finds them here, w
     test_resume_is_exact,
     test_two_ranks_equal_one_plain_process,
 )
+from tests.ports import free_ports
 
 pytestmark = [ONLY_GPU, pytest.mark.zero]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     folder = tmp_path_factory.mktemp("zero")
     mp.spawn(zero_ranks.run_rank, args=(1, port, str(folder), 1), nprocs=1)
     return torch.load(folder / "results.pt", weights_only=True)

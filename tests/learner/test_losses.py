@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from opdlm.actors.teacher.scoring import score
@@ -50,7 +50,6 @@ def test_against_torch_distributions() -> None:
 @given(
     seed=st.integers(0, 10**6), spread=st.floats(0.1, 30), k=st.integers(1, 12), objective=st.sampled_from(OBJECTIVES)
 )
-@settings(deadline=None)
 def test_bucket_tail_is_a_true_divergence(seed, spread, k, objective) -> None:
     """Never negative, 0 between equal models, no larger than over all tokens (merging outcomes loses information)."""
     teacher, student = _pair(seed, spread)

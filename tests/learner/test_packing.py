@@ -96,7 +96,7 @@ def test_states_of_a_trajectory_share_its_clean_half() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 20)), min_size=1, max_size=9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_token_has_one_place(shapes) -> None:
     """And every loss position is where its row's mask token is."""
     rows = _rows("one_state_per_block", shapes)
@@ -118,7 +118,7 @@ def test_every_token_has_one_place(shapes) -> None:
     st.sampled_from(["one_state_per_block", "all_states"]),
     st.integers(1, 200),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_micro_batches_hold_each_row_once_and_are_bounded(shapes, states, most) -> None:
     """A micro-batch with more than one row has at most `most` tokens, and the next row found no room in it."""
     rows = _rows(states, shapes)

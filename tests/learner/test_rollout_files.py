@@ -35,7 +35,7 @@ def same(one: object, other: object) -> bool:
     first=st.integers(0, 1000),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_read_is_what_was_written(kind, shapes, first, seed) -> None:
     samples = [
         scored(first + i, kind, seed, prompt, kept, max(kept - short, 1))

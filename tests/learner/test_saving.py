@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import warnings
 import weakref
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from opdlm.common.checkpoint import damage, list_checkpoints
 from opdlm.learner.distill import DistillModule
 from tests.learner import zero_ranks
+from tests.ports import free_ports
 from tests.system.full_disk import no_file_above
 
 pytestmark = pytest.mark.zero
@@ -106,9 +106,7 @@ def test_a_save_holds_one_tensor_at_a_time(tmp_path, monkeypatch) -> None:
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saving")
     (folder / "results.lock").touch()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     mp.spawn(run_rank, args=(port, str(folder)), nprocs=WORLD)
     return folder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 
 import numpy as np
 import peft
@@ -21,6 +20,7 @@ from opdlm.learner.policy_gradient import gather_policy, is_left_out
 from opdlm.learner.rows import build_rows
 from opdlm.learner.targets import gather_targets
 from tests.learner import zero_ranks
+from tests.ports import free_ports
 from tests.tiny import MASK, tiny_model
 
 pytestmark = pytest.mark.zero
@@ -33,9 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     mp.spawn(zero_ranks.run_rank, args=(2, port, str(folder)), nprocs=2)
     return torch.load(folder / "results.pt", weights_only=True)
 

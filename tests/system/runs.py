@@ -53,12 +53,28 @@ def run_config(teacher: Path, run_dir: Path, /, **sections) -> OpdlmConfig:
 # --- a run in a process of its own ------------------------------------------------------------------------------------
 
 
-def start(config: OpdlmConfig, resume: bool) -> subprocess.Popen:
-    """Starts `opdlm train`."""
-    file = Path(config.run.dir).with_suffix(".yaml")
+def start(config: OpdlmConfig, resume: bool, held_after: int | None = None) -> subprocess.Popen:
+    """Starts `opdlm train`.
+
+    Args:
+        held_after: rounds after which its driver waits until `let_go` is called (`tests/system/held_run.py`).
+    """
+    run_dir = Path(config.run.dir)
+    file = run_dir.with_suffix(".yaml")
     file.write_text(dump_config(config))
-    command = [sys.executable, "-m", "opdlm", "train", str(file)] + (["--resume"] if resume else [])
+    _go(run_dir).unlink(missing_ok=True)
+    program = ["opdlm"] if held_after is None else ["tests.system.held_run", str(_go(run_dir)), str(held_after)]
+    command = [sys.executable, "-m", *program, "train", str(file)] + (["--resume"] if resume else [])
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+
+
+def let_go(run_dir: Path) -> None:
+    """Lets a driver that is held go on."""
+    _go(run_dir).touch()
+
+
+def _go(run_dir: Path) -> Path:
+    return run_dir.with_suffix(".go")
 
 
 def run_to_end(file: Path, *more: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -68,9 +84,9 @@ def run_to_end(file: Path, *more: str, environment: Mapping[str, str]) -> subpro
 
 
 @contextlib.contextmanager
-def running(config: OpdlmConfig) -> Iterator[subprocess.Popen]:
-    """Starts `opdlm train`; kills it at the end of the block if it still runs."""
-    process = start(config, resume=False)
+def running(config: OpdlmConfig, held_after: int | None = None) -> Iterator[subprocess.Popen]:
+    """Starts `opdlm train` (`start`); kills it at the end of the block if it still runs."""
+    process = start(config, resume=False, held_after=held_after)
     try:
         yield process
     finally:
@@ -98,11 +114,12 @@ def train_here(config: OpdlmConfig, resume: bool = False, meanwhile: Callable[[]
 
 
 def run_until(config: OpdlmConfig, resume: bool, rounds: int, send: signal.Signals) -> int:
-    """Starts a run, sends it a signal when `wait_for_rounds` returns, and returns its exit code."""
-    process = start(config, resume)
+    """Starts a run, sends it a signal when `rounds` rounds are trained, and returns its exit code."""
+    process, run_dir = start(config, resume, held_after=rounds), Path(config.run.dir)
     try:
-        wait_for_rounds(Path(config.run.dir), rounds, process)
+        wait_for_rounds(run_dir, rounds, process)
         process.send_signal(send)
+        let_go(run_dir)
         return process.wait(timeout=PATIENCE)
     finally:
         process.kill()

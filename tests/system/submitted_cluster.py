@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -23,6 +22,7 @@ import psutil
 from tests import REPOSITORY
 from tests.package.environments import environment_without_opdlm
 from tests.patience import PATIENCE, wait_until
+from tests.ports import free_ports
 
 RUNTIME_ENV = "deploy/cluster_files/runtime_env.yaml"
 CPUS_PER_NODE = 3
@@ -134,18 +134,6 @@ class SubmittedCluster:
     def alive_nodes(self) -> set[str]:
         """Ids of the nodes that are alive."""
         return {node["node_id"] for node in self.state("nodes") if node["state"] == "ALIVE"}
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens at."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:

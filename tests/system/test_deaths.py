@@ -24,6 +24,7 @@ from tests.patience import PATIENCE, wait_until
 from tests.system.runs import (
     PROMPTS_PER_ROUND,
     assert_sound,
+    let_go,
     losses,
     records_of,
     run_config,
@@ -56,8 +57,9 @@ def kill_one_after_another(roles: tuple[str, str, str], victims: Victims, run_di
         victim = victims.find(role)
         wait_until(lambda rounds=rounds: len(records_of(run_dir, "round")) >= rounds, f"round {rounds}")
         kill_during_a_call(victim, run_dir)
+    victim = victims.find(last)  # before the wait: the rounds that are left may take less time than looking for it
     wait_for_rounds(run_dir, max(3, len(records_of(run_dir, "round")) + 1))
-    victims.kill(last)
+    victim.kill()
 
 
 @pytest.mark.slow
@@ -95,9 +97,10 @@ def test_a_node_dies(cluster, chain_teacher, tmp_path) -> None:
     node = start_node(cluster, num_cpus=8)
     run_dir = tmp_path / "run"
     more = {"rollout": {"actors": 3}, "teacher": {"actors": 3}}
-    with running(run_config(chain_teacher, run_dir, **more, evaluation={"final_problems": 0})) as process:
+    with running(run_config(chain_teacher, run_dir, **more, evaluation={"final_problems": 0}), held_after=1) as process:
         wait_for_rounds(run_dir, 1, process)
         cluster.remove_node(node, allow_graceful=False)
+        let_go(run_dir)
         assert process.wait(timeout=PATIENCE) == 0
     kinds = assert_sound(run_dir)
     assert kinds["actor_death"] + kinds["learner_restart"] >= 1, "no process of the run was on the node"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from opdlm.common.config import dump_config
+from tests.conftest import cluster_of
 from tests.system.runs import run_config, run_to_end
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -17,11 +18,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Of a cluster with two GPUs that do not exist."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 2, "include_dashboard": False})
-    yield cluster.address
-    cluster.shutdown()
+    with cluster_of({"num_cpus": 8, "num_gpus": 2}) as cluster:
+        yield cluster.address
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from rich.console import Console
 from opdlm.common.config import OpdlmConfig, dump_config
 from opdlm.deploy.observe.records import read_records
 from opdlm.deploy.run.train import train
+from tests.conftest import cluster_of
 from tests.system.runs import losses, run_config, run_to_end
 from tests.tiny import save_teacher
 
@@ -45,14 +46,8 @@ def wide_config(teacher: Path, run_dir: Path, **sections) -> OpdlmConfig:
 @contextmanager
 def small_store() -> Iterator[dict[str, str]]:
     """Starts a cluster with a small object store; yields the environment variables of a driver that joins it."""
-    from ray.cluster_utils import Cluster
-
-    arguments = {"num_cpus": 8, "num_gpus": 0, "include_dashboard": False, "object_store_memory": STORE_MEGABYTES << 20}
-    cluster = Cluster(head_node_args=arguments, initialize_head=True)
-    try:
+    with cluster_of({"num_cpus": 8, "object_store_memory": STORE_MEGABYTES << 20}) as cluster:
         yield os.environ | {"RAY_ADDRESS": cluster.address}
-    finally:
-        cluster.shutdown()
 
 
 def run_with(config: OpdlmConfig, environment: dict[str, str]) -> str:

@@ -10,6 +10,7 @@ import pytest
 from tests.patience import PATIENCE
 from tests.system.runs import (
     assert_sound,
+    let_go,
     losses,
     records_of,
     run_config,
@@ -28,10 +29,11 @@ def test_losses_are_the_same_also_when_the_rank_that_holds_the_weights_dies(
     """The restarted rollout actor finds no weights, so it waits until the restarted learner publishes them again."""
     run_dir = tmp_path / "run"
     config = run_config(chain_teacher, run_dir, rollout={"weight_transport": "nixl"}, checkpoint={"every_rounds": 2})
-    with running(config) as process:
+    with running(config, held_after=3) as process:
         wait_for_rounds(run_dir, 3, process)
         rollout = victims.find("rollout")
         rollout.suspend()
+        let_go(run_dir)
         wait_until_still(run_dir)  # the actor is in the middle of decoding
         victims.kill("learner")
         rollout.kill()

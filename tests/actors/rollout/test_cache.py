@@ -37,7 +37,7 @@ _LENGTHS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 13)), min_size=
     records=st.booleans(),
     temperature=st.sampled_from([0.0, 1.0]),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_bounded_cache_changes_no_token(
     lengths, slots, spare, form_and_grid, part_cost, sort_cost, records, temperature
 ) -> None:
@@ -156,7 +156,6 @@ def test_after_broken_weights_the_cache_holds_no_nan() -> None:
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_places_hold_what_they_need_and_no_two_overlap(data) -> None:
     """After any growth, places are disjoint, in the order of the slots and inside the cache; or they cannot fit."""
     n = data.draw(st.integers(1, 12))
@@ -189,7 +188,6 @@ def test_a_full_cache_is_full_of_tokens() -> None:
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_windows_show_every_slot_its_positions(data) -> None:
     """Each slot's positions are inside its window, and each window is inside the cache."""
     n = data.draw(st.integers(1, 40))

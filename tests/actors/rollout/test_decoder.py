@@ -38,7 +38,7 @@ MODELS = [*(tiny_model(seed) for seed in range(3)), *(tiny_model(3, **other) for
     sorting=st.sampled_from([4, 0.1]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equals_uncached_oracle(
     model,
     block_size,

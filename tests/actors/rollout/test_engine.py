@@ -22,7 +22,7 @@ _ARRIVAL = st.tuples(st.integers(0, 6), st.integers(1, 30), st.integers(1, 13)) 
     form_and_grid=st.sampled_from(FORMS_AND_GRIDS),
     cache_tokens=st.sampled_from([None, 48, 90]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_requests_that_come_at_any_time_decode_as_if_each_were_alone(
     arrivals, slots, form_and_grid, cache_tokens
 ) -> None:

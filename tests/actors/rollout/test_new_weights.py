@@ -72,7 +72,7 @@ class WeightUpdates:
     prefill_tokens=st.sampled_from([1, 30, 16384]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_goes_on_as_the_new_model_would(
     block_size, form_and_grid, strategy, temperature, lengths, batch_size, before_steps, prefill_tokens, seed
 ) -> None:

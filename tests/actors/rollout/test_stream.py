@@ -16,8 +16,9 @@ from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import load_model
 from opdlm.common.types import EndedSequence, RolloutRequest, Trajectory, WeightHandle
 from opdlm.common.weights import WeightPacker
+from tests.fakes.held_forward import held_in
 from tests.oracles import uncached_decode
-from tests.patience import PATIENCE
+from tests.patience import PATIENCE, wait_until
 from tests.tiny import request
 
 SETTINGS = DecodeSettings(strategy="low_confidence_static", ignore_eos=True)
@@ -68,20 +69,6 @@ def harvest_all(actor: RolloutActor, count: int) -> list[tuple[Trajectory, Ended
     return found
 
 
-def held_in(actor: RolloutActor, forward: int) -> tuple[threading.Event, threading.Event]:
-    """Holds the engine in a forward: the first event is set when it is there, the second lets it go on."""
-    there, go, forwards = threading.Event(), threading.Event(), []
-
-    def hold(*_) -> None:
-        forwards.append(1)
-        if len(forwards) == forward:
-            there.set()
-            assert go.wait(timeout=PATIENCE)
-
-    actor._model.lm_head.register_forward_pre_hook(hold)
-    return there, go
-
-
 def test_sequences_leave_as_they_end_and_others_take_their_slots(start, student) -> None:
     actor, limits = start(), [4, 24, 8, 4, 12, 4, 20]
     assert actor.open_stream(SETTINGS, 2, 1) == 2 + 1
@@ -110,7 +97,7 @@ def test_weights_that_arrive_while_sequences_are_decoded(on_new_weights, start, 
     """`finish`: what has begun ends with the old ones, and nothing else begins. `continue`: it goes on with the new."""
     actor = start(on_new_weights)
     actor.open_stream(SETTINGS, 2, 4)
-    there, go = held_in(actor, 3)
+    there, go = held_in(actor._model, 3)
     actor.add(requests_of(student, [8, 16, 8, 8]), weights(student, 0)[1])
     assert there.wait(timeout=PATIENCE)
     (new, handle) = weights(student, 1)
@@ -131,7 +118,7 @@ def test_weights_that_arrive_while_sequences_are_decoded(on_new_weights, start, 
 def test_an_evaluation_runs_between_two_steps_of_the_stream(start, student) -> None:
     actor = start()
     actor.open_stream(SETTINGS, 2, 1)
-    there, go = held_in(actor, 2)
+    there, go = held_in(actor._model, 2)
     asked = requests_of(student, [24, 24])
     actor.add(asked, weights(student, 0)[1])
     assert there.wait(timeout=PATIENCE)
@@ -168,7 +155,7 @@ def test_what_ends_the_decoding_is_told_with_the_next_report_and_the_stream_begi
 def test_a_run_that_goes_back_drops_what_is_being_decoded(start, student) -> None:
     actor = start()
     actor.open_stream(SETTINGS, 2, 1)
-    there, go = held_in(actor, 2)
+    there, go = held_in(actor._model, 2)
     actor.add(requests_of(student, [24, 24]), weights(student, 0)[1])
     assert there.wait(timeout=PATIENCE)
     forgetting = threading.Thread(target=actor.forget_weights)
@@ -227,10 +214,9 @@ def test_an_actor_that_was_restarted_says_that_it_has_no_stream(start, student) 
 def test_what_has_ended_leaves_while_an_evaluation_runs(start, student) -> None:
     actor, there, go = start(), threading.Event(), threading.Event()
     actor.open_stream(SETTINGS, 2, 1)
-    stream = actor._stream
+    decoding, go_on = held_in(actor._model, 20)
     actor.add(requests_of(student, [4, 64]), weights(student, 0)[1])
-    while not stream._outbox:
-        pass
+    assert decoding.wait(PATIENCE)
 
     def evaluate(model: object, mask_id: int) -> None:
         there.set()
@@ -238,6 +224,8 @@ def test_what_has_ended_leaves_while_an_evaluation_runs(start, student) -> None:
 
     asking = threading.Thread(target=actor.use_student, args=(evaluate, None))
     asking.start()
+    wait_until(lambda: actor._engine._jobs, "the evaluation")
+    go_on.set()
     assert there.wait(timeout=PATIENCE)
     trajectories, _ = actor.harvest(eager=False)
     assert [t.index for t in trajectories] == [0]

@@ -92,7 +92,7 @@ def oracle(model: Any, size: int, asked: RolloutRequest) -> tuple[list[int], lis
     bounded=st.booleans(),
     seed=SEEDS,
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equals_the_base_models_own_words(model, size, lengths, batch_size, narrowest, bounded, seed) -> None:
     """Slots, refills, the cache and parts change no token and no step."""
     requests = [request(p, i, limit, seed) for i, (p, limit) in enumerate(lengths)]
@@ -126,7 +126,7 @@ def test_right_drafts_save_steps() -> None:
     limit=st.integers(1, 13),
     seed=SEEDS,
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_training_row_has_the_states_that_decoding_had(model, size, prompt, limit, seed) -> None:
     how = DecodeSettings(block_size=size, strategy="verified")
     decoded, _ = BlockDecoder(model, how, MASK, [EOS], 1, form=FORM).decode([request(prompt, 0, limit, seed)])

@@ -22,6 +22,8 @@ from opdlm.common.model.facts import read_facts
 from opdlm.common.model.load import load_model
 from opdlm.common.types import RolloutRequest
 from tests.actors.serving.test_engine import collect, parts
+from tests.fakes.held_forward import held_in
+from tests.patience import PATIENCE
 from tests.tiny import save_teacher
 
 SETTINGS = DecodeSettings(block_size=4)
@@ -95,10 +97,13 @@ def test_cancelled_requests_end_their_batch_and_get_nothing_more(models) -> None
     engine = engine_of(models[0], 2, ignore_eos=True)
     first: queue.Queue[Tokens | BaseException] = queue.Queue()
     long = replace(requests()[0], max_new_tokens=100)
+    there, go = held_in(engine._model, 20)
     indices = [engine.submit(long, first.put) for _ in range(3)]
-    assert isinstance(first.get(timeout=60), Tokens)
+    assert there.wait(PATIENCE)
+    assert isinstance(first.get(timeout=PATIENCE), Tokens)
     for index in indices:
         engine.cancel(index)
+    go.set()
     found = parts(collect(engine, requests()[1]))
     assert (found[-1].end, len(ids_of(found))) == ("length", LIMITS[1])
     assert engine.unfinished == 0
@@ -130,6 +135,6 @@ def test_broken_weights_are_named_to_every_request(models) -> None:
     with torch.no_grad():
         engine._model.lm_head.weight.fill_(float("nan"))
     for stream in [collect(engine, request) for request in requests()[:3]]:
-        error = stream.get(timeout=60)
+        error = stream.get(timeout=PATIENCE)
         assert isinstance(error, OpdlmError)
         assert "NaN or infinity" in str(error)

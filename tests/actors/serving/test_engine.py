@@ -18,6 +18,8 @@ from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts, require_mask
 from opdlm.common.model.load import load_model
 from opdlm.common.types import RolloutRequest, Trajectory
+from tests.fakes.held_forward import held_in
+from tests.patience import PATIENCE
 from tests.tiny import save_teacher
 
 SETTINGS = DecodeSettings(threshold=0.6)
@@ -69,7 +71,7 @@ def parts(got: queue.Queue[Tokens | BaseException]) -> list[Tokens]:
     """All parts of a response."""
     found: list[Tokens] = []
     while not found or found[-1].end is None:
-        part = got.get(timeout=60)
+        part = got.get(timeout=PATIENCE)
         assert isinstance(part, Tokens), part
         found.append(part)
     return found
@@ -98,7 +100,12 @@ def steps_of(folder: Path, watched: bool, **more: int) -> tuple[list[Tokens], li
     asked = [
         replace(request, max_new_tokens=40, watched=watched and n == 1) for n, request in enumerate(requests()[:2])
     ]
-    first, second = (parts(stream) for stream in [collect(engine, request) for request in asked])
+    there, go = held_in(engine._model, 1)
+    streams = [collect(engine, asked[0])]
+    assert there.wait(PATIENCE)
+    streams.append(collect(engine, asked[1]))
+    go.set()
+    first, second = map(parts, streams)
     return first, second, engine._serving.put_back
 
 
@@ -124,11 +131,14 @@ def test_a_watched_request_gets_each_step_once_and_changes_nothing(students, mor
 def test_a_cancelled_request_frees_its_slot_and_gets_nothing_more(students) -> None:
     engine = ServingEngine(str(students[0]), replace(SETTINGS, ignore_eos=True), 1, "float32", 1)
     first: queue.Queue[Tokens | BaseException] = queue.Queue()
+    there, go = held_in(engine._model, 20)
     index = engine.submit(replace(requests()[0], max_new_tokens=100), first.put)
     waits = engine.submit(requests()[1], first.put)
-    assert isinstance(first.get(timeout=60), Tokens)
+    assert there.wait(PATIENCE)
+    assert isinstance(first.get(timeout=PATIENCE), Tokens)
     engine.cancel(index)
     engine.cancel(waits)
+    go.set()
     found = parts(collect(engine, requests()[2]))
     assert found[-1].end == "length"
     assert engine.unfinished == 0

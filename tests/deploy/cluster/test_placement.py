@@ -16,6 +16,7 @@ from opdlm.common.model.convert import convert_checkpoint
 from opdlm.deploy.cluster.connection import connect
 from opdlm.deploy.cluster.placement import check_nodes, check_room, demands, placement_lines, reserve, role_demands
 from opdlm.deploy.cluster.roles import start_roles, start_rollout
+from tests.patience import PATIENCE
 
 H100 = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
 A100 = {"CPU": 32.0, "GPU": 4.0, "accelerator_type:A100": 1.0, "decode": 4.0}
@@ -97,7 +98,7 @@ def test_actors_are_on_the_nodes_that_were_asked_for(two_nodes, chain_teacher, t
         model={"teacher": str(chain_teacher), "student": str(tmp_path / "student"), "dtype": "float32"},
         rollout={"actors": 2, "placement": {"node_resources": {"second": 1}, "group": "strict_pack"}},
         teacher={"actors": 2, "dtype": "float32", "placement": {"group": "strict_spread"}},
-        resources={"call_timeout_seconds": 5},
+        resources={"call_timeout_seconds": PATIENCE},
     )
     connect(config)
     roles = start_roles(config, str(tmp_path / "student"), 8, 0)
@@ -109,10 +110,13 @@ def test_actors_are_on_the_nodes_that_were_asked_for(two_nodes, chain_teacher, t
         )
         assert node_of(more) == second, "the group has no bundle left, but the actor still asks for the node's resource"
         ray.kill(more)
+        impatient = config.model_copy(
+            update={"resources": config.resources.model_copy(update={"call_timeout_seconds": 5.0})}
+        )
         with pytest.raises(
             OpdlmError, match=r"rollout.placement.group: no room for 2 x \(1 CPU, 1 second\) as `strict_p"
         ):
-            reserve(config)  # 2 of the node's 4 CPUs are reserved, 1 is a teacher's
+            reserve(impatient)  # 2 of the node's 4 CPUs are reserved, 1 is a teacher's
     finally:
         roles.stop()
     with pytest.raises(

@@ -78,10 +78,12 @@ def silent_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def closed_port() -> int:
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port that refuses connections, and that nobody else can take meanwhile."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        return unused.getsockname()[1]
+        yield unused.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -102,8 +104,8 @@ def test_an_address_of_another_form_is_refused(address, message) -> None:
     assert message in str(raised.value)
 
 
-def test_the_variable_is_named_where_the_address_is_from_it(monkeypatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed_port()}")
+def test_the_variable_is_named_where_the_address_is_from_it(monkeypatch, closed_port) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed_port}")
     with pytest.raises(OpdlmError, match=r"RAY_ADDRESS: no cluster answers at 127.0.0.1:\d+: Connection refused"):
         join(None)
     with pytest.raises(OpdlmError, match="RAY_ADDRESS: no cluster answers"):
@@ -194,7 +196,7 @@ def test_rays_advice_to_turn_authentication_off_is_not_shown(monkeypatch) -> Non
     assert shown == [False]
 
 
-def test_a_dead_address_ends_the_command(chain_teacher, tmp_path: Path) -> None:
+def test_a_dead_address_ends_the_command(chain_teacher, tmp_path: Path, closed_port) -> None:
     """Before anything is written, and with nothing but our line."""
     file = tmp_path / "run.yaml"
     file.write_text(
@@ -202,7 +204,7 @@ def test_a_dead_address_ends_the_command(chain_teacher, tmp_path: Path) -> None:
         "data: {task: chain, prompts: 8}\nrollout: {prompts_per_round: 8, max_new_tokens: 8}\n"
         "teacher: {dtype: float32}\nevaluation: {final_problems: 0}\n"
     )
-    address = f"127.0.0.1:{closed_port()}"
+    address = f"127.0.0.1:{closed_port}"
     done = run_to_end(file, environment=os.environ | {"RAY_ADDRESS": address})
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()

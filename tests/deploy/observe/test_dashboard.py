@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import subprocess
 import urllib.parse
 import urllib.request
@@ -22,6 +21,7 @@ from tests.deploy.observe.all_reports import report_everything
 from tests.deploy.observe.fake_metrics import replace_ray_metrics
 from tests.deploy.observe.test_records import Listener
 from tests.patience import PATIENCE, wait_until
+from tests.ports import free_ports
 
 DASHBOARD = REPOSITORY / "deploy" / "grafana" / "opdlm.json"
 RUN = "metrics-run"
@@ -95,10 +95,11 @@ def _scrape(endpoint: str) -> dict[str, list[str]]:
 
 @pytest.mark.ray
 def test_ray_serves_every_metric_of_the_dashboard(endpoint) -> None:
-    wait_until(
-        lambda: metric_names() <= _scrape(endpoint).keys(), f"{sorted(metric_names() - _scrape(endpoint).keys())}"
-    )
-    served = _scrape(endpoint)
+    def complete() -> dict[str, list[str]]:
+        served = _scrape(endpoint)
+        return served if metric_names() <= served.keys() else {}
+
+    served = wait_until(complete, f"{sorted(metric_names())}")
     (loss,), (tokens,), (failed,) = (
         served[f"ray_opdlm_{name}"] for name in ("step_loss", "step_tokens_total", "failure_samples_total")
     )
@@ -110,9 +111,8 @@ def test_ray_serves_every_metric_of_the_dashboard(endpoint) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs the binary `prometheus` (Debian: prometheus)")
 def test_prometheus_answers_every_panel(endpoint, tmp_path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    (port,) = free_ports(1)
+    address = f"127.0.0.1:{port}"
     config = {
         "global": {"scrape_interval": "1s"},
         "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": [endpoint]}]}],

@@ -99,7 +99,7 @@ def test_a_push_waits_for_decoding_or_overlaps_it(rollouts, teachers) -> None:
     staleness=st.integers(0, 3),
     pools=st.sampled_from(POOLS),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_round_takes_as_long_as_the_lower_bound(durations, push, staleness, pools) -> None:
     stages = Stages(*durations, push * max(durations))
     # The steady state repeats every staleness + 1 rounds, so the 24 rounds that are measured are whole repeats.
@@ -124,7 +124,7 @@ DEATHS = st.lists(st.sampled_from(["nowhere", "nowhere", "taken", "trained", "pu
     stops=st.lists(st.floats(0, 30), max_size=2),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_every_sample_is_trained_once_whatever_dies(
     n, rounds, staleness, pools, every, on_new_weights, faults, deaths, stops, seed
 ) -> None:

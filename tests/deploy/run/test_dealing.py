@@ -63,7 +63,7 @@ EVENTS = st.lists(
     continues=st.booleans(),
     events=EVENTS,
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_each_sample_is_trained_once_and_none_is_too_stale_whatever_dies_comes_and_goes(
     n, rounds, staleness, slots, actors, lengths, speeds, push, continues, events
 ) -> None:

@@ -32,7 +32,7 @@ def test_a_learner_that_hangs_after_another_loop_has_failed_is_not_waited_for(tm
     hangs = threading.Event()
 
     async def scenario() -> None:
-        run = FakeRun(tmp_path, 0, Rollout(), Teacher(fail_at=0, times=10**9), timeout_seconds=3)
+        run = FakeRun(tmp_path, 0, Rollout(), Teacher(fail_at=0, times=10**9), timeout_seconds=6)
 
         def learn() -> None:
             run.ask(run.queue.publish(0, ["pack"], 8))

@@ -154,7 +154,7 @@ def test_groups_that_a_checkpoint_covers_are_forgotten() -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_response_gets_an_answer_whatever_is_made_again(data) -> None:
     """In any order of arrivals, with members made again at any time; a sample is judged among exactly G rewards."""
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from opdlm.common.model.convert import convert_checkpoint
 from opdlm.common.model.facts import read_facts
 from opdlm.deploy.serve.options import ServeOptions
 from tests.patience import PATIENCE, wait_until
+from tests.ports import free_ports
 from tests.system.victims import raylets_of
 from tests.tiny import save_teacher
 
@@ -46,9 +44,7 @@ def serving(address: str, options: ServeOptions) -> Iterator[str]:
 
     from opdlm.deploy.serve.application import application
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -100,14 +96,23 @@ def running_engines() -> int:
         return 0
 
 
+def processes_of(cluster: Any, deployment: str) -> list[psutil.Process]:
+    """The processes of a deployment on this cluster."""
+    found = []
+    for process in (child for pid in raylets_of(cluster) for child in psutil.Process(pid).children()):
+        with contextlib.suppress(psutil.Error):  # a worker that has just ended
+            if f":opdlm:{deployment}" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 def kill(cluster: Any, deployment: str) -> None:
-    """Sends SIGKILL to every process of a deployment, and waits until it is answered for again."""
-    processes = [process for pid in raylets_of(cluster) for process in psutil.Process(pid).children()]
-    found = [process.pid for process in processes if f":opdlm:{deployment}" in " ".join(process.cmdline())]
+    """Sends SIGKILL to every process of a deployment, and waits until they are gone."""
+    found = processes_of(cluster, deployment)
     assert found, f"no process of {deployment}"
-    for pid in found:
-        os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in found), f"the end of {deployment}")
+    for process in found:
+        process.kill()
+    wait_until(lambda: not any(process.is_running() for process in found), f"the end of {deployment}")
 
 
 def answers(server: str) -> bool:

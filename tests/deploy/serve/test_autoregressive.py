@@ -17,6 +17,7 @@ from opdlm.common.model.tokenizer import load_tokenizer
 from opdlm.deploy.serve.options import ServeOptions, check_model
 from tests.deploy.serve import test_server
 from tests.deploy.serve.test_server import KEY
+from tests.patience import PATIENCE
 from tests.tiny import save_teacher
 
 server, client = test_server.server, test_server.client
@@ -62,10 +63,11 @@ def test_an_autoregressive_model_is_served_like_a_student(server, client, folder
         ({"strategy": "verified"}, "strategy: found 'verified'; the model is autoregressive"),
         ({"max_tokens": 1000}, "the model's context is 512"),
     ):
-        answer = httpx.post(f"{server}/v1/completions", json=greedy | change, headers=headers)
+        answer = httpx.post(f"{server}/v1/completions", json=greedy | change, headers=headers, timeout=PATIENCE)
         assert answer.status_code == 400
         assert said in answer.json()["error"]["message"]
-    httpx.post(f"{server}/admin/reload", json={"checkpoint": str(folders[1])}, headers=headers).raise_for_status()
+    asked = {"checkpoint": str(folders[1])}
+    httpx.post(f"{server}/admin/reload", json=asked, headers=headers, timeout=PATIENCE).raise_for_status()
     new = client.completions.create(**greedy)
     assert [choice.text for choice in new.choices] == [expected(folders[1], prompt, 20) for prompt in prompts]
 

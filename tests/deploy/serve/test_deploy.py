@@ -24,7 +24,8 @@ import yaml
 from tests import REPOSITORY
 from tests.deploy.serve.served import ask, endless_student, text
 from tests.patience import PATIENCE
-from tests.system.submitted_cluster import free_ports, wait_for
+from tests.ports import free_ports
+from tests.system.submitted_cluster import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SCRIPTS = [sys.executable, "-m", "ray.scripts.scripts"]

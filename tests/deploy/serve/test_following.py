@@ -24,7 +24,7 @@ from opdlm.deploy.serve.reloading import Follower
 from opdlm.deploy.serve.weights import Weights
 from tests.deploy.run.test_saved_student import begin_run, save
 from tests.deploy.serve.served import ask, kill, model, serving, text
-from tests.patience import wait_until
+from tests.patience import PATIENCE, wait_until
 from tests.tiny import save_teacher
 
 TOKENS = 16
@@ -72,10 +72,14 @@ def test_a_server_follows_a_run_and_loses_no_request(server, cluster, later, tmp
         first = save(run, 1, weights[0], keep=1)
         wait_until(lambda: model(server)["checkpoint"] == str(first), "the first checkpoint")
         assert text(ask(server, prompt, TOKENS)) == texts[1]
-        damaged = save(run, 2, weights[1])
+        damaged = save(tmp_path / "aside", 2, weights[1])
         content = (damaged / WEIGHTS).read_bytes()
         (damaged / WEIGHTS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        wait_until(lambda: 'opdlm_reloads_total{result="refused"}' in httpx.get(f"{server}/metrics").text, "a refusal")
+        damaged.rename(run / "checkpoints" / damaged.name)
+        wait_until(
+            lambda: 'opdlm_reloads_total{result="refused"}' in httpx.get(f"{server}/metrics", timeout=PATIENCE).text,
+            "a refusal",
+        )
         assert (model(server)["checkpoint"], text(ask(server, prompt, TOKENS))) == (str(first), texts[1])
         second = save(run, 2, weights[1], keep=1)  # the run went back; `first` is gone
         wait_until(lambda: model(server)["checkpoint"] == str(second), "the second checkpoint")
@@ -90,7 +94,7 @@ def test_a_server_follows_a_run_and_loses_no_request(server, cluster, later, tmp
     third = save(run, 2, weights[2])  # the same folder, other weights
     wait_until(lambda: text(ask(server, prompt, TOKENS)) == texts[3], "the weights that came in its place")
     assert model(server)["checkpoint"] == str(third)
-    refused = httpx.post(f"{server}/admin/reload", json={"checkpoint": str(later[0])})
+    refused = httpx.post(f"{server}/admin/reload", json={"checkpoint": str(later[0])}, timeout=PATIENCE)
     assert refused.status_code == 400
     assert "this server follows" in refused.json()["error"]["message"]
 

@@ -62,7 +62,10 @@ def test_a_stream_ends_with_the_weights_it_began_with_and_a_reload_returns_when_
 ) -> None:
     begun = text(ask(server, "1+2=", 400, **SLOW))
     asked = {"model": "tiny", "prompt": "1+2=", "max_tokens": 400, "stream": True, **SLOW}
-    with ThreadPoolExecutor(1) as pool, httpx.stream("POST", f"{server}/v1/completions", json=asked) as stream:
+    with (
+        ThreadPoolExecutor(1) as pool,
+        httpx.stream("POST", f"{server}/v1/completions", json=asked, timeout=PATIENCE) as stream,
+    ):
         lines = (line.removeprefix("data: ") for line in stream.iter_lines() if line)
         parts = [json.loads(next(lines))]
         reloading = pool.submit(reload, server, checkpoint=str(students[1]))

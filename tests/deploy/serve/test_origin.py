@@ -17,6 +17,7 @@ from tests.deploy.serve import test_server
 from tests.deploy.serve.local_server import local_server
 from tests.deploy.serve.test_page import decode, needs_browser, text, wait
 from tests.deploy.serve.test_server import KEY
+from tests.patience import PATIENCE
 
 folders = test_server.folders
 
@@ -29,7 +30,7 @@ def server(folders: list[Path]) -> Iterator[str]:
 
 
 def version(server: str) -> int:
-    return int(httpx.get(f"{server}/v1/models/tiny").json()["weight_version"])
+    return int(httpx.get(f"{server}/v1/models/tiny", timeout=PATIENCE).json()["weight_version"])
 
 
 @pytest.mark.parametrize("path", ["/admin/reload", "/v1/completions", "/v1/chat/completions"])
@@ -44,7 +45,7 @@ def test_a_page_of_another_server_is_refused_whatever_it_asks(server, path) -> N
     foreign += [(f"http://example.com:{port}", f"example.com:{port}")]  # its name has come to mean this machine
     for origin, host in foreign:
         headers = {"Origin": origin, "Content-Type": "text/plain"} | ({"Host": host} if host else {})
-        answer = httpx.post(f"{server}{path}", content="{}", headers=headers)
+        answer = httpx.post(f"{server}{path}", content="{}", headers=headers, timeout=PATIENCE)
         assert answer.status_code == 403, (origin, answer.text)
         error = answer.json()["error"]
         assert (error["type"], error["code"]) == ("permission_error", "other_origin")
@@ -56,8 +57,8 @@ def test_the_servers_own_page_and_programs_are_answered(server) -> None:
     port, before = server.rpartition(":")[2], version(server)
     asked = {"model": "tiny", "prompt": "1+2=", "max_tokens": 4}
     for headers in ({}, {"Origin": server}, {"Origin": f"http://LOCALHOST:{port}", "Host": f"localhost:{port}"}):
-        assert httpx.post(f"{server}/v1/completions", json=asked, headers=headers).status_code == 200
-        assert httpx.post(f"{server}/admin/reload", headers=headers).status_code == 200
+        assert httpx.post(f"{server}/v1/completions", json=asked, headers=headers, timeout=PATIENCE).status_code == 200
+        assert httpx.post(f"{server}/admin/reload", headers=headers, timeout=PATIENCE).status_code == 200
     assert version(server) == before + 3
 
 
@@ -67,8 +68,8 @@ def test_a_key_says_enough(folders, tmp_path) -> None:
     foreign = {"Origin": "https://example.com"}
     with local_server(options) as address:
         with_key = foreign | {"Authorization": f"Bearer {KEY}"}
-        assert httpx.get(f"{address}/v1/models", headers=with_key).status_code == 200
-        assert httpx.get(f"{address}/v1/models", headers=foreign).status_code == 401
+        assert httpx.get(f"{address}/v1/models", headers=with_key, timeout=PATIENCE).status_code == 200
+        assert httpx.get(f"{address}/v1/models", headers=foreign, timeout=PATIENCE).status_code == 401
 
 
 @needs_browser

@@ -18,7 +18,7 @@ from tests.chromium import BINARY, Chromium
 from tests.deploy.serve import test_server
 from tests.deploy.serve.local_server import local_server
 from tests.deploy.serve.test_server import KEY, figure
-from tests.patience import wait_until
+from tests.patience import PATIENCE, wait_until
 
 folders = test_server.folders
 LONG = "12+3="
@@ -38,14 +38,14 @@ def server(folders: list[Path], tmp_path_factory) -> Iterator[str]:
 
 
 def test_the_page_needs_no_key_and_names_no_other_place(server) -> None:
-    answer = httpx.get(f"{server}/")
+    answer = httpx.get(f"{server}/", timeout=PATIENCE)
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert answer.text == live_page()
     assert "{{" not in answer.text
     assert "//" not in answer.text.replace("// ", ""), "no address, only comments"
-    described = httpx.get(f"{server}/v1/models", headers=HEADERS).json()["data"][0]["opdlm"]
+    described = httpx.get(f"{server}/v1/models", headers=HEADERS, timeout=PATIENCE).json()["data"][0]["opdlm"]
     assert (described["chat"], described["strategy"], described["block_size"]) == (True, "low_confidence_dynamic", 4)
 
 
@@ -61,9 +61,10 @@ def page(server, tmp_path) -> Iterator[Chromium]:
         yield browser
 
 
-def wait(browser: Chromium, condition: str) -> None:
-    """Waits until a JavaScript expression is true."""
-    browser.ask(f"new Promise(done => {{ const look = () => ({condition}) ? done() : setTimeout(look, 20); look(); }})")
+def wait(browser: Chromium, condition: str, then: str = "null") -> None:
+    """Waits until a JavaScript expression is true, and evaluates another one in that moment."""
+    look = f"const look = () => ({condition}) ? done({then}) : setTimeout(look, 5);"
+    browser.ask(f"new Promise(done => {{ {look} look(); }})")
 
 
 def give(browser: Chromium, selector: str, value: object) -> None:
@@ -95,7 +96,7 @@ def test_the_page_shows_every_step_of_a_response(server, page) -> None:
     wait(page, "!running && counts.length")
     usage = page.ask("usage")
     asked = {"model": "tiny", "prompt": LONG, "max_tokens": 30}
-    expected = httpx.post(f"{server}/v1/completions", json=asked, headers=HEADERS, timeout=60).json()
+    expected = httpx.post(f"{server}/v1/completions", json=asked, headers=HEADERS, timeout=PATIENCE).json()
     assert usage == expected["usage"]
     assert text(page, "#final") == expected["choices"][0]["text"]
     assert text(page, "#tokens") == "30"
@@ -123,8 +124,7 @@ def test_the_page_shows_every_step_of_a_response(server, page) -> None:
 @needs_browser
 def test_stop_frees_the_slot_and_what_has_come_stays(server, page) -> None:
     decode(page, LONG, limit=480, threshold=1)
-    wait(page, "counts.length > 5")
-    page.click("#stop")
+    wait(page, "counts.length > 5", then="document.querySelector('#stop').click()")
     wait(page, "!running")
     wait_until(lambda: figure(server, "opdlm_active_responses") == 0, "the slot")
     assert text(page, "#state").startswith("stopped after ")

@@ -17,6 +17,7 @@ from opdlm.deploy.serve.options import ServeOptions
 from tests.deploy.serve import test_server
 from tests.deploy.serve.local_server import local_server
 from tests.deploy.serve.steps import choices, plain, told
+from tests.patience import PATIENCE
 
 folders = test_server.folders
 
@@ -29,7 +30,7 @@ def server(folders: list[Path]) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(server: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
 
 
 def test_each_step_comes_before_the_text_of_its_block(client, folders) -> None:
@@ -68,7 +69,7 @@ def test_a_chat_has_steps_too_and_without_a_stream_they_are_refused(server, clie
     without = list(client.chat.completions.create(stream=True, extra_body={"threshold": 0.2}, **asked))
     assert not any("step" in event for event in choices(without, 0))
     assert "".join(e["delta"]["content"] for e in events) == "".join(p.choices[0].delta.content for p in without)
-    refused = httpx.post(f"{server}/v1/chat/completions", json=asked | {"steps": True})
+    refused = httpx.post(f"{server}/v1/chat/completions", json=asked | {"steps": True}, timeout=PATIENCE)
     assert refused.status_code == 400
     assert "steps: found true without stream" in refused.json()["error"]["message"]
 
@@ -80,7 +81,7 @@ def test_steps_and_text_go_on_behind_what_was_sent_before_an_engine_died(client,
     expected = list(client.completions.create(stream=True, **how))
     options = ServeOptions(checkpoint=str(folders[0]), name="tiny", slots=2)
     with local_server(options, deaths) as address:
-        own = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+        own = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
         found = list(own.completions.create(stream=True, **how))
     assert choices(found, 0) == choices(expected, 0), "each part once, in the same order"
     numbers, texts = told(choices(found, 0))
