@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 
 from tests.patience import PATIENCE
@@ -40,8 +39,11 @@ START_ATTEMPTS = 5
 for _name, _value in RAY_SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
-hypothesis.settings.register_profile("opdlm", deadline=None)  # no test depends on how fast the machine is
-hypothesis.settings.load_profile("opdlm")
+with suppress(ImportError):  # the environment of tests/vllm has no hypothesis
+    import hypothesis
+
+    hypothesis.settings.register_profile("opdlm", deadline=None)  # no test depends on how fast the machine is
+    hypothesis.settings.load_profile("opdlm")
 
 LONGEST_FIRST = ("test_run_storage.py", "test_groups.py", "test_early_end.py", "test_deaths.py", "test_job_submit.py")
 """The files that come first; then others with Ray, then the rest. A process that ends with a long file has the others
