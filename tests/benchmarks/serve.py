@@ -21,7 +21,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -43,6 +42,7 @@ from rich.table import Table
 from opdlm.common.data.tasks import Problem, get_task, problems
 from tests import REPOSITORY
 from tests.benchmarks.measure import write_json
+from tests.ports import free_ports
 
 ATTEMPTS = 6
 START_SECONDS = 600.0
@@ -166,9 +166,7 @@ async def send(url: str, model: str, requests: list[Asked], clients: int, kill: 
 @contextmanager
 def served(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]]:
     """A server of this folder, as `opdlm serve` starts it: its address and its process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     how = ["--slots", args.slots, "--replicas", args.replicas, "--port", port, "--name", "served"]
     command = [sys.executable, "-m", "opdlm", "serve", str(folder), *map(str, how)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # a Ray of its own
